@@ -1,0 +1,156 @@
+"""The types that the whole library shares, and the letters for its shapes.
+
+Shape legend, used in docstrings and as suffixes of names (``tokens_TxSxL``):
+
+    N  devices                        S  support examples or sequences
+    T  tasks on one device            Q  query examples or sequences
+    G  tasks computed at a time       L  tokens in a sequence
+    K  inner steps                    V  vocabulary, or classes
+    D  width of a model               H  heads
+
+Losses are float32 scalars in nats a token (language models), mean squared error
+(regression) or nats (classification). Keys are typed (`jax.random.key`).
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import optax
+
+Array = jax.Array
+PyTree = Any
+Key = jax.Array
+Params = PyTree
+"""Parameters of a model: nested plain dicts of float32 arrays."""
+
+MetaParams = dict[str, PyTree]
+"""What is meta-learned: always ``{'params': Params, ...}``, and what a learner adds."""
+
+Hparams = Mapping[str, Any]
+"""Scalars that may change while a run goes on, kept in the state and never in a closure."""
+
+Metrics = dict[str, Array]
+
+
+class Batch(NamedTuple):
+    """Inputs and what is to be predicted from them, examples first.
+
+    For a language model both are int32 ``[S, L]`` and ``targets`` is ``inputs``
+    one token later; for regression they are float32 ``[S, D_in]`` and
+    ``[S, D_out]``; for classification float32 ``[S, height, width, channels]``
+    and int32 ``[S]``.
+    """
+
+    inputs: Array
+    targets: Array
+
+
+class Episode(NamedTuple):
+    """One task as a learner sees it (or T of them, with a leading axis T).
+
+    Attributes:
+      support: what the inner loop adapts on.
+      query: what the adapted model is judged by; disjoint from the support.
+      task: int32 scalar that names the task (the domain, for text), so that
+        intervals can be taken over tasks rather than over episodes.
+    """
+
+    support: Batch
+    query: Batch
+    task: Array
+
+
+class TaskSplit(NamedTuple):
+    """One split (train, validation or test) of a task family.
+
+    Attributes:
+      sample: ``(key, num_tasks) -> Episode`` with a leading axis ``[num_tasks]``.
+        Pure: the same key gives the same episodes. Tasks are drawn without
+        replacement while there are enough of them, so that ``num_tasks`` a
+        multiple of the number of domains holds each domain equally often.
+      task_names: the names that ``Episode.task`` indexes; empty where every
+        episode is a new task.
+    """
+
+    sample: Callable[[Key, int], Episode]
+    task_names: tuple[str, ...] = ()
+
+
+class TaskFamily(NamedTuple):
+    """A distribution over tasks, in three disjoint splits."""
+
+    name: str
+    train: TaskSplit
+    valid: TaskSplit
+    test: TaskSplit
+
+
+class Model(NamedTuple):
+    """A model as two pure functions.
+
+    Attributes:
+      init: ``key -> params``, nested plain dicts of float32 arrays.
+      apply: ``(params, inputs) -> outputs``. For language models int32
+        ``[S, L]`` to float32 logits ``[S, L, V]``, where ``logits[:, t]`` sees
+        ``inputs[:, :t + 1]`` only.
+      head: the names of the top-level entries of ``params`` that are the head,
+        which is what ANIL adapts. Empty where there is none (a tied head).
+    """
+
+    init: Callable[[Key], Params]
+    apply: Callable[[Params, Array], Array]
+    head: tuple[str, ...] = ("head",)
+
+
+LossFn = Callable[[Params, Batch], Array]
+"""``(params, batch) -> float32 scalar``, the mean over the batch."""
+
+InnerGradFn = Callable[[LossFn], Callable[[Params, Batch], tuple[Array, Params]]]
+"""Turns a loss into ``(params, batch) -> (loss, gradient)``; `jax.value_and_grad` is one."""
+
+
+class Learner(NamedTuple):
+    """What is meta-learned. It enters the inner loop in these two places.
+
+    Attributes:
+      init: ``params -> meta_params``; the meta-parameters that start at ``params``.
+      start: ``meta_params -> params``; where the inner loop starts.
+      inner_opt: ``(meta_params, hparams) -> optax.GradientTransformation``; how
+        it steps. ``hparams['inner_learning_rate']`` is a float32 scalar.
+      learned: the names of the meta-parameters beside ``'params'``.
+    """
+
+    init: Callable[[Params], MetaParams]
+    start: Callable[[MetaParams], Params]
+    inner_opt: Callable[[MetaParams, Hparams], optax.GradientTransformation]
+    learned: tuple[str, ...] = ()
+
+
+MetaGradFn = Callable[[MetaParams, Hparams, Episode, Key], tuple[MetaParams, Metrics]]
+"""An estimator bound to a learner and a loss: one episode to (meta-gradient, metrics).
+
+The key is for estimators that draw noise. Every estimator reports the metrics
+``loss`` (scalar: the query loss after adaptation, or what stands for it) and
+``inner_losses`` (``[K]``: the support loss before each inner step; ``[0]`` where
+there is no inner loop).
+"""
+
+
+class MetaState(NamedTuple):
+    """Everything that a meta-training run carries from step to step.
+
+    Attributes:
+      step: int32 scalar, meta-updates done; also the position in the data, since
+        the episodes of a step are drawn from ``fold_in(key, step)``.
+      meta_params: what is meta-learned.
+      opt_state: the outer optax state.
+      hparams: float32 scalars that may change between steps without a recompile.
+      key: typed key from which the randomness of every step is derived.
+    """
+
+    step: Array
+    meta_params: MetaParams
+    opt_state: optax.OptState
+    hparams: dict[str, Array]
+    key: Key
