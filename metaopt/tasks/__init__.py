@@ -1,0 +1,1 @@
+"""Task families, one file each: distributions over episodes of support and query."""

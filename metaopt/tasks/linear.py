@@ -1,0 +1,102 @@
+"""The smallest task family: Bayesian linear regression, with its exact solution."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from metaopt.errors import UserError
+from metaopt.types import Array, Batch, Episode, Key, TaskFamily, TaskSplit
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LinearConfig:
+    """Sizes of an episode, and the standard deviation of the noise on the targets.
+
+    Raises UserError on sizes below 1 and on negative noise.
+    """
+
+    dim: int = 4
+    num_support: int = 8
+    num_query: int = 8
+    noise: float = 0.1
+
+    def __post_init__(self):
+        for field in ("dim", "num_support", "num_query"):
+            if getattr(self, field) < 1:
+                raise UserError(f"{field} must be at least 1, not {getattr(self, field)}")
+        if not 0 <= self.noise < math.inf:
+            raise UserError(f"noise must be 0 or more and finite, not {self.noise}")
+
+
+def linear(config: LinearConfig) -> TaskFamily:
+    """Tasks ``y = w·x + noise``, with ``w`` and ``x`` standard normal.
+
+    Inputs are float32 ``[T, S, D]`` and targets float32 ``[T, S, 1]``.
+    """
+    return fresh_tasks("linear", functools.partial(_draw_examples, config), config.num_support)
+
+
+def bayes_loss(config: LinearConfig, episode: Episode) -> Array:
+    """Mean squared error on the query of the Bayes-optimal predictor, ``[T]``.
+
+    No learner does better on average. Its expectation given the support's inputs X
+    is ``σ² (1 + tr (XᵀX + σ²I)⁻¹)``.
+    """
+
+    def loss(support: Batch, query: Batch) -> Array:
+        errors = query.inputs @ posterior_mean(config, support) - query.targets
+        return jnp.mean(errors**2)
+
+    return jax.vmap(loss)(episode.support, episode.query)
+
+
+def posterior_mean(config: LinearConfig, support: Batch) -> Array:
+    """Mean of ``w`` given one task's support: the ridge solution, ``[D, 1]``.
+
+    It is ``(XᵀX + σ²I)⁻¹ Xᵀy``, found as the least-squares solution of
+    ``[X; σI] w = [y; 0]``: without noise that is the shortest ``w`` that fits.
+    """
+    prior = config.noise * jnp.eye(config.dim)
+    inputs = jnp.concatenate([support.inputs, prior])
+    targets = jnp.concatenate([support.targets, jnp.zeros((config.dim, 1))])
+    return jnp.linalg.lstsq(inputs, targets)[0]
+
+
+def fresh_tasks(name: str, draw_examples: Callable[[Key], Batch], num_support: int) -> TaskFamily:
+    """The family whose every episode is a new task, drawn from its key alone.
+
+    The three splits have the same distribution and, under the same key, different
+    episodes. ``sample`` is jitted, once for all splits and each ``num_tasks``.
+
+    Args:
+      name: the name of the family.
+      draw_examples: ``key -> Batch`` of S + Q examples of one task.
+      num_support: S; the first S examples are the support, the others the query.
+    """
+
+    def draw_episode(key: Key) -> tuple[Batch, Batch]:
+        inputs, targets = draw_examples(key)
+        support = Batch(inputs[:num_support], targets[:num_support])
+        return support, Batch(inputs[num_support:], targets[num_support:])
+
+    @functools.partial(jax.jit, static_argnames="num_tasks")
+    def sample(split: int, key: Key, num_tasks: int) -> Episode:
+        keys = jax.random.split(jax.random.fold_in(key, split), num_tasks)
+        support, query = jax.vmap(draw_episode)(keys)
+        return Episode(support, query, jnp.arange(num_tasks, dtype=jnp.int32))
+
+    train, valid, test = (TaskSplit(functools.partial(sample, split)) for split in range(3))
+    return TaskFamily(name, train, valid, test)
+
+
+def _draw_examples(config: LinearConfig, key: Key) -> Batch:
+    weights_key, inputs_key, noise_key = jax.random.split(key, 3)
+    num_examples = config.num_support + config.num_query
+    weights = jax.random.normal(weights_key, (config.dim, 1))
+    inputs = jax.random.normal(inputs_key, (num_examples, config.dim))
+    noise = config.noise * jax.random.normal(noise_key, (num_examples, 1))
+    return Batch(inputs, inputs @ weights + noise)
