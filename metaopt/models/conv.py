@@ -1,0 +1,152 @@
+"""The four-layer convolutional network of few-shot classification."""
+
+from typing import Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from metaopt.errors import UserError
+from metaopt.models.linen import as_model
+from metaopt.types import Array, Model
+
+NUM_LAYERS = 4
+
+
+def _same_padding(size: int, stride: int) -> tuple[int, int]:
+    """Zeros before and after, so that a window of 3 gives ``ceil(size / stride)`` outputs."""
+    total = max((-(-size // stride) - 1) * stride + 3 - size, 0)
+    return total // 2, total - total // 2
+
+
+def conv3x3(x: Array, kernel: Array, stride: int = 1) -> Array:
+    """A 3x3 convolution with 'SAME' padding, as nine shifted slices and one matrix product.
+
+    It equals `jax.lax.conv_general_dilated`. A kernel for each task, though, makes
+    that one a grouped convolution, which CPUs are slow at and whose second
+    derivative is slower still; a batched matrix product is fast everywhere.
+
+    Args:
+      x: ``[S, height, width, C_in]``.
+      kernel: ``[3, 3, C_in, C_out]``.
+      stride: step in both directions.
+
+    Returns:
+      ``[S, ceil(height / stride), ceil(width / stride), C_out]``.
+    """
+    height, width = x.shape[1:3]
+    rows, columns = -(-height // stride), -(-width // stride)
+    padding = ((0, 0), _same_padding(height, stride), _same_padding(width, stride), (0, 0))
+    padded = jnp.pad(x, padding)
+    slices = [
+        padded[
+            :, i : i + (rows - 1) * stride + 1 : stride, j : j + (columns - 1) * stride + 1 : stride
+        ]
+        for i in range(3)
+        for j in range(3)
+    ]
+    return jnp.concatenate(slices, axis=-1) @ kernel.reshape(-1, kernel.shape[-1])
+
+
+def batch_norm(x: Array, scale: Array, bias: Array, epsilon: float = 1e-5) -> Array:
+    """Normalises each channel of ``[S, height, width, C]`` by the statistics of this batch."""
+    mean = jnp.mean(x, axis=(0, 1, 2), keepdims=True)
+    variance = jnp.mean((x - mean) ** 2, axis=(0, 1, 2), keepdims=True)
+    normalised = (x - mean) * jax.lax.rsqrt(variance + epsilon)
+    return normalised * scale[None, None, None, :] + bias[None, None, None, :]
+
+
+def max_pool2x2(x: Array) -> Array:
+    """The maxima of 2x2 blocks, leaving out an odd last row or column.
+
+    A reduction over a reshaped array: its second derivative is made of plain
+    operations, where that of a window reduction is not.
+    """
+    S, height, width, channels = x.shape
+    rows, columns = height // 2, width // 2
+    blocks = x[:, : 2 * rows, : 2 * columns].reshape(S, rows, 2, columns, 2, channels)
+    return jnp.max(blocks, axis=(2, 4))
+
+
+class ConvLayer(nn.Module):
+    """Convolution, batch norm, ReLU, and a halving of height and width."""
+
+    filters: int
+    downsample: str
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """Maps ``[S, height, width, C_in]`` to ``[S, height / 2, width / 2, filters]``."""
+        shape = (3, 3, x.shape[-1], self.filters)
+        kernel = self.param("kernel", nn.initializers.xavier_uniform(), shape)
+        scale = self.param("scale", nn.initializers.ones, (self.filters,))
+        bias = self.param("bias", nn.initializers.zeros, (self.filters,))
+        stride = 2 if self.downsample == "stride" else 1
+        x = jax.nn.relu(batch_norm(conv3x3(x, kernel, stride), scale, bias))
+        return x if self.downsample == "stride" else max_pool2x2(x)
+
+
+class ConvNet(nn.Module):
+    """Four layers ``layer_0 ... layer_3`` and a linear ``head``."""
+
+    num_classes: int
+    filters: int
+    downsample: str
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """Maps images ``[S, height, width, C]`` to logits ``[S, V]``."""
+        for i in range(NUM_LAYERS):
+            x = ConvLayer(self.filters, self.downsample, name=f"layer_{i}")(x)
+        if self.downsample == "stride":
+            x = jnp.mean(x, axis=(1, 2))
+        return nn.Dense(self.num_classes, name="head")(x.reshape(x.shape[0], -1))
+
+
+def conv(
+    image_shape: tuple[int, int, int],
+    num_classes: int,
+    filters: int = 64,
+    downsample: Literal["stride", "max_pool"] = "stride",
+) -> Model:
+    """Four times [3x3 convolution, batch norm, ReLU, halving], then a linear head.
+
+    Batch norm is **transductive**, in training and in evaluation: each channel is
+    normalised by the mean and variance of the batch that the model is given, and
+    no running statistics are kept. The prediction for one query image therefore
+    depends on the other images of its batch; published MAML results share this.
+    The convolutions have no bias, since batch norm would take it away.
+
+    Args:
+      image_shape: height, width and channels of an image.
+      num_classes: V.
+      filters: channels of every layer. Finn et al. use 64 for Omniglot and 32 for
+        miniImageNet.
+      downsample: ``'stride'``, convolutions of stride 2 and a mean over what is
+        left, which Finn et al. use on Omniglot; or ``'max_pool'``, 2x2 pooling and
+        a head on every position, the network of Vinyals et al.
+
+    Returns:
+      A model from float32 ``[S, height, width, channels]`` to logits ``[S, V]``.
+
+    Raises:
+      UserError: if ``downsample`` is unknown, there are fewer than 2 classes or no
+        filters, or the images are too small to be pooled four times.
+
+    References:
+      Vinyals et al., 2016. Matching Networks for One Shot Learning.
+      arXiv:1606.04080, section 4.1.
+      Finn, Abbeel, Levine, 2017. arXiv:1703.03400, section 5.2.
+    """
+    if downsample not in ("stride", "max_pool"):
+        raise UserError(f"downsample is {downsample!r}: choose 'stride' or 'max_pool'")
+    if num_classes < 2 or filters < 1:
+        raise UserError(
+            f"num_classes is {num_classes}, filters {filters}: use at least 2 classes and 1 filter"
+        )
+    if downsample == "max_pool" and min(image_shape[:2]) < 2**NUM_LAYERS:
+        raise UserError(
+            f"images of {image_shape[0]}x{image_shape[1]} are too small for four poolings: "
+            f"use at least {2**NUM_LAYERS}x{2**NUM_LAYERS}, or downsample='stride'"
+        )
+    return as_model(ConvNet(num_classes, filters, downsample), jnp.zeros((1, *image_shape)))

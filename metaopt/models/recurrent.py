@@ -1,0 +1,69 @@
+"""Recurrent language models: Elman, gated recurrent unit, long short-term memory."""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from metaopt.errors import UserError
+from metaopt.models.linen import as_model
+from metaopt.types import Array, Model
+
+CELLS = {"rnn": nn.SimpleCell, "gru": nn.GRUCell, "lstm": nn.OptimizedLSTMCell}
+
+
+class Recurrent(nn.Module):
+    """An embedding ``embed``, recurrent layers ``layer_0, ...`` and a linear ``head``."""
+
+    vocab_size: int
+    width: int
+    cell: Callable[..., nn.RNNCellBase]
+    num_layers: int
+
+    @nn.compact
+    def __call__(self, tokens_SxL: Array) -> Array:
+        """Maps int32 ``[S, L]`` to logits ``[S, L, V]``."""
+        x: Any = nn.Embed(self.vocab_size, self.width, name="embed")(tokens_SxL)
+        for i in range(self.num_layers):
+            cell = self.cell(self.width, name=f"layer_{i}")
+            # Zeros, whatever the key, in the dtype of the parameters: the cell's are float32.
+            start = cell.initialize_carry(jax.random.key(0), (x.shape[0], self.width))
+            start = jax.tree.map(lambda leaf, x=x: leaf.astype(x.dtype), start)
+            x = nn.RNN(cell)(x, initial_carry=start)
+        return nn.Dense(self.vocab_size, name="head")(x)
+
+
+def recurrent(
+    vocab_size: int,
+    width: int,
+    cell: Literal["rnn", "gru", "lstm"] = "gru",
+    num_layers: int = 1,
+) -> Model:
+    """A recurrent language model, scanned over time, whose state starts at zero.
+
+    Args:
+      vocab_size: V, at least 2.
+      width: D, of the embedding and of every layer's state.
+      cell: ``'rnn'`` (Elman, 1990: ``h' = tanh(W x + U h + b)``), ``'gru'`` (Cho et
+        al., 2014, arXiv:1406.1078) or ``'lstm'`` (Hochreiter and Schmidhuber, 1997,
+        with the forget gate of Gers et al., 2000).
+      num_layers: layers one above the other.
+
+    Returns:
+      A model from int32 ``[S, L]`` to float32 logits ``[S, L, V]``.
+
+    Raises:
+      UserError: if ``cell`` is unknown, ``vocab_size`` is less than 2, or ``width``
+        or ``num_layers`` is less than 1.
+    """
+    if cell not in CELLS:
+        raise UserError(f"cell is {cell!r}: choose one of {', '.join(map(repr, CELLS))}")
+    if vocab_size < 2:
+        raise UserError(f"vocab_size is {vocab_size}: a language model needs at least 2 tokens")
+    if min(width, num_layers) < 1:
+        raise UserError(f"width is {width}, num_layers {num_layers}: each must be at least 1")
+    return as_model(
+        Recurrent(vocab_size, width, CELLS[cell], num_layers), jnp.zeros((1, 1), jnp.int32)
+    )

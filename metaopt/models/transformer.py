@@ -1,0 +1,262 @@
+"""A decoder-only transformer: pre-norm, rotary positions, no biases.
+
+The parameters are ``embed``, ``layer_0``, ``layer_1``, ..., ``final_norm`` and, if
+not tied, ``head``. Their names, shapes and first values do not depend on how the
+layers are run (unrolled or scanned, recomputed or not), so one checkpoint fits all.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from metaopt.errors import UserError
+from metaopt.models.linen import apply_module
+from metaopt.types import Array, Key, Model, Params
+
+COMPUTE_DTYPES = {"float32": None, "bfloat16": jnp.bfloat16}  # None: as the parameters are
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformerConfig:
+    """Shape of a transformer, and how it is computed.
+
+    Attributes:
+      vocab_size: V, at least 2.
+      width: D, of the residual stream.
+      num_layers: blocks of attention and MLP.
+      num_heads: H; divides ``width`` into heads of an even size.
+      mlp_width: hidden width of the MLP. None gives ``4 * width`` for GELU, and for
+        SwiGLU two thirds of it, rounded up to a multiple of 8, which makes the
+        number of parameters about equal (Shazeer, 2020).
+      activation: ``'gelu'`` or ``'swiglu'``.
+      window: a token attends to itself and the ``window - 1`` tokens before it;
+        None for all before it.
+      scan_layers: run the layers as a `jax.lax.scan`, which compiles one layer for
+        all of them, rather than unrolled, which runs faster where nothing is remat.
+      remat: keep only the input of each layer for the backward pass, and compute
+        the rest of the layer again. On CPU it takes ``scan_layers`` as well: XLA
+        merges the recomputation of unrolled layers away, and no memory is saved.
+      compute_dtype: ``'float32'`` or ``'bfloat16'`` for the layers and the residual
+        stream. Parameters, softmax, final norm and head are float32 in either.
+      tie_head: use the embedding as the head; the model then has no head for ANIL.
+    """
+
+    vocab_size: int
+    width: int = 64
+    num_layers: int = 2
+    num_heads: int = 4
+    mlp_width: int | None = None
+    activation: Literal["gelu", "swiglu"] = "gelu"
+    window: int | None = None
+    scan_layers: bool = False
+    remat: bool = False
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    tie_head: bool = False
+
+
+def rope(x_SxLxHxF: Array, base: float = 10_000.0) -> Array:
+    """Rotary position embedding: turns feature pairs by angles that grow with the position.
+
+    The pair ``(x[i], x[i + F/2])`` at position t is rotated by ``t * base ** (-2 i / F)``,
+    so the product of a query and a key depends on their distance only.
+
+    Args:
+      x_SxLxHxF: queries or keys, with heads of an even size F.
+      base: sets the longest wavelength, ``2 pi base`` tokens.
+
+    Returns:
+      The rotated array, of the same shape and dtype.
+
+    References:
+      Su et al., 2021. RoFormer: Enhanced Transformer with Rotary Position
+      Embedding. arXiv:2104.09864, equation 15.
+    """
+    length, head_size = x_SxLxHxF.shape[1], x_SxLxHxF.shape[3]
+    dtype = jnp.promote_types(x_SxLxHxF.dtype, jnp.float32)  # bfloat16 cannot count positions
+    frequency_f = base ** (-jnp.arange(0, head_size, 2, dtype=dtype) / head_size)
+    angle_Lxf = jnp.arange(length, dtype=dtype)[:, None] * frequency_f[None, :]
+    cos, sin = jnp.cos(angle_Lxf)[None, :, None, :], jnp.sin(angle_Lxf)[None, :, None, :]
+    a, b = jnp.split(x_SxLxHxF, 2, axis=-1)
+    rotated = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+    return rotated.astype(x_SxLxHxF.dtype)
+
+
+def causal_attention(
+    query_SxLxHxF: Array, key_SxLxHxF: Array, value_SxLxHxF: Array, window: int | None = None
+) -> Array:
+    """Scaled dot-product attention of each token to itself and those before it.
+
+    ``softmax(q k' / sqrt(F)) v`` with the softmax in float32 at least.
+
+    Args:
+      query_SxLxHxF: queries, with heads of size F.
+      key_SxLxHxF: keys.
+      value_SxLxHxF: values.
+      window: how many tokens are in reach, itself included; None for all.
+
+    Returns:
+      ``[S, L, H, F]`` in the dtype of the values.
+
+    References:
+      Vaswani et al., 2017. Attention Is All You Need. arXiv:1706.03762, equation 1.
+      Beltagy et al., 2020. Longformer. arXiv:2004.05150 (the sliding window).
+    """
+    length, head_size = query_SxLxHxF.shape[1], query_SxLxHxF.shape[3]
+    scores_SxHxLxL = jnp.einsum("slhf,smhf->shlm", query_SxLxHxF, key_SxLxHxF)
+    dtype = jnp.promote_types(scores_SxHxLxL.dtype, jnp.float32)
+    scores_SxHxLxL = scores_SxHxLxL.astype(dtype) / math.sqrt(head_size)
+    distance_LxL = jnp.arange(length)[:, None] - jnp.arange(length)[None, :]
+    visible_LxL = (distance_LxL >= 0) & (distance_LxL < (window or length))
+    # A finite mask: infinities make NaNs of their own in the derivatives of softmax.
+    masked = jnp.where(visible_LxL[None, None], scores_SxHxLxL, jnp.finfo(dtype).min)
+    weights = jax.nn.softmax(masked, axis=-1).astype(value_SxLxHxF.dtype)
+    return jnp.einsum("shlm,smhf->slhf", weights, value_SxLxHxF)
+
+
+class Block(nn.Module):
+    """Attention and MLP, each behind an RMS norm and added to the residual stream."""
+
+    config: TransformerConfig
+
+    def dense(self, features: int, name: str, scale: float = 1.0) -> nn.Dense:
+        """A matrix product with weights of variance ``scale / fan_in`` at the start."""
+        init = nn.initializers.variance_scaling(scale, "fan_in", "normal")
+        dtype = COMPUTE_DTYPES[self.config.compute_dtype]
+        return nn.Dense(features, use_bias=False, dtype=dtype, kernel_init=init, name=name)
+
+    @nn.compact
+    def __call__(self, x_SxLxD: Array) -> Array:
+        """Maps the residual stream ``[S, L, D]`` to the next."""
+        dtype = COMPUTE_DTYPES[self.config.compute_dtype]
+        x_SxLxD += self.attention(nn.RMSNorm(dtype=dtype, name="attention_norm")(x_SxLxD))
+        x_SxLxD += self.mlp(nn.RMSNorm(dtype=dtype, name="mlp_norm")(x_SxLxD))
+        return x_SxLxD
+
+    @property
+    def residual_scale(self) -> float:
+        """Of the variance of what each of the two branches of each layer adds to the stream."""
+        return 1 / (2 * self.config.num_layers)
+
+    def attention(self, x_SxLxD: Array) -> Array:
+        """Causal self-attention with rotary positions."""
+        S, L, D = x_SxLxD.shape
+        qkv = jnp.split(self.dense(3 * D, "qkv")(x_SxLxD), 3, axis=-1)
+        query, key, value = (part.reshape(S, L, self.config.num_heads, -1) for part in qkv)
+        mixed = causal_attention(rope(query), rope(key), value, self.config.window)
+        return self.dense(D, "attention_out", self.residual_scale)(mixed.reshape(S, L, D))
+
+    def mlp(self, x_SxLxD: Array) -> Array:
+        """A hidden layer: GELU, or SwiGLU (Shazeer, 2020, arXiv:2002.05202, equation 6)."""
+        hidden = mlp_width(self.config)
+        up = self.dense(hidden, "up")(x_SxLxD)
+        if self.config.activation == "swiglu":
+            activated = jax.nn.silu(self.dense(hidden, "gate")(x_SxLxD)) * up
+        else:
+            activated = jax.nn.gelu(up)
+        return self.dense(x_SxLxD.shape[-1], "mlp_out", self.residual_scale)(activated)
+
+
+def mlp_width(config: TransformerConfig) -> int:
+    """The hidden width of the MLP, where the config leaves it open."""
+    if config.mlp_width is not None:
+        return config.mlp_width
+    return 8 * math.ceil(config.width / 3) if config.activation == "swiglu" else 4 * config.width
+
+
+def _check(config: TransformerConfig) -> None:
+    """Raises a `UserError` on the first field that cannot be."""
+    c = config
+    if c.vocab_size < 2:
+        raise UserError(f"vocab_size is {c.vocab_size}: a language model needs at least 2 tokens")
+    for name in ("width", "num_layers", "num_heads", "mlp_width", "window"):
+        value = getattr(c, name)
+        if value is not None and value < 1:
+            raise UserError(f"{name} is {value}: it must be at least 1")
+    if c.width % c.num_heads:
+        raise UserError(f"width {c.width} is not divisible by num_heads {c.num_heads}")
+    if c.width // c.num_heads % 2:
+        raise UserError(
+            f"width {c.width} / num_heads {c.num_heads} gives heads of an odd size, "
+            f"{c.width // c.num_heads}: rotary positions need an even one"
+        )
+    if c.activation not in ("gelu", "swiglu"):
+        raise UserError(f"activation is {c.activation!r}: choose 'gelu' or 'swiglu'")
+    if c.compute_dtype not in COMPUTE_DTYPES:
+        raise UserError(f"compute_dtype is {c.compute_dtype!r}: choose 'float32' or 'bfloat16'")
+
+
+def _init(config: TransformerConfig, key: Key) -> Params:
+    """Parameters at the start, drawn layer by layer however the layers are run."""
+    embed_key, head_key, norm_key, *layer_keys = jax.random.split(key, config.num_layers + 3)
+    init_embedding = nn.initializers.normal(config.width**-0.5)
+    shape, stream = (config.vocab_size, config.width), jnp.zeros((1, 1, config.width))
+    params: Params = {"embed": {"embedding": init_embedding(embed_key, shape)}}
+    for i, layer_key in enumerate(layer_keys):
+        params[f"layer_{i}"] = Block(config).init(layer_key, stream)["params"]
+    params["final_norm"] = nn.RMSNorm().init(norm_key, stream)["params"]
+    if not config.tie_head:
+        params["head"] = {"kernel": init_embedding(head_key, shape).T}
+    return params
+
+
+def _run_layers(config: TransformerConfig) -> Callable[[Sequence[Params], Array], Array]:
+    """The layers one after the other: ``(params of each layer, stream) -> stream``."""
+
+    def layer(x_SxLxD: Array, params: Params) -> tuple[Array, None]:
+        return apply_module(Block(config), params, x_SxLxD), None
+
+    if config.remat:  # the body of a scan needs no guard against merging the recomputation
+        layer = jax.checkpoint(layer, prevent_cse=not config.scan_layers)
+
+    def scanned(layers: Sequence[Params], x_SxLxD: Array) -> Array:
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
+        return jax.lax.scan(layer, x_SxLxD, stacked)[0]
+
+    def unrolled(layers: Sequence[Params], x_SxLxD: Array) -> Array:
+        for params in layers:
+            x_SxLxD, _ = layer(x_SxLxD, params)
+        return x_SxLxD
+
+    return scanned if config.scan_layers else unrolled
+
+
+def transformer(config: TransformerConfig) -> Model:
+    """A decoder-only transformer language model.
+
+    Every matrix starts normal with variance ``1 / fan_in`` (``1 / D`` for embedding
+    and head), and the two that write to the residual stream with
+    ``1 / (2 num_layers)`` of it, so that the stream does not grow with depth.
+
+    Args:
+      config: shape and mode of computation.
+
+    Returns:
+      A model from int32 ``[S, L]`` to float32 logits ``[S, L, V]``. A token outside
+      the vocabulary gives NaN.
+
+    Raises:
+      UserError: if a field of ``config`` is out of range, or ``width`` does not
+        divide into ``num_heads`` heads of an even size.
+    """
+    _check(config)
+    run_layers = _run_layers(config)
+
+    def apply(params: Params, tokens_SxL: Array) -> Array:
+        embedding_VxD = params["embed"]["embedding"]
+        x_SxLxD = jnp.take(embedding_VxD, tokens_SxL, axis=0)
+        x_SxLxD = x_SxLxD.astype(COMPUTE_DTYPES[config.compute_dtype] or embedding_VxD.dtype)
+        x_SxLxD = run_layers([params[f"layer_{i}"] for i in range(config.num_layers)], x_SxLxD)
+        x_SxLxD = apply_module(nn.RMSNorm(), params["final_norm"], x_SxLxD)
+        return x_SxLxD @ (embedding_VxD.T if config.tie_head else params["head"]["kernel"])
+
+    return Model(
+        init=functools.partial(_init, config),
+        apply=apply,
+        head=() if config.tie_head else ("head",),
+    )
