@@ -1,0 +1,170 @@
+"""Evaluation: the loss after 0..K inner steps on held-out tasks, with intervals over tasks."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from scipy import stats
+
+from metaopt.inner_loop import InnerLoop, adapt
+from metaopt.parallel import Device, parallel_map
+from metaopt.types import Episode, Hparams, Learner, LossFn, MetaParams
+
+CurveFn = Callable[[MetaParams, Hparams, Episode], np.ndarray]
+"""``(meta_params, hparams, episodes [E, ...]) -> float64 [E, steps + 1]``."""
+
+
+def adaptation_curve(learner: Learner, loss_fn: LossFn, inner: InnerLoop, num_steps: int):
+    """The query loss of one episode after 0..num_steps inner steps on the whole support.
+
+    Returns:
+      ``(meta_params, hparams, episode) -> float32 [num_steps + 1]``, in the unit of the
+      loss; num_steps may exceed the trained number. Every step takes all of the
+      support, also where training splits it.
+    """
+    scanned = InnerLoop(num_steps=inner.num_steps, batching="same", unroll=False)
+
+    def curve(meta_params: MetaParams, hparams: Hparams, episode: Episode):
+        def query_loss(params):
+            return loss_fn(params, episode.query)
+
+        adapted = adapt(
+            loss_fn,
+            learner.inner_opt(meta_params, hparams),
+            learner.start(meta_params),
+            episode.support,
+            scanned,
+            num_steps=num_steps,
+            probe=query_loss,
+        )
+        return jnp.append(adapted.probes, query_loss(adapted.params))
+
+    return curve
+
+
+def make_curves(
+    learner: Learner,
+    loss_fn: LossFn,
+    inner: InnerLoop,
+    num_steps: int,
+    devices: Sequence[Device],
+    tasks_at_a_time: int = 0,
+) -> CurveFn:
+    """`adaptation_curve` of many episodes, compiled once, over all devices.
+
+    Hyperparameters are arguments: curves at another inner rate do not compile again,
+    those of another number of episodes do. A device computes ``tasks_at_a_time``
+    episodes at a time, and 64 for 0: of episodes, unlike tasks of a meta-batch, there
+    are so many that all at once would not fit.
+    """
+    curve = adaptation_curve(learner, loss_fn, inner, num_steps)
+
+    def on_device(shared, episodes):
+        meta_params, hparams = shared
+        return jax.lax.map(
+            lambda episode: curve(meta_params, hparams, episode),
+            episodes,
+            # None is a plain loop: `lax.map` would otherwise vmap over groups of one.
+            batch_size=None if tasks_at_a_time == 1 else tasks_at_a_time or 64,
+        )
+
+    mapped = parallel_map(on_device, devices)
+
+    def curves(meta_params, hparams, episodes):
+        return mapped((meta_params, dict(hparams)), episodes).astype(np.float64)
+
+    return curves
+
+
+class Interval(NamedTuple):
+    """A mean with a 95 % confidence interval.
+
+    Attributes:
+      mean: mean over groups of the mean over each group's episodes.
+      ci95: half the width of the interval, from Student's t over the n groups.
+      n: the number of groups.
+    """
+
+    mean: float
+    ci95: float
+    n: int
+
+
+def interval(values: np.ndarray, groups: np.ndarray) -> Interval:
+    """The mean over tasks and its interval, episodes of one task averaged first.
+
+    Episodes of the same task are not independent: the interval is over tasks.
+
+    Args:
+      values: ``[E]``, one number an episode.
+      groups: ``[E]``, which task each episode is of.
+
+    Raises:
+      ValueError: shapes differ or there is nothing to average.
+    """
+    if values.ndim != 1 or values.shape != np.shape(groups) or not values.size:
+        raise ValueError(f"need values and groups of one shape [E], got {values.shape}")
+    means = task_means(values, groups)
+    n = len(means)
+    if n < 2:
+        return Interval(float(means.mean()), float("nan"), n)
+    half = stats.t.ppf(0.975, n - 1) * means.std(ddof=1) / np.sqrt(n)
+    return Interval(float(means.mean()), float(half), n)
+
+
+def task_means(values: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    """The mean of each task's episodes, ``[E, ...]`` to ``[n, ...]``."""
+    return np.stack([values[groups == task].mean(axis=0) for task in np.unique(groups)])
+
+
+class TunedCurves(NamedTuple):
+    """Adaptation curves at inner rates tuned apart for every number of steps.
+
+    Attributes:
+      losses: ``[E, steps + 1]`` on the test episodes.
+      rates: ``[steps + 1]``, the rate chosen for each number of steps; the first, for
+        no step, is that of the last.
+    """
+
+    losses: np.ndarray
+    rates: np.ndarray
+
+
+def tuned_curves(
+    curves: CurveFn,
+    meta_params: MetaParams,
+    hparams: Hparams,
+    rates: Sequence[float],
+    valid: Episode,
+    test: Episode,
+) -> TunedCurves:
+    """Test curves with the inner rate that is best on the validation tasks.
+
+    The rate is chosen for each number of steps apart, which is the most generous to a
+    learner that has one rate for all steps: every point of its curve is its best.
+
+    Args:
+      curves: from `make_curves`.
+      meta_params: the learner's meta-parameters.
+      hparams: the other hyperparameters.
+      rates: the inner learning rates to try.
+      valid: episodes to choose on, ``[E_v, ...]``.
+      test: episodes to report, ``[E, ...]``.
+
+    Returns:
+      `TunedCurves`. A rate under which a validation loss is not finite is chosen for
+      that number of steps only where it is so under all of them.
+    """
+
+    def at(rate, episodes):
+        return curves(meta_params, {**hparams, "inner_learning_rate": np.float32(rate)}, episodes)
+
+    groups = np.asarray(valid.task)
+    on_valid = np.stack([task_means(at(rate, valid), groups).mean(axis=0) for rate in rates])
+    best = np.argmin(np.where(np.isfinite(on_valid), on_valid, np.inf), axis=0)
+    best[0] = best[-1]  # before the first step all are equal: none is computed for it alone
+    on_test = {int(i): at(rates[i], test) for i in np.unique(best)}
+    losses = np.stack([on_test[int(i)][:, step] for step, i in enumerate(best)], axis=1)
+    return TunedCurves(losses, np.asarray(rates)[best])

@@ -1,0 +1,157 @@
+"""The inner loop: K differentiable optax steps on the support of one episode.
+
+Every estimator is this loop with another inner-gradient function: reverse mode
+differentiates through `jax.value_and_grad`; first order puts a stop-gradient
+behind it; a mixed-mode rule would replace its transpose.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from metaopt.errors import UserError
+from metaopt.types import Array, Batch, InnerGradFn, LossFn, Params
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InnerLoop:
+    """How an episode is adapted to.
+
+    Attributes:
+      num_steps: K, the number of inner steps of training.
+      batching: ``same`` steps K times on the whole support; ``split`` cuts it into
+        K equal batches, one a step.
+      query_loss: what the outer loop descends: the query loss after the ``last`` step, or
+        its ``mean`` over the K steps, which makes every number of steps up to K a good
+        one (the multi-step loss of Antoniou et al., 2019, with equal weights).
+      unroll: inner steps laid out one after the other instead of scanned: quicker
+        to run on CPU, slower to compile, and larger in memory.
+      remat: recompute each inner step in the backward pass instead of keeping its
+        intermediate values.
+    """
+
+    num_steps: int = 5
+    batching: Literal["same", "split"] = "same"
+    query_loss: Literal["last", "mean"] = "last"
+    unroll: bool = True
+    remat: bool = False
+
+    def __post_init__(self):
+        if self.num_steps < 1:
+            raise UserError(
+                f"the inner loop needs at least 1 step, not num_steps={self.num_steps}; "
+                "for training without one use the joint estimator"
+            )
+        if self.batching not in ("same", "split"):
+            raise UserError(f"batching is {self.batching!r}: choose 'same' or 'split'")
+
+
+class Adapted(NamedTuple):
+    """What the inner loop returns.
+
+    Attributes:
+      params: the adapted parameters.
+      losses: float32 ``[K]``, the support loss before each step.
+      probes: ``probe(params)`` before each step, stacked ``[K, ...]``; None without a probe.
+    """
+
+    params: Params
+    losses: Array
+    probes: Any = None
+
+
+def adapt(
+    loss_fn: LossFn,
+    optimizer: optax.GradientTransformation,
+    params: Params,
+    support: Batch,
+    config: InnerLoop,
+    *,
+    num_steps: int | None = None,
+    grad_fn: InnerGradFn = jax.value_and_grad,
+    probe: Callable[[Params], Any] | None = None,
+) -> Adapted:
+    """Takes K inner steps, ``θ_{k+1} = θ_k + u_k(∇L(θ_k))``, differentiably.
+
+    Any optax transformation serves. The derivative of an adaptive one such as Adam
+    is NaN at a gradient of zero, through the square root of its second moment;
+    `away_from_zero` closes that trap.
+
+    Args:
+      loss_fn: the loss that is stepped on.
+      optimizer: the inner optimiser, learning rate and sign included.
+      params: where the loop starts.
+      support: examples ``[S, ...]``.
+      config: see `InnerLoop`.
+      num_steps: takes the place of ``config.num_steps``, for an evaluation that goes
+        on past the trained number of steps (only with ``batching='same'``).
+      grad_fn: turns the loss into ``(params, batch) -> (loss, gradient)``.
+      probe: what else to measure at the parameters before each step.
+
+    Returns:
+      `Adapted`.
+
+    Raises:
+      UserError: S does not divide by K under ``batching='split'``.
+
+    Example:
+      >>> adapted = adapt(loss_fn, optax.sgd(0.1), params, episode.support, InnerLoop())
+      >>> loss_fn(adapted.params, episode.query)
+
+    References:
+      Finn et al., 2017, "Model-Agnostic Meta-Learning", section 2.2.
+    """
+    steps = config.num_steps if num_steps is None else num_steps
+    value_and_grad = grad_fn(loss_fn)
+    batches = split_batches(support, steps) if config.batching == "split" else None
+
+    def step(carry, batch):
+        params, opt_state = carry
+        loss, grads = value_and_grad(params, support if batch is None else batch)
+        updates, opt_state = optimizer.update(away_from_zero(grads), opt_state, params)
+        measured = None if probe is None else probe(params)
+        return (optax.apply_updates(params, updates), opt_state), (loss, measured)
+
+    if config.remat:
+        step = jax.checkpoint(step, prevent_cse=config.unroll)
+    (params, _), (losses, probes) = jax.lax.scan(
+        step, (params, optimizer.init(params)), batches, length=steps, unroll=config.unroll
+    )
+    return Adapted(params, losses, probes)
+
+
+def split_batches(support: Batch, num_steps: int) -> Batch:
+    """Cuts ``[S, ...]`` into one batch a step, ``[K, S / K, ...]``."""
+    size = jax.tree.leaves(support)[0].shape[0]
+    if size % num_steps:
+        raise UserError(
+            f"{size} support examples cannot be split into {num_steps} equal batches; "
+            "make the support a multiple of the inner steps or use batching='same'"
+        )
+    return jax.tree.map(lambda x: x.reshape(num_steps, size // num_steps, *x.shape[1:]), support)
+
+
+def away_from_zero(grads: Params) -> Params:
+    """Moves gradients too small to be squared away from zero, by about 1e-16 in float32.
+
+    A second moment is a square, and the derivative of its square root at zero is
+    infinite; infinity times the zero derivative of the square is NaN. What is moved is
+    the value alone: the derivative of the gradient, which at a stationary point is
+    not zero, goes through. For an entry that the batch does not touch (an absent
+    symbol, a dead unit) it is zero, and so is what comes of it.
+
+    The floor is far below the eps of Adam and its kin, so the updates stay nil; but an
+    optimiser that sees only the sign of a gradient (Lion, sign descent), or only the
+    direction of a whole layer's (LARS), takes the floor for a gradient.
+    """
+
+    def guard(g):
+        # 1e3: so that (1 - β2) floor² is still a normal number.
+        floor = 1e3 * float(jnp.finfo(g.dtype).tiny) ** 0.5
+        return g + jnp.where(jnp.abs(g) < floor, jnp.where(g < 0, -floor, floor), 0.0)
+
+    return jax.tree.map(guard, grads)

@@ -1,0 +1,7 @@
+"""What is meta-learned: one file a learner, each a `metaopt.types.Learner`."""
+
+from metaopt.learners.anil import anil
+from metaopt.learners.learned_rates import meta_sgd, per_layer_per_step
+from metaopt.learners.maml import maml
+
+__all__ = ["anil", "maml", "meta_sgd", "per_layer_per_step"]

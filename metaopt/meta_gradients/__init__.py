@@ -1,0 +1,13 @@
+"""How the meta-gradient is found: one file an estimator, all behind one signature.
+
+An estimator is ``(learner, loss_fn, inner_loop) -> MetaGradFn``, and the result
+takes ``(meta_params, hparams, episode, key)`` to ``(meta-gradient, metrics)`` of
+one episode. Tasks, devices and the outer optimiser are no concern of it.
+"""
+
+from metaopt.meta_gradients.first_order import first_order
+from metaopt.meta_gradients.joint import joint
+from metaopt.meta_gradients.reptile import reptile
+from metaopt.meta_gradients.reverse import reverse
+
+__all__ = ["first_order", "joint", "reptile", "reverse"]

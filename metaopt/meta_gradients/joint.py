@@ -1,0 +1,53 @@
+"""Joint pretraining: the baseline, with no inner loop in training."""
+
+import jax
+import jax.numpy as jnp
+
+from metaopt.errors import UserError
+from metaopt.inner_loop import InnerLoop
+from metaopt.types import Batch, Episode, Learner, LossFn, MetaGradFn
+
+
+def joint(learner: Learner, loss_fn: LossFn, inner: InnerLoop | None = None) -> MetaGradFn:
+    """The gradient of the plain loss on all of the episode: ``∇ L_{S ∪ Q}(θ)``.
+
+    It sees the very tokens that a meta-learner sees, support and query, and learns one
+    model of all tasks; adaptation happens at test time only.
+
+    Args:
+      learner: must meta-learn nothing beside the initialisation.
+      loss_fn: the loss.
+      inner: not used; it is here so that all estimators have one signature.
+
+    Returns:
+      ``(meta_params, hparams, episode, key) -> (meta-gradient, metrics)``, where the
+      metric ``inner_losses`` is ``[0]``.
+
+    Raises:
+      UserError: the learner has meta-parameters that this gradient does not reach.
+    """
+    del inner
+    require_initialisation_only(learner, "joint pretraining")
+
+    def estimate(meta_params, hparams, episode, key):
+        del hparams, key
+        loss, grads = jax.value_and_grad(
+            lambda meta_params: loss_fn(learner.start(meta_params), support_and_query(episode))
+        )(meta_params)
+        return grads, {"loss": loss, "inner_losses": jnp.zeros((0,), loss.dtype)}
+
+    return estimate
+
+
+def support_and_query(episode: Episode) -> Batch:
+    """All examples of an episode, ``[S + Q, ...]``."""
+    return jax.tree.map(lambda s, q: jnp.concatenate([s, q]), episode.support, episode.query)
+
+
+def require_initialisation_only(learner: Learner, estimator: str) -> None:
+    """Refuses learners with meta-parameters that an estimator gives no gradient."""
+    if learner.learned:
+        raise UserError(
+            f"{estimator} trains the initialisation alone and gives no gradient for "
+            f"{', '.join(learner.learned)}: use the learner maml, or the estimator reverse"
+        )

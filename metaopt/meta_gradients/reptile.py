@@ -1,0 +1,45 @@
+"""Reptile: the way from the start to the adapted parameters, taken as a gradient."""
+
+import jax
+
+from metaopt.inner_loop import InnerLoop, adapt
+from metaopt.meta_gradients.joint import require_initialisation_only, support_and_query
+from metaopt.types import Learner, LossFn, MetaGradFn
+
+
+def reptile(learner: Learner, loss_fn: LossFn, inner: InnerLoop) -> MetaGradFn:
+    """Moves the start towards the parameters adapted to all of the episode.
+
+    Mathematics: ``g = (θ_0 − θ_K) / (α K)`` with θ_K from K steps on support and query
+    together; for plain gradient descent this is the mean inner gradient. The published
+    update ``θ ← θ + ε (θ_K − θ)`` is outer gradient descent on ``α K g``.
+
+    Args:
+      learner: must meta-learn nothing beside the initialisation. What its inner
+        loop does not move (the body, for ANIL) gets a gradient of zero.
+      loss_fn: the inner loss; there is no outer one.
+      inner: the inner loop; with ``batching='split'`` each step sees fresh examples.
+
+    Returns:
+      ``(meta_params, hparams, episode, key) -> (meta-gradient, metrics)``, where the
+      metric ``loss`` is that of the adapted parameters on the query, which they have seen.
+
+    Raises:
+      UserError: the learner has meta-parameters that this gradient does not reach.
+
+    References:
+      Nichol et al., 2018, "On First-Order Meta-Learning Algorithms", algorithm 1.
+    """
+    require_initialisation_only(learner, "Reptile")
+
+    def estimate(meta_params, hparams, episode, key):
+        del key
+        start = learner.start(meta_params)
+        optimizer = learner.inner_opt(meta_params, hparams)
+        adapted = adapt(loss_fn, optimizer, start, support_and_query(episode), inner)
+        distance = hparams["inner_learning_rate"] * inner.num_steps
+        grads = jax.tree.map(lambda a, b: (a - b) / distance, start, adapted.params)
+        loss = loss_fn(adapted.params, episode.query)
+        return {"params": grads}, {"loss": loss, "inner_losses": adapted.losses}
+
+    return estimate

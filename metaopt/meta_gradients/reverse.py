@@ -1,0 +1,65 @@
+"""Reverse mode: the exact meta-gradient, by backpropagation through the inner loop."""
+
+import jax
+
+from metaopt.inner_loop import InnerLoop, adapt
+from metaopt.types import InnerGradFn, Learner, LossFn, MetaGradFn
+
+
+def reverse(
+    learner: Learner,
+    loss_fn: LossFn,
+    inner: InnerLoop,
+    *,
+    grad_fn: InnerGradFn = jax.value_and_grad,
+) -> MetaGradFn:
+    """The exact gradient of the query loss after adaptation.
+
+    Mathematics: with ``θ_{k+1} = θ_k − α ∇L_S(θ_k)``,
+    ``d L_Q(θ_K) / d θ_0 = ∏_k (I − α ∇²L_S(θ_k)) ∇L_Q(θ_K)``; what else is
+    meta-learned gets its exact gradient in the same pass. With
+    ``inner.query_loss='mean'`` it is the gradient of ``1/K Σ_k L_Q(θ_k)``, k = 1..K.
+
+    Args:
+      learner: what is meta-learned.
+      loss_fn: the inner and the outer loss.
+      inner: the inner loop.
+      grad_fn: the inner-gradient function; another one makes another estimator.
+
+    Returns:
+      ``(meta_params, hparams, episode, key) -> (meta-gradient, metrics)``; the key is
+      not used.
+
+    References:
+      Finn et al., 2017, "Model-Agnostic Meta-Learning", algorithm 1; Antoniou et al.,
+      2019, "How to train your MAML" (the multi-step loss).
+    """
+
+    def objective(meta_params, hparams, episode):
+        optimizer = learner.inner_opt(meta_params, hparams)
+        start = learner.start(meta_params)
+
+        def query_loss(params):
+            return loss_fn(params, episode.query)
+
+        adapted = adapt(
+            loss_fn,
+            optimizer,
+            start,
+            episode.support,
+            inner,
+            grad_fn=grad_fn,
+            probe=query_loss if inner.query_loss == "mean" else None,
+        )
+        last = query_loss(adapted.params)
+        metrics = {"loss": last, "inner_losses": adapted.losses}
+        if inner.query_loss == "last":
+            return last, metrics
+        # The first probe is from before any step, which is no loss of adaptation.
+        return (adapted.probes[1:].sum() + last) / inner.num_steps, metrics
+
+    def estimate(meta_params, hparams, episode, key):
+        del key
+        return jax.grad(objective, has_aux=True)(meta_params, hparams, episode)
+
+    return estimate

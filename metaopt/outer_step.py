@@ -1,0 +1,246 @@
+"""One pure meta-update: tasks in groups -> meta-gradient -> pmean -> optax."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from metaopt.errors import UserError
+from metaopt.types import (
+    Episode,
+    Hparams,
+    Key,
+    Learner,
+    MetaGradFn,
+    MetaState,
+    Metrics,
+    Params,
+    PyTree,
+)
+
+MetaStep = Callable[[MetaState, Episode], tuple[MetaState, Metrics]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OuterConfig:
+    """The outer optimiser: AdamW with clipping, linear warm-up and cosine decay.
+
+    Attributes:
+      learning_rate: peak outer rate of the parameters; ``hparams['outer_learning_rate']``.
+      rates_learning_rate: peak outer rate of all that is learned beside the
+        parameters; ``hparams['rates_learning_rate']``.
+      weight_decay: decoupled, on the parameters alone; ``hparams['weight_decay']``.
+      clip_norm: largest global norm of the meta-gradient; ``hparams['clip_norm']``.
+      warmup_steps: meta-steps, W, of which the first takes ``1 / (W + 1)`` of the
+        peak, rising linearly to all of it in the step after them.
+      decay_steps: the meta-step at which the cosine, which begins after the warm-up,
+        ends; 0 keeps the peak.
+      final_fraction: what is left of the peak at the end of the cosine.
+    """
+
+    learning_rate: float = 1e-3
+    rates_learning_rate: float = 1e-2
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0
+    warmup_steps: int = 0
+    decay_steps: int = 0
+    final_fraction: float = 0.0
+
+    def __post_init__(self):
+        if self.decay_steps and self.decay_steps <= self.warmup_steps:
+            raise UserError(
+                f"decay_steps={self.decay_steps} must exceed warmup_steps={self.warmup_steps}"
+            )
+
+    def hparams(self) -> dict[str, jax.Array]:
+        """The scalars of the outer loop that may change while a run goes on."""
+        values = {
+            "outer_learning_rate": self.learning_rate,
+            "rates_learning_rate": self.rates_learning_rate,
+            "weight_decay": self.weight_decay,
+            "clip_norm": self.clip_norm,
+        }
+        return {name: jnp.float32(value) for name, value in values.items()}
+
+
+OuterOpt = Callable[[Hparams], optax.GradientTransformation]
+"""``hparams -> optax.GradientTransformation``, built anew inside every traced step."""
+
+
+def outer_optimizer(config: OuterConfig) -> OuterOpt:
+    """AdamW on meta-parameters, its settings read from the state.
+
+    The returned function is called inside the step: the shape of the schedule is
+    fixed, the scalars come from ``hparams`` and may change without a recompile.
+    """
+    schedule = _schedule(config)
+
+    def build(hparams: Hparams) -> optax.GradientTransformation:
+        return optax.chain(
+            optax.clip_by_global_norm(hparams["clip_norm"]),
+            optax.scale_by_adam(),
+            _on_params_only(optax.add_decayed_weights(hparams["weight_decay"])),
+            optax.scale_by_schedule(schedule),
+            _scale_by_rates(hparams),
+        )
+
+    return build
+
+
+def _schedule(config: OuterConfig) -> optax.Schedule:
+    """The fraction of the peak rate at each step, counted from 0."""
+    decay = optax.constant_schedule(1.0)
+    if config.decay_steps:
+        steps = config.decay_steps - config.warmup_steps
+        decay = optax.cosine_decay_schedule(1.0, steps, config.final_fraction)
+
+    def schedule(count):
+        # Counting from one, so that the first step of a warm-up is not of length zero.
+        warm_up = jnp.minimum(1.0, (count + 1) / (config.warmup_steps + 1))
+        return warm_up * decay(jnp.maximum(count - config.warmup_steps, 0))
+
+    return schedule
+
+
+def _on_params_only(transform: optax.GradientTransformation) -> optax.GradientTransformation:
+    def mask(meta_params: PyTree) -> PyTree:
+        return {name: name == "params" for name in meta_params}
+
+    return optax.masked(transform, mask)
+
+
+def _scale_by_rates(hparams: Hparams) -> optax.GradientTransformation:
+    def update(updates: PyTree, _) -> PyTree:
+        rates = {name: hparams["rates_learning_rate"] for name in updates}
+        rates["params"] = hparams["outer_learning_rate"]
+        return {
+            name: jax.tree.map(lambda u, rate=rates[name]: -rate * u, updates[name])
+            for name in updates
+        }
+
+    return optax.stateless(update)
+
+
+def init_state(
+    key: Key, params: Params, learner: Learner, outer_opt: OuterOpt, hparams: Hparams
+) -> MetaState:
+    """The state before the first meta-step.
+
+    Args:
+      key: typed key from which the data and the noise of every step come.
+      params: initial parameters of the model.
+      learner: what is meta-learned.
+      outer_opt: from `outer_optimizer`.
+      hparams: all scalars that the step reads, ``inner_learning_rate`` among them.
+    """
+    meta_params = learner.init(params)
+    hparams = {name: jnp.asarray(value, jnp.float32) for name, value in hparams.items()}
+    opt_state = outer_opt(hparams).init(meta_params)
+    # A copy: the step donates its state, and the caller may start other runs from `params`.
+    state = MetaState(jnp.zeros((), jnp.int32), meta_params, opt_state, hparams, key)
+    return jax.tree.map(jnp.copy, state)
+
+
+def make_meta_step(
+    estimate: MetaGradFn,
+    outer_opt: OuterOpt,
+    *,
+    tasks_at_a_time: int = 0,
+    axis_name: str | None = None,
+) -> MetaStep:
+    """One meta-update as a pure function of one device.
+
+    Args:
+      estimate: an estimator bound to a learner and a loss.
+      outer_opt: from `outer_optimizer`.
+      tasks_at_a_time: G, see `mean_over_tasks`.
+      axis_name: the pmap axis over which gradients and metrics are averaged.
+
+    Returns:
+      ``(state, episodes [T, ...]) -> (state, metrics)``. Metrics are float32 means over
+      all tasks: ``loss``, ``inner_losses`` ``[K]``, and the norms ``grad_norm`` and
+      ``update_norm``.
+    """
+
+    def step(state: MetaState, episodes: Episode) -> tuple[MetaState, Metrics]:
+        keys = _task_keys(state, episodes, axis_name)
+        grads, metrics = mean_over_tasks(
+            lambda episode, key: estimate(state.meta_params, state.hparams, episode, key),
+            (episodes, keys),
+            tasks_at_a_time,
+        )
+        if axis_name is not None:
+            grads, metrics = jax.lax.pmean((grads, metrics), axis_name)
+        optimizer = outer_opt(state.hparams)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.meta_params)
+        metrics |= {
+            "grad_norm": optax.global_norm(grads),
+            "update_norm": optax.global_norm(updates),
+        }
+        meta_params = optax.apply_updates(state.meta_params, updates)
+        return state._replace(
+            step=state.step + 1, meta_params=meta_params, opt_state=opt_state
+        ), metrics
+
+    return step
+
+
+def _task_keys(state: MetaState, episodes: Episode, axis_name: str | None) -> Key:
+    """A key a task, by its index over all devices: N devices draw what one would."""
+    num_tasks = episodes.task.shape[0]
+    first = 0 if axis_name is None else jax.lax.axis_index(axis_name) * num_tasks
+    step_key = jax.random.fold_in(state.key, state.step)
+    return jax.vmap(lambda i: jax.random.fold_in(step_key, i))(first + jnp.arange(num_tasks))
+
+
+def mean_over_tasks(function: Callable, tasks, tasks_at_a_time: int = 0):
+    """The mean of ``function(*task)`` over tasks, G of them at a time.
+
+    One number chooses the form: G = 0 (or all) is one `jax.vmap`; G = 1 is a scan
+    with no batching at all, the least memory and often the quickest on CPU; between
+    them a scan over groups under vmap accumulates microbatches. The sum is kept
+    in the scan's carry, so memory does not grow with the number of groups.
+
+    Args:
+      function: one task to a pytree of arrays.
+      tasks: a tuple of pytrees with leading axis ``[T]``.
+      tasks_at_a_time: G, which must divide T.
+
+    Raises:
+      UserError: G does not divide T.
+    """
+    num_tasks = jax.tree.leaves(tasks)[0].shape[0]
+    group = tasks_at_a_time or num_tasks
+    check_groups(num_tasks, group)
+    if group == num_tasks > 1:
+        return _mean0(jax.vmap(function)(*tasks))
+
+    def of_group(tasks):
+        if group == 1:
+            return function(*jax.tree.map(lambda x: x[0], tasks))
+        return _mean0(jax.vmap(function)(*tasks))
+
+    groups = jax.tree.map(lambda x: x.reshape(num_tasks // group, group, *x.shape[1:]), tasks)
+    zeros = jax.tree.map(
+        lambda x: jnp.zeros(x.shape, x.dtype),
+        jax.eval_shape(of_group, jax.tree.map(lambda x: x[0], groups)),
+    )
+    total, _ = jax.lax.scan(
+        lambda total, tasks: (jax.tree.map(jnp.add, total, of_group(tasks)), None), zeros, groups
+    )
+    return jax.tree.map(lambda x: x / (num_tasks // group), total)
+
+
+def check_groups(num_tasks: int, tasks_at_a_time: int) -> None:
+    """Raises UserError where G does not divide T."""
+    if tasks_at_a_time < 0 or (tasks_at_a_time and num_tasks % tasks_at_a_time):
+        raise UserError(
+            f"{num_tasks} tasks a device cannot be taken {tasks_at_a_time} at a time; "
+            "make tasks_at_a_time a divisor of them (0 takes all at once)"
+        )
+
+
+def _mean0(tree):
+    return jax.tree.map(lambda x: jnp.mean(x, axis=0), tree)
