@@ -1,0 +1,210 @@
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from metaopt.checkpoint import Checkpoints
+from metaopt.errors import UserError
+from metaopt.types import MetaState
+
+FINGERPRINT = {"seed": 0, "outer": {"learning_rate": 0.1, "betas": (0.9, 0.99)}}
+
+
+def make_state(step: int, impl: str | None = None, width: int = 3) -> MetaState:
+    params = {
+        "w": jnp.linspace(-1.0, 1.0, 2 * width).reshape(2, width) * (step + 1) / 7,
+        "half": jnp.full(5, step / 3, jnp.bfloat16),
+    }
+    return MetaState(
+        step=jnp.int32(step),
+        meta_params={"params": params, "rates": jnp.zeros((0, 4))},
+        opt_state=optax.chain(optax.clip(1.0), optax.adam(0.1)).init(params),
+        hparams={"inner_learning_rate": jnp.float32(0.1)},
+        key=jax.random.key(step, impl=impl),
+    )
+
+
+def assert_bitwise_equal(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert x.dtype == y.dtype
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            x, y = jax.random.key_data(x), jax.random.key_data(y)
+        assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
+
+
+def open_checkpoints(directory, fingerprint=None, keep_last=3):
+    return Checkpoints(directory, fingerprint=fingerprint or FINGERPRINT, keep_last=keep_last)
+
+
+def save(directory, *steps, **options):
+    with open_checkpoints(directory, **options) as checkpoints:
+        for step in steps:
+            checkpoints.save(make_state(step))
+
+
+@pytest.mark.parametrize("impl", ["threefry2x32", "rbg"])
+def test_round_trip_is_bitwise_and_placed_like_the_example(tmp_path, impl):
+    state = make_state(4, impl)
+    replicated = NamedSharding(Mesh(np.array(jax.devices()), ("devices",)), PartitionSpec())
+    example = jax.device_put(make_state(0, impl), replicated)
+    with open_checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.restore_latest(example) is None
+        checkpoints.save(state, notes={"first_loss": 0.1})
+        checkpoints.wait()
+    with open_checkpoints(tmp_path) as checkpoints:
+        for like in (example, jax.eval_shape(lambda: make_state(0, impl))):
+            restored = checkpoints.restore_latest(like)
+            assert restored is not None and restored.notes == {"first_loss": 0.1}
+            assert_bitwise_equal(restored.state, state)
+        placed = checkpoints.restore_latest(example)
+        assert placed is not None
+        assert all(leaf.sharding == replicated for leaf in jax.tree.leaves(placed.state))
+
+
+def test_a_state_may_be_donated_while_it_is_being_saved(tmp_path):
+    state = make_state(1)._replace(meta_params={"params": jnp.ones(200_000)})
+    example = jax.tree.map(lambda leaf: leaf.copy(), state)
+    overwrite = jax.jit(
+        lambda s: s._replace(meta_params=jax.tree.map(jnp.negative, s.meta_params)),
+        donate_argnums=0,
+    )
+    with open_checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(state)
+        jax.block_until_ready(overwrite(state))
+        checkpoints.wait()
+        restored = checkpoints.restore_latest(example)
+    assert restored is not None
+    assert_bitwise_equal(restored.state, example)
+
+
+def test_keeps_the_newest_and_the_best(tmp_path):
+    losses = {1: 3.0, 2: 1.0, 3: float("nan"), 4: 2.0, 5: float("inf"), 6: 1.5}
+    with open_checkpoints(tmp_path, keep_last=2) as checkpoints:
+        assert checkpoints.restore_best(make_state(0)) is None
+        for step, loss in losses.items():
+            checkpoints.save(make_state(step), valid_loss=loss)
+    with open_checkpoints(tmp_path, keep_last=2) as checkpoints:  # known from the files alone
+        assert checkpoints.steps == [2, 5, 6]
+        best = checkpoints.restore_best(make_state(0))
+        assert best is not None and int(best.state.step) == 2 and best.valid_loss == 1.0
+        checkpoints.save(make_state(7), valid_loss=0.5)
+        checkpoints.wait()
+        assert checkpoints.steps == [6, 7]
+
+
+def test_no_best_where_nothing_was_evaluated(tmp_path):
+    with open_checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(make_state(1))
+        assert checkpoints.restore_best(make_state(0)) is None
+
+
+def test_another_config_is_refused_by_field(tmp_path):
+    save(tmp_path, 1)
+    other = {"seed": 0, "outer": {"learning_rate": 0.2, "betas": (0.9, 0.99)}}
+    with (
+        open_checkpoints(tmp_path, other) as checkpoints,
+        pytest.raises(UserError, match=r"\(outer\.learning_rate: 0\.1 saved, 0\.2 now\)"),
+    ):
+        checkpoints.restore_latest(make_state(0))
+
+
+def test_another_state_is_refused_by_leaf(tmp_path):
+    save(tmp_path, 1)
+    narrow = make_state(0)
+    narrow = narrow._replace(hparams={})
+    with open_checkpoints(tmp_path) as checkpoints:
+        with pytest.raises(
+            UserError, match=r"\['w'\] is float32\[2, 3\] there and float32\[2, 4\]"
+        ):
+            checkpoints.restore_latest(make_state(0, width=4))
+        with pytest.raises(
+            UserError, match=r"\.hparams\['inner_learning_rate'\] is .* absent here"
+        ):
+            checkpoints.restore_latest(narrow)
+        with pytest.raises(UserError, match=r"\.key is key<fry>\[\] there and key<rbg>\[\] here"):
+            checkpoints.restore_latest(make_state(0, impl="rbg"))
+
+
+def test_a_state_that_is_not_finite_is_never_saved(tmp_path):
+    state = make_state(2)
+    state.meta_params["params"]["half"] = jnp.full(5, jnp.nan, jnp.bfloat16)
+    with open_checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(make_state(1))
+        with pytest.raises(FloatingPointError, match="half"):
+            checkpoints.save(state)
+        assert checkpoints.steps == [1]
+
+
+def flip_a_bit(directory):
+    largest = max((p for p in directory.rglob("d/*")), key=lambda p: p.stat().st_size)
+    data = bytearray(largest.read_bytes())
+    data[len(data) // 2] ^= 1
+    largest.write_bytes(data)
+
+
+def cut_short(directory):
+    for path in (directory / "state").rglob("d/*"):
+        path.write_bytes(path.read_bytes()[:20])
+
+
+def lose_the_state(directory):
+    shutil.rmtree(directory / "state")
+
+
+def garble_the_host_file(directory):
+    (directory / "host" / "metadata").write_text('{"finger')
+
+
+@pytest.mark.parametrize("damage", [flip_a_bit, cut_short, lose_the_state, garble_the_host_file])
+def test_falls_back_from_a_damaged_checkpoint(tmp_path, capsys, damage):
+    save(tmp_path, 1, 2)
+    damage(tmp_path / "2")
+    with open_checkpoints(tmp_path) as checkpoints:
+        restored = checkpoints.restore_latest(make_state(0))
+        assert restored is not None
+        assert_bitwise_equal(restored.state, make_state(1))
+        assert "warning: the checkpoint of step 2 is damaged" in capsys.readouterr().err
+        assert list(tmp_path.glob("damaged-2-*")), "it is set aside, not deleted"
+        checkpoints.save(make_state(2))  # the step can be saved again
+        checkpoints.wait()
+        again = checkpoints.restore_latest(make_state(0))
+    assert again is not None
+    assert_bitwise_equal(again.state, make_state(2))
+
+
+def test_a_changed_value_that_storage_does_not_notice_is_damage_too(tmp_path, capsys):
+    noise = jax.random.normal(jax.random.key(0), (30_000,))  # not compressible: stored as it is
+    state = make_state(1)._replace(meta_params={"params": noise})
+    with open_checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(state)
+        checkpoints.wait()
+        flip_a_bit(tmp_path / "1")
+        with pytest.raises(UserError, match="none of the checkpoints"):
+            checkpoints.restore_latest(state)
+    assert "its checksum does not match" in capsys.readouterr().err
+
+
+def test_says_so_when_none_can_be_read(tmp_path):
+    save(tmp_path, 1, 2)
+    for step in ("1", "2"):
+        lose_the_state(tmp_path / step)
+    with (
+        open_checkpoints(tmp_path) as checkpoints,
+        pytest.raises(UserError, match=r"none of the checkpoints .* can be read"),
+    ):
+        checkpoints.restore_latest(make_state(0))
+    assert (tmp_path / "1").exists() and (tmp_path / "2").exists()
+
+
+def test_a_save_that_was_killed_leaves_the_one_before(tmp_path):
+    save(tmp_path, 1)
+    unfinished = tmp_path / "2.orbax-checkpoint-tmp"
+    shutil.copytree(tmp_path / "1" / "state", unfinished / "state")
+    with open_checkpoints(tmp_path) as checkpoints:
+        restored = checkpoints.restore_latest(make_state(0))
+    assert restored is not None and int(restored.state.step) == 1
