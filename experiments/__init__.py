@@ -1,0 +1,1 @@
+"""Experiments: each module is a config with presets, the rows of a table, and a call."""

@@ -1,0 +1,183 @@
+"""What `adapt_languages` writes: result records, the table, the figure, and samples of text."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+
+from metaopt import decoding, plots, tables
+from metaopt.comparison import Comparison, RowResult
+from metaopt.evaluate import Interval, interval
+from metaopt.inner_loop import adapt
+from metaopt.losses import NATS_TO_BITS
+from metaopt.results import cell_maker
+from metaopt.runs import Run, write_json_lines
+from metaopt.types import Array, Episode
+
+STEPS, DIFFERENCES = (0, 1, 2, 5, 10), (1, 2, 5)
+BASELINE = "joint pretraining"
+
+
+class Report:
+    """Collects the rows of a run and keeps its files up to date after each of them."""
+
+    def __init__(self, run: Run, comparison: Comparison, *, tasks: str, preset: str, command: str):
+        """``tasks`` and ``preset`` name the table and who made it; ``command`` makes it again."""
+        self._run, self._comparison = run, comparison
+        self._is_bytes = tasks != "markov"
+        self._unit = "bits/byte" if self._is_bytes else "nats/token"
+        self._scale = NATS_TO_BITS if self._is_bytes else 1.0
+        self._groups = np.asarray(comparison.test.task)
+        self._limits: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        self._rows: dict[str, RowResult] = {}
+        self._cell = cell_maker(
+            table=f"adapt_languages/{tasks}",
+            preset=preset,
+            command=command,
+            seeds=[comparison.config.seed],
+            episodes=len(self._groups),
+        )
+
+    def add_limits(self, bayes_loss: Callable[..., Array]) -> None:
+        """Adds the exact Bayes limits, ``(episode, use_support=, use_prefix=) -> [E]``."""
+        for name, use_prefix in (("Bayes: support", False), ("Bayes: support + prefix", True)):
+            without, after = (
+                np.asarray(
+                    bayes_loss(
+                        self._comparison.test, use_support=use_support, use_prefix=use_prefix
+                    ),
+                    np.float64,
+                )
+                for use_support in (False, True)
+            )
+            self._limits[name] = without, after
+
+    def add(self, result: RowResult) -> None:
+        """Adds a trained row, writes all files anew and prints where it ends."""
+        self._rows[result.row.name] = result
+        write_json_lines(self._run.results, self._records())
+        self._draw()
+        steps = self._comparison.inner.num_steps
+        found = self._interval(result.curves[:, steps])
+        Console().print(
+            f"{result.row.name}: {found.mean:.4f} ± {found.ci95:.4f} {self._unit} after "
+            f"{steps} steps ({result.seconds:.0f} s)",
+            highlight=False,
+        )
+
+    def finish(self) -> None:
+        """Writes and prints the table, and text before and after adaptation."""
+        (table,) = tables.arrange(self._records())
+        directory = self._run.directory
+        (directory / "table.md").write_text(tables.to_markdown(table))
+        (directory / "table.tex").write_text(tables.to_latex(table))
+        samples = self._samples()
+        (directory / "samples.md").write_text(samples)
+        self._run.finish()
+        console = Console()
+        console.print(tables.to_rich(table, console.width))
+        console.print(samples, markup=False, highlight=False)
+        console.print(f"written to {directory}", highlight=False)
+
+    def _interval(self, values: np.ndarray) -> Interval:
+        return interval(values * self._scale, self._groups)
+
+    def _records(self) -> list[dict]:
+        losses = {name: self._losses_of(result) for name, result in self._rows.items()}
+        more = {name: {"seconds": round(r.seconds, 1)} for name, r in self._rows.items()}
+        for name, (without, after) in self._limits.items():
+            losses[name] = {step: after if step else without for step in STEPS}
+            more[name] = {"limit": True}
+        records = []
+        for name, columns in losses.items():
+            records += self._row_records(name, columns, **more[name])
+        return records
+
+    def _losses_of(self, result: RowResult) -> dict[int, np.ndarray]:
+        reached = self._comparison.config.max_inner_steps
+        return {step: result.curves[:, step] for step in STEPS if step <= reached}
+
+    def _row_records(self, name: str, losses: dict[int, np.ndarray], **more) -> list[dict]:
+        rates = self._rows[name].rates if name in self._rows else None
+        records = []
+        for step, values in losses.items():
+            column = f"{step} step" if step == 1 else f"{step} steps"
+            rate = {} if rates is None else {"inner_learning_rate": float(rates[step])}
+            records.append(
+                self._cell(name, column, self._interval(values), self._unit, **rate, **more)
+            )
+        baseline = self._rows.get(BASELINE)
+        for step in DIFFERENCES if baseline and name != BASELINE else ():
+            if step in losses:
+                found = self._interval(baseline.curves[:, step] - losses[step])
+                column = f"Δ {step} step" + "s" * (step > 1)
+                records.append(self._cell(name, column, found, self._unit, better="higher", **more))
+        return records + self._gap_record(name, **more)
+
+    def _gap_record(self, name: str, **more) -> list[dict]:
+        """The distance to the support-only limit after the trained number of steps."""
+        if name not in self._rows or not self._limits:
+            return []
+        limit = self._limits["Bayes: support"][1]
+        curves = self._rows[name].curves
+        found = self._interval(curves[:, self._comparison.inner.num_steps] - limit)
+        return [self._cell(name, "gap to Bayes", found, self._unit, **more)]
+
+    def _draw(self) -> None:
+        baseline = self._rows.get(BASELINE)
+        plots.adaptation_curves(
+            self._run.directory / "curves.png",
+            {name: self._curve(result.curves) for name, result in self._rows.items()},
+            {
+                name: self._curve(baseline.curves - result.curves)
+                for name, result in self._rows.items()
+                if baseline is not None and result is not baseline
+            },
+            {name: self._interval(after).mean for name, (_, after) in self._limits.items()},
+            baseline=BASELINE,
+            unit=self._unit,
+            trained_steps=self._comparison.inner.num_steps,
+        )
+
+    def _curve(self, losses: np.ndarray) -> plots.Curve:
+        found = [self._interval(column) for column in losses.T]
+        return plots.Curve(np.array([f.mean for f in found]), np.array([f.ci95 for f in found]))
+
+    def _samples(self) -> str:
+        """Text of the last row's model for the first test episode, before and after."""
+        result = list(self._rows.values())[-1]
+        episode: Episode = jax.tree.map(lambda x: jnp.asarray(x[0]), self._comparison.test)
+        learner, problem = result.row.learner, self._comparison.problem
+        start = learner.start(result.meta_params)
+        optimizer = learner.inner_opt(result.meta_params, result.hparams)
+        adapted = adapt(
+            problem.loss_fn, optimizer, start, episode.support, self._comparison.inner
+        ).params
+        prompt = np.asarray(episode.query.inputs[0])
+        names = problem.family.test.task_names
+        language = names[int(episode.task)] if names else "a new language"
+        steps = self._comparison.inner.num_steps
+        lines = [
+            f"Text of {result.row.name} for {language}, a held-out language.",
+            "",
+            *self._block("Support (first sequence)", np.asarray(episode.support.inputs[0])),
+            *self._block("Prompt", prompt),
+        ]
+        for title, params in (("Before", start), (f"After {steps} steps of", adapted)):
+            loss = float(problem.loss_fn(params, episode.query)) * self._scale
+            tokens = decoding.generate(
+                problem.model, params, prompt, 2 * len(prompt), jax.random.key(0), 0.7
+            )
+            lines += self._block(
+                f"{title} adaptation, {loss:.3f} {self._unit}", np.asarray(tokens)[len(prompt) :]
+            )
+        return "\n".join(lines)
+
+    def _block(self, title: str, tokens: np.ndarray) -> list[str]:
+        if self._is_bytes:
+            shown = bytes(tokens.tolist()).decode("utf-8", errors="replace")
+        else:
+            shown = "".join(chr(ord("a") + t) if t < 26 else f"<{t}>" for t in tokens.tolist())
+        return [f"{title}:", "", *(f"    {line}" for line in shown.splitlines()), ""]

@@ -1,0 +1,91 @@
+"""What the command lines of all experiments share."""
+
+import dataclasses
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import tyro
+
+from metaopt.errors import UserError
+from metaopt.recorder import Diverged
+
+Config = TypeVar("Config")
+
+
+def main(
+    run: Callable[[Config], Any],
+    config_type: type[Config],
+    preset: Callable[[Mapping[str, str]], Config],
+    chosen_by: Sequence[str],
+    description: str,
+    args: Sequence[str] | None = None,
+) -> None:
+    """Reads a config from the command line, starting from a preset, and runs it.
+
+    Args:
+      run: the experiment.
+      config_type: its frozen dataclass.
+      preset: the defaults, given the text of the flags named in ``chosen_by``.
+      chosen_by: flags that choose the defaults of the others, such as ``preset``.
+      description: shown by ``--help``.
+      args: the command line; that of the process by default.
+
+    Exits with code 2 and one line where the input is wrong, with 1 where the run diverged.
+    """
+    args = sys.argv[1:] if args is None else list(args)
+    try:
+        default = preset({name: _flag(args, name) for name in chosen_by if _flag(args, name)})
+        config = tyro.cli(config_type, args=args, default=default, description=description)
+        run(config)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except Diverged as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+def command(
+    module: str,
+    config: Any,
+    preset: Callable[[Mapping[str, str]], Any],
+    chosen_by: Sequence[str],
+) -> str:
+    """The shortest command that gives this config: only what differs from the defaults."""
+    chosen, default = {}, preset({})
+    for name in chosen_by:  # each may change the default of the next
+        if getattr(config, name) != getattr(default, name):
+            chosen[name] = getattr(config, name)
+            default = preset(chosen)
+    flags = [f"--{name} {value}" for name, value in chosen.items()]
+    return " ".join([f"python -m experiments.{module}", *flags, *_changed_flags(config, default)])
+
+
+def _changed_flags(config: Any, default: Any, prefix: str = "") -> list[str]:
+    flags = []
+    for field in dataclasses.fields(config):
+        value, usual = getattr(config, field.name), getattr(default, field.name)
+        name = f"{prefix}{field.name.replace('_', '-')}"
+        if dataclasses.is_dataclass(value):
+            flags += _changed_flags(value, usual, f"{name}.")
+        elif value != usual:
+            flags.append(f"--{name} {_as_argument(value)}")
+    return flags
+
+
+def _as_argument(value: Any) -> str:
+    if isinstance(value, tuple):
+        return " ".join(map(_as_argument, value))
+    text = str(value)
+    return f'"{text}"' if " " in text else text
+
+
+def _flag(args: Sequence[str], name: str) -> str | None:
+    """The value of ``--name value`` or ``--name=value``, before the rest is understood."""
+    for i, arg in enumerate(args):
+        if arg == f"--{name}" and i + 1 < len(args):
+            return args[i + 1]
+        if arg.startswith(f"--{name}="):
+            return arg.split("=", 1)[1]
+    return None

@@ -1,0 +1,324 @@
+"""Learners side by side: every row is trained on the same episodes and judged on the same ones.
+
+A row is a learner with an estimator. All rows start from one place (a joint
+pretraining of so many steps, or a random initialisation), see the same tasks in the
+same order, and are evaluated on the same held-out episodes, so that differences are
+paired. Rates that are not learned are tuned on validation tasks, alike for all rows.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import optax
+
+from metaopt import evaluate, parallel
+from metaopt.checkpoint import Checkpoints
+from metaopt.errors import UserError
+from metaopt.inner_loop import InnerLoop
+from metaopt.learners import maml
+from metaopt.meta_gradients import joint
+from metaopt.outer_step import (
+    OuterConfig,
+    check_groups,
+    init_state,
+    make_meta_step,
+    outer_optimizer,
+)
+from metaopt.progress import say
+from metaopt.runs import as_json
+from metaopt.train import TrainConfig, checkpoint_directory, train
+from metaopt.types import (
+    Episode,
+    Hparams,
+    Learner,
+    LossFn,
+    MetaGradFn,
+    MetaParams,
+    Model,
+    Params,
+    TaskFamily,
+)
+
+Estimator = Callable[[Learner, LossFn, InnerLoop], MetaGradFn]
+
+
+class Problem(NamedTuple):
+    """What all rows of a comparison share.
+
+    Attributes:
+      family: the tasks.
+      model: the model.
+      loss_fn: its loss, in nats or as squared error.
+      tokens_per_task: tokens of support and query together, for throughput.
+    """
+
+    family: TaskFamily
+    model: Model
+    loss_fn: LossFn
+    tokens_per_task: int
+
+
+class Row(NamedTuple):
+    """A learner and the estimator that trains it.
+
+    Attributes:
+      name: as it stands in the table.
+      learner: what is meta-learned.
+      estimator: how; None leaves the random initialisation untrained.
+      inner_optimizer: ``learning_rate -> optax.GradientTransformation``; rows with
+        another one tune a training rate of their own.
+    """
+
+    name: str
+    learner: Learner
+    estimator: Estimator | None
+    inner_optimizer: Callable[..., optax.GradientTransformation] = optax.sgd
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ComparisonConfig:
+    """How long, on how much, and judged on what.
+
+    Attributes:
+      seed: of the initialisation and of the training episodes.
+      num_devices: 0 for all.
+      tasks_per_step: the meta-batch, over all devices.
+      tasks_at_a_time: on one device; 0 all by vmap, 1 one by one in a scan, between
+        them groups.
+      pretrain_steps: steps of joint pretraining that every trained row starts from.
+      meta_steps: steps of each row after that; the joint row goes on for as many.
+      max_inner_steps: the evaluation goes on to so many inner steps.
+      inner_rates: inner learning rates tried on the validation tasks.
+      eval_every: meta-steps between evaluations on the validation tasks, of which the
+        best is kept; 0 keeps the last.
+      checkpoint_every: meta-steps between checkpoints.
+      valid_episodes: episodes that rates and checkpoints are chosen on.
+      test_episodes: episodes that are reported.
+      eval_seed: of both; fixed, so that two runs are comparable line by line.
+    """
+
+    seed: int = 0
+    num_devices: int = 0
+    tasks_per_step: int = 8
+    tasks_at_a_time: int = 0
+    pretrain_steps: int = 0
+    meta_steps: int = 1000
+    max_inner_steps: int = 10
+    inner_rates: tuple[float, ...] = (0.003, 0.01, 0.03, 0.1, 0.3)
+    eval_every: int = 0
+    checkpoint_every: int = 200
+    valid_episodes: int = 64
+    test_episodes: int = 600
+    eval_seed: int = 1234
+
+    def __post_init__(self):
+        for name in ("tasks_per_step", "meta_steps", "valid_episodes", "test_episodes"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if not self.inner_rates or min(self.inner_rates) <= 0:
+            raise UserError(f"inner_rates {self.inner_rates} must be some positive numbers")
+        if self.pretrain_steps < 0:
+            raise UserError(f"pretrain_steps is {self.pretrain_steps}; 0 is the least")
+
+
+class RowResult(NamedTuple):
+    """A row after training, on the test episodes.
+
+    Attributes:
+      row: which.
+      meta_params: what it learned.
+      hparams: with the inner rate that suits the trained number of steps best.
+      curves: float64 ``[E, max_inner_steps + 1]``, in the unit of the loss.
+      rates: ``[max_inner_steps + 1]``, the inner rate for each number of steps.
+      seconds: of training and evaluation, in this process.
+    """
+
+    row: Row
+    meta_params: MetaParams
+    hparams: Hparams
+    curves: np.ndarray
+    rates: np.ndarray
+    seconds: float
+
+
+class Comparison:
+    """Trains and evaluates rows that share a problem and its episodes.
+
+    Everything that can be wrong with the settings is found when it is made.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        inner: InnerLoop,
+        outer: OuterConfig,
+        config: ComparisonConfig,
+    ):
+        """Places the starting parameters and draws the evaluation episodes.
+
+        Raises:
+          UserError: the meta-batch does not divide by the devices or the groups, or
+            the inner loop is longer than the evaluation.
+        """
+        self.problem, self.inner, self.outer, self.config = problem, inner, outer, config
+        self.devices = parallel.default_devices(config.num_devices)
+        parallel.check_divides(config.tasks_per_step, len(self.devices))
+        check_groups(config.tasks_per_step // len(self.devices), config.tasks_at_a_time)
+        if inner.num_steps > config.max_inner_steps:
+            raise UserError(
+                f"training takes {inner.num_steps} inner steps and evaluation only "
+                f"{config.max_inner_steps}: raise max_inner_steps"
+            )
+        valid_key, test_key = jax.random.split(jax.random.key(config.eval_seed))
+        self.valid = problem.family.valid.sample(valid_key, config.valid_episodes)
+        self.test = problem.family.test.sample(test_key, config.test_episodes)
+        self._init_key, self._data_key = jax.random.split(jax.random.key(config.seed))
+        self._tuned: dict[Callable, float] = {}
+
+    def random_init(self) -> Params:
+        """The initial parameters that every row shares."""
+        return self.problem.model.init(self._init_key)
+
+    def pretrain(self, directory: Path) -> Params:
+        """Joint pretraining before the rows part, or the random initialisation for 0 steps."""
+        steps = self.config.pretrain_steps
+        if not steps:
+            return self.random_init()
+        row = Row("pretraining", maml(), joint)
+        rate = self.config.inner_rates[0]  # joint training takes no inner step
+        meta_params = self._train(row, self.random_init(), steps, 0, rate, directory)
+        return meta_params["params"]
+
+    def run(self, row: Row, start: Params, directory: Path) -> RowResult:
+        """Trains a row from ``start`` and evaluates it on the test episodes."""
+        began = time.monotonic()
+        rate = self._training_rate(row, start)
+        if row.estimator is None:
+            meta_params = row.learner.init(self.random_init())
+        else:
+            say(f"{row.name}: training at inner rate {rate:g}")
+            first = self.config.pretrain_steps
+            meta_params = self._train(row, start, self.config.meta_steps, first, rate, directory)
+        # Rates that are learned are not tuned as well: they are used as they were trained.
+        rates = (rate,) if row.learner.learned else self.config.inner_rates
+        tuned = evaluate.tuned_curves(
+            self._curves(row.learner), meta_params, {}, rates, self.valid, self.test
+        )
+        hparams = {"inner_learning_rate": np.float32(tuned.rates[self.inner.num_steps])}
+        seconds = time.monotonic() - began
+        return RowResult(row, meta_params, hparams, tuned.losses, tuned.rates, seconds)
+
+    def _curves(self, learner: Learner, num_steps: int | None = None) -> evaluate.CurveFn:
+        return evaluate.make_curves(
+            learner,
+            self.problem.loss_fn,
+            self.inner,
+            self.config.max_inner_steps if num_steps is None else num_steps,
+            self.devices,
+            self.config.tasks_at_a_time,
+        )
+
+    def _training_rate(self, row: Row, start: Params) -> float:
+        """The rate best on the validation tasks after K steps from where training starts."""
+        if row.inner_optimizer not in self._tuned:
+            learner = maml(row.inner_optimizer)
+            tuned = evaluate.tuned_curves(
+                self._curves(learner, self.inner.num_steps),
+                learner.init(start),
+                {},
+                self.config.inner_rates,
+                self.valid,
+                self.valid,
+            )
+            self._tuned[row.inner_optimizer] = float(tuned.rates[-1])
+        return self._tuned[row.inner_optimizer]
+
+    def _train(
+        self,
+        row: Row,
+        start: Params,
+        num_steps: int,
+        first_step: int,
+        rate: float,
+        directory: Path,
+    ) -> MetaParams:
+        """Trains on the episodes of steps ``first_step ...``; the best checkpoint, or the last."""
+        assert row.estimator is not None
+        outer = dataclasses.replace(self.outer, decay_steps=self._decay_steps(num_steps))
+        outer_opt = outer_optimizer(outer)
+        estimate = row.estimator(row.learner, self.problem.loss_fn, self.inner)
+        step = make_meta_step(
+            estimate,
+            outer_opt,
+            tasks_at_a_time=self.config.tasks_at_a_time,
+            axis_name=parallel.AXIS,
+        )
+        hparams = outer.hparams() | {"inner_learning_rate": rate}
+        state = init_state(self._data_key, start, row.learner, outer_opt, hparams)
+        state = parallel.replicate(state, self.devices)
+        fingerprint = self._fingerprint(row)
+        final = train(
+            state,
+            parallel.parallel_step(step, self.devices),
+            lambda i: self._episodes(first_step + i),
+            config=TrainConfig(
+                num_steps=num_steps,
+                log_every=max(1, num_steps // 100),
+                eval_every=self.config.eval_every if first_step else 0,
+                checkpoint_every=self.config.checkpoint_every,
+            ),
+            directory=directory,
+            name=row.name,
+            tasks_per_step=self.config.tasks_per_step,
+            tokens_per_task=self.problem.tokens_per_task,
+            fingerprint=fingerprint,
+            evaluate=self._validation(row.learner),
+        )
+        saved = checkpoint_directory(directory, row.name)
+        with Checkpoints(saved, fingerprint=fingerprint) as checkpoints:
+            best = checkpoints.restore_best(final)
+        return (best.state if best else final).meta_params
+
+    def _decay_steps(self, num_steps: int) -> int:
+        return max(num_steps, self.outer.warmup_steps + 1)
+
+    def _episodes(self, step: int) -> Episode:
+        key = jax.random.fold_in(self._data_key, step)
+        episodes = self.problem.family.train.sample(key, self.config.tasks_per_step)
+        return parallel.split_over_devices(episodes, len(self.devices))
+
+    def _validation(self, learner: Learner) -> Callable:
+        curves = self._curves(learner, self.inner.num_steps)
+
+        def valid_loss(state) -> float:
+            losses = curves(state.meta_params, state.hparams, self.valid)
+            return evaluate.interval(losses[:, -1], np.asarray(self.valid.task)).mean
+
+        return valid_loss
+
+    def _fingerprint(self, row: Row) -> dict:
+        return {
+            "row": row.name,
+            "inner": as_json(self.inner),
+            "outer": as_json(self.outer),
+            "comparison": as_json(self.config),
+        }
+
+
+def select(rows: Sequence[Row], names: Sequence[str]) -> list[Row]:
+    """The rows of these names, in the order of ``rows``; all of them for no names.
+
+    Raises:
+      UserError: a name is not there.
+    """
+    unknown = set(names) - {row.name for row in rows}
+    if unknown:
+        raise UserError(
+            f"no row {sorted(unknown)[0]!r}; there are {', '.join(row.name for row in rows)}"
+        )
+    return [row for row in rows if not names or row.name in names]

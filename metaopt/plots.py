@@ -1,0 +1,87 @@
+"""Figures, drawn without a display and written as PNG."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+MARKERS = "osD^v<>Ph*"
+
+
+class Curve(NamedTuple):
+    """A line with a band.
+
+    Attributes:
+      mean: ``[steps + 1]``.
+      ci95: half-widths ``[steps + 1]``.
+    """
+
+    mean: np.ndarray
+    ci95: np.ndarray
+
+
+def new_figure(width: float = 7.0, height: float = 4.4) -> Figure:
+    """An empty figure that belongs to no window; sizes in inches."""
+    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def adaptation_curves(
+    path: Path,
+    curves: Mapping[str, Curve],
+    differences: Mapping[str, Curve],
+    limits: Mapping[str, float],
+    *,
+    baseline: str,
+    unit: str,
+    trained_steps: int,
+) -> None:
+    """Loss on held-out tasks against inner steps, and what each learner gains on a baseline.
+
+    Tasks differ more than learners do, so the bands are on the paired differences.
+
+    Args:
+      path: of the PNG file.
+      curves: loss by name, in the order of the legend.
+      differences: the baseline's loss minus the row's, by name; a subset of the curves.
+      limits: horizontal lines by name, such as Bayes limits.
+      baseline: its name.
+      unit: of the loss.
+      trained_steps: K, marked by a vertical line.
+    """
+    figure = new_figure(11.0, 4.4)
+    left, right = figure.subplots(1, 2)
+    for i, (name, curve) in enumerate(curves.items()):
+        style = {"color": f"C{i}", "marker": MARKERS[i % len(MARKERS)], "markersize": 4}
+        steps = np.arange(len(curve.mean))
+        left.plot(steps, curve.mean, label=name, **style)
+        if name in differences:
+            mean, half = differences[name]
+            right.plot(steps, mean, **style)
+            right.fill_between(steps, mean - half, mean + half, color=f"C{i}", alpha=0.12, lw=0)
+    for dashes, (name, value) in zip(["--", ":", "-."], limits.items(), strict=False):
+        left.axhline(value, color="black", linestyle=dashes, linewidth=1.2, label=name)
+    left.set(xlabel="inner steps", ylabel=f"query loss, {unit}", title="Held-out languages")
+    right.set(xlabel="inner steps", ylabel=f"{baseline} − row, {unit}", title="Paired gain")
+    right.axhline(0, color="black", linewidth=0.8)
+    _limit(left, [c.mean for c in curves.values()], list(limits.values()))
+    _limit(right, [c.mean for c in differences.values()], [0.0])
+    for axes in (left, right):
+        axes.axvline(trained_steps, color="grey", linewidth=0.8, alpha=0.6)
+        axes.grid(alpha=0.25)
+    handles, labels = left.get_legend_handles_labels()
+    figure.legend(handles, labels, fontsize=8, loc="outside right center", frameon=False)
+    figure.savefig(path)
+
+
+def _limit(axes, lines: Sequence[np.ndarray], levels: Sequence[float]) -> None:
+    """The axis for the middle of the lines, so that one bad rate does not hide the rest."""
+    if lines:
+        shown = np.concatenate([np.ravel(lines)[np.isfinite(np.ravel(lines))], levels])
+        low, high = np.quantile(shown, [0.02, 0.98])
+        margin = 0.1 * (high - low) + 1e-9
+        axes.set_ylim(low - margin, high + margin)

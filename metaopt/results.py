@@ -1,0 +1,53 @@
+"""Result records: one JSON object a table cell, with all that is needed to make it again."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from metaopt.evaluate import Interval
+from metaopt.runs import device_name, git_commit, versions
+
+RecordCell = Callable[..., dict[str, Any]]
+
+
+def cell_maker(
+    *, table: str, preset: str, command: str, seeds: Sequence[int], episodes: int
+) -> RecordCell:
+    """``(row, column, interval, unit, **more) -> record``, with what a run's cells share.
+
+    Args:
+      table: name of the table.
+      preset: which made the numbers.
+      command: that makes them again.
+      seeds: of the run.
+      episodes: test episodes behind every cell.
+
+    Returns:
+      A function to records as `metaopt.tables` reads them; ``n`` is the number of tasks
+      that the interval is over.
+    """
+    shared = {
+        "preset": preset,
+        "device": device_name(),
+        "versions": versions(),
+        "commit": git_commit(),
+        "command": command,
+    }
+
+    def cell(row: str, column: str, found: Interval, unit: str, **more: Any) -> dict[str, Any]:
+        return {
+            "table": table,
+            "row": row,
+            "column": column,
+            "value": found.mean,
+            "ci95": None if found.n < 2 else found.ci95,
+            "unit": unit,
+            "n": found.n,
+            "episodes": episodes,
+            "seeds": list(seeds),
+            "paper": None,
+            "source": None,
+            **shared,
+            **more,
+        }
+
+    return cell

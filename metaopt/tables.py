@@ -1,0 +1,162 @@
+"""Tables: result records (JSON lines) to Markdown, LaTeX and the terminal. Imports no JAX.
+
+One record is one cell; everything that is shown is derived from the records. A cell
+that was not run is a dash.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+Record = dict[str, Any]
+DASH = "–"
+LATEX = str.maketrans(
+    {c: "\\" + c for c in "&%_#${}"}
+    | {"\\": r"\textbackslash{}", "^": r"\textasciicircum{}", "~": r"\textasciitilde{}"}
+    | {"Δ": r"$\Delta$", "×": r"$\times$"}
+)
+
+
+class Table(NamedTuple):
+    """Records of one table, arranged.
+
+    Attributes:
+      name: of the table.
+      rows: names in the order in which they first came.
+      columns: likewise.
+      cells: ``(row, column) -> record``; the last record of a cell counts.
+    """
+
+    name: str
+    rows: tuple[str, ...]
+    columns: tuple[str, ...]
+    cells: dict[tuple[str, str], Record]
+
+
+def arrange(records: Iterable[Record]) -> list[Table]:
+    """One `Table` for each table name among the records, in the order they came."""
+    tables: dict[str, list[Record]] = {}
+    for record in records:
+        tables.setdefault(record["table"], []).append(record)
+    return [_arrange_one(name, found) for name, found in tables.items()]
+
+
+def _arrange_one(name: str, records: Sequence[Record]) -> Table:
+    rows = tuple(dict.fromkeys(record["row"] for record in records))
+    columns = tuple(dict.fromkeys(record["column"] for record in records))
+    return Table(name, rows, columns, {(r["row"], r["column"]): r for r in records})
+
+
+def cell_text(record: Record | None, plus_minus: str = " ± ") -> str:
+    """``mean ± half-width`` to the digits that the interval gives, or a dash."""
+    if record is None or record["value"] is None:
+        return DASH
+    value, half = record["value"], record.get("ci95")
+    if half is None or math.isnan(half):  # one task has no interval
+        return f"{value:.3f}"
+    digits = 4 if half < 0.00995 else 3 if half < 0.0995 else 2
+    return f"{value:.{digits}f}{plus_minus}{half:.{digits}f}"
+
+
+def best_rows(table: Table, column: str) -> set[str]:
+    """The rows whose value in a column is the best among those that took part.
+
+    Records may say ``"better": "higher"`` or ``"lower"``, and ``"limit": true`` for a
+    bound that is no contender.
+    """
+    cells = {row: table.cells.get((row, column)) for row in table.rows}
+    contenders = {
+        row: cell
+        for row, cell in cells.items()
+        if cell and cell["value"] is not None and not cell.get("limit")
+    }
+    if len(contenders) < 2:
+        return set()
+    choose = max if next(iter(contenders.values())).get("better") == "higher" else min
+    best = choose(cell["value"] for cell in contenders.values())
+    return {row for row, cell in contenders.items() if cell["value"] == best}
+
+
+def to_markdown(table: Table) -> str:
+    """A Markdown table with the best of each column in bold and the units in the caption."""
+    best = {column: best_rows(table, column) for column in table.columns}
+    lines = [
+        "| | " + " | ".join(table.columns) + " |",
+        "|---|" + "---:|" * len(table.columns),
+    ]
+    for row in table.rows:
+        texts = []
+        for column in table.columns:
+            text = cell_text(table.cells.get((row, column)))
+            texts.append(f"**{text}**" if row in best[column] else text)
+        lines.append(f"| {row} | " + " | ".join(texts) + " |")
+    return "\n".join([*lines, "", caption(table), ""])
+
+
+def to_latex(table: Table) -> str:
+    """A LaTeX ``tabular`` in booktabs style with the best of each column in bold."""
+    best = {column: best_rows(table, column) for column in table.columns}
+    lines = [
+        r"\begin{tabular}{l" + "r" * len(table.columns) + "}",
+        r"\toprule",
+        " & ".join(["", *map(_escape, table.columns)]) + r" \\",
+        r"\midrule",
+    ]
+    for row in table.rows:
+        texts = []
+        for column in table.columns:
+            text = cell_text(table.cells.get((row, column)), plus_minus=r" $\pm$ ")
+            text = text.replace(DASH, "--")
+            texts.append(rf"\textbf{{{text}}}" if row in best[column] else text)
+        lines.append(" & ".join([_escape(row), *texts]) + r" \\")
+    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
+
+
+def to_rich(table: Table, width: int):
+    """A `rich.table.Table` for a terminal ``width`` characters wide.
+
+    Where there is no room for the intervals it shows the means alone.
+    """
+    from rich.table import Table as RichTable
+
+    texts = {key: cell_text(record) for key, record in table.cells.items()}
+    if _shown_width(table, texts) > width:
+        texts = {key: text.split(" ± ")[0] for key, text in texts.items()}
+    shown = RichTable(title=table.name, caption=caption(table), title_justify="left")
+    shown.add_column("", no_wrap=True)
+    for column in table.columns:
+        shown.add_column(column, justify="right")
+    best = {column: best_rows(table, column) for column in table.columns}
+    for row in table.rows:
+        cells = [(texts.get((row, column), DASH), row in best[column]) for column in table.columns]
+        shown.add_row(row, *(f"[bold]{text}[/bold]" if bold else text for text, bold in cells))
+    return shown
+
+
+def _shown_width(table: Table, texts: dict[tuple[str, str], str]) -> int:
+    def column_width(column: str) -> int:
+        return max(len(texts.get((row, column), DASH)) for row in table.rows)
+
+    padding = 3
+    return sum(
+        [max(map(len, table.rows)) + padding, *(column_width(c) + padding for c in table.columns)]
+    )
+
+
+def caption(table: Table) -> str:
+    """Units, what the intervals are over, preset, device, seeds and the command."""
+    records = list(table.cells.values())
+
+    def all_of(key: str) -> str:
+        return ", ".join(dict.fromkeys(str(r[key]) for r in records if r.get(key) is not None))
+
+    seeds = sorted({seed for record in records for seed in record.get("seeds", [])})
+    return (
+        f"{all_of('unit')}; 95 % intervals over n = {all_of('n')} tasks; "
+        f"preset {all_of('preset')}, {all_of('device')}, seed {', '.join(map(str, seeds))}; "
+        f"`{all_of('command')}`"
+    )
+
+
+def _escape(text: str) -> str:
+    return text.translate(LATEX)
