@@ -12,6 +12,8 @@ from metaopt.inner_loop import InnerLoop, adapt
 from metaopt.parallel import Device, parallel_map
 from metaopt.types import Episode, Hparams, Learner, LossFn, MetaParams
 
+MAX_RATES_TRIED = 24
+
 CurveFn = Callable[[MetaParams, Hparams, Episode], np.ndarray]
 """``(meta_params, hparams, episodes [E, ...]) -> float64 [E, steps + 1]``."""
 
@@ -149,7 +151,9 @@ def tuned_curves(
       curves: from `make_curves`.
       meta_params: the learner's meta-parameters.
       hparams: the other hyperparameters.
-      rates: the inner learning rates to try.
+      rates: the inner learning rates to try. Where the best of several is an outermost
+        one, further ones are tried beyond it in the same ratio, up to
+        `MAX_RATES_TRIED`: what is reported is no artefact of the grid.
       valid: episodes to choose on, ``[E_v, ...]``.
       test: episodes to report, ``[E, ...]``.
 
@@ -162,9 +166,27 @@ def tuned_curves(
         return curves(meta_params, {**hparams, "inner_learning_rate": np.float32(rate)}, episodes)
 
     groups = np.asarray(valid.task)
-    on_valid = np.stack([task_means(at(rate, valid), groups).mean(axis=0) for rate in rates])
-    best = np.argmin(np.where(np.isfinite(on_valid), on_valid, np.inf), axis=0)
+    tried = {rate: task_means(at(rate, valid), groups).mean(axis=0) for rate in sorted(rates)}
+    best = _best_rates(tried)
+    while more := _beyond(sorted(tried), best, MAX_RATES_TRIED if len(rates) > 1 else 1):
+        tried |= {rate: task_means(at(rate, valid), groups).mean(axis=0) for rate in more}
+        best = _best_rates(tried)
+    on_test = {rate: at(rate, test) for rate in np.unique(best)}
+    losses = np.stack([on_test[rate][:, step] for step, rate in enumerate(best)], axis=1)
+    return TunedCurves(losses, best)
+
+
+def _best_rates(tried: dict[float, np.ndarray]) -> np.ndarray:
+    """The best rate for each number of steps."""
+    rates, losses = np.array(list(tried)), np.stack(list(tried.values()))
+    best = rates[np.argmin(np.where(np.isfinite(losses), losses, np.inf), axis=0)]
     best[0] = best[-1]  # before the first step all are equal: none is computed for it alone
-    on_test = {int(i): at(rates[i], test) for i in np.unique(best)}
-    losses = np.stack([on_test[int(i)][:, step] for step, i in enumerate(best)], axis=1)
-    return TunedCurves(losses, np.asarray(rates)[best])
+    return best
+
+
+def _beyond(tried: Sequence[float], best: np.ndarray, most: int) -> list[float]:
+    """Rates outside those tried, on each side where an outermost one is the best."""
+    if len(tried) >= most:
+        return []
+    outside = ((tried[0], tried[0] ** 2 / tried[1]), (tried[-1], tried[-1] ** 2 / tried[-2]))
+    return [rate for edge, rate in outside if edge in best]

@@ -77,9 +77,9 @@ def adapt(
 ) -> Adapted:
     """Takes K inner steps, ``θ_{k+1} = θ_k + u_k(∇L(θ_k))``, differentiably.
 
-    Any optax transformation serves. The derivative of an adaptive one such as Adam
-    is NaN at a gradient of zero, through the square root of its second moment;
-    `away_from_zero` closes that trap.
+    Any optax transformation serves whose own derivative is finite (that of `optax.radam`
+    is NaN from the third step on). Adam's is NaN at a gradient of zero, through the
+    square root of its second moment; `away_from_zero` closes that trap.
 
     Args:
       loss_fn: the loss that is stepped on.
@@ -146,7 +146,7 @@ def away_from_zero(grads: Params) -> Params:
 
     The floor is far below the eps of Adam and its kin, so the updates stay nil; but an
     optimiser that sees only the sign of a gradient (Lion, sign descent), or only the
-    direction of a whole layer's (LARS), takes the floor for a gradient.
+    direction of a whole layer's (LARS, LAMB), takes the floor for a gradient.
     """
 
     def guard(g):

@@ -1,0 +1,121 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import quadratic
+
+from metaopt.errors import UserError
+from metaopt.inner_loop import InnerLoop, adapt
+from metaopt.learners import anil, maml, meta_sgd, per_layer_per_step
+from metaopt.losses import regression
+from metaopt.meta_gradients import reverse
+from metaopt.models import TransformerConfig, mlp, transformer
+from metaopt.types import Batch
+
+RATE = 0.3
+HPARAMS = {"inner_learning_rate": jnp.float32(RATE)}
+SUPPORT = quadratic.episode().support
+MLP = mlp(3, 1, hidden=(4,))
+MLP_PARAMS = MLP.init(jax.random.key(0))
+
+
+def columns(batch):
+    return Batch(batch.inputs, batch.targets[:, None])
+
+
+def path(learner, meta_params, loss, support, num_steps):
+    """All of the parameters ``θ_0 ... θ_K`` of the inner loop."""
+    adapted = adapt(
+        loss,
+        learner.inner_opt(meta_params, HPARAMS),
+        learner.start(meta_params),
+        support,
+        InnerLoop(num_steps=num_steps),
+        probe=lambda params: params,
+    )
+    return jax.tree.map(
+        lambda probes, last: np.concatenate([probes, last[None]]), adapted.probes, adapted.params
+    )
+
+
+@pytest.mark.parametrize("inner_optimizer", [optax.sgd, optax.adam])
+@pytest.mark.parametrize(
+    "make",
+    [
+        meta_sgd,
+        lambda inner_optimizer: meta_sgd(inner_optimizer, num_steps=2),
+        lambda inner_optimizer: per_layer_per_step(inner_optimizer, num_steps=2),
+    ],
+)
+def test_rates_that_have_learned_nothing_make_maml(make, inner_optimizer):
+    plain, learner = maml(inner_optimizer), make(inner_optimizer)
+    paths = [
+        path(each, each.init(quadratic.PARAMS), quadratic.loss, SUPPORT, 3)["head"]
+        for each in (plain, learner)
+    ]
+    np.testing.assert_allclose(*paths, rtol=1e-5)
+    assert set(learner.init(quadratic.PARAMS)) == {"params", *learner.learned}
+
+
+@pytest.mark.parametrize("learner", [meta_sgd(num_steps=2), per_layer_per_step(num_steps=2)])
+def test_each_step_has_its_rate_and_steps_past_the_last_use_the_last(learner):
+    meta_params = learner.init(quadratic.PARAMS)
+    factors = np.array([0.5, 1.5], np.float32)
+    meta_params["log_rates"] = jax.tree.map(
+        lambda r: np.log(factors).reshape(2, *[1] * (r.ndim - 1)) + jnp.zeros(r.shape),
+        meta_params["log_rates"],
+    )
+    found = path(learner, meta_params, quadratic.loss, SUPPORT, 4)["head"]
+    rates = RATE * factors[[0, 1, 1, 1]]
+    np.testing.assert_allclose(found, quadratic.descend(quadratic.START, SUPPORT, rates), rtol=1e-5)
+
+
+def test_shared_rates_are_a_diagonal_in_every_step():
+    learner = meta_sgd()
+    factors = np.array([0.2, 1.0, 2.0])
+    log_rates = {"head": jnp.asarray(np.log(factors), jnp.float32)}
+    meta_params = {"params": quadratic.PARAMS, "log_rates": log_rates}
+    found = path(learner, meta_params, quadratic.loss, SUPPORT, 3)["head"]
+    expected = quadratic.descend(quadratic.START, SUPPORT, [RATE * factors] * 3)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_a_layers_rate_reaches_that_layer_only():
+    learner = per_layer_per_step(num_steps=1)
+    meta_params = learner.init(MLP_PARAMS)
+    assert jax.tree.map(jnp.shape, meta_params["log_rates"]) == {"layer_0": (1,), "head": (1,)}
+    loss, support = regression(MLP), columns(SUPPORT)
+    ordinary = path(learner, meta_params, loss, support, 1)
+    meta_params["log_rates"]["layer_0"] = jnp.log(jnp.array([3.0]))
+    quicker = path(learner, meta_params, loss, support, 1)
+    np.testing.assert_array_equal(quicker["head"]["kernel"], ordinary["head"]["kernel"])
+    for before, after in zip(
+        jax.tree.leaves(ordinary["layer_0"]), jax.tree.leaves(quicker["layer_0"]), strict=True
+    ):
+        np.testing.assert_allclose(after[1] - after[0], 3 * (before[1] - before[0]), atol=1e-6)
+
+
+def test_anil_adapts_the_head_alone_and_learns_the_body_outside():
+    loss, support = regression(MLP), columns(SUPPORT)
+    learner = anil(MLP)
+    found = path(learner, learner.init(MLP_PARAMS), loss, support, 2)
+    for leaf in jax.tree.leaves(found["layer_0"]):
+        np.testing.assert_array_equal(leaf, np.stack([leaf[0]] * 3))
+
+    def head_loss(head, batch):
+        return loss({**MLP_PARAMS, "head": head}, batch)
+
+    head = path(maml(), {"params": MLP_PARAMS["head"]}, head_loss, support, 2)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), found["head"], head)
+
+    episode = jax.tree.map(jnp.asarray, quadratic.episode())
+    episode = episode._replace(support=support, query=columns(episode.query))
+    estimate = jax.jit(reverse(learner, loss, InnerLoop(num_steps=2)))
+    grads, _ = estimate(learner.init(MLP_PARAMS), HPARAMS, episode, jax.random.key(0))
+    assert np.abs(grads["params"]["layer_0"]["kernel"]).max() > 1e-3
+
+
+def test_anil_refuses_a_tied_head():
+    with pytest.raises(UserError, match="untie it"):
+        anil(transformer(TransformerConfig(vocab_size=5, width=4, num_heads=2, tie_head=True)))

@@ -1,0 +1,91 @@
+"""The one-way order of imports, read from the source, so that no import is run to find out."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1] / "metaopt"
+FILES = sorted(ROOT.rglob("*.py"))
+ORDER = [
+    {"types", "errors"},
+    {"tasks", "models", "losses", "decoding", "tables", "plots", "runs", "progress"},
+    {"inner_loop", "checkpoint", "recorder"},
+    {"learners", "meta_gradients"},
+    {"outer_step"},
+    {"parallel"},
+    {"evaluate"},
+    {"train", "results"},
+    {"comparison"},
+]
+RANK = {unit: rank for rank, units in enumerate(ORDER) for unit in units}
+
+
+def unit(path):
+    """The top-level module or folder of metaopt that a file belongs to."""
+    return path.relative_to(ROOT).with_suffix("").parts[0]
+
+
+def imports(path):
+    """The full dotted names of all that a file imports, but for type checking."""
+    tree = ast.parse(path.read_text())
+    typing_only = {
+        node
+        for block in ast.walk(tree)
+        if isinstance(block, ast.If) and "TYPE_CHECKING" in ast.unparse(block.test)
+        for node in ast.walk(block)
+    }
+    for node in ast.walk(tree):
+        if node in typing_only:
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} imports relatively"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def roots(path):
+    return {name.split(".")[0] for name in imports(path)}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_point_one_way(path):
+    here = unit(path)
+    if here == "__init__":
+        assert "metaopt" not in roots(path)
+        return
+    assert here in RANK, f"give {here} its place in ORDER"
+    for name in imports(path):
+        package, *rest = name.split(".")
+        if package == "metaopt" and rest[0] != here:
+            assert RANK[rest[0]] < RANK[here], f"{here} imports {rest[0]}"
+
+
+def files_that_import(package):
+    return {str(path.relative_to(ROOT)) for path in FILES if package in roots(path)}
+
+
+def test_each_library_has_its_place():
+    assert files_that_import("experiments") == set()
+    assert {Path(name).parts[0] for name in files_that_import("flax")} == {"models"}
+    assert files_that_import("tensorflow_datasets") == {"tasks/text_dataset.py"}
+    assert "orbax" in roots(ROOT / "checkpoint.py") and len(files_that_import("orbax")) == 1
+    assert roots(ROOT / "tables.py") <= {*sys.stdlib_module_names, "rich"}
+
+
+def test_devices_are_named_in_one_file():
+    names = {"devices", "local_devices", "device_count", "local_device_count", "pmap", "shard_map"}
+
+    def named(path):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "jax":
+                yield node.attr
+
+    users = {(str(p.relative_to(ROOT)), name) for p in FILES for name in names & {*named(p)}}
+    assert users == {
+        ("parallel.py", "devices"),
+        ("parallel.py", "pmap"),
+        ("runs.py", "devices"),  # for the name of the device in the results
+    }

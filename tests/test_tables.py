@@ -1,0 +1,96 @@
+import io
+
+import pytest
+from rich.console import Console
+
+from metaopt.tables import arrange, best_rows, cell_text, to_latex, to_markdown, to_rich
+
+
+def cell(row, column, value, ci95=None, table="text", **more):
+    record = {"table": table, "row": row, "column": column, "value": value, "ci95": ci95}
+    record |= {"unit": "bits/byte", "n": 24, "preset": "cpu", "device": "2-core CPU"}
+    return record | {"seeds": [0], "command": "python -m experiments.x"} | more
+
+
+RECORDS = [
+    cell("Joint & fine-tuned", "1 step", 3.0, 0.2),
+    cell("MAML", "1 step", 9.0, 0.2),
+    cell("MAML", "1 step", 2.5, 0.021, seeds=[1]),  # run again: the last one counts
+    cell("Bayes limit", "1 step", 1.25, limit=True),
+    cell("Joint & fine-tuned", "5_steps", 2.0, 0.004),
+    cell("MAML", "5_steps", None),
+    cell("MAML", "accuracy", 0.5, table="other", better="higher", unit="%"),
+    cell("ANIL", "accuracy", 0.75, table="other", better="higher", unit="%"),
+]
+TEXT, OTHER = arrange(RECORDS)
+CAPTION = (
+    "bits/byte; 95 % intervals over n = 24 tasks; preset cpu, 2-core CPU, seed 0, 1; "
+    "`python -m experiments.x`"
+)
+
+
+def test_rows_and_columns_stay_in_the_order_they_came():
+    assert (TEXT.name, OTHER.name) == ("text", "other")
+    assert TEXT.rows == ("Joint & fine-tuned", "MAML", "Bayes limit")
+    assert TEXT.columns == ("1 step", "5_steps")
+
+
+def test_markdown():
+    assert to_markdown(TEXT) == "\n".join(
+        [
+            "| | 1 step | 5_steps |",
+            "|---|---:|---:|",
+            "| Joint & fine-tuned | 3.00 ± 0.20 | 2.0000 ± 0.0040 |",
+            "| MAML | **2.500 ± 0.021** | – |",
+            "| Bayes limit | 1.250 | – |",
+            "",
+            CAPTION,
+            "",
+        ]
+    )
+
+
+def test_latex():
+    assert to_latex(TEXT).splitlines() == [
+        r"\begin{tabular}{lrr}",
+        r"\toprule",
+        r" & 1 step & 5\_steps \\",
+        r"\midrule",
+        r"Joint \& fine-tuned & 3.00 $\pm$ 0.20 & 2.0000 $\pm$ 0.0040 \\",
+        r"MAML & \textbf{2.500 $\pm$ 0.021} & -- \\",
+        r"Bayes limit & 1.250 & -- \\",
+        r"\bottomrule",
+        r"\end{tabular}",
+    ]
+
+
+def test_the_terminal_shows_the_same_cells():
+    def shown(width):
+        console = Console(width=width, file=io.StringIO(), record=True)
+        console.print(to_rich(TEXT, width))
+        return console.export_text()
+
+    for text in ("Joint & fine-tuned", "2.500 ± 0.021", "5_steps", "–"):
+        assert text in shown(100)
+    assert "2.500" in shown(50) and "0.021" not in shown(50)
+
+
+@pytest.mark.parametrize(
+    ("value", "half", "text"),
+    [
+        (1.23456, None, "1.235"),
+        (1.23456, float("nan"), "1.235"),
+        (1.23456, 0.0099, "1.2346 ± 0.0099"),
+        (1.23456, 0.00996, "1.235 ± 0.010"),
+        (1.23456, 0.1, "1.23 ± 0.10"),
+    ],
+)
+def test_a_cell_has_as_many_digits_as_its_interval_gives(value, half, text):
+    assert cell_text(cell("row", "column", value, half)) == text
+
+
+def test_the_best_is_the_highest_where_that_is_better_and_ties_share_it():
+    assert best_rows(OTHER, "accuracy") == {"ANIL"}
+    (tied,) = arrange([cell(row, "c", value) for row, value in [("a", 1), ("b", 2), ("c", 1)]])
+    assert best_rows(tied, "c") == {"a", "c"}
+    assert best_rows(TEXT, "5_steps") == set()  # one contender is no contest
