@@ -103,7 +103,7 @@ MARKOV = Config(
     comparison=ComparisonConfig(
         tasks_per_step=64,
         meta_steps=500,
-        inner_rates=(0.25, 0.5, 0.7, 1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128),
+        inner_rates=(0.25, 0.5, 0.7, 1.0, 2.0, 4.0, 8.0, 16.0, 24.0, 32.0, 48.0, 64.0, 96.0, 128.0),
         valid_episodes=512,
         test_episodes=2000,
         checkpoint_every=250,
@@ -285,4 +285,4 @@ def as_saved(config: Config) -> dict:
 
 
 if __name__ == "__main__":
-    command_line.main(run, Config, preset, CHOSEN_BY, __doc__ or "")
+    command_line.main("adapt_languages", run, Config, preset, CHOSEN_BY, __doc__ or "")

@@ -108,13 +108,20 @@ class Report:
             records.append(
                 self._cell(name, column, self._interval(values), self._unit, **rate, **more)
             )
-        baseline = self._rows.get(BASELINE)
-        for step in DIFFERENCES if baseline and name != BASELINE else ():
-            if step in losses:
-                found = self._interval(baseline.curves[:, step] - losses[step])
-                column = f"Δ {step} step" + "s" * (step > 1)
-                records.append(self._cell(name, column, found, self._unit, better="higher", **more))
+        for step, difference in self._gains(name, losses).items():
+            column = f"Δ {step} step" + "s" * (step > 1)
+            found = self._interval(difference)
+            records.append(self._cell(name, column, found, self._unit, better="higher", **more))
         return records + self._gap_record(name, **more)
+
+    def _gains(self, name: str, losses: dict[int, np.ndarray]) -> dict[int, np.ndarray]:
+        """The baseline's losses minus the row's, episode by episode: positive is better."""
+        baseline = self._rows.get(BASELINE)
+        if baseline is None or name == BASELINE:
+            return {}
+        return {
+            step: baseline.curves[:, step] - losses[step] for step in DIFFERENCES if step in losses
+        }
 
     def _gap_record(self, name: str, **more) -> list[dict]:
         """The distance to the support-only limit after the trained number of steps."""
@@ -126,15 +133,13 @@ class Report:
         return [self._cell(name, "gap to Bayes", found, self._unit, **more)]
 
     def _draw(self) -> None:
-        baseline = self._rows.get(BASELINE)
+        curves = {name: result.curves for name, result in self._rows.items()}
+        baseline = curves.get(BASELINE)
+        others = {} if baseline is None else {n: c for n, c in curves.items() if n != BASELINE}
         plots.adaptation_curves(
             self._run.directory / "curves.png",
-            {name: self._curve(result.curves) for name, result in self._rows.items()},
-            {
-                name: self._curve(baseline.curves - result.curves)
-                for name, result in self._rows.items()
-                if baseline is not None and result is not baseline
-            },
+            {name: self._curve(losses) for name, losses in curves.items()},
+            {name: self._curve(baseline - losses) for name, losses in others.items()},
             {name: self._interval(after).mean for name, (_, after) in self._limits.items()},
             baseline=BASELINE,
             unit=self._unit,
@@ -155,14 +160,14 @@ class Report:
         adapted = adapt(
             problem.loss_fn, optimizer, start, episode.support, self._comparison.inner
         ).params
-        prompt = np.asarray(episode.query.inputs[0])
+        prompt = episode.query.inputs[0]
         names = problem.family.test.task_names
         language = names[int(episode.task)] if names else "a new language"
         steps = self._comparison.inner.num_steps
         lines = [
             f"Text of {result.row.name} for {language}, a held-out language.",
             "",
-            *self._block("Support (first sequence)", np.asarray(episode.support.inputs[0])),
+            *self._block("Support (first sequence)", episode.support.inputs[0]),
             *self._block("Prompt", prompt),
         ]
         for title, params in (("Before", start), (f"After {steps} steps of", adapted)):
@@ -171,11 +176,11 @@ class Report:
                 problem.model, params, prompt, 2 * len(prompt), jax.random.key(0), 0.7
             )
             lines += self._block(
-                f"{title} adaptation, {loss:.3f} {self._unit}", np.asarray(tokens)[len(prompt) :]
+                f"{title} adaptation, {loss:.3f} {self._unit}", tokens[len(prompt) :]
             )
         return "\n".join(lines)
 
-    def _block(self, title: str, tokens: np.ndarray) -> list[str]:
+    def _block(self, title: str, tokens: Array) -> list[str]:
         if self._is_bytes:
             shown = bytes(tokens.tolist()).decode("utf-8", errors="replace")
         else:

@@ -14,6 +14,7 @@ Config = TypeVar("Config")
 
 
 def main(
+    module: str,
     run: Callable[[Config], Any],
     config_type: type[Config],
     preset: Callable[[Mapping[str, str]], Config],
@@ -24,6 +25,7 @@ def main(
     """Reads a config from the command line, starting from a preset, and runs it.
 
     Args:
+      module: its name below ``experiments``.
       run: the experiment.
       config_type: its frozen dataclass.
       preset: the defaults, given the text of the flags named in ``chosen_by``.
@@ -35,8 +37,15 @@ def main(
     """
     args = sys.argv[1:] if args is None else list(args)
     try:
-        default = preset({name: _flag(args, name) for name in chosen_by if _flag(args, name)})
-        config = tyro.cli(config_type, args=args, default=default, description=description)
+        flags = {name: _flag(args, name) for name in chosen_by}
+        default = preset({name: value for name, value in flags.items() if value is not None})
+        config = tyro.cli(
+            config_type,
+            args=args,
+            default=default,
+            prog=f"python -m experiments.{module}",
+            description=description,
+        )
         run(config)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

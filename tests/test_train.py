@@ -95,8 +95,12 @@ def as_bytes(state: MetaState):
     return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state)]
 
 
+def open_checkpoints(directory) -> Checkpoints:
+    return Checkpoints(checkpoint_directory(directory, "quadratic"), fingerprint={"seed": 0})
+
+
 def saved_steps(directory):
-    with Checkpoints(checkpoint_directory(directory, "quadratic"), fingerprint={"seed": 0}) as checkpoints:
+    with open_checkpoints(directory) as checkpoints:
         return checkpoints.steps
 
 
@@ -218,7 +222,7 @@ def test_the_best_evaluated_state_is_kept(tmp_path):
     config = dataclasses.replace(CONFIG, eval_every=2, checkpoint_every=100, keep_last=1)
     run(tmp_path, config=config, evaluate=lambda state: losses[int(state.step)])
     assert saved_steps(tmp_path) == [4, 10]
-    with Checkpoints(checkpoint_directory(tmp_path, "quadratic"), fingerprint={"seed": 0}) as checkpoints:
+    with open_checkpoints(tmp_path) as checkpoints:
         best = checkpoints.restore_best(initial_state())
     assert best is not None and int(best.state.step) == 4
     lines = read_json_lines(tmp_path / "metrics.jsonl")

@@ -1,0 +1,92 @@
+"""Gather the committed results into tables.
+
+    python -m experiments.tables                      # Markdown, to the terminal
+    python -m experiments.tables --form latex
+    python -m experiments.tables --write-readme       # renews the tables in README.md
+    python -m experiments.tables --keep RUN NAME      # commit-worthy files of a run
+
+Every number comes from a ``results.jsonl``; nothing is typed by hand.
+"""
+
+import dataclasses
+import re
+import shutil
+from pathlib import Path
+from typing import Literal
+
+from experiments import command_line
+from metaopt import tables
+from metaopt.errors import UserError
+from metaopt.runs import read_json_lines
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "experiments" / "results"
+KEPT = ("config.json", "results.jsonl", "table.md", "table.tex", "samples.md", "curves.png")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Gather the committed results into tables.
+
+    Attributes:
+      form: of what is printed.
+      write_readme: put the Markdown tables into README.md, between their markers.
+      keep: a finished run and a name; its files go to experiments/results.
+    """
+
+    form: Literal["markdown", "latex"] = "markdown"
+    write_readme: bool = False
+    keep: tuple[str, str] | None = None
+
+
+def run(config: Config) -> None:
+    """Does what the config asks for."""
+    if config.keep:
+        keep(Path(config.keep[0]), config.keep[1])
+    elif config.write_readme:
+        readme = ROOT / "README.md"
+        readme.write_text(with_tables(readme.read_text()))
+    else:
+        show = tables.to_markdown if config.form == "markdown" else tables.to_latex
+        for path in sorted(RESULTS.glob("*/*/results.jsonl")):
+            for table in tables.arrange(read_json_lines(path)):
+                print(f"{'###' if config.form == 'markdown' else '%'} {table.name}\n")
+                print(show(table))
+
+
+def keep(run: Path, name: str) -> Path:
+    """Copies what is worth keeping of a finished run to ``results/<experiment>/<name>``.
+
+    Raises:
+      UserError: the run is not finished.
+    """
+    if not (run / "finished").exists():
+        raise UserError(f"{run} is not a finished run: let the command finish first")
+    target = RESULTS / run.resolve().parent.name / name
+    target.mkdir(parents=True, exist_ok=True)
+    for file in KEPT:
+        if (run / file).exists():
+            shutil.copyfile(run / file, target / file)
+    return target
+
+
+def with_tables(text: str) -> str:
+    """The text with the table of ``<!-- table: PATH -->`` put before ``<!-- end -->``.
+
+    PATH is relative to ``experiments/results``.
+
+    Raises:
+      UserError: there are no results at a path.
+    """
+
+    def table(match: re.Match) -> str:
+        found = tables.arrange(read_json_lines(RESULTS / match[1] / "results.jsonl"))
+        if not found:
+            raise UserError(f"README.md names {match[1]}, and there are no results there")
+        return f"<!-- table: {match[1]} -->\n{tables.to_markdown(found[0])}<!-- end -->"
+
+    return re.sub(r"<!-- table: (\S+) -->\n.*?<!-- end -->", table, text, flags=re.DOTALL)
+
+
+if __name__ == "__main__":
+    command_line.main("tables", run, Config, lambda _: Config(), (), __doc__ or "")
