@@ -47,6 +47,16 @@ def test_reverse_on_a_quadratic_has_its_closed_form():
     np.testing.assert_allclose(metrics["inner_losses"], inner_losses, rtol=1e-5)
 
 
+def test_the_mean_query_loss_is_that_of_every_number_of_steps():
+    inner = InnerLoop(num_steps=3, query_loss="mean")
+    estimate = reverse(maml(), quadratic.loss, inner)
+    grads, metrics = estimate(maml().init(quadratic.PARAMS), HPARAMS, EPISODE, KEY)
+    each = [run(reverse, num_steps=k) for k in (1, 2, 3)]
+    expected = np.mean([found["params"]["head"] for found, _ in each], axis=0)
+    np.testing.assert_allclose(grads["params"]["head"], expected, rtol=1e-4)
+    np.testing.assert_allclose(metrics["loss"], each[-1][1]["loss"], rtol=1e-5)
+
+
 def test_first_order_on_a_quadratic_is_the_gradient_where_the_loop_ends():
     grads, metrics = run(first_order)
     outer = quadratic.gradient(adapted(), QUERY)
