@@ -14,7 +14,7 @@ bytes, of which some are held out.
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, get_args
 
 import optax
 
@@ -23,7 +23,7 @@ from experiments.adapt_languages_report import Report
 from metaopt import learners, losses, meta_gradients, models, parallel
 from metaopt.comparison import Comparison, ComparisonConfig, Problem, Row, select
 from metaopt.errors import UserError
-from metaopt.inner_loop import InnerLoop
+from metaopt.inner_loop import InnerLoop, check_split
 from metaopt.outer_step import OuterConfig
 from metaopt.runs import as_json, open_run
 from metaopt.tasks import text
@@ -39,6 +39,7 @@ INNER_OPTIMIZERS = {
 }
 
 
+ModelName = Literal["bigram", "rnn", "gru", "lstm", "transformer"]
 CHOSEN_BY = ("preset", "tasks", "model")
 """The flags that the defaults of all others depend on."""
 
@@ -76,7 +77,7 @@ class Config:
     preset: Literal["smoke", "cpu", "gpu"] = "cpu"
     tasks: str = "markov"
     folder: str | None = None
-    model: Literal["bigram", "rnn", "gru", "lstm", "transformer"] = "bigram"
+    model: ModelName = "bigram"
     width: int = 64
     num_layers: int = 2
     num_heads: int = 2
@@ -136,6 +137,8 @@ def preset(flags: Mapping[str, str]) -> Config:
         raise UserError(f"unknown preset {name!r}: choose smoke, cpu or gpu")
     base = MARKOV if tasks == "markov" else TEXT
     model = flags.get("model", "bigram" if tasks == "markov" else "transformer")
+    if model not in get_args(ModelName):
+        raise UserError(f"unknown model {model!r}: choose one of {', '.join(get_args(ModelName))}")
     if model != "bigram" and tasks == "markov":  # rates of tables of logits suit no network
         base = dataclasses.replace(
             base,
@@ -190,6 +193,8 @@ def _gpu(config: Config) -> Config:
 def make_family(config: Config) -> tuple[TaskFamily, int]:
     """The task family and its vocabulary."""
     episode = {name: getattr(config, name) for name in ("num_support", "num_query", "length")}
+    if config.folder is not None and config.tasks != "text":
+        raise UserError(f"--folder is for --tasks text, not {config.tasks}: leave one of them out")
     if config.tasks == "markov":
         return markov(markov_config(config)), config.vocab_size
     if config.tasks == "text" and config.folder is None:
@@ -260,6 +265,8 @@ def make_rows(config: Config, model: Model) -> list[Row]:
 def run(config: Config) -> None:
     """Trains and evaluates the rows, and writes table, figure and samples."""
     parallel.set_up_backend()
+    if config.inner.batching == "split":
+        check_split(config.num_support, config.inner.num_steps)
     family, vocab_size = make_family(config)
     model = make_model(config, vocab_size)
     tokens = (config.num_support + config.num_query) * config.length

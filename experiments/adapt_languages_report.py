@@ -77,7 +77,7 @@ class Report:
         (directory / "samples.md").write_text(samples)
         self._run.finish()
         console = Console()
-        console.print(tables.to_rich(table, console.width))
+        console.print(*tables.to_rich(table, console.width), sep="\n")
         console.print(samples, markup=False, highlight=False)
         console.print(f"written to {directory}", highlight=False)
 
@@ -88,16 +88,18 @@ class Report:
         losses = {name: self._losses_of(result) for name, result in self._rows.items()}
         more = {name: {"seconds": round(r.seconds, 1)} for name, r in self._rows.items()}
         for name, (without, after) in self._limits.items():
-            losses[name] = {step: after if step else without for step in STEPS}
+            losses[name] = {step: after if step else without for step in self._steps()}
             more[name] = {"limit": True}
         records = []
         for name, columns in losses.items():
             records += self._row_records(name, columns, **more[name])
         return records
 
+    def _steps(self) -> list[int]:
+        return [step for step in STEPS if step <= self._comparison.config.max_inner_steps]
+
     def _losses_of(self, result: RowResult) -> dict[int, np.ndarray]:
-        reached = self._comparison.config.max_inner_steps
-        return {step: result.curves[:, step] for step in STEPS if step <= reached}
+        return {step: result.curves[:, step] for step in self._steps()}
 
     def _row_records(self, name: str, losses: dict[int, np.ndarray], **more) -> list[dict]:
         rates = self._rows[name].rates if name in self._rows else None

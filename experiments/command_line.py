@@ -1,6 +1,7 @@
 """What the command lines of all experiments share."""
 
 import dataclasses
+import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -67,7 +68,7 @@ def command(
         if getattr(config, name) != getattr(default, name):
             chosen[name] = getattr(config, name)
             default = preset(chosen)
-    flags = [f"--{name} {value}" for name, value in chosen.items()]
+    flags = [f"--{name} {_as_argument(value)}" for name, value in chosen.items()]
     return " ".join([f"python -m experiments.{module}", *flags, *_changed_flags(config, default)])
 
 
@@ -78,6 +79,8 @@ def _changed_flags(config: Any, default: Any, prefix: str = "") -> list[str]:
         name = f"{prefix}{field.name.replace('_', '-')}"
         if dataclasses.is_dataclass(value):
             flags += _changed_flags(value, usual, f"{name}.")
+        elif isinstance(value, bool) and value != usual:
+            flags.append(f"--{prefix}{'' if value else 'no-'}{name.removeprefix(prefix)}")
         elif value != usual:
             flags.append(f"--{name} {_as_argument(value)}")
     return flags
@@ -86,15 +89,15 @@ def _changed_flags(config: Any, default: Any, prefix: str = "") -> list[str]:
 def _as_argument(value: Any) -> str:
     if isinstance(value, tuple):
         return " ".join(map(_as_argument, value))
-    text = str(value)
-    return f'"{text}"' if " " in text else text
+    return shlex.quote(str(value))
 
 
 def _flag(args: Sequence[str], name: str) -> str | None:
-    """The value of ``--name value`` or ``--name=value``, before the rest is understood."""
+    """The last value of ``--name value`` or ``--name=value``, before the rest is understood."""
+    value = None
     for i, arg in enumerate(args):
         if arg == f"--{name}" and i + 1 < len(args):
-            return args[i + 1]
-        if arg.startswith(f"--{name}="):
-            return arg.split("=", 1)[1]
-    return None
+            value = args[i + 1]
+        elif arg.startswith(f"--{name}="):
+            value = arg.split("=", 1)[1]
+    return value

@@ -7,6 +7,7 @@ paired. Rates that are not learned are tuned on validation tasks, alike for all 
 """
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -117,13 +118,15 @@ class ComparisonConfig:
     eval_seed: int = 1234
 
     def __post_init__(self):
-        for name in ("tasks_per_step", "meta_steps", "valid_episodes", "test_episodes"):
+        at_least_1 = ("tasks_per_step", "meta_steps", "checkpoint_every")
+        for name in (*at_least_1, "valid_episodes", "test_episodes"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if not self.inner_rates or min(self.inner_rates) <= 0:
+        for name in ("pretrain_steps", "eval_every"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name} is {getattr(self, name)}; 0 is the least")
+        if not self.inner_rates or not all(0 < rate < math.inf for rate in self.inner_rates):
             raise UserError(f"inner_rates {self.inner_rates} must be some positive numbers")
-        if self.pretrain_steps < 0:
-            raise UserError(f"pretrain_steps is {self.pretrain_steps}; 0 is the least")
 
 
 class RowResult(NamedTuple):
@@ -159,7 +162,10 @@ class Comparison:
         outer: OuterConfig,
         config: ComparisonConfig,
     ):
-        """Places the starting parameters and draws the evaluation episodes.
+        """Checks the settings and draws the evaluation episodes.
+
+        The cosine of the outer rate ends with each training, unless
+        ``outer.decay_steps`` says when.
 
         Raises:
           UserError: the meta-batch does not divide by the devices or the groups, or
@@ -191,7 +197,7 @@ class Comparison:
             return self.random_init()
         row = Row("pretraining", maml(), joint)
         rate = self.config.inner_rates[0]  # joint training takes no inner step
-        meta_params = self._train(row, self.random_init(), steps, 0, rate, directory)
+        meta_params = self._train(row, self.random_init(), range(steps), rate, directory)
         return meta_params["params"]
 
     def run(self, row: Row, start: Params, directory: Path) -> RowResult:
@@ -203,7 +209,9 @@ class Comparison:
         else:
             say(f"{row.name}: training at inner rate {rate:g}")
             first = self.config.pretrain_steps
-            meta_params = self._train(row, start, self.config.meta_steps, first, rate, directory)
+            steps = range(first, first + self.config.meta_steps)
+            every = self.config.eval_every
+            meta_params = self._train(row, start, steps, rate, directory, eval_every=every)
         # Rates that are learned are not tuned as well: they are used as they were trained.
         rates = (rate,) if row.learner.learned else self.config.inner_rates
         tuned = evaluate.tuned_curves(
@@ -242,14 +250,15 @@ class Comparison:
         self,
         row: Row,
         start: Params,
-        num_steps: int,
-        first_step: int,
+        steps: range,
         rate: float,
         directory: Path,
+        *,
+        eval_every: int = 0,
     ) -> MetaParams:
-        """Trains on the episodes of steps ``first_step ...``; the best checkpoint, or the last."""
+        """Trains on the episodes of these steps; the best checkpoint evaluated, or the last."""
         assert row.estimator is not None
-        outer = dataclasses.replace(self.outer, decay_steps=self._decay_steps(num_steps))
+        outer = dataclasses.replace(self.outer, decay_steps=self._decay_steps(len(steps)))
         outer_opt = outer_optimizer(outer)
         estimate = row.estimator(row.learner, self.problem.loss_fn, self.inner)
         step = make_meta_step(
@@ -265,11 +274,11 @@ class Comparison:
         final = train(
             state,
             parallel.parallel_step(step, self.devices),
-            lambda i: self._episodes(first_step + i),
+            lambda i: self._episodes(steps[i]),
             config=TrainConfig(
-                num_steps=num_steps,
-                log_every=max(1, num_steps // 100),
-                eval_every=self.config.eval_every if first_step else 0,
+                num_steps=len(steps),
+                log_every=max(1, len(steps) // 100),
+                eval_every=eval_every,
                 checkpoint_every=self.config.checkpoint_every,
             ),
             directory=directory,
@@ -285,7 +294,7 @@ class Comparison:
         return (best.state if best else final).meta_params
 
     def _decay_steps(self, num_steps: int) -> int:
-        return max(num_steps, self.outer.warmup_steps + 1)
+        return self.outer.decay_steps or max(num_steps, self.outer.warmup_steps + 1)
 
     def _episodes(self, step: int) -> Episode:
         key = jax.random.fold_in(self._data_key, step)

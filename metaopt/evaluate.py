@@ -168,7 +168,7 @@ def tuned_curves(
     groups = np.asarray(valid.task)
     tried = {rate: task_means(at(rate, valid), groups).mean(axis=0) for rate in sorted(rates)}
     best = _best_rates(tried)
-    while more := _beyond(sorted(tried), best, MAX_RATES_TRIED if len(rates) > 1 else 1):
+    while more := _beyond(sorted(tried), best, MAX_RATES_TRIED if len(tried) > 1 else 1):
         tried |= {rate: task_means(at(rate, valid), groups).mean(axis=0) for rate in more}
         best = _best_rates(tried)
     on_test = {rate: at(rate, test) for rate in np.unique(best)}

@@ -127,12 +127,17 @@ def adapt(
 def split_batches(support: Batch, num_steps: int) -> Batch:
     """Cuts ``[S, ...]`` into one batch a step, ``[K, S / K, ...]``."""
     size = jax.tree.leaves(support)[0].shape[0]
-    if size % num_steps:
+    check_split(size, num_steps)
+    return jax.tree.map(lambda x: x.reshape(num_steps, size // num_steps, *x.shape[1:]), support)
+
+
+def check_split(num_examples: int, num_steps: int) -> None:
+    """Raises UserError where K does not divide S."""
+    if num_examples % num_steps:
         raise UserError(
-            f"{size} support examples cannot be split into {num_steps} equal batches; "
+            f"{num_examples} support examples cannot be split into {num_steps} equal batches; "
             "make the support a multiple of the inner steps or use batching='same'"
         )
-    return jax.tree.map(lambda x: x.reshape(num_steps, size // num_steps, *x.shape[1:]), support)
 
 
 def away_from_zero(grads: Params) -> Params:

@@ -1,6 +1,7 @@
 """One pure meta-update: tasks in groups -> meta-gradient -> pmean -> optax."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import jax
@@ -49,6 +50,13 @@ class OuterConfig:
     final_fraction: float = 0.0
 
     def __post_init__(self):
+        for name in ("learning_rate", "rates_learning_rate", "weight_decay"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be a number from 0 on")
+        if not self.clip_norm > 0:
+            raise UserError(f"clip_norm is {self.clip_norm}; it must be above 0 (inf never clips)")
+        if self.warmup_steps < 0:
+            raise UserError(f"warmup_steps is {self.warmup_steps}; 0 is the least")
         if self.decay_steps and self.decay_steps <= self.warmup_steps:
             raise UserError(
                 f"decay_steps={self.decay_steps} must exceed warmup_steps={self.warmup_steps}"

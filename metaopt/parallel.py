@@ -48,7 +48,7 @@ def default_devices(num_devices: int = 0) -> list[Device]:
     if num_devices > len(devices) or num_devices < 0:
         raise UserError(
             f"{num_devices} devices were asked for and {len(devices)} are here; "
-            "use --num-devices 0 for all of them"
+            "num_devices=0 takes all of them"
         )
     return devices[: num_devices or len(devices)]
 

@@ -58,9 +58,9 @@ def adaptation_curves(
     for i, (name, curve) in enumerate(curves.items()):
         style = {"color": f"C{i}", "marker": MARKERS[i % len(MARKERS)], "markersize": 4}
         steps = np.arange(len(curve.mean))
-        left.plot(steps, curve.mean, label=name, **style)
+        left.plot(steps, _finite(curve.mean), label=name, **style)
         if name in differences:
-            mean, half = differences[name]
+            mean, half = map(_finite, differences[name])
             right.plot(steps, mean, **style)
             right.fill_between(steps, mean - half, mean + half, color=f"C{i}", alpha=0.12, lw=0)
     for dashes, (name, value) in zip(["--", ":", "-."], limits.items(), strict=False):
@@ -68,8 +68,10 @@ def adaptation_curves(
     left.set(xlabel="inner steps", ylabel=f"query loss, {unit}", title="Held-out languages")
     right.set(xlabel="inner steps", ylabel=f"{baseline} − row, {unit}", title="Paired gain")
     right.axhline(0, color="black", linewidth=0.8)
-    _limit(left, [c.mean for c in curves.values()], list(limits.values()))
-    _limit(right, [c.mean for c in differences.values()], [0.0])
+    starts = np.array([curve.mean[0] for curve in curves.values()])
+    reach = float(np.median(starts[np.isfinite(starts)])) if np.isfinite(starts).any() else np.inf
+    _limit(left, [c.mean for c in curves.values()], list(limits.values()), reach)
+    _limit(right, [c.mean for c in differences.values()], [0.0], reach)
     for axes in (left, right):
         axes.axvline(trained_steps, color="grey", linewidth=0.8, alpha=0.6)
         axes.grid(alpha=0.25)
@@ -78,10 +80,18 @@ def adaptation_curves(
     figure.savefig(path)
 
 
-def _limit(axes, lines: Sequence[np.ndarray], levels: Sequence[float]) -> None:
-    """The axis for the middle of the lines, so that one bad rate does not hide the rest."""
-    if lines:
-        shown = np.concatenate([np.ravel(lines)[np.isfinite(np.ravel(lines))], levels])
-        low, high = np.quantile(shown, [0.02, 0.98])
+def _limit(axes, lines: Sequence[np.ndarray], levels: Sequence[float], reach: float) -> None:
+    """The axis up to ``reach`` from its median: a line that diverged does not hide the rest."""
+    shown = np.concatenate([*lines, levels])
+    shown = shown[np.isfinite(shown)]
+    if shown.size:
+        median = np.quantile(shown, 0.5, method="lower")  # one of them, so that some are left
+        shown = shown[np.abs(shown - median) <= reach]
+        low, high = shown.min(), shown.max()
         margin = 0.1 * (high - low) + 1e-9
         axes.set_ylim(low - margin, high + margin)
+
+
+def _finite(values: np.ndarray) -> np.ndarray:
+    """NaN, which is not drawn, in place of infinities."""
+    return np.where(np.isfinite(values), values, np.nan)

@@ -1,5 +1,6 @@
 """Result records: one JSON object a table cell, with all that is needed to make it again."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,7 +24,8 @@ def cell_maker(
 
     Returns:
       A function to records as `metaopt.tables` reads them; ``n`` is the number of tasks
-      that the interval is over.
+      that the interval is over. What is not finite (the loss of a learner that diverged,
+      the interval over one task) is None, since JSON has no such numbers.
     """
     shared = {
         "preset": preset,
@@ -38,8 +40,8 @@ def cell_maker(
             "table": table,
             "row": row,
             "column": column,
-            "value": found.mean,
-            "ci95": None if found.n < 2 else found.ci95,
+            "value": _finite(found.mean),
+            "ci95": _finite(found.ci95),
             "unit": unit,
             "n": found.n,
             "episodes": episodes,
@@ -51,3 +53,7 @@ def cell_maker(
         }
 
     return cell
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

@@ -112,35 +112,45 @@ def to_latex(table: Table) -> str:
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
 
 
-def to_rich(table: Table, width: int):
-    """A `rich.table.Table` for a terminal ``width`` characters wide.
+def to_rich(table: Table, width: int) -> list:
+    """`rich.table.Table`s for a terminal ``width`` characters wide.
 
-    Where there is no room for the intervals it shows the means alone.
+    Columns that do not fit beside the others go to a further table below.
     """
     from rich.table import Table as RichTable
 
-    texts = {key: cell_text(record) for key, record in table.cells.items()}
-    if _shown_width(table, texts) > width:
-        texts = {key: text.split(" ± ")[0] for key, text in texts.items()}
-    shown = RichTable(title=table.name, caption=caption(table), title_justify="left")
-    shown.add_column("", no_wrap=True)
-    for column in table.columns:
-        shown.add_column(column, justify="right")
     best = {column: best_rows(table, column) for column in table.columns}
-    for row in table.rows:
-        cells = [(texts.get((row, column), DASH), row in best[column]) for column in table.columns]
-        shown.add_row(row, *(f"[bold]{text}[/bold]" if bold else text for text, bold in cells))
+    groups = _column_groups(table, width)
+    shown = []
+    for columns in groups:
+        part = RichTable(title=table.name if not shown else None, title_justify="left")
+        part.add_column("", no_wrap=True)
+        for column in columns:
+            part.add_column(column, justify="right", no_wrap=True)
+        for row in table.rows:
+            texts = []
+            for column in columns:
+                text = cell_text(table.cells.get((row, column)))
+                texts.append(f"[bold]{text}[/bold]" if row in best[column] else text)
+            part.add_row(row, *texts)
+        shown.append(part)
+    shown[-1].caption = caption(table)
     return shown
 
 
-def _shown_width(table: Table, texts: dict[tuple[str, str], str]) -> int:
-    def column_width(column: str) -> int:
-        return max(len(texts.get((row, column), DASH)) for row in table.rows)
-
-    padding = 3
-    return sum(
-        [max(map(len, table.rows)) + padding, *(column_width(c) + padding for c in table.columns)]
-    )
+def _column_groups(table: Table, width: int) -> list[list[str]]:
+    """Columns in their order, as many at a time as fit, at least one."""
+    border = 3
+    groups, free = [], 0
+    for column in table.columns:
+        texts = [cell_text(table.cells.get((row, column))) for row in table.rows]
+        needed = max(map(len, [column, *texts])) + border
+        if needed > free or not groups:
+            groups.append([])
+            free = width - max(map(len, table.rows)) - border - 1
+        groups[-1].append(column)
+        free -= needed
+    return groups
 
 
 def caption(table: Table) -> str:

@@ -1,0 +1,301 @@
+import dataclasses
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from matplotlib.image import imread
+
+from experiments import adapt_languages, command_line
+from metaopt.runs import open_run, read_json_lines
+from metaopt.tasks import text_sources
+from metaopt.train import Interrupted
+
+ROWS = ("joint pretraining", "Meta-SGD")
+SIZES = "--num-support 2 --num-query 2 --length 8 --comparison.num-devices 2"
+MARKOV = shlex.split(
+    f"--preset smoke {SIZES} --vocab-size 4 --rows 'joint pretraining' Meta-SGD "
+    "--inner.num-steps 2 --comparison.max-inner-steps 3 --comparison.meta-steps 6 "
+    "--comparison.inner-rates 1 8"
+)
+TEXT = shlex.split(
+    f"--preset smoke {SIZES} --tasks text --model gru --width 4 --rows MAML "
+    "--inner.num-steps 1 --comparison.max-inner-steps 1 --comparison.pretrain-steps 0 "
+    "--comparison.inner-rates 0.1 0.3"
+)
+
+
+def main(*args, run=adapt_languages.run):
+    preset, chosen_by = adapt_languages.preset, adapt_languages.CHOSEN_BY
+    config_type = adapt_languages.Config
+    command_line.main("adapt_languages", run, config_type, preset, chosen_by, "", list(args))
+
+
+def parse(*args):
+    configs = []
+    main(*args, run=configs.append)
+    return configs[0]
+
+
+def run_in(root, args):
+    """The directory of a new run."""
+    before = set(root.glob("adapt_languages/*"))
+    main(*args, "--root", str(root))
+    (directory,) = set(root.glob("adapt_languages/*")) - before
+    return directory
+
+
+def cells(directory):
+    """The numbers of a run by row and column, without how long it took."""
+    return {
+        (r["row"], r["column"]): (r["value"], r["ci95"])
+        for r in read_json_lines(directory / "results.jsonl")
+    }
+
+
+@pytest.fixture(scope="module")
+def markov_run(tmp_path_factory):
+    return run_in(tmp_path_factory.mktemp("runs"), MARKOV)
+
+
+def test_a_run_leaves_config_results_table_picture_and_samples(markov_run):
+    config = parse(*MARKOV, "--root", str(markov_run.parents[1]))
+    saved = json.loads((markov_run / "config.json").read_text())
+    assert saved == adapt_languages.as_saved(config)
+    assert saved["inner"]["num_steps"] == 2 and "root" not in saved
+    for record in read_json_lines(markov_run / "results.jsonl"):
+        assert set(record) >= {"table", "row", "column", "value", "ci95", "unit", "n", "seeds"}
+        assert set(record) >= {"paper", "source", "preset", "device", "versions", "commit"}
+        assert record["table"] == "adapt_languages/markov" and record["unit"] == "nats/token"
+        assert record["n"] == 16 and ("seconds" in record or record["limit"])
+        again = shlex.split(record["command"])
+        assert again[:3] == ["python", "-m", "experiments.adapt_languages"]
+        assert parse(*again[3:]) == config
+    steps = [
+        f"{line['name']} {line['step']}" for line in read_json_lines(markov_run / "metrics.jsonl")
+    ]
+    assert steps == [f"{row} {step}" for row in ROWS for step in range(1, 7)]
+    assert imread(markov_run / "curves.png").std() > 0.01
+    assert (markov_run / "table.tex").read_text().startswith(r"\begin{tabular}")
+    samples = (markov_run / "samples.md").read_text()
+    assert samples.startswith("Text of Meta-SGD for a new language")
+    assert "Before adaptation" in samples and "After 2 steps of adaptation" in samples
+
+
+def test_the_limits_come_last_and_no_row_is_below_its_own(markov_run):
+    lines = (markov_run / "table.md").read_text().splitlines()
+    names = [line.split("|")[1].strip() for line in lines if line.startswith("| ")]
+    assert names == ["", *ROWS, "Bayes: support", "Bayes: support + prefix"]
+    found = cells(markov_run)
+    for column in ("1 step", "2 steps"):
+        support, prefix = (found[name, column][0] for name in names[-2:])
+        assert prefix < support < min(found[row, column][0] for row in ROWS)
+    assert found["Bayes: support", "0 steps"][0] == pytest.approx(np.log(4), rel=1e-5)
+    assert "**" not in "".join(line for line in lines if "Bayes: " in line)
+
+
+def test_differences_are_paired_and_gaps_are_to_the_limit(markov_run):
+    found = cells(markov_run)
+    assert (ROWS[0], "Δ 2 steps") not in found
+    for row, column, other in [
+        *(
+            (row, f"Δ {n}", ROWS[0])
+            for row in ("Meta-SGD", "Bayes: support")
+            for n in ("1 step", "2 steps")
+        ),
+        *((row, "gap to Bayes", "Bayes: support") for row in ROWS),
+    ]:
+        plain = column.removeprefix("Δ ") if "Δ" in column else "2 steps"
+        a, b = found[row, plain], found[other, plain]
+        value, half = found[row, column]
+        assert abs(value) == pytest.approx(abs(a[0] - b[0]), abs=1e-9)
+        assert np.sign(value) == np.sign(b[0] - a[0] if "Δ" in column else a[0] - b[0])
+        assert half < np.hypot(a[1], b[1])  # the differences vary less than the languages
+
+
+def test_a_finished_run_is_not_taken_up_again(markov_run):
+    config = parse(*MARKOV)
+    saved, root = adapt_languages.as_saved(config), markov_run.parents[1]
+    assert not open_run(root, "adapt_languages", "smoke", saved).resumed
+
+
+def test_a_run_that_was_stopped_goes_on_to_the_same_results(markov_run, tmp_path, monkeypatch):
+    """SIGTERM while the second row trains; the same command again."""
+    asked = []
+
+    def markov_with_a_signal(config):
+        family = real(config)
+
+        def sample(key, num_tasks):
+            asked.append(key)
+            if len(asked) == 6 + 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return family.train.sample(key, num_tasks)
+
+        return family._replace(train=family.train._replace(sample=sample))
+
+    real = adapt_languages.markov
+    monkeypatch.setattr(adapt_languages, "markov", markov_with_a_signal)
+    with pytest.raises(Interrupted) as stop:
+        run_in(tmp_path, MARKOV)
+    assert stop.value.code == 128 + signal.SIGTERM
+    (directory,) = tmp_path.glob("adapt_languages/*")
+    assert ("Meta-SGD", "0 steps") not in cells(directory) and (ROWS[0], "0 steps") in cells(
+        directory
+    )
+    assert not (directory / "table.md").exists()
+    trained = [
+        x["step"] for x in read_json_lines(directory / "metrics.jsonl") if x["name"] == "Meta-SGD"
+    ]
+    assert 0 < len(trained) < 6
+
+    main(*MARKOV, "--root", str(tmp_path))
+    assert list(tmp_path.glob("adapt_languages/*")) == [directory]
+    assert cells(directory) == cells(markov_run)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """Seven domains, each of words of its own."""
+    monkeypatch.setenv("METAOPT_DATA", str(tmp_path / "data"))
+    path = tmp_path / "some domains"
+    path.mkdir()
+    for i in range(7):
+        rng = np.random.default_rng(i)
+        words = [rng.choice(list(b"abcdefgh"), 5).tobytes()[::8] for _ in range(4)]
+        (path / f"domain {i}.txt").write_bytes(b" ".join(rng.choice(words, 400)))
+    return path
+
+
+def test_text_is_measured_in_bits_a_byte(folder, tmp_path):
+    directory = run_in(tmp_path, [*TEXT, "--folder", str(folder)])
+    records = {(r["row"], r["column"]): r for r in read_json_lines(directory / "results.jsonl")}
+    assert {r["unit"] for r in records.values()} == {"bits/byte"}
+    assert {r["n"] for r in records.values()} == {3}
+    assert set(records) == {("MAML", "0 steps"), ("MAML", "1 step")}  # no Bayes limit
+    start = records["MAML", "0 steps"]["value"]
+    assert 7 < start < 9  # 256 bytes, after hardly any training
+    assert records["MAML", "1 step"]["value"] < start
+    assert "for domain " in (directory / "samples.md").read_text()
+
+
+def test_the_standard_library_gives_three_disjoint_splits(monkeypatch):
+    monkeypatch.setattr(text_sources, "_has_tfds", lambda: False)  # read in place
+    config = parse("--tasks", "stdlib")
+    family, vocab_size = adapt_languages.make_family(config)
+    names = [split.task_names for split in (family.train, family.valid, family.test)]
+    assert vocab_size == 256 and len(set().union(*names)) == sum(map(len, names))
+    assert len(names[1]) == config.num_valid_domains and len(names[2]) == config.num_test_domains
+    assert len(names[0]) > 8
+    episode = family.test.sample(jax.random.key(0), 2)
+    assert episode.query.inputs.shape == (2, config.num_query, config.length)
+
+
+def test_help_names_every_preset_and_flag():
+    command = [sys.executable, "-m", "experiments.adapt_languages", "--help"]
+    environment = os.environ | {"COLUMNS": "200", "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0 and done.stderr == ""
+
+    def flags(config, prefix="--"):
+        for field in dataclasses.fields(config):
+            name, value = prefix + field.name.replace("_", "-"), getattr(config, field.name)
+            yield from flags(value, f"{name}.") if dataclasses.is_dataclass(value) else [name]
+
+    for word in (*flags(adapt_languages.MARKOV), "{smoke,cpu,gpu}"):
+        assert word in done.stdout, word
+
+
+def flags_of(line):
+    return {word for word in shlex.split(line) if word.startswith("--")}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "",
+        "--preset gpu --tasks stdlib",
+        "--preset smoke --model lstm --rows 'joint pretraining' Meta-SGD",
+        '--tasks text --folder "it\'s $HOME" --model bigram --outer.weight-decay 1e-05',
+        "--inner.no-unroll --inner.remat --inner.query-loss mean --comparison.inner-rates 0.5 1",
+        "--tasks tfds:ag_news_subset:1.0.0 --root 'my runs' --run-dir mine --rows ANIL",
+    ],
+)
+def test_the_command_of_a_config_gives_that_config(line):
+    config = parse(*shlex.split(line))
+    preset, chosen_by = adapt_languages.preset, adapt_languages.CHOSEN_BY
+    command = command_line.command("adapt_languages", config, preset, chosen_by)
+    prefix = "python -m experiments.adapt_languages"
+    assert command.startswith(prefix) and flags_of(command) == flags_of(line)
+    assert parse(*shlex.split(command.removeprefix(prefix))) == config
+
+
+WRONG = [
+    ("--preset huge", "unknown preset 'huge': choose smoke, cpu or gpu"),
+    ("--tasks novels", "unknown tasks 'novels': markov, text, stdlib or tfds:NAME"),
+    ("--tasks text", "needs --folder"),
+    ("--tasks text --folder nowhere", "'nowhere' is no folder"),
+    ("--tasks text --folder empty", "folder empty is empty"),
+    ("--tasks text --folder nested", "nested/inner is not a file"),
+    ("--tasks text --folder short", "domain 'a' has 9 bytes"),
+    ("--tasks text --folder few", "few has 2 domains, too few"),
+    ("--folder few", "--folder is for --tasks text"),
+    ("--model mamba", "unknown model 'mamba': choose one of bigram, rnn, gru"),
+    ("--model transformer --num-heads 3", "not divisible by num_heads 3"),
+    ("--model lstm --width 0", "width is 0"),
+    ("--rows MAML 'Meta SGD'", "no row 'Meta SGD'; there are random init, joint pretraining"),
+    ("--vocab-size 1", "vocab_size must be at least 2"),
+    ("--num-support 0", "num_support must be at least 1"),
+    ("--concentration 0", "concentration must be above 0"),
+    ("--inner.num-steps 0", "at least 1 step"),
+    ("--inner.batching split", "4 support examples cannot be split into 5"),
+    ("--comparison.max-inner-steps 4", "5 inner steps and evaluation only 4"),
+    ("--comparison.tasks-per-step 6", "6 tasks does not divide by 4 devices"),
+    ("--comparison.tasks-at-a-time 3", "cannot be taken 3 at a time"),
+    ("--comparison.num-devices 5", "5 devices were asked for and 4 are here"),
+    ("--comparison.checkpoint-every 0", "checkpoint_every is 0"),
+    ("--comparison.inner-rates 0.1 -1", "inner_rates (0.1, -1.0) must be"),
+    ("--outer.warmup-steps -1", "warmup_steps is -1"),
+    ("--outer.learning-rate nan", "learning_rate is nan"),
+    ("--outer.clip-norm 0", "clip_norm is 0.0"),
+]
+
+
+@pytest.mark.parametrize(("line", "words"), WRONG, ids=[line for line, _ in WRONG])
+def test_wrong_input_is_one_line_before_anything_is_compiled_or_made(
+    line, words, tmp_path, monkeypatch, capsys, caplog
+):
+    def too_late(*args, **kwargs):
+        raise AssertionError("not refused")
+
+    monkeypatch.setattr(adapt_languages, "open_run", too_late)
+    monkeypatch.chdir(tmp_path)
+    for name, domains in {"empty": [], "short": "abc", "few": "ab"}.items():
+        (tmp_path / name).mkdir()
+        for domain in domains:
+            size = 9 if name == "short" else 9999
+            (tmp_path / name / domain).write_bytes(b"a" * size)
+    (tmp_path / "nested" / "inner").mkdir(parents=True)
+    before = set(tmp_path.rglob("*"))
+    with jax.log_compiles(), pytest.raises(SystemExit) as stop:
+        main(*shlex.split(line))
+    error = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert error.startswith("error: ") and error.count("\n") == 1 and words in error
+    assert "Compiling" not in caplog.text and set(tmp_path.rglob("*")) == before
+
+
+def test_the_directory_of_another_config_is_left_alone(markov_run, capsys):
+    before = {path: path.stat().st_mtime_ns for path in markov_run.rglob("*")}
+    with pytest.raises(SystemExit) as stop:
+        main(*MARKOV, "--run-dir", str(markov_run), "--comparison.seed", "1")
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1
+    assert "is a run of another config (comparison.seed: 0 saved, 1 now)" in error
+    assert {path: path.stat().st_mtime_ns for path in markov_run.rglob("*")} == before
