@@ -3,13 +3,13 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
 from metaopt.errors import UserError
-from metaopt.types import Array, Batch, Episode, Key, TaskFamily, TaskSplit
+from metaopt.tasks.fresh import fresh_tasks
+from metaopt.types import Array, Batch, Episode, Key, TaskFamily
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,33 +64,6 @@ def posterior_mean(config: LinearConfig, support: Batch) -> Array:
     inputs = jnp.concatenate([support.inputs, prior])
     targets = jnp.concatenate([support.targets, jnp.zeros((config.dim, 1))])
     return jnp.linalg.lstsq(inputs, targets)[0]
-
-
-def fresh_tasks(name: str, draw_examples: Callable[[Key], Batch], num_support: int) -> TaskFamily:
-    """The family whose every episode is a new task, drawn from its key alone.
-
-    The three splits have the same distribution and, under the same key, different
-    episodes. ``sample`` is jitted, once for all splits and each ``num_tasks``.
-
-    Args:
-      name: the name of the family.
-      draw_examples: ``key -> Batch`` of S + Q examples of one task.
-      num_support: S; the first S examples are the support, the others the query.
-    """
-
-    def draw_episode(key: Key) -> tuple[Batch, Batch]:
-        inputs, targets = draw_examples(key)
-        support = Batch(inputs[:num_support], targets[:num_support])
-        return support, Batch(inputs[num_support:], targets[num_support:])
-
-    @functools.partial(jax.jit, static_argnames="num_tasks")
-    def sample(split: int, key: Key, num_tasks: int) -> Episode:
-        keys = jax.random.split(jax.random.fold_in(key, split), num_tasks)
-        support, query = jax.vmap(draw_episode)(keys)
-        return Episode(support, query, jnp.arange(num_tasks, dtype=jnp.int32))
-
-    train, valid, test = (TaskSplit(functools.partial(sample, split)) for split in range(3))
-    return TaskFamily(name, train, valid, test)
 
 
 def _draw_examples(config: LinearConfig, key: Key) -> Batch:

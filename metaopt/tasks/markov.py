@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from metaopt.errors import UserError
-from metaopt.tasks.linear import fresh_tasks
+from metaopt.tasks.fresh import fresh_tasks
 from metaopt.types import Array, Batch, Episode, Key, TaskFamily
 
 _MAX_TABLE = 2**24
