@@ -105,14 +105,11 @@ class Report:
         rates = self._rows[name].rates if name in self._rows else None
         records = []
         for step, values in losses.items():
-            column = f"{step} step" if step == 1 else f"{step} steps"
             rate = {} if rates is None else {"inner_learning_rate": float(rates[step])}
-            records.append(
-                self._cell(name, column, self._interval(values), self._unit, **rate, **more)
-            )
+            found = self._interval(values)
+            records.append(self._cell(name, _column(step), found, self._unit, **rate, **more))
         for step, difference in self._gains(name, losses).items():
-            column = f"Δ {step} step" + "s" * (step > 1)
-            found = self._interval(difference)
+            found, column = self._interval(difference), f"Δ {_column(step)}"
             records.append(self._cell(name, column, found, self._unit, better="higher", **more))
         return records + self._gap_record(name, **more)
 
@@ -188,3 +185,7 @@ class Report:
         else:
             shown = "".join(chr(ord("a") + t) if t < 26 else f"<{t}>" for t in tokens.tolist())
         return [f"{title}:", "", *(f"    {line}" for line in shown.splitlines()), ""]
+
+
+def _column(step: int) -> str:
+    return f"{step} step" if step == 1 else f"{step} steps"

@@ -165,11 +165,14 @@ def tuned_curves(
     def at(rate, episodes):
         return curves(meta_params, {**hparams, "inner_learning_rate": np.float32(rate)}, episodes)
 
-    groups = np.asarray(valid.task)
-    tried = {rate: task_means(at(rate, valid), groups).mean(axis=0) for rate in sorted(rates)}
+    def on_valid(rates):
+        groups = np.asarray(valid.task)
+        return {rate: task_means(at(rate, valid), groups).mean(axis=0) for rate in rates}
+
+    tried = on_valid(sorted(rates))
     best = _best_rates(tried)
     while more := _beyond(sorted(tried), best, MAX_RATES_TRIED if len(tried) > 1 else 1):
-        tried |= {rate: task_means(at(rate, valid), groups).mean(axis=0) for rate in more}
+        tried |= on_valid(more)
         best = _best_rates(tried)
     on_test = {rate: at(rate, test) for rate in np.unique(best)}
     losses = np.stack([on_test[rate][:, step] for step, rate in enumerate(best)], axis=1)

@@ -77,25 +77,31 @@ def best_rows(table: Table, column: str) -> set[str]:
     return {row for row, cell in contenders.items() if cell["value"] == best}
 
 
+def _row_texts(
+    table: Table, row: str, columns: Sequence[str], bold: str, plus_minus: str = " ± "
+) -> list[str]:
+    """The cells of a row, put into ``bold`` where they are the best of their column."""
+    texts = []
+    for column in columns:
+        text = cell_text(table.cells.get((row, column)), plus_minus)
+        texts.append(bold.format(text) if row in best_rows(table, column) else text)
+    return texts
+
+
 def to_markdown(table: Table) -> str:
     """A Markdown table with the best of each column in bold and the units in the caption."""
-    best = {column: best_rows(table, column) for column in table.columns}
     lines = [
         "| | " + " | ".join(table.columns) + " |",
         "|---|" + "---:|" * len(table.columns),
     ]
     for row in table.rows:
-        texts = []
-        for column in table.columns:
-            text = cell_text(table.cells.get((row, column)))
-            texts.append(f"**{text}**" if row in best[column] else text)
+        texts = _row_texts(table, row, table.columns, "**{}**")
         lines.append(f"| {row} | " + " | ".join(texts) + " |")
     return "\n".join([*lines, "", caption(table), ""])
 
 
 def to_latex(table: Table) -> str:
     """A LaTeX ``tabular`` in booktabs style with the best of each column in bold."""
-    best = {column: best_rows(table, column) for column in table.columns}
     lines = [
         r"\begin{tabular}{l" + "r" * len(table.columns) + "}",
         r"\toprule",
@@ -103,11 +109,8 @@ def to_latex(table: Table) -> str:
         r"\midrule",
     ]
     for row in table.rows:
-        texts = []
-        for column in table.columns:
-            text = cell_text(table.cells.get((row, column)), plus_minus=r" $\pm$ ")
-            text = text.replace(DASH, "--")
-            texts.append(rf"\textbf{{{text}}}" if row in best[column] else text)
+        texts = _row_texts(table, row, table.columns, r"\textbf{{{}}}", plus_minus=r" $\pm$ ")
+        texts = [text.replace(DASH, "--") for text in texts]
         lines.append(" & ".join([_escape(row), *texts]) + r" \\")
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
 
@@ -119,20 +122,14 @@ def to_rich(table: Table, width: int) -> list:
     """
     from rich.table import Table as RichTable
 
-    best = {column: best_rows(table, column) for column in table.columns}
-    groups = _column_groups(table, width)
     shown = []
-    for columns in groups:
+    for columns in _column_groups(table, width):
         part = RichTable(title=table.name if not shown else None, title_justify="left")
         part.add_column("", no_wrap=True)
         for column in columns:
             part.add_column(column, justify="right", no_wrap=True)
         for row in table.rows:
-            texts = []
-            for column in columns:
-                text = cell_text(table.cells.get((row, column)))
-                texts.append(f"[bold]{text}[/bold]" if row in best[column] else text)
-            part.add_row(row, *texts)
+            part.add_row(row, *_row_texts(table, row, columns, "[bold]{}[/bold]"))
         shown.append(part)
     shown[-1].caption = caption(table)
     return shown
