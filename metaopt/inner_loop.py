@@ -56,11 +56,13 @@ class Adapted(NamedTuple):
     Attributes:
       params: the adapted parameters.
       losses: float32 ``[K]``, the support loss before each step.
+      opt_state: of the inner optimiser after the last step, to go on from.
       probes: ``probe(params)`` before each step, stacked ``[K, ...]``; None without a probe.
     """
 
     params: Params
     losses: Array
+    opt_state: optax.OptState
     probes: Any = None
 
 
@@ -72,6 +74,7 @@ def adapt(
     config: InnerLoop,
     *,
     num_steps: int | None = None,
+    opt_state: optax.OptState | None = None,
     grad_fn: InnerGradFn = jax.value_and_grad,
     probe: Callable[[Params], Any] | None = None,
 ) -> Adapted:
@@ -89,6 +92,7 @@ def adapt(
       config: see `InnerLoop`.
       num_steps: takes the place of ``config.num_steps``, for an evaluation that goes
         on past the trained number of steps (only with ``batching='same'``).
+      opt_state: of the inner optimiser, where an earlier run is gone on with; None starts anew.
       grad_fn: turns the loss into ``(params, batch) -> (loss, gradient)``.
       probe: what else to measure at the parameters before each step.
 
@@ -118,10 +122,11 @@ def adapt(
 
     if config.remat:
         step = jax.checkpoint(step, prevent_cse=config.unroll)
-    (params, _), (losses, probes) = jax.lax.scan(
-        step, (params, optimizer.init(params)), batches, length=steps, unroll=config.unroll
+    start = (params, optimizer.init(params) if opt_state is None else opt_state)
+    (params, opt_state), (losses, probes) = jax.lax.scan(
+        step, start, batches, length=steps, unroll=config.unroll
     )
-    return Adapted(params, losses, probes)
+    return Adapted(params, losses, opt_state, probes)
 
 
 def split_batches(support: Batch, num_steps: int) -> Batch:

@@ -119,12 +119,14 @@ class Learner(NamedTuple):
       inner_opt: ``(meta_params, hparams) -> optax.GradientTransformation``; how
         it steps. ``hparams['inner_learning_rate']`` is a float32 scalar.
       learned: the names of the meta-parameters beside ``'params'``.
+      adapted: the top-level entries of ``params`` that the inner loop moves; None for all.
     """
 
     init: Callable[[Params], MetaParams]
     start: Callable[[MetaParams], Params]
     inner_opt: Callable[[MetaParams, Hparams], optax.GradientTransformation]
     learned: tuple[str, ...] = ()
+    adapted: tuple[str, ...] | None = None
 
 
 MetaGradFn = Callable[[MetaParams, Hparams, Episode, Key], tuple[MetaParams, Metrics]]

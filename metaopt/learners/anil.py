@@ -37,4 +37,4 @@ def anil(model: Model, inner_optimizer: InnerOptimizer = optax.sgd) -> Learner:
         head = inner_optimizer(hparams["inner_learning_rate"])
         return optax.multi_transform({"head": head, "body": optax.set_to_zero()}, labels)
 
-    return maml()._replace(inner_opt=inner_opt)
+    return maml()._replace(inner_opt=inner_opt, adapted=model.head)
