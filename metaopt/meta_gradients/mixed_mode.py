@@ -1,10 +1,10 @@
 """Mixed mode: the exact meta-gradient, with forward-over-reverse second derivatives."""
 
 import jax
-import jax.numpy as jnp
 
 from metaopt.inner_loop import InnerLoop
 from metaopt.meta_gradients.reverse import reverse
+from metaopt.pytrees import partition
 from metaopt.types import Batch, Learner, LossFn, MetaGradFn, Params
 
 
@@ -53,25 +53,18 @@ def _value_and_grad(pure_loss, params, batch, closed_over):
     def backward(residuals, cotangents):
         params, others = residuals
         loss_bar, grad_bar = cotangents
-        leaves, tree = jax.tree.flatten(others)
-        smooth = [jnp.issubdtype(jnp.result_type(leaf), jnp.inexact) for leaf in leaves]
+        smooth, with_others = partition(others)
 
         def gradients(params):
-            def loss(params, values):
-                given = iter(values)
-                batch, closed = jax.tree.unflatten(
-                    tree, [next(given) if s else x for s, x in zip(smooth, leaves, strict=True)]
-                )
-                return pure_loss(params, batch, *closed)
+            def loss(params, smooth):
+                batch, closed_over = with_others(smooth)
+                return pure_loss(params, batch, *closed_over)
 
-            values = [leaf for leaf, s in zip(leaves, smooth, strict=True) if s]
-            return jax.grad(loss, argnums=(0, 1))(params, values)
+            return jax.grad(loss, argnums=(0, 1))(params, smooth)
 
         first, second = jax.jvp(gradients, (params,), (grad_bar,))
-        params_bar, values_bar = jax.tree.map(lambda a, b: loss_bar * a + b, first, second)
-        given = iter(values_bar)
-        others_bar = [next(given) if s else None for s in smooth]
-        return params_bar, jax.tree.unflatten(tree, others_bar)
+        params_bar, smooth_bar = jax.tree.map(lambda a, b: loss_bar * a + b, first, second)
+        return params_bar, with_others(smooth_bar, cotangent=True)
 
     value_and_grad.defvjp(forward, backward)
     return value_and_grad(params, (batch, closed_over))

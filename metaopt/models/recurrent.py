@@ -32,7 +32,9 @@ class Recurrent(nn.Module):
             start = cell.initialize_carry(jax.random.key(0), (x.shape[0], self.width))
             start = jax.tree.map(lambda leaf, x=x: leaf.astype(x.dtype), start)
             x = nn.RNN(cell)(x, initial_carry=start)
-        return nn.Dense(self.vocab_size, name="head")(x)
+        # All tokens in one axis: see `metaopt.models.TransformerConfig.flatten`.
+        logits = nn.Dense(self.vocab_size, name="head")(x.reshape(-1, self.width))
+        return logits.reshape(*tokens_SxL.shape, self.vocab_size)
 
 
 def recurrent(

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from metaopt.errors import UserError
+from metaopt.models.attention import causal_attention, rope
 from metaopt.models.linen import apply_module
 from metaopt.types import Array, Key, Model, Params
 
@@ -37,6 +38,12 @@ class TransformerConfig:
       activation: ``'gelu'`` or ``'swiglu'``.
       window: a token attends to itself and the ``window - 1`` tokens before it;
         None for all before it.
+      attention_block: queries that attend at a time, recomputed in the backward pass, so
+        that memory grows with the length of a sequence and not with its square. None
+        takes all at once, which is quicker while their scores are small.
+      flatten: multiply by a matrix with all tokens in one axis. The product is the same,
+        but XLA's CPU backend transposes the gradient of one with two leading axes in
+        a way that makes second derivatives slower by half or more.
       scan_layers: run the layers as a `jax.lax.scan`, which compiles one layer for
         all of them, rather than unrolled, which runs faster where nothing is remat.
       remat: keep only the input of each layer for the backward pass, and compute
@@ -54,69 +61,22 @@ class TransformerConfig:
     mlp_width: int | None = None
     activation: Literal["gelu", "swiglu"] = "gelu"
     window: int | None = None
+    attention_block: int | None = None
+    flatten: bool = True
     scan_layers: bool = False
     remat: bool = False
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     tie_head: bool = False
 
 
-def rope(x_SxLxHxF: Array, base: float = 10_000.0) -> Array:
-    """Rotary position embedding: turns feature pairs by angles that grow with the position.
+def _over_tokens(function: Callable[[Array], Array]) -> Callable[[Array], Array]:
+    """A function of the rows of a matrix as one of the tokens of ``[S, L, D]``."""
 
-    The pair ``(x[i], x[i + F/2])`` at position t is rotated by ``t * base ** (-2 i / F)``,
-    so the product of a query and a key depends on their distance only.
+    def apply(x_SxLxD: Array) -> Array:
+        S, L, D = x_SxLxD.shape
+        return function(x_SxLxD.reshape(S * L, D)).reshape(S, L, -1)
 
-    Args:
-      x_SxLxHxF: queries or keys, with heads of an even size F.
-      base: sets the longest wavelength, ``2 pi base`` tokens.
-
-    Returns:
-      The rotated array, of the same shape and dtype.
-
-    References:
-      Su et al., 2021. RoFormer: Enhanced Transformer with Rotary Position
-      Embedding. arXiv:2104.09864, equation 15.
-    """
-    length, head_size = x_SxLxHxF.shape[1], x_SxLxHxF.shape[3]
-    dtype = jnp.promote_types(x_SxLxHxF.dtype, jnp.float32)  # bfloat16 cannot count positions
-    frequency_f = base ** (-jnp.arange(0, head_size, 2, dtype=dtype) / head_size)
-    angle_Lxf = jnp.arange(length, dtype=dtype)[:, None] * frequency_f[None, :]
-    cos, sin = jnp.cos(angle_Lxf)[None, :, None, :], jnp.sin(angle_Lxf)[None, :, None, :]
-    a, b = jnp.split(x_SxLxHxF, 2, axis=-1)
-    rotated = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
-    return rotated.astype(x_SxLxHxF.dtype)
-
-
-def causal_attention(
-    query_SxLxHxF: Array, key_SxLxHxF: Array, value_SxLxHxF: Array, window: int | None = None
-) -> Array:
-    """Scaled dot-product attention of each token to itself and those before it.
-
-    ``softmax(q k' / sqrt(F)) v`` with the softmax in float32 at least.
-
-    Args:
-      query_SxLxHxF: queries, with heads of size F.
-      key_SxLxHxF: keys.
-      value_SxLxHxF: values.
-      window: how many tokens are in reach, itself included; None for all.
-
-    Returns:
-      ``[S, L, H, F]`` in the dtype of the values.
-
-    References:
-      Vaswani et al., 2017. Attention Is All You Need. arXiv:1706.03762, equation 1.
-      Beltagy et al., 2020. Longformer. arXiv:2004.05150 (the sliding window).
-    """
-    length, head_size = query_SxLxHxF.shape[1], query_SxLxHxF.shape[3]
-    scores_SxHxLxL = jnp.einsum("slhf,smhf->shlm", query_SxLxHxF, key_SxLxHxF)
-    dtype = jnp.promote_types(scores_SxHxLxL.dtype, jnp.float32)
-    scores_SxHxLxL = scores_SxHxLxL.astype(dtype) / math.sqrt(head_size)
-    distance_LxL = jnp.arange(length)[:, None] - jnp.arange(length)[None, :]
-    visible_LxL = (distance_LxL >= 0) & (distance_LxL < (window or length))
-    # A finite mask: infinities make NaNs of their own in the derivatives of softmax.
-    masked = jnp.where(visible_LxL[None, None], scores_SxHxLxL, jnp.finfo(dtype).min)
-    weights = jax.nn.softmax(masked, axis=-1).astype(value_SxLxHxF.dtype)
-    return jnp.einsum("shlm,smhf->slhf", weights, value_SxLxHxF)
+    return apply
 
 
 class Block(nn.Module):
@@ -128,7 +88,8 @@ class Block(nn.Module):
         """A matrix product with weights of variance ``scale / fan_in`` at the start."""
         init = nn.initializers.variance_scaling(scale, "fan_in", "normal")
         dtype = COMPUTE_DTYPES[self.config.compute_dtype]
-        return nn.Dense(features, use_bias=False, dtype=dtype, kernel_init=init, name=name)
+        dense = nn.Dense(features, use_bias=False, dtype=dtype, kernel_init=init, name=name)
+        return _over_tokens(dense) if self.config.flatten else dense
 
     @nn.compact
     def __call__(self, x_SxLxD: Array) -> Array:
@@ -148,7 +109,8 @@ class Block(nn.Module):
         S, L, D = x_SxLxD.shape
         qkv = jnp.split(self.dense(3 * D, "qkv")(x_SxLxD), 3, axis=-1)
         query, key, value = (part.reshape(S, L, self.config.num_heads, -1) for part in qkv)
-        mixed = causal_attention(rope(query), rope(key), value, self.config.window)
+        reach = self.config.window, self.config.attention_block
+        mixed = causal_attention(rope(query), rope(key), value, *reach)
         return self.dense(D, "attention_out", self.residual_scale)(mixed.reshape(S, L, D))
 
     def mlp(self, x_SxLxD: Array) -> Array:
@@ -174,7 +136,7 @@ def _check(config: TransformerConfig) -> None:
     c = config
     if c.vocab_size < 2:
         raise UserError(f"vocab_size is {c.vocab_size}: a language model needs at least 2 tokens")
-    for name in ("width", "num_layers", "num_heads", "mlp_width", "window"):
+    for name in ("width", "num_layers", "num_heads", "mlp_width", "window", "attention_block"):
         value = getattr(c, name)
         if value is not None and value < 1:
             raise UserError(f"{name} is {value}: it must be at least 1")
@@ -253,7 +215,10 @@ def transformer(config: TransformerConfig) -> Model:
         x_SxLxD = x_SxLxD.astype(COMPUTE_DTYPES[config.compute_dtype] or embedding_VxD.dtype)
         x_SxLxD = run_layers([params[f"layer_{i}"] for i in range(config.num_layers)], x_SxLxD)
         x_SxLxD = apply_module(nn.RMSNorm(), params["final_norm"], x_SxLxD)
-        return x_SxLxD @ (embedding_VxD.T if config.tie_head else params["head"]["kernel"])
+        head_DxV = embedding_VxD.T if config.tie_head else params["head"]["kernel"]
+        if not config.flatten:
+            return x_SxLxD @ head_DxV
+        return _over_tokens(lambda x_NxD: x_NxD @ head_DxV)(x_SxLxD)
 
     return Model(
         init=functools.partial(_init, config),

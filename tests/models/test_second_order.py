@@ -14,7 +14,14 @@ MODELS = {
     "transformer": (
         lambda: transformer(
             TransformerConfig(
-                vocab_size=7, width=8, num_layers=2, num_heads=2, activation="swiglu", remat=True
+                vocab_size=7,
+                width=8,
+                num_layers=2,
+                num_heads=2,
+                activation="swiglu",
+                attention_block=4,
+                scan_layers=True,
+                remat=True,
             )
         ),
         TOKENS,
