@@ -12,9 +12,13 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.ad_checkpoint import checkpoint_name
 
 from metaopt.errors import UserError
+from metaopt.planned_scan import planned_scan
 from metaopt.types import Array, Batch, InnerGradFn, LossFn, Params
+
+INNER_GRADIENTS = "inner_gradients"  # what a recomputed step may keep
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,6 +36,13 @@ class InnerLoop:
         to run on CPU, slower to compile, and larger in memory.
       remat: recompute each inner step in the backward pass instead of keeping its
         intermediate values.
+      save_gradients: with ``remat``, keep the inner gradients, which the inner
+        optimiser's own derivative needs again: one evaluation of them less, for the bytes
+        of the parameters a step.
+      kept_states: how many of the states between the steps are kept at a time, the others
+        being recomputed by the optimal plan of `metaopt.rematerialization`, which also
+        finds the number for a memory budget. It implies ``remat`` and a scan. None keeps
+        all K.
     """
 
     num_steps: int = 5
@@ -39,6 +50,8 @@ class InnerLoop:
     query_loss: Literal["last", "mean"] = "last"
     unroll: bool = True
     remat: bool = False
+    save_gradients: bool = False
+    kept_states: int | None = None
 
     def __post_init__(self):
         if self.num_steps < 1:
@@ -48,6 +61,13 @@ class InnerLoop:
             )
         if self.batching not in ("same", "split"):
             raise UserError(f"batching is {self.batching!r}: choose 'same' or 'split'")
+        if self.save_gradients and (not self.remat or self.kept_states is not None):
+            raise UserError(
+                "save_gradients says what a recomputed step keeps: it takes remat=True, and "
+                "with kept_states there is nothing that it could keep"
+            )
+        if self.kept_states is not None and self.kept_states < 1:
+            raise UserError(f"kept_states is {self.kept_states}; the first state is always kept")
 
 
 class Adapted(NamedTuple):
@@ -116,17 +136,25 @@ def adapt(
     def step(carry, batch):
         params, opt_state = carry
         loss, grads = value_and_grad(params, support if batch is None else batch)
-        updates, opt_state = optimizer.update(away_from_zero(grads), opt_state, params)
+        grads = checkpoint_name(away_from_zero(grads), INNER_GRADIENTS)
+        updates, opt_state = optimizer.update(grads, opt_state, params)
         measured = None if probe is None else probe(params)
         return (optax.apply_updates(params, updates), opt_state), (loss, measured)
 
-    if config.remat:
-        step = jax.checkpoint(step, prevent_cse=config.unroll)
     start = (params, optimizer.init(params) if opt_state is None else opt_state)
-    (params, opt_state), (losses, probes) = jax.lax.scan(
-        step, start, batches, length=steps, unroll=config.unroll
-    )
-    return Adapted(params, losses, opt_state, probes)
+    (params, last_state), (losses, probes) = _scan(config, step, start, batches, steps)
+    return Adapted(params, losses, last_state, probes)
+
+
+def _scan(config: InnerLoop, step: Callable, start: Any, batches: Batch | None, num_steps: int):
+    """`jax.lax.scan`, with what the config says is kept for the backward pass."""
+    if config.kept_states is not None:
+        return planned_scan(step, start, batches, length=num_steps, kept_states=config.kept_states)
+    if config.remat:
+        keep = jax.checkpoint_policies.save_only_these_names(INNER_GRADIENTS)
+        policy = keep if config.save_gradients else None
+        step = jax.checkpoint(step, prevent_cse=config.unroll, policy=policy)
+    return jax.lax.scan(step, start, batches, length=num_steps, unroll=config.unroll)
 
 
 def split_batches(support: Batch, num_steps: int) -> Batch:

@@ -48,12 +48,12 @@ def test_split_takes_one_batch_a_step():
     np.testing.assert_allclose(adapted.losses, losses, rtol=1e-5)
 
 
-def test_unroll_and_remat_change_neither_values_nor_gradients():
+def test_what_is_kept_changes_neither_values_nor_gradients():
     def loss(params, batch):
         return jnp.mean((jnp.tanh(batch.inputs @ params["head"]) - batch.targets) ** 2)
 
-    def outcome(unroll, remat):
-        config = InnerLoop(num_steps=3, unroll=unroll, remat=remat)
+    def outcome(**config):
+        config = InnerLoop(num_steps=3, **config)
 
         def objective(params):
             adapted = adapt(loss, optax.adam(0.1), params, SUPPORT, config)
@@ -61,13 +61,49 @@ def test_unroll_and_remat_change_neither_values_nor_gradients():
 
         return jax.jit(jax.grad(objective, has_aux=True))(quadratic.PARAMS)
 
-    expected = outcome(unroll=True, remat=False)
-    for unroll, remat in [(True, True), (False, False), (False, True)]:
+    expected = outcome()
+    for config in [
+        {"remat": True},
+        {"unroll": False},
+        {"unroll": False, "remat": True},
+        {"unroll": False, "remat": True, "save_gradients": True},
+        {"kept_states": 2},
+    ]:
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
-            outcome(unroll, remat),
+            outcome(**config),
             expected,
         )
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"save_gradients": True},
+        {"save_gradients": True, "remat": True, "kept_states": 2},
+        {"kept_states": 0},
+    ],
+)
+def test_contradictory_loops_are_refused(config):
+    with pytest.raises(UserError, match="save_gradients|kept_states"):
+        InnerLoop(**config)
+
+
+@pytest.mark.parametrize("batching", ["same", "split"])
+def test_a_run_can_be_gone_on_with(batching):
+    def go(params, opt_state, support, num_steps):
+        config = InnerLoop(num_steps=num_steps, batching=batching)
+        return adapt(quadratic.loss, optax.adam(0.1), params, support, config, opt_state=opt_state)
+
+    parts = [SUPPORT, SUPPORT]
+    if batching == "split":
+        parts = [jax.tree.map(lambda x, i=i: x[4 * i : 4 * i + 4], SUPPORT) for i in (0, 1)]
+    whole = go(quadratic.PARAMS, None, SUPPORT, 4)
+    first = go(quadratic.PARAMS, None, parts[0], 2)
+    second = go(first.params, first.opt_state, parts[1], 2)
+    np.testing.assert_allclose(second.params["head"], whole.params["head"], rtol=1e-6)
+    losses = np.concatenate([first.losses, second.losses])
+    np.testing.assert_allclose(losses, whole.losses, rtol=1e-6)
 
 
 def still_loss(params, batch):

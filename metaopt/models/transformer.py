@@ -84,7 +84,7 @@ class Block(nn.Module):
 
     config: TransformerConfig
 
-    def dense(self, features: int, name: str, scale: float = 1.0) -> nn.Dense:
+    def dense(self, features: int, name: str, scale: float = 1.0) -> Callable[[Array], Array]:
         """A matrix product with weights of variance ``scale / fan_in`` at the start."""
         init = nn.initializers.variance_scaling(scale, "fan_in", "normal")
         dtype = COMPUTE_DTYPES[self.config.compute_dtype]
