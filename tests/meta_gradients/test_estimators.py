@@ -3,17 +3,14 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 import quadratic
 
 from metaopt.errors import UserError
 from metaopt.inner_loop import InnerLoop
-from metaopt.learners import anil, maml, meta_sgd, per_layer_per_step
-from metaopt.losses import next_token, regression
+from metaopt.learners import maml, meta_sgd, per_layer_per_step
 from metaopt.meta_gradients import first_order, joint, reptile, reverse
-from metaopt.models import TransformerConfig, mlp, recurrent, transformer
-from metaopt.types import Batch, Episode
+from metaopt.types import Batch
 
 KEY = jax.random.key(0)
 EPISODE = quadratic.episode()
@@ -123,60 +120,3 @@ def test_joint_and_one_step_of_reptile_are_the_gradient_on_the_union(estimator):
 def test_estimators_of_the_initialisation_refuse_learned_rates(estimator, learner):
     with pytest.raises(UserError, match="log_rates"):
         estimator(learner, quadratic.loss, InnerLoop())
-
-
-def tokens(num_support=2, num_query=3, length=5, vocab_size=4):
-    rng = np.random.default_rng(0)
-
-    def batch(size):
-        sequences = rng.integers(0, vocab_size, (size, length + 1)).astype(np.int32)
-        return Batch(sequences[:, :-1], sequences[:, 1:])
-
-    return Episode(batch(num_support), batch(num_query), np.int32(0))
-
-
-def columns():
-    rng = np.random.default_rng(0)
-    support, query = (Batch(rng.normal(size=(n, 2)), rng.normal(size=(n, 1))) for n in (4, 5))
-    return Episode(support, query, np.int32(0))
-
-
-MLP = mlp(2, 1, hidden=(3,), activation=jnp.tanh)
-GRU = recurrent(4, 3, "gru")
-TRANSFORMER = transformer(TransformerConfig(vocab_size=4, width=4, num_layers=1, num_heads=1))
-CASES = {
-    "maml, sgd, mlp": (MLP, maml()),
-    "anil, adam, mlp": (MLP, anil(MLP, optax.adam)),
-    "meta_sgd, adam, mlp": (MLP, meta_sgd(optax.adam)),
-    "meta_sgd a step, adam, gru": (GRU, meta_sgd(optax.adam, num_steps=2)),
-    "per_layer_per_step, sgd, transformer": (TRANSFORMER, per_layer_per_step(num_steps=2)),
-}
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_reverse_equals_finite_differences(name):
-    model, learner = CASES[name]
-    is_mlp = model is MLP
-    loss, episode = (regression, columns()) if is_mlp else (next_token, tokens())
-    meta_params = jax.tree.map(np.float64, learner.init(jax.jit(model.init)(KEY)))
-    with jax.enable_x64(True):
-        rng = np.random.default_rng(1)
-        inner = InnerLoop(num_steps=2, unroll=is_mlp)
-        quickly = {"xla_backend_optimization_level": 0}  # compiles in half the time
-        estimate = jax.jit(reverse(learner, loss(model), inner), compiler_options=quickly)
-        at = functools.partial(estimate, hparams=HPARAMS, episode=episode, key=KEY)
-        noise, direction = (
-            jax.tree.map(lambda p: rng.normal(size=p.shape), meta_params) for _ in range(2)
-        )
-        # Noise, so that no rate and no gradient is zero.
-        start = jax.tree.map(lambda p, n: p + 0.3 * n, meta_params, noise)
-        grads, _ = at(start)
-        step = 1e-7  # under Adam the loss bends where a gradient passes through zero
-        above, below = (
-            at(jax.tree.map(lambda p, v, s=sign: p + s * step * v, start, direction))[1]["loss"]
-            for sign in (1, -1)
-        )
-        expected = (above - below) / (2 * step)
-        assert expected.dtype == jnp.float64 and abs(expected) > 1e-3
-        found = sum(map(np.vdot, jax.tree.leaves(grads), jax.tree.leaves(direction)))
-        np.testing.assert_allclose(found, expected, rtol=1e-5)

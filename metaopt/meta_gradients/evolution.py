@@ -1,0 +1,199 @@
+"""Evolution strategies: the meta-gradient from losses alone, over a run or its windows."""
+
+import math
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from metaopt.errors import UserError
+from metaopt.inner_loop import InnerLoop
+from metaopt.meta_gradients.windows import (
+    InnerRun,
+    Windows,
+    check_window,
+    mean_over_windows,
+    run_window,
+    start_run,
+)
+from metaopt.types import Array, Key, Learner, LossFn, MetaGradFn, MetaParams, Params
+
+
+def evolution(
+    learner: Learner,
+    loss_fn: LossFn,
+    inner: InnerLoop,
+    *,
+    num_pairs: int = 16,
+    sigma: float = 0.01,
+    window: int | None = None,
+    reuse_noise: bool = False,
+    pairs_at_a_time: int = 0,
+) -> MetaGradFn:
+    """The gradient of the loss smoothed by Gaussian noise on the meta-parameters.
+
+    Mathematics: P pairs of particles run the inner loop at ``m ± ε_i``, ``ε_i ~ N(0, σ²)``,
+    and ``g = 1 / (2 σ² P) Σ_i ε_i (L(m + ε_i) − L(m − ε_i))``, unbiased for the gradient of
+    ``E L(m + ε)``. With windows every particle keeps an inner state of its own and draws
+    new noise in each, ``ε_ij`` in window j; with ``ξ_ij = Σ_{l ≤ j} ε_il`` the gradient of a
+    window is ``1 / (2 σ² P) Σ_i ξ_ij (L_ij⁺ − L_ij⁻)``. It counts what earlier windows did to
+    this one, so the mean over windows is unbiased where `truncated` is not.
+
+    Noise on ``params`` is drawn once a run, since they are read where it starts: new noise
+    would be variance and no more. ``reuse_noise`` does so for all meta-parameters.
+
+    Nothing is differentiated but the inner loss, for the inner steps: the query loss may be flat
+    in places or not differentiable. The variance grows with the number of meta-parameters.
+
+    Args:
+      learner: what is meta-learned.
+      loss_fn: the inner and the outer loss.
+      inner: the inner loop, of K steps.
+      num_pairs: P, the antithetic pairs.
+      sigma: σ, the standard deviation of the noise, of meta-parameters of every kind.
+      window: W, a divisor of K; None for K, which is plain antithetic ES.
+      reuse_noise: one noise a run instead of one a window.
+      pairs_at_a_time: pairs that are run together, for less memory; 0 for all.
+
+    Returns:
+      ``(meta_params, hparams, episode, key) -> (meta-gradient, metrics)``; the metrics are
+      means over the 2P particles, so ``loss`` is the smoothed query loss after K steps.
+
+    Raises:
+      UserError: W does not divide K, or an option is out of its range.
+
+    References:
+      Salimans et al., 2017, "Evolution Strategies as a Scalable Alternative to Reinforcement
+      Learning"; Vicol et al., 2021, "Unbiased Gradient Estimation in Unrolled Computation
+      Graphs with Persistent Evolution Strategies"; Li et al., 2023, "Variance-Reduced
+      Gradient Estimation via Noise-Reuse in Online Evolution Strategies".
+    """
+    windows = evolution_windows(
+        learner,
+        loss_fn,
+        inner,
+        num_pairs=num_pairs,
+        sigma=sigma,
+        window=window,
+        reuse_noise=reuse_noise,
+        pairs_at_a_time=pairs_at_a_time,
+    )
+    return mean_over_windows(windows, inner, check_window(inner, window))
+
+
+class Particles(NamedTuple):
+    """The carry of `evolution_windows`.
+
+    Attributes:
+      params: of the particles, ``[P, 2, ...]``, the one at ``m + ε`` first.
+      opt_state: of their inner optimisers, ``[P, 2, ...]``.
+      step: int32 scalar, inner steps so far; 0 once there are K of them.
+      noise_sum: ξ, all noise that the first of each pair has met in this run, ``[P, ...]``.
+      key: for the noise of the next windows.
+    """
+
+    params: Params
+    opt_state: optax.OptState
+    step: Array
+    noise_sum: MetaParams
+    key: Key
+
+
+def evolution_windows(
+    learner: Learner,
+    loss_fn: LossFn,
+    inner: InnerLoop,
+    *,
+    num_pairs: int = 16,
+    sigma: float = 0.01,
+    window: int | None = None,
+    reuse_noise: bool = False,
+    pairs_at_a_time: int = 0,
+) -> Windows:
+    """`evolution` one window at a time; arguments and errors are its own."""
+    window = check_window(inner, window)
+    _check_options(num_pairs, sigma, pairs_at_a_time)
+    loss_of_window = run_window(learner, loss_fn, inner, window)
+
+    def init(meta_params, hparams, episode, key):
+        del episode
+        run = start_run(learner, meta_params, hparams)
+        params, opt_state = jax.tree.map(
+            lambda x: jnp.broadcast_to(x, (num_pairs, 2, *jnp.shape(x))),
+            (run.params, run.opt_state),
+        )
+        return Particles(params, opt_state, run.step, _no_noise(meta_params, num_pairs), key)
+
+    def step(meta_params, hparams, episode, particles):
+        key, noise_key = jax.random.split(particles.key)
+        fresh = _draw(noise_key, meta_params, num_pairs, sigma)
+        noise, noise_sum = _add_noise(particles, fresh, reuse_noise)
+
+        def of_pair(params, opt_state, noise):
+            def of_particle(sign, params, opt_state):
+                perturbed = jax.tree.map(lambda m, e: m + sign * e, meta_params, noise)
+                run = InnerRun(params, opt_state, particles.step)
+                return loss_of_window(perturbed, hparams, episode, run)
+
+            return jax.vmap(of_particle)(jnp.array([1, -1]), params, opt_state)
+
+        losses, (metrics, runs) = jax.lax.map(
+            lambda pair: of_pair(*pair),
+            (particles.params, particles.opt_state, noise),
+            # None is a plain loop: `lax.map` would otherwise vmap over groups of one.
+            batch_size=None if pairs_at_a_time == 1 else pairs_at_a_time or num_pairs,
+        )
+        weights = (losses[:, 0] - losses[:, 1]) / (2 * sigma**2 * num_pairs)
+        grads = jax.tree.map(lambda xi: jnp.tensordot(weights, xi, axes=1), noise_sum)
+        metrics = jax.tree.map(lambda x: x.mean(axis=(0, 1)), metrics)
+        run = Particles(runs.params, runs.opt_state, runs.step[0, 0], noise_sum, key)
+        return grads, metrics, run
+
+    return Windows(init, step)
+
+
+def _check_options(num_pairs: int, sigma: float, pairs_at_a_time: int) -> None:
+    if num_pairs < 1:
+        raise UserError(f"evolution needs at least 1 pair of particles, not num_pairs={num_pairs}")
+    if not 0 < sigma < math.inf:
+        raise UserError(f"sigma is {sigma}; the noise of evolution needs a deviation above 0")
+    if not 0 <= pairs_at_a_time <= num_pairs:
+        raise UserError(
+            f"pairs_at_a_time is {pairs_at_a_time}; it must be from 0 (all) to {num_pairs}"
+        )
+
+
+def _no_noise(meta_params: MetaParams, num_pairs: int) -> MetaParams:
+    return jax.tree.map(
+        lambda m: jnp.zeros((num_pairs, *jnp.shape(m)), jnp.result_type(m)), meta_params
+    )
+
+
+def _draw(key: Key, meta_params: MetaParams, num_pairs: int, sigma: float) -> MetaParams:
+    """Noise of deviation σ for the first particle of each pair, ``[P, ...]``."""
+    keys = jax.random.split(key, num_pairs)
+    normal = jax.vmap(lambda key: optax.tree.random_like(key, meta_params))(keys)
+    return jax.tree.map(lambda e: sigma * e, normal)
+
+
+def _add_noise(
+    particles: Particles, fresh: MetaParams, reuse_noise: bool
+) -> tuple[MetaParams, MetaParams]:
+    """The noise of this window and the sum ξ over the run with it.
+
+    Where noise is drawn once a run, that one noise is the sum.
+    """
+    starts = particles.step == 0
+    noise, noise_sum = {}, {}
+    for name, old in particles.noise_sum.items():
+        if reuse_noise or name == "params":
+            noise[name] = jax.tree.map(partial(jnp.where, starts), fresh[name], old)
+            noise_sum[name] = noise[name]
+        else:
+            noise[name] = fresh[name]
+            noise_sum[name] = jax.tree.map(
+                lambda new, old: new + jnp.where(starts, 0, old), fresh[name], old
+            )
+    return noise, noise_sum

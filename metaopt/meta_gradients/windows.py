@@ -1,0 +1,165 @@
+"""A long inner run in windows of W steps: what truncated and evolution share.
+
+The run of K steps is cut into K / W windows. The inner state goes from window to window,
+every window has a loss of its own, and what the outer loop descends is their mean.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from metaopt.errors import UserError
+from metaopt.inner_loop import InnerLoop, adapt, check_split
+from metaopt.types import (
+    Array,
+    Batch,
+    Episode,
+    Hparams,
+    InnerGradFn,
+    Key,
+    Learner,
+    LossFn,
+    MetaGradFn,
+    MetaParams,
+    Metrics,
+    Params,
+)
+
+
+class Windows(NamedTuple):
+    """An estimator one window at a time, for outer updates while an inner run goes on.
+
+    Attributes:
+      init: ``(meta_params, hparams, episode, key) -> carry``; nothing run yet.
+      step: ``(meta_params, hparams, episode, carry) -> (grads, metrics, carry)``; the next
+        W inner steps, by the meta-parameters given now. The metrics are ``loss``, the
+        query loss where the window ends, and ``inner_losses`` ``[W]``.
+
+    The carry is a pytree of arrays. Its ``step`` counts the inner steps of the run so far
+    and is 0 again when the run has come to K: the window after that starts anew, from the
+    meta-parameters and the episode that it is given.
+    """
+
+    init: Callable[[MetaParams, Hparams, Episode, Key], Any]
+    step: Callable[[MetaParams, Hparams, Episode, Any], tuple[MetaParams, Metrics, Any]]
+
+
+class InnerRun(NamedTuple):
+    """Where an inner run stands.
+
+    Attributes:
+      params: the parameters so far.
+      opt_state: of the inner optimiser.
+      step: int32 scalar, inner steps so far; 0 once there are K of them.
+    """
+
+    params: Params
+    opt_state: optax.OptState
+    step: Array
+
+
+def check_window(inner: InnerLoop, window: int | None) -> int:
+    """W, which is K for None; raises UserError where it does not divide K."""
+    window = inner.num_steps if window is None else window
+    if window < 1 or inner.num_steps % window:
+        raise UserError(
+            f"{inner.num_steps} inner steps cannot be cut into windows of {window}; "
+            "make the window a divisor of the inner steps"
+        )
+    return window
+
+
+def start_run(learner: Learner, meta_params: MetaParams, hparams: Hparams) -> InnerRun:
+    """The inner run before its first step."""
+    start = learner.start(meta_params)
+    opt_state = learner.inner_opt(meta_params, hparams).init(start)
+    return InnerRun(start, opt_state, jnp.zeros((), jnp.int32))
+
+
+def run_window(
+    learner: Learner,
+    loss_fn: LossFn,
+    inner: InnerLoop,
+    window: int,
+    *,
+    grad_fn: InnerGradFn = jax.value_and_grad,
+) -> Callable[[MetaParams, Hparams, Episode, InnerRun], tuple[Array, tuple[Metrics, InnerRun]]]:
+    """The next W steps of a run, as a function of the meta-parameters.
+
+    Returns:
+      ``(meta_params, hparams, episode, run) -> (loss of the window, (metrics, run))``,
+      differentiable. The loss of the window is the query loss after its last step, or with
+      ``inner.query_loss='mean'`` the mean of the query loss after each of its steps.
+    """
+
+    def in_window(meta_params, hparams, episode, run):
+        optimizer = learner.inner_opt(meta_params, hparams)
+        anew = start_run(learner, meta_params, hparams)
+        run = jax.tree.map(lambda a, b: jnp.where(run.step == 0, a, b), anew, run)
+
+        def query_loss(params):
+            return loss_fn(params, episode.query)
+
+        adapted = adapt(
+            loss_fn,
+            optimizer,
+            run.params,
+            _support_of(episode, inner, window, run.step),
+            inner,
+            num_steps=window,
+            opt_state=run.opt_state,
+            grad_fn=grad_fn,
+            probe=query_loss if inner.query_loss == "mean" else None,
+        )
+        last = loss = query_loss(adapted.params)
+        if inner.query_loss == "mean":
+            # The first probe is from before the window, and the last loss from after it.
+            loss = (adapted.probes[1:].sum() + last) / window
+        step = (run.step + window) % inner.num_steps
+        run = InnerRun(adapted.params, adapted.opt_state, step)
+        return loss, ({"loss": last, "inner_losses": adapted.losses}, run)
+
+    return in_window
+
+
+def _support_of(episode: Episode, inner: InnerLoop, window: int, step: Array) -> Batch:
+    """What the window that begins at ``step`` adapts on."""
+    if inner.batching == "same":
+        return episode.support
+    num_support = jax.tree.leaves(episode.support)[0].shape[0]
+    check_split(num_support, inner.num_steps)
+    size = num_support // inner.num_steps
+    return jax.tree.map(
+        lambda x: jax.lax.dynamic_slice_in_dim(x, step * size, window * size), episode.support
+    )
+
+
+def mean_over_windows(windows: Windows, inner: InnerLoop, window: int) -> MetaGradFn:
+    """The estimator of a whole run: the mean of the gradients of its K / W windows.
+
+    Returns:
+      ``(meta_params, hparams, episode, key) -> (meta-gradient, metrics)``, where the metric
+      ``loss`` is that of the last window.
+    """
+    num_windows = inner.num_steps // window
+
+    def estimate(meta_params, hparams, episode, key):
+        def next_window(carry, _):
+            total, run = carry
+            grads, metrics, run = windows.step(meta_params, hparams, episode, run)
+            return (jax.tree.map(jnp.add, total, grads), run), metrics
+
+        zeros = jax.tree.map(jnp.zeros_like, meta_params)
+        start = (zeros, windows.init(meta_params, hparams, episode, key))
+        (total, _), metrics = jax.lax.scan(
+            next_window, start, length=num_windows, unroll=inner.unroll
+        )
+        return jax.tree.map(lambda g: g / num_windows, total), {
+            "loss": metrics["loss"][-1],
+            "inner_losses": metrics["inner_losses"].reshape(inner.num_steps),
+        }
+
+    return estimate
