@@ -1,0 +1,271 @@
+"""Examine a meta-gradient: is it right, what does it cost, and where does it break?
+
+    python -m experiments.doctor --estimator mixed_mode
+    python -m experiments.doctor --model mlp --learner maml --estimator first_order
+    python -m experiments.doctor --inner-optimizer radam      # NaN, and from which step on
+    python -m experiments.doctor --estimator truncated --options window=1
+    python -m experiments.doctor --problem my_module:my_problem --estimator mixed_mode
+
+The estimator is compared with reverse mode and with finite differences of the objective,
+in float64, which shows how exact it is, and in float32, which shows what it costs.
+
+``--problem`` names a function of no arguments in a module of your own that can be
+imported from here; it is imported and run, and returns a `metaopt.doctor.Problem`.
+"""
+
+import ast
+import dataclasses
+import functools
+import importlib
+import inspect
+from typing import Any, Literal, cast, get_args
+
+import jax
+import optax
+from rich.console import Console
+from rich.table import Table
+
+from experiments import command_line
+from experiments.adapt_languages import INNER_OPTIMIZERS
+from metaopt import learners, losses, measure, meta_gradients, models, parallel
+from metaopt.doctor import Estimator, Problem, Report, examine, to_float64
+from metaopt.errors import UserError
+from metaopt.inner_loop import InnerLoop
+from metaopt.learners.maml import InnerOptimizer
+from metaopt.tasks.markov import MarkovConfig, markov
+from metaopt.tasks.sinusoid import SinusoidConfig, sinusoid
+from metaopt.types import Learner, Model
+
+EstimatorName = Literal[
+    "reverse",
+    "mixed_mode",
+    "first_order",
+    "reptile",
+    "joint",
+    "truncated",
+    "implicit",
+    "evolution",
+]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Examine a meta-gradient.
+
+    Attributes:
+      estimator: of the meta-gradient, the one that is examined.
+      options: of the estimator, such as ``window=1``.
+      learner: what is meta-learned.
+      model: on one Markov language, or one sinusoid for ``mlp``.
+      inner_optimizer: one of optax, by name.
+      inner_learning_rate: of the inner optimiser.
+      inner: the inner loop.
+      problem: ``module:function`` of your own, in place of the model, learner, inner
+        optimiser and their sizes.
+      width: of the model.
+      num_layers: of the model.
+      num_heads: of the transformer.
+      vocab_size: of the language.
+      num_support: sequences or points in the support.
+      num_query: sequences or points in the query.
+      length: tokens in a sequence.
+      directions: along which the gradient is compared with finite differences.
+      rounds: timed calls of each, in turns; 0 times nothing.
+      seed: of the parameters, the episode and the directions.
+    """
+
+    estimator: EstimatorName = "mixed_mode"
+    options: tuple[str, ...] = ()
+    learner: Literal["maml", "anil", "meta_sgd", "per_layer_per_step"] = "meta_sgd"
+    model: Literal["mlp", "bigram", "gru", "lstm", "transformer"] = "transformer"
+    inner_optimizer: str = "adam"
+    inner_learning_rate: float = 0.01
+    inner: InnerLoop = InnerLoop(num_steps=5, unroll=False, remat=True)  # noqa: RUF009
+    problem: str | None = None
+    width: int = 32
+    num_layers: int = 1
+    num_heads: int = 2
+    vocab_size: int = 16
+    num_support: int = 4
+    num_query: int = 4
+    length: int = 16
+    directions: int = 4
+    rounds: int = 10
+    seed: int = 0
+
+
+def make_estimator(config: Config) -> Estimator:
+    """The estimator with its options.
+
+    Raises:
+      UserError: an option is not written ``name=value``, or the estimator has none of that name.
+    """
+    estimator = getattr(meta_gradients, config.estimator)
+    known = list(inspect.signature(estimator).parameters)[3:]
+    options = {}
+    for option in config.options:
+        name, _, value = option.partition("=")
+        if name not in known:
+            choices = ", ".join(known) or "no options"
+            raise UserError(f"{config.estimator} has no option {name!r}; it takes {choices}")
+        try:
+            options[name] = ast.literal_eval(value)
+        except (SyntaxError, ValueError):
+            if not value.isidentifier():
+                raise UserError(f"--options takes name=value, not {option!r}") from None
+            options[name] = value
+    return functools.partial(estimator, **options) if options else estimator
+
+
+def make_optimizer(name: str) -> InnerOptimizer:
+    """An inner optimiser by name: those of the other experiments, or one of optax.
+
+    Raises:
+      UserError: optax has no optimiser of this name that takes a learning rate first.
+    """
+    found = INNER_OPTIMIZERS.get(name) or getattr(optax, name, None)
+    try:
+        if callable(found) and isinstance(found(0.1), optax.GradientTransformation):
+            return cast(InnerOptimizer, found)
+    except (TypeError, AttributeError):  # it takes something else
+        pass
+    raise UserError(
+        f"unknown inner optimizer {name!r}: give one of optax that takes a learning rate, "
+        "such as sgd, adam or radam"
+    )
+
+
+def make_learner(config: Config, model: Model) -> Learner:
+    """The learner of a config."""
+    optimizer, steps = make_optimizer(config.inner_optimizer), config.inner.num_steps
+    if config.learner == "anil":
+        return learners.anil(model, optimizer)
+    if config.learner == "meta_sgd":
+        return learners.meta_sgd(optimizer, num_steps=steps)
+    if config.learner == "per_layer_per_step":
+        return learners.per_layer_per_step(optimizer, num_steps=steps)
+    return learners.maml(optimizer)
+
+
+def make_model(config: Config) -> Model:
+    """The model of a config."""
+    if config.model == "mlp":
+        return models.mlp(1, 1, (config.width,) * config.num_layers)
+    if config.model == "bigram":
+        return models.bigram(config.vocab_size)
+    if config.model != "transformer":
+        return models.recurrent(config.vocab_size, config.width, config.model, config.num_layers)
+    names = ("vocab_size", "width", "num_layers", "num_heads")
+    sizes = {name: getattr(config, name) for name in names}
+    return models.transformer(models.TransformerConfig(**sizes))
+
+
+def make_problem(config: Config) -> Problem:
+    """One episode, and the model and learner of a config at random parameters."""
+    model = make_model(config)
+    if config.model == "mlp":
+        family = sinusoid(
+            SinusoidConfig(num_support=config.num_support, num_query=config.num_query)
+        )
+        loss = losses.regression(model)
+    else:
+        names = ("num_support", "num_query", "vocab_size", "length")
+        family = markov(MarkovConfig(**{name: getattr(config, name) for name in names}))
+        loss = losses.next_token(model)
+    params_key, episode_key = jax.random.split(jax.random.key(config.seed))
+    episode = jax.tree.map(
+        lambda x: x[0], jax.jit(family.train.sample, static_argnums=1)(episode_key, 1)
+    )
+    hparams = {"inner_learning_rate": config.inner_learning_rate}
+    params = jax.jit(model.init)(params_key)
+    return Problem(make_learner(config, model), loss, params, episode, hparams)
+
+
+def load_problem(name: str) -> Problem:
+    """Calls the user's own ``module:function``.
+
+    Raises:
+      UserError: there is no such module or function, or it returns something else.
+    """
+    module_name, _, function_name = name.partition(":")
+    if not function_name:
+        raise UserError(f"--problem takes module:function, not {name!r}")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
+            raise  # the user's module is there, and misses another one
+        raise UserError(f"no module {module_name!r} can be imported from here") from None
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        raise UserError(f"the module {module_name!r} has no function {function_name!r}")
+    problem = function()
+    if not isinstance(problem, Problem):
+        raise UserError(f"{name} must return a metaopt.doctor.Problem, not {type(problem)}")
+    return problem
+
+
+def run(config: Config) -> tuple[Report, Report]:
+    """Examines in float64 and in float32, prints both, and returns both."""
+    parallel.set_up_backend()
+    estimator = make_estimator(config)
+    problem = load_problem(config.problem) if config.problem else make_problem(config)
+
+    def report(problem: Problem, rounds: int) -> Report:
+        learner, loss_fn, params, episode, hparams = problem
+        return examine(
+            estimator,
+            learner,
+            loss_fn,
+            config.inner,
+            params,
+            hparams,
+            episode,
+            jax.random.key(config.seed),
+            directions=config.directions,
+            rounds=rounds,
+        )
+
+    with jax.enable_x64(True):
+        parts = {name: to_float64(getattr(problem, name)) for name in ("params", "episode")}
+        exact = report(problem._replace(**parts), rounds=0)
+    quick = report(problem, config.rounds)
+    show(exact, quick)
+    return exact, quick
+
+
+def show(exact: Report, quick: Report) -> None:
+    """Prints a table of the two reports, and what they mean in words."""
+    console = Console()
+    table = Table(title=f"{exact.names[0]} against {exact.names[1]}", title_justify="left")
+    for column in ("", exact.dtype, quick.dtype):
+        table.add_column(column, justify="right" if column else "left")
+    for (label, left), (_, right) in zip(rows(exact), rows(quick), strict=True):
+        table.add_row(label, left, right)
+    console.print(table)
+    for report in (exact, quick):
+        console.print(f"[bold]{report.dtype}[/bold]")
+        for line in report.describe():
+            console.print(f"  {line}", highlight=False, soft_wrap=True)
+
+
+def rows(report: Report) -> list[tuple[str, str]]:
+    """Label and value of each row of the table."""
+    found: list[tuple[str, Any]] = []
+    for name, part in {"": report.agreement, **report.parts}.items():
+        label = f" of {name}" if name else ""
+        found += [(f"cosine{label}", f"{part.cosine:.6f}"), (f"error{label}", f"{part.error:.1e}")]
+    for of in get_args(Literal["estimator", "reference", "uncertainty"]):
+        label = "of finite differences" if of == "uncertainty" else "from finite differences"
+        name = {"estimator": report.names[0], "reference": report.names[1]}.get(of, of)
+        found.append((f"{name} {label}", f"{max(report.errors(of)):.1e}"))
+    for name, cost in zip(report.names, (report.estimator, report.reference), strict=True):
+        found.append((f"memory of {name}", measure.human_bytes(cost.temp)))
+        timing = cost.seconds
+        text = "–" if timing is None else f"{timing.median * 1e3:.3g} ms"
+        found.append((f"time of {name}", text))
+    return found
+
+
+if __name__ == "__main__":
+    command_line.main("doctor", run, Config, lambda _: Config(), (), __doc__ or "")

@@ -1,0 +1,45 @@
+"""Derivatives of a scalar function of a pytree by finite differences alone."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from metaopt.types import Array, Key, PyTree
+
+
+def directional_derivative(
+    value_at: Callable[[Array], Array], dtype: np.dtype
+) -> tuple[float, float]:
+    """``d value_at(h) / dh`` at 0 by central differences, and its uncertainty.
+
+    Long steps see the curvature, short ones the rounding, and a kink (a ReLU, Adam at a
+    gradient of zero) may lie in between: of nine steps those three neighbours
+    count that agree best, and their spread is the uncertainty.
+
+    Args:
+      value_at: a scalar of the step, which is a number of the dtype.
+      dtype: of the computation; the steps are powers of its rounding unit.
+
+    Returns:
+      ``(derivative, uncertainty)``, both NaN where no three neighbours are finite.
+    """
+    eps = float(jnp.finfo(dtype).eps)
+    steps = np.geomspace(eps**0.2, eps**0.55, 9).astype(dtype)
+    slopes = [(float(value_at(h)) - float(value_at(-h))) / (2 * float(h)) for h in steps]
+    triples = np.stack([slopes[:-2], slopes[1:-1], slopes[2:]])
+    triples = triples[:, np.isfinite(triples).all(axis=0)]
+    if not triples.size:
+        return float("nan"), float("nan")
+    spreads = np.ptp(triples, axis=0)
+    best = int(np.argmin(spreads))
+    return float(np.median(triples[:, best])), float(spreads[best])
+
+
+def normal_like(key: Key, tree: PyTree) -> PyTree:
+    """A standard normal direction in the space of a tree of floating-point arrays."""
+    leaves, structure = jax.tree.flatten(tree)
+    keys = jax.random.split(key, len(leaves))
+    drawn = [jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)]
+    return jax.tree.unflatten(structure, drawn)
