@@ -85,7 +85,7 @@ def test_what_is_kept_changes_neither_values_nor_gradients():
     ],
 )
 def test_contradictory_loops_are_refused(config):
-    with pytest.raises(UserError, match="save_gradients|kept_states"):
+    with pytest.raises(UserError, match=r"save_gradients|kept_states"):
         InnerLoop(**config)
 
 
