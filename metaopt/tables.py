@@ -52,10 +52,19 @@ def cell_text(record: Record | None, plus_minus: str = " ± ") -> str:
     if record is None or record["value"] is None:
         return DASH
     value, half = record["value"], record.get("ci95")
-    if half is None or math.isnan(half):  # one task has no interval
-        return f"{value:.3f}"
+    if half is None or math.isnan(half):  # one task, or a figure that has none
+        return _plain(value)
     digits = 4 if half < 0.00995 else 3 if half < 0.0995 else 2
     return f"{value:.{digits}f}{plus_minus}{half:.{digits}f}"
+
+
+def _plain(value: float) -> str:
+    """A number without an interval, to three digits after the point or three in all."""
+    if value and abs(value) < 0.01:
+        return f"{value:.1e}"
+    if float(value).is_integer() and abs(value) < 1e6:
+        return f"{value:.0f}"
+    return f"{value:.{3 if abs(value) < 10 else 1 if abs(value) < 1000 else 0}f}"
 
 
 def best_rows(table: Table, column: str) -> set[str]:
@@ -151,18 +160,26 @@ def _column_groups(table: Table, width: int) -> list[list[str]]:
 
 
 def caption(table: Table) -> str:
-    """Units, what the intervals are over, preset, device, seeds and the command."""
+    """Units, what the intervals are over, preset, device, seeds and the command.
+
+    Records without intervals may say in ``over`` what their values are taken over.
+    """
     records = list(table.cells.values())
 
     def all_of(key: str) -> str:
         return ", ".join(dict.fromkeys(str(r[key]) for r in records if r.get(key) is not None))
 
     seeds = sorted({seed for record in records for seed in record.get("seeds", [])})
-    return (
-        f"{all_of('unit')}; 95 % intervals over n = {all_of('n')} tasks; "
-        f"preset {all_of('preset')}, {all_of('device')}, seed {', '.join(map(str, seeds))}; "
-        f"`{all_of('command')}`"
-    )
+    over = all_of("over")
+    if not over and any(record.get("ci95") is not None for record in records):
+        over = f"95 % intervals over n = {all_of('n')} tasks"
+    parts = [
+        all_of("unit"),
+        over,
+        f"preset {all_of('preset')}, {all_of('device')}, seed {', '.join(map(str, seeds))}",
+        f"`{all_of('command')}`",
+    ]
+    return "; ".join(part for part in parts if part)
 
 
 def _escape(text: str) -> str:

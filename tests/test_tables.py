@@ -50,6 +50,13 @@ def test_markdown():
     )
 
 
+def test_a_table_without_intervals_does_not_speak_of_them():
+    (plain,) = arrange([cell("a", "c", 1.0)])
+    assert "seed 0" in to_markdown(plain) and "interval" not in to_markdown(plain)
+    (timed,) = arrange([cell("a", "c", 1.0, over="medians over rounds")])
+    assert "medians over rounds; preset cpu" in to_markdown(timed)
+
+
 def test_latex():
     assert to_latex(TEXT).splitlines() == [
         r"\begin{tabular}{lrr}",
@@ -83,6 +90,11 @@ def test_the_terminal_shows_the_same_cells():
     [
         (1.23456, None, "1.235"),
         (1.23456, float("nan"), "1.235"),
+        (0.00012345, None, "1.2e-04"),
+        (0.0, None, "0"),
+        (8.0, None, "8"),
+        (98.765, None, "98.8"),
+        (2568.43, None, "2568"),
         (1.23456, 0.0099, "1.2346 ± 0.0099"),
         (1.23456, 0.00996, "1.235 ± 0.010"),
         (1.23456, 0.1, "1.23 ± 0.10"),

@@ -1,0 +1,196 @@
+import importlib.util
+import shlex
+import subprocess
+import sys
+import types
+
+import pytest
+
+from experiments import command_line, table_peers
+from experiments.peers import host, ours, problems, report, worker
+from metaopt.errors import UserError
+from metaopt.results import cell_maker
+from metaopt.runs import read_json_lines
+
+NAMES = tuple(problems.SMOKE)
+
+
+def main(*args, run=table_peers.run):
+    preset, chosen_by = table_peers.preset, table_peers.CHOSEN_BY
+    command_line.main("table_peers", run, table_peers.Config, preset, chosen_by, "", list(args))
+
+
+def test_without_a_library_the_command_says_what_to_install(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit) as stop:
+        main("--preset", "smoke", "--root", str(tmp_path))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and not list(tmp_path.iterdir())
+    assert "torch_func needs torch" in line and "pip install -e '.[peers]'" in line
+
+
+def test_a_worker_without_its_library_says_so(monkeypatch):
+    monkeypatch.setitem(worker.MODULES, "torch_func", "needs_nothing_that_is_there")
+    with pytest.raises(UserError, match=r"torch_func needs .*'\.\[peers\]'"):
+        worker.import_peer("torch_func")
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ({"threads": 0}, "threads is 0"),
+        ({"rounds": 0}, "rounds is 0"),
+        ({"ready_seconds": 0.0}, "ready_seconds"),
+        ({"problems": ()}, "no problems"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(args, message):
+    with pytest.raises(UserError, match=message):
+        table_peers.Config(**args)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_problem_comes_back_from_its_files(tmp_path, name):
+    data = ours.make_data(problems.SMOKE[name])
+    problems.save(tmp_path, data)
+    again = problems.load(tmp_path)
+    assert again.problem == data.problem and set(again.params) == set(data.params)
+    pairs = zip(
+        [*data.params.values(), *data.support, *data.query],
+        [*(again.params[path] for path in data.params), *again.support, *again.query],
+        strict=True,
+    )
+    assert all((a == b).all() and a.dtype == b.dtype for a, b in pairs)
+    sizes = data.problem
+    assert data.support[0].shape[:2] == (sizes.num_tasks, sizes.num_support)
+    assert data.query[1].shape[:2] == (sizes.num_tasks, sizes.num_query)
+    assert problems.flatten(problems.unflatten(data.params)).keys() == data.params.keys()
+
+
+def test_the_fastest_form_is_chosen_by_its_steps(monkeypatch):
+    clock = types.SimpleNamespace(now=0.0)
+    monkeypatch.setattr(worker.time, "perf_counter", lambda: clock.now)
+
+    def form(seconds):
+        def step():
+            clock.now += seconds
+
+        return lambda: problems.Peer(lambda: (0.0, 0.0), step)
+
+    assert worker.fastest({"slow": form(3.0), "fast": form(1.0), "middling": form(2.0)}) == "fast"
+
+
+def test_our_worker_steps_when_it_is_told_to_and_the_run_writes_the_row(tmp_path):
+    args = ["--preset", "smoke", "--problems", "sinusoid", "--rounds", "2", "--root"]
+    main(*args, str(tmp_path), "--peers")  # none beside ours
+    (directory,) = (tmp_path / "table_peers").iterdir()
+    records = read_json_lines(directory / "results.jsonl")
+    time, ratio = records
+    assert (time["row"], time["column"], time["unit"], time["n"]) == ("sinusoid", "ours", "ms", 2)
+    assert 0 < time["quartiles"][0] <= time["value"] <= time["quartiles"][1]
+    assert time["loss"] > 0 and time["grad_norm"] > 0 and "jaxlib" in time["versions"]
+    assert ratio["column"] == report.RATIO and ratio["value"] is None  # with no peer, no ratio
+    assert "sinusoid" in (directory / "table.md").read_text()
+    again = shlex.split(time["command"])
+    configs = []
+    main(*again[3:], run=configs.append)
+    assert (configs[0].preset, configs[0].rounds) == ("smoke", 2)
+
+
+def test_a_worker_that_ends_gives_its_reason(tmp_path):
+    with pytest.raises(host.WorkerFailed, match="holds no problem"):
+        host.Worker("ours", "sinusoid", tmp_path, 1, limit=60.0)
+
+
+def fake_worker(monkeypatch, body):
+    """Makes workers of a process that runs ``body``."""
+    start = subprocess.Popen
+
+    def popen(_, **options):
+        return start([sys.executable, "-c", body], **options)
+
+    monkeypatch.setattr(host.subprocess, "Popen", popen)
+
+
+def test_a_worker_that_takes_too_long_is_ended(monkeypatch, tmp_path):
+    fake_worker(monkeypatch, "import time; time.sleep(60)")
+    with pytest.raises(host.WorkerFailed, match=r"no answer within 0\.3 s"):
+        host.Worker("ours", "sinusoid", tmp_path, 1, limit=0.3)
+
+
+def test_a_turn_is_the_median_of_steps_that_were_asked_for(monkeypatch, tmp_path):
+    body = (
+        "import sys\nprint('a line of a library')\nprint('ready {}', flush=True)\n"
+        "for n, line in enumerate(sys.stdin): print(float(n), flush=True)"
+    )
+    fake_worker(monkeypatch, body)
+    with host.Worker("ours", "sinusoid", tmp_path, 1, limit=30.0) as made:
+        assert [made.turn(0.0) for _ in range(3)] == [0.0, 1.0, 2.0]
+        assert made.turn(0.05) >= 3.0
+
+
+def test_a_peer_that_disagrees_is_an_error():
+    right = {"loss": 2.0, "grad_norm": 1.0}
+    host.check_agreement("lm", {"ours": right, "higher": {"loss": 2.0005, "grad_norm": 1.0005}})
+    for wrong in ({"loss": 2.01}, {"grad_norm": 0.99}, {"loss": float("nan")}):
+        with pytest.raises(UserError, match="higher computes another function on lm"):
+            host.check_agreement("lm", {"ours": right, "higher": right | wrong})
+
+
+def test_the_ratio_is_of_the_fastest_peer_round_by_round_and_a_failure_has_no_number():
+    said = {"form": "loop", "loss": 1.0, "grad_norm": 1.0, "versions": {"torch": "2"}}
+    cell = cell_maker(table="peers", preset="smoke", command="c", seeds=[0], episodes=0)
+    times = {"ours": [1.0, 2.0, 4.0], "torch_func": [9.0] * 3, "torchopt": [3.0, 8.0, 8.0]}
+    records = report.records(
+        cell, "lm", times, dict.fromkeys(times, said), {"higher": "no such operation"}, 2
+    )
+    found = {record["column"]: record for record in records}
+    assert list(found) == ["ours", "torch.func", "torchopt", "higher", report.RATIO]
+    assert found["ours"]["value"] == 2000 and found["torchopt"]["quartiles"] == [5500, 8000]
+    assert found["higher"]["value"] is None and found["higher"]["note"] == "no such operation"
+    assert found[report.RATIO]["value"] == 3.0  # the median of 3, 4 and 2
+    assert found["ours"]["versions"]["torch"] == "2" and "jax" in found["ours"]["versions"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_torch_forms_compute_the_loss_and_gradient_of_ours(name):
+    pytest.importorskip("torch")
+    data = ours.make_data(problems.SMOKE[name])
+    forms = list(ours.candidates(data, 1).values())
+    reports = {"ours": said_first(forms[0]())}
+    reports |= {f"ours, form {i}": said_first(make()) for i, make in enumerate(forms[1:], start=1)}
+    for peer in ("torch_func", "torchopt", "higher"):
+        if peer != "torch_func" and importlib.util.find_spec(peer) is None:
+            continue
+        candidates = worker.import_peer(peer).candidates(data, 1)
+        reports |= {f"{peer}, {form}": said_first(make()) for form, make in candidates.items()}
+    assert len(reports) >= 3 and len(reports) > len(forms)
+    host.check_agreement(name, reports)
+
+
+def said_first(peer):
+    loss, grad_norm = peer.first()
+    return {"loss": loss, "grad_norm": grad_norm}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_gradient_of_every_parameter_is_ours(name):
+    """Norms may agree by chance: after one step of the plain loss every entry must."""
+    torch = pytest.importorskip("torch")
+    import jax
+
+    from experiments.peers import torch_models
+    from metaopt.types import Batch
+
+    data = ours.make_data(problems.SMOKE[name])
+    problem = data.problem
+    module = torch_models.make_module(problem, data.params)
+    inputs, targets = torch_models.as_tensors(problem, data.query)
+    torch_models.make_loss(problem)(module(inputs[0]), targets[0]).backward()
+    loss = ours.make_loss(problem, ours.make_model(problem))
+    batch = Batch(*(array[0] for array in data.query))
+    params = jax.tree.map(jax.numpy.asarray, problems.unflatten(data.params))
+    grads = problems.flatten(jax.device_get(jax.grad(loss)(params, batch)))
+    expected = dict(torch_models.as_torch(path, value) for path, value in grads.items())
+    for path, parameter in module.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[path], rtol=1e-3, atol=1e-5)
