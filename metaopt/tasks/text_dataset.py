@@ -124,7 +124,7 @@ def grouped_domains(
       UserError: the dataset is unknown, not prepared, or prepared in a format that
         only TensorFlow reads; it has no such feature; or ``data_dir`` cannot be written.
     """
-    builder = _find_dataset(name, data_dir)
+    builder = find_dataset(name, data_dir)
     _check_features(builder, name, text_feature, domain_feature)
     try:
         examples = builder.as_data_source(split="all")
@@ -141,7 +141,7 @@ def grouped_domains(
     )
 
 
-def _find_dataset(name: str, data_dir: Path) -> Any:
+def find_dataset(name: str, data_dir: Path) -> Any:
     """A prepared dataset, looked for in ``data_dir`` and where TFDS keeps its own."""
     failure = None
     for root in (data_dir, None):

@@ -140,7 +140,7 @@ def tfds_domains(
     Raises:
       UserError: TensorFlow Datasets is not installed, or as that function says.
     """
-    if not _has_tfds():
+    if not has_tfds():
         raise UserError(
             f"'tfds:{name}' needs TensorFlow Datasets: pip install tensorflow-datasets array_record"
         )
@@ -159,7 +159,7 @@ def store(label: str, domains: Sequence[Domain], data_dir: Path) -> tuple[Domain
     Raises:
       UserError: ``data_dir`` cannot be written.
     """
-    if not _has_tfds():
+    if not has_tfds():
         return tuple(domains)
     from metaopt.tasks import text_dataset
 
@@ -185,6 +185,7 @@ def safe_name(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9_-]+", "_", name) or "text"
 
 
-def _has_tfds() -> bool:
+def has_tfds() -> bool:
+    """Whether tensorflow-datasets and the reader of its files are installed."""
     wanted = ("tensorflow_datasets", "array_record")
     return all(importlib.util.find_spec(name) is not None for name in wanted)

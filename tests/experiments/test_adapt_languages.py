@@ -186,7 +186,7 @@ def test_text_is_measured_in_bits_a_byte(folder, tmp_path):
 
 
 def test_the_standard_library_gives_three_disjoint_splits(monkeypatch):
-    monkeypatch.setattr(text_sources, "_has_tfds", lambda: False)  # read in place
+    monkeypatch.setattr(text_sources, "has_tfds", lambda: False)  # read in place
     config = parse("--tasks", "stdlib")
     family, vocab_size = adapt_languages.make_family(config)
     names = [split.task_names for split in (family.train, family.valid, family.test)]
