@@ -21,7 +21,15 @@ from metaopt.runs import read_json_lines
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "experiments" / "results"
-KEPT = ("config.json", "results.jsonl", "table.md", "table.tex", "samples.md", "curves.png")
+KEPT = (
+    "config.json",
+    "results.jsonl",
+    "table.md",
+    "table.tex",
+    "samples.md",
+    "curves.png",
+    "memory.png",
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,21 +79,25 @@ def keep(run: Path, name: str) -> Path:
 
 
 def with_tables(text: str) -> str:
-    """The text with the table of ``<!-- table: PATH -->`` put before ``<!-- end -->``.
+    """The text with the table of ``<!-- table: PATH NAME -->`` put before ``<!-- end -->``.
 
-    PATH is relative to ``experiments/results``.
+    PATH is relative to ``experiments/results``; without NAME it is the first table there.
 
     Raises:
-      UserError: there are no results at a path.
+      UserError: there are no results at a path, or no such table.
     """
 
     def table(match: re.Match) -> str:
         found = tables.arrange(read_json_lines(RESULTS / match[1] / "results.jsonl"))
-        if not found:
-            raise UserError(f"README.md names {match[1]}, and there are no results there")
-        return f"<!-- table: {match[1]} -->\n{tables.to_markdown(found[0])}<!-- end -->"
+        chosen = [t for t in found if match[2] in (None, t.name)]
+        if not chosen:
+            name = match[2] or "results"
+            raise UserError(f"README.md asks {match[1]} for {name}, and there is none there")
+        marker = match[0].split("\n", 1)[0]
+        return f"{marker}\n{tables.to_markdown(chosen[0])}<!-- end -->"
 
-    return re.sub(r"<!-- table: (\S+) -->\n.*?<!-- end -->", table, text, flags=re.DOTALL)
+    pattern = r"<!-- table: (\S+)(?: (\S+))? -->\n.*?<!-- end -->"
+    return re.sub(pattern, table, text, flags=re.DOTALL)
 
 
 if __name__ == "__main__":

@@ -80,6 +80,37 @@ def adaptation_curves(
     figure.savefig(path)
 
 
+def lines(
+    path: Path,
+    x: Sequence[float],
+    ys: Mapping[str, Sequence[float]],
+    *,
+    x_label: str,
+    y_label: str,
+    title: str,
+) -> None:
+    """Lines over a common axis, both axes logarithmic.
+
+    Args:
+      path: of the PNG file.
+      x: ``[n]``, positive.
+      ys: ``[n]``, positive, by the name in the legend.
+      x_label: of the horizontal axis.
+      y_label: of the vertical axis.
+      title: of the figure.
+    """
+    figure = new_figure()
+    axes = figure.subplots()
+    for i, (name, y) in enumerate(ys.items()):
+        axes.plot(x, y, label=name, color=f"C{i}", marker=MARKERS[i % len(MARKERS)], markersize=4)
+    axes.set(xlabel=x_label, ylabel=y_label, title=title, xscale="log", yscale="log")
+    axes.set_xticks(x, [f"{value:g}" for value in x])
+    axes.minorticks_off()
+    axes.grid(alpha=0.25)
+    axes.legend(fontsize=8, frameon=False)
+    figure.savefig(path)
+
+
 def _limit(axes, lines: Sequence[np.ndarray], levels: Sequence[float], reach: float) -> None:
     """The axis up to ``reach`` from its median: a line that diverged does not hide the rest."""
     shown = np.concatenate([*lines, levels])

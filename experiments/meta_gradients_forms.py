@@ -1,0 +1,150 @@
+"""The programs that table_meta_gradients compares: a form of the meta-gradient at a size."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from metaopt import learners, losses, meta_gradients, models
+from metaopt.inner_loop import InnerLoop, adapt
+from metaopt.measure import Flops, count_flops
+from metaopt.types import Batch, Episode
+
+VOCAB_SIZE = 256  # bytes
+HPARAMS = {"inner_learning_rate": 1e-3}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Size:
+    """A transformer, the sequences it reads and the number of inner steps.
+
+    Attributes:
+      width: D.
+      layers: of the transformer.
+      length: L, tokens in a sequence.
+      steps: K, with Adam.
+      sequences: in the support, and as many in the query.
+      head_size: width of an attention head.
+      compute_dtype: of the layers.
+    """
+
+    width: int = 128
+    layers: int = 4
+    length: int = 256
+    steps: int = 8
+    sequences: int = 4
+    head_size: int = 32
+    compute_dtype: str = "float32"
+
+    def __str__(self) -> str:
+        return f"d{self.width} L{self.layers} S{self.length} K{self.steps}"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Form:
+    """One way to compute the meta-gradient.
+
+    Attributes:
+      estimator: of `metaopt.meta_gradients`.
+      inner: fields of `InnerLoop`; the steps are scanned in every form.
+      model: fields of `TransformerConfig`.
+      exact: whether it is the gradient that reverse mode gives.
+    """
+
+    estimator: Callable
+    inner: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    model: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    exact: bool = True
+
+
+LAYERS_AGAIN = {"scan_layers": True, "remat": True}
+SMALLEST = LAYERS_AGAIN | {"attention_block": 64}
+SAVED = {"remat": True, "save_gradients": True}
+NAIVE, PLANNED = "naive", "mixed + planned"
+FORMS = {
+    # As one would write it: products of [S, L, D] with a matrix, and nothing recomputed.
+    NAIVE: Form(estimator=meta_gradients.reverse, model={"flatten": False}),
+    "reverse": Form(estimator=meta_gradients.reverse),
+    "per-step checkpoint": Form(
+        estimator=meta_gradients.reverse, inner={"remat": True}, model=LAYERS_AGAIN
+    ),
+    "mixed mode": Form(
+        estimator=meta_gradients.mixed_mode, inner={"remat": True}, model=LAYERS_AGAIN
+    ),
+    "mixed + saved gradients": Form(
+        estimator=meta_gradients.mixed_mode, inner=SAVED, model=LAYERS_AGAIN
+    ),
+    "mixed + saved, layers kept": Form(estimator=meta_gradients.mixed_mode, inner=SAVED),
+    PLANNED: Form(estimator=meta_gradients.mixed_mode, inner={"kept_states": 2}, model=SMALLEST),
+    "first order": Form(estimator=meta_gradients.first_order, exact=False),
+    "Reptile": Form(estimator=meta_gradients.reptile, exact=False),
+}
+
+
+def estimate(form: Form, size: Size, **inner: Any) -> Callable:
+    """The meta-gradient function of a form at a size; ``inner`` overrides the form's own."""
+    loop = InnerLoop(num_steps=size.steps, unroll=False, **(dict(form.inner) | inner))
+    learner = learners.maml(optax.adam)
+    return form.estimator(learner, losses.next_token(model_of(size, form.model)), loop)
+
+
+def model_of(size: Size, ways: Mapping[str, Any]):
+    """The transformer of a size."""
+    return models.transformer(
+        models.TransformerConfig(
+            vocab_size=VOCAB_SIZE,
+            width=size.width,
+            num_layers=size.layers,
+            num_heads=size.width // size.head_size,
+            compute_dtype="bfloat16" if size.compute_dtype == "bfloat16" else "float32",
+            **ways,
+        )
+    )
+
+
+def arguments(size: Size, seed: int = 0) -> tuple:
+    """``(meta_params, hparams, episode, key)`` with random bytes."""
+    params_key, data_key, key = jax.random.split(jax.random.key(seed), 3)
+    params = jax.jit(model_of(size, {}).init)(params_key)
+    shape = (2, size.sequences, size.length + 1)
+    tokens = jax.random.randint(data_key, shape, 0, VOCAB_SIZE)
+    support, query = (Batch(t[:, :-1], t[:, 1:]) for t in tokens)
+    hparams = {name: jnp.float32(value) for name, value in HPARAMS.items()}
+    return {"params": params}, hparams, Episode(support, query, jnp.int32(0)), key
+
+
+def shapes(size: Size) -> tuple:
+    """The shapes of `arguments`, for programs that are compiled and not run."""
+    return jax.eval_shape(lambda: arguments(size))
+
+
+def flops(form: Form, size: Size, extra_steps: int = 0) -> Flops:
+    """Operations of a form, counted on its program.
+
+    A planned scan has loops whose lengths are data. What it computes is every step again,
+    once, as under ``remat``, and the extra step evaluations of its plan.
+    """
+    if "kept_states" not in form.inner:
+        return count_flops(estimate(form, size), *shapes(size))
+    every = dataclasses.replace(form, inner={"remat": True})
+    counted = count_flops(estimate(every, size), *shapes(size))
+    step = _step_flops(form, size)
+    return Flops(
+        counted.matmul + extra_steps * step.matmul,
+        counted.elementwise + extra_steps * step.elementwise,
+    )
+
+
+def _step_flops(form: Form, size: Size) -> Flops:
+    """Of one inner step, forward."""
+    loss_fn = losses.next_token(model_of(size, form.model))
+
+    def step(meta_params, hparams, episode, _):
+        optimizer = optax.adam(hparams["inner_learning_rate"])
+        once = InnerLoop(num_steps=1)
+        return adapt(loss_fn, optimizer, meta_params["params"], episode.support, once).params
+
+    return count_flops(step, *shapes(size))
