@@ -1,6 +1,7 @@
 """The programs that table_meta_gradients compares: a form of the meta-gradient at a size."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,6 +16,9 @@ from metaopt.types import Batch, Episode
 
 VOCAB_SIZE = 256  # bytes
 HPARAMS = {"inner_learning_rate": 1e-3}
+# Without eps_root Adam's derivative at gradients below 1e-8 is up to 1e8, and what float32
+# rounds there is the error of the whole.
+INNER_OPTIMIZER = functools.partial(optax.adam, eps_root=1e-8)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,7 +91,7 @@ FORMS = {
 def estimate(form: Form, size: Size, **inner: Any) -> Callable:
     """The meta-gradient function of a form at a size; ``inner`` overrides the form's own."""
     loop = InnerLoop(num_steps=size.steps, unroll=False, **(dict(form.inner) | inner))
-    learner = learners.maml(optax.adam)
+    learner = learners.maml(INNER_OPTIMIZER)
     return form.estimator(learner, losses.next_token(model_of(size, form.model)), loop)
 
 
@@ -143,7 +147,7 @@ def _step_flops(form: Form, size: Size) -> Flops:
     loss_fn = losses.next_token(model_of(size, form.model))
 
     def step(meta_params, hparams, episode, _):
-        optimizer = optax.adam(hparams["inner_learning_rate"])
+        optimizer = INNER_OPTIMIZER(hparams["inner_learning_rate"])
         once = InnerLoop(num_steps=1)
         return adapt(loss_fn, optimizer, meta_params["params"], episode.support, once).params
 

@@ -27,7 +27,7 @@ from experiments.meta_gradients_forms import FORMS, NAIVE, PLANNED, Size
 from metaopt import measure, parallel, plots, tables
 from metaopt.evaluate import Interval
 from metaopt.progress import Progress, say
-from metaopt.rematerialization import Plan, plan_for
+from metaopt.rematerialization import least_extra_steps, plan_for
 from metaopt.results import cell_maker
 from metaopt.runs import Run, as_json, open_run, read_json_lines, write_json_lines
 
@@ -150,17 +150,18 @@ class Bench:
 
     def smallest(self, size: Size) -> tuple[str, int]:
         """The exact form that takes the least memory, and its bytes."""
-        exact = [name for name, form in FORMS.items() if form.exact]
+        exact = [name for name, form in FORMS.items() if form.exact and name != "reverse"]
         return min(((name, self.temp(name, size)) for name in exact), key=lambda x: x[1])
 
 
 def add_memory(bench: Bench) -> None:
     """Bytes and operations of every form at every size, and their ratios."""
-    bench.compile_all([(name, size) for size in bench.config.sizes for name in FORMS])
+    shown = {name: form for name, form in FORMS.items() if name != "reverse"}  # as naive is
+    bench.compile_all([(name, size) for size in bench.config.sizes for name in shown])
     for size in bench.config.sizes:
-        for name, form in FORMS.items():
+        for name, form in shown.items():
             bench.add("memory", name, str(size), bench.temp(name, size) / MIB, "MiB")
-            extra = Plan(size.steps, 2, 0, 0).extra_steps if name == PLANNED else 0
+            extra = least_extra_steps(size.steps, 2) if name == PLANNED else 0
             counted = forms.flops(form, size, extra)
             bench.add("operations", name, str(size), counted.matmul / GIGA, "GFLOP, matmul")
     for i, size in enumerate(bench.config.sizes[: bench.config.ratio_sizes]):
@@ -237,7 +238,7 @@ def add_time(bench: Bench) -> None:
     best = min(exact, key=lambda name: exact[name].median)
     reached: dict[Size, float] = {}
     for name, timing in timings.items():
-        extra = Plan(config.time_size.steps, 2, 0, 0).extra_steps if name == PLANNED else 0
+        extra = least_extra_steps(config.time_size.steps, 2) if name == PLANNED else 0
         rate = forms.flops(FORMS[name], config.time_size, extra).matmul / timing.median
         ratios = np.array(timing.samples) / np.array(timings[NAIVE].samples)
         for column, value, unit in [

@@ -136,19 +136,12 @@ class Plan:
     Attributes:
       num_steps: K.
       kept_states: states kept at a time, the first included.
-      fixed_bytes: of temporary memory with only the first state kept.
-      state_bytes: of temporary memory that each further state takes.
+      predicted_bytes: of temporary memory of the compiled program.
     """
 
     num_steps: int
     kept_states: int
-    fixed_bytes: int
-    state_bytes: int
-
-    @property
-    def predicted_bytes(self) -> int:
-        """Temporary memory of the compiled program."""
-        return self.fixed_bytes + (self.kept_states - 1) * self.state_bytes
+    predicted_bytes: int
 
     @property
     def extra_steps(self) -> int:
@@ -164,31 +157,27 @@ class Plan:
         )
 
 
-def plan(num_steps: int, fixed_bytes: int, state_bytes: int, budget: float) -> Plan:
+def plan(num_steps: int, bytes_of: Callable[[int], int], budget: float) -> Plan:
     """The plan with the fewest step evaluations within a memory budget.
 
     Args:
       num_steps: K.
-      fixed_bytes: of temporary memory with only the first state kept.
-      state_bytes: that each further kept state takes.
+      bytes_of: temporary memory by the number of kept states, which it grows with.
       budget: bytes.
 
     Raises:
       UserError: not even one state fits; the message gives the least budget that does.
     """
-    if budget < fixed_bytes:
+    if budget < bytes_of(1):
         raise UserError(
             f"{num_steps} inner steps do not fit a budget of {human_bytes(int(budget))}: with one "
-            f"state kept they take {human_bytes(fixed_bytes)}, which is the least budget; "
+            f"state kept they take {human_bytes(bytes_of(1))}, which is the least budget; "
             "smaller batches, or a model that recomputes its layers, take less"
         )
-    fitting = int((budget - fixed_bytes) // state_bytes) + 1 if state_bytes else num_steps
-    kept = min(fitting, num_steps)
+    fitting = [kept for kept in range(1, num_steps + 1) if bytes_of(kept) <= budget]
     # No state more than the fewest evaluations take.
-    least = least_extra_steps(num_steps, kept)
-    while kept > 1 and least_extra_steps(num_steps, kept - 1) == least:
-        kept -= 1
-    return Plan(num_steps, kept, fixed_bytes, state_bytes)
+    kept = min(fitting, key=lambda kept: (least_extra_steps(num_steps, kept), kept))
+    return Plan(num_steps, kept, bytes_of(kept))
 
 
 def plan_for(
@@ -196,8 +185,9 @@ def plan_for(
 ) -> Plan:
     """The plan for a program, from what the compiler says of it; nothing is run.
 
-    Temporary memory is a straight line in the number of kept states, found here from
-    two programs, with two states kept and with three.
+    Temporary memory is a straight line in the number of kept states from three on, where
+    the compiler has loops over slots to deal with. So the programs with two, three
+    and four states kept are compiled; one state is taken to be no dearer than two.
 
     Args:
       function_of: ``kept_states -> function``, such as
@@ -209,11 +199,13 @@ def plan_for(
     Raises:
       UserError: not even one state fits; the message gives the least budget that does.
     """
-    few = min(2, max(num_steps - 1, 1))
-    first, second = (
-        compiled_memory(compile_for(function_of(kept), *args)).temp
-        for kept in (few, min(few + 1, num_steps))
-    )
-    state_bytes = max(second - first, 0)
     available = budget * device_bytes() if budget <= 1 else budget
-    return plan(num_steps, first - (few - 1) * state_bytes, state_bytes, available)
+    two, three, four = (
+        compiled_memory(compile_for(function_of(min(kept, num_steps)), *args)).temp
+        for kept in (2, 3, 4)
+    )
+
+    def bytes_of(kept: int) -> int:
+        return two if kept <= 2 else three + (kept - 3) * max(four - three, 0)
+
+    return plan(num_steps, bytes_of, available)

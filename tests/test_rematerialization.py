@@ -70,13 +70,19 @@ def test_evaluations_fall_with_states_and_vanish_when_all_are_kept():
 
 
 def test_the_plan_for_a_budget_is_the_quickest_that_fits():
-    found = plan(8, fixed_bytes=100, state_bytes=10, budget=135)
-    assert found.kept_states == 4 and found.predicted_bytes == 130
-    assert "4 of 8 inner states kept: 130 B predicted, 4 extra" in found.describe()
-    assert plan(8, fixed_bytes=100, state_bytes=10, budget=1e9).kept_states == 8
-    assert plan(8, fixed_bytes=100, state_bytes=10, budget=100).extra_steps == 28
+    def of_budget(budget):
+        return plan(8, lambda kept: 90 + 10 * kept, budget)
+
+    assert of_budget(135).kept_states == 4 and of_budget(135).predicted_bytes == 130
+    assert "4 of 8 inner states kept: 130 B predicted, 4 extra" in of_budget(135).describe()
+    assert of_budget(1e9).kept_states == 8
+    assert of_budget(100).extra_steps == 28
     with pytest.raises(UserError, match=r"99 B.*100 B, which is the least budget"):
-        plan(8, fixed_bytes=100, state_bytes=10, budget=99)
+        of_budget(99)
+
+
+def test_no_more_states_are_kept_than_spare_evaluations():
+    assert plan(1, lambda kept: kept, 100).kept_states == 1
 
 
 @pytest.mark.parametrize(("num_steps", "kept"), [(0, 1), (3, 0)])
@@ -94,8 +100,8 @@ def test_the_plan_for_a_program_is_what_its_compilation_says():
         return jax.grad(end)
 
     x = jax.ShapeDtypeStruct((100_000,), jnp.float32)
-    found = plan_for(function_of, 12, (x,), budget=2.5e6)
-    assert abs(found.state_bytes - x.size * 4) < 0.01 * x.size * 4 and found.kept_states > 2
+    found = plan_for(function_of, 12, (x,), budget=3e6)
+    assert found.kept_states > 4  # past what was compiled for the plan
     temp = compiled_memory(compile_for(function_of(found.kept_states), x)).temp
     assert abs(found.predicted_bytes - temp) < 0.02 * temp
-    assert temp <= 2.5e6
+    assert temp <= 3e6

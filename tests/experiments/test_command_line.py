@@ -1,4 +1,6 @@
 import dataclasses
+import os
+import sys
 
 import pytest
 
@@ -99,3 +101,16 @@ def test_divergence_is_exit_code_1_and_a_bug_is_not_hidden(capsys):
 def test_the_command_names_what_differs_from_the_preset(config, flags):
     found = command_line.command("toy", config, preset, ("preset",))
     assert found == f"python -m experiments.toy{flags}"
+
+
+def test_a_command_starts_again_with_huge_pages_once(monkeypatch):
+    started = []
+    monkeypatch.setattr(command_line.sys, "platform", "linux")
+    monkeypatch.setattr(command_line.os, "execv", lambda *args: started.append(args))
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    command_line.restart_with_huge_pages()
+    assert started == [(sys.executable, sys.orig_argv)]
+    assert os.environ["GLIBC_TUNABLES"] == "glibc.malloc.hugetlb=1"
+    command_line.restart_with_huge_pages()
+    assert len(started) == 1
+    monkeypatch.delenv("GLIBC_TUNABLES")  # set above, and not for the tests after this one

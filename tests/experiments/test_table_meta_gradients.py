@@ -1,0 +1,84 @@
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import meta_gradients_forms as forms
+from experiments import table_meta_gradients as table
+from experiments.meta_gradients_forms import FORMS, NAIVE, PLANNED, Size
+
+TINY = Size(width=4, layers=1, length=6, steps=3, sequences=2, head_size=2)
+
+
+def test_forms_count_the_operations_that_the_theory_gives():
+    """In units of a forward pass F: a gradient is 3, its derivative 6 backward or 9 forward."""
+    counted = {name: forms.flops(FORMS[name], TINY).matmul for name in FORMS if name != PLANNED}
+    unit = (counted["first order"]) / (3 * TINY.steps + 3)  # K inner gradients and one outer
+    assert counted[NAIVE] == counted["reverse"] == unit * (9 * TINY.steps + 3)
+    assert counted["mixed + saved, layers kept"] == unit * (12 * TINY.steps + 3)
+    assert counted["per-step checkpoint"] > counted["reverse"]
+    assert counted["mixed + saved gradients"] < counted["mixed mode"]
+    more, less = (forms.flops(FORMS[PLANNED], TINY, extra_steps=n).matmul for n in (2, 0))
+    assert more - less == 2 * 3 * unit
+
+
+def test_the_naive_form_keeps_what_the_others_do_not():
+    assert FORMS[NAIVE].model == {"flatten": False} and not FORMS[NAIVE].inner
+
+
+@pytest.mark.parametrize("name", ["gpu", "reference", "smoke"])
+def test_presets_hold_together(name):
+    config = table.preset({"preset": name})
+    assert config.preset == name
+    assert len(config.growth_steps) == len(config.growth_budgets) + 1
+    assert all(size.width % size.head_size == 0 for size in config.sizes)
+
+
+def test_a_run_writes_the_named_cells(tmp_path, monkeypatch, capsys):
+    kept = (NAIVE, table.CHECKPOINT, table.QUICKEST, PLANNED, "mixed mode")
+    kept = {name: FORMS[name] for name in (*kept, "mixed + saved gradients")}
+    monkeypatch.setattr(table, "FORMS", kept)
+    monkeypatch.setattr(table.measure, "matmul_peak", lambda *_: 1e11)
+    config = table.Config(
+        preset="smoke",
+        sizes=(TINY,),
+        time_size=TINY,
+        utilisation_sizes=(),
+        exact_size=TINY,
+        growth_steps=(3, 5),
+        growth_budgets=(1.5,),
+        ratio_sizes=1,
+        rounds=1,
+        run_dir=str(tmp_path / "run"),
+    )
+    table.run(config)
+    records = [json.loads(x) for x in (tmp_path / "run/results.jsonl").read_text().splitlines()]
+    ratios = {r["row"]: r["value"] for r in records if r["table"] == "meta_gradients/reference"}
+    assert set(ratios) == {
+        *("time best/naive", "utilisation", "relative error float64", "relative error float32"),
+        *(f"naive/best {TINY}", f"checkpoint/best {TINY}", "K5/K3"),
+    }
+    assert ratios["relative error float64"] < 1e-12 < ratios["relative error float32"] < 1e-4
+    assert ratios[f"naive/best {TINY}"] > 1
+    assert (tmp_path / "run/memory.png").stat().st_size > 10_000
+    assert "meta_gradients/growth" in (tmp_path / "run/table.md").read_text()
+    (predicted,) = [
+        r["value"] for r in records if r["row"] == "K = 5" and r["column"] == "predicted"
+    ]
+    (compiled,) = [r["value"] for r in records if r["row"] == "K = 5" and r["column"] == "compiled"]
+    assert abs(predicted / compiled - 1) < 0.15
+
+
+def test_the_relative_error_is_one_of_norms():
+    found, expected = {"a": np.array([3.0, 0.0])}, {"a": np.array([3.0, 4.0])}
+    assert table.relative_error(found, expected) == pytest.approx(0.8)
+
+
+def test_arguments_have_the_shapes_of_the_size():
+    meta_params, hparams, episode, _ = forms.shapes(TINY)
+    assert episode.support.inputs.shape == (2, 6) == episode.query.targets.shape
+    assert set(hparams) == {"inner_learning_rate"}
+    assert meta_params["params"]["embed"]["embedding"].shape == (forms.VOCAB_SIZE, 4)
+    tokens = forms.arguments(TINY, seed=1)[2].support
+    assert jax.numpy.array_equal(tokens.inputs[:, 1:], tokens.targets[:, :-1])
