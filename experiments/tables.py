@@ -4,6 +4,7 @@
     python -m experiments.tables --form latex
     python -m experiments.tables --write-readme       # renews the tables in README.md
     python -m experiments.tables --keep RUN NAME      # commit-worthy files of a run
+    python -m experiments.tables --check              # is all there, and does README.md agree?
 
 Every number comes from a ``results.jsonl``; nothing is typed by hand.
 """
@@ -21,6 +22,7 @@ from metaopt.runs import read_json_lines
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "experiments" / "results"
+NEEDED = ("table", "row", "column", "unit", "command", "preset", "seeds", "device", "versions")
 KEPT = (
     "config.json",
     "results.jsonl",
@@ -40,17 +42,22 @@ class Config:
       form: of what is printed.
       write_readme: put the Markdown tables into README.md, between their markers.
       keep: a finished run and a name; its files go to experiments/results.
+      check: verify that every number has its config, command, seeds and versions, and that the
+        tables in README.md are those that the results give.
     """
 
     form: Literal["markdown", "latex"] = "markdown"
     write_readme: bool = False
     keep: tuple[str, str] | None = None
+    check: bool = False
 
 
 def run(config: Config) -> None:
     """Does what the config asks for."""
     if config.keep:
         keep(Path(config.keep[0]), config.keep[1])
+    elif config.check:
+        check(RESULTS, ROOT / "README.md")
     elif config.write_readme:
         readme = ROOT / "README.md"
         readme.write_text(with_tables(readme.read_text()))
@@ -60,6 +67,31 @@ def run(config: Config) -> None:
             for table in tables.arrange(read_json_lines(path)):
                 print(f"{'###' if config.form == 'markdown' else '%'} {table.name}\n")
                 print(show(table))
+
+
+def check(results: Path, readme: Path) -> None:
+    """Reads every committed result again, and README.md.
+
+    Raises:
+      UserError: a config or a part of a record is missing, or a table of README.md is not
+        the one that the results give; the message names them all.
+    """
+    problems, count = [], 0
+    for path in sorted(results.glob("*/*/results.jsonl")):
+        if not (path.parent / "config.json").exists():
+            problems.append(f"{path.parent} has no config.json")
+        for record in read_json_lines(path):
+            count += 1
+            missing = [name for name in NEEDED if not record.get(name)]
+            if missing:
+                cell = f"{record.get('row')}, {record.get('column')}"
+                problems.append(f"{path}: {cell} lacks {', '.join(missing)}")
+    text = readme.read_text()
+    if with_tables(text, results) != text:
+        problems.append("the tables of README.md are not those of the results: --write-readme")
+    if problems:
+        raise UserError("; ".join(problems))
+    print(f"{count} cells with their configs and commands; README.md agrees with them")
 
 
 def keep(run: Path, name: str) -> Path:
@@ -78,17 +110,17 @@ def keep(run: Path, name: str) -> Path:
     return target
 
 
-def with_tables(text: str) -> str:
+def with_tables(text: str, results: Path = RESULTS) -> str:
     """The text with the table of ``<!-- table: PATH NAME -->`` put before ``<!-- end -->``.
 
-    PATH is relative to ``experiments/results``; without NAME it is the first table there.
+    PATH is relative to ``results``; without NAME it is the first table there.
 
     Raises:
       UserError: there are no results at a path, or no such table.
     """
 
     def table(match: re.Match) -> str:
-        found = tables.arrange(read_json_lines(RESULTS / match[1] / "results.jsonl"))
+        found = tables.arrange(read_json_lines(results / match[1] / "results.jsonl"))
         chosen = [t for t in found if match[2] in (None, t.name)]
         if not chosen:
             name = match[2] or "results"

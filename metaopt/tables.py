@@ -89,12 +89,22 @@ def best_rows(table: Table, column: str) -> set[str]:
 def _row_texts(
     table: Table, row: str, columns: Sequence[str], bold: str, plus_minus: str = " ± "
 ) -> list[str]:
-    """The cells of a row, put into ``bold`` where they are the best of their column."""
+    """The cells of a row, in ``bold`` where the best of their column, the published beside."""
     texts = []
     for column in columns:
-        text = cell_text(table.cells.get((row, column)), plus_minus)
-        texts.append(bold.format(text) if row in best_rows(table, column) else text)
+        cell = table.cells.get((row, column))
+        text = cell_text(cell, plus_minus)
+        text = bold.format(text) if row in best_rows(table, column) else text
+        texts.append(text + _published(cell, plus_minus))
     return texts
+
+
+def _published(cell: Record | None, plus_minus: str) -> str:
+    """The number of the paper, in brackets."""
+    if cell is None or cell.get("paper") is None:
+        return ""
+    half = cell.get("paper_ci95")
+    return f" (paper {cell['paper']:g}{f'{plus_minus}{half:g}' if half else ''})"
 
 
 def to_markdown(table: Table) -> str:
@@ -149,7 +159,7 @@ def _column_groups(table: Table, width: int) -> list[list[str]]:
     border = 3
     groups, free = [], 0
     for column in table.columns:
-        texts = [cell_text(table.cells.get((row, column))) for row in table.rows]
+        texts = [_row_texts(table, row, [column], "{}")[0] for row in table.rows]
         needed = max(map(len, [column, *texts])) + border
         if needed > free or not groups:
             groups.append([])

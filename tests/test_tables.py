@@ -50,6 +50,15 @@ def test_markdown():
     )
 
 
+def test_the_published_number_stands_beside_ours():
+    found = [cell("MAML", "5-shot", 1.164, 0.06, paper=1.13, paper_ci95=0.18)]
+    found += [cell("ours", "5-shot", 0.24, 0.01), cell("iMAML", "5-shot", None, paper=99.5)]
+    (table,) = arrange(found)
+    lines = to_markdown(table).splitlines()
+    assert lines[2] == "| MAML | 1.164 ± 0.060 (paper 1.13 ± 0.18) |"
+    assert lines[3] == "| ours | **0.240 ± 0.010** |" and lines[4] == "| iMAML | – (paper 99.5) |"
+
+
 def test_a_table_without_intervals_does_not_speak_of_them():
     (plain,) = arrange([cell("a", "c", 1.0)])
     assert "seed 0" in to_markdown(plain) and "interval" not in to_markdown(plain)

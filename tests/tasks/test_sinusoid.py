@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 from metaopt.errors import UserError
-from metaopt.tasks.sinusoid import SinusoidConfig, sinusoid
+from metaopt.tasks.sinusoid import SinusoidConfig, evaluation_episodes, sinusoid
 
 
 def sample(config, num_tasks):
@@ -57,4 +57,36 @@ def test_episodes_are_pure_in_the_key_and_differ_between_splits():
 @pytest.mark.parametrize("field", ["num_support", "num_query"])
 def test_bad_configs(field):
     with pytest.raises(UserError, match=field):
-        SinusoidConfig(**{field: 0})
+        SinusoidConfig(**{field: 0})  # type: ignore[arg-type]
+
+
+def test_evaluation_meets_each_curve_through_several_supports():
+    def draw(num_support):
+        config = SinusoidConfig(num_support=num_support, num_query=21, vary_frequency=True)
+        return evaluation_episodes(config, jax.random.key(3), num_curves=4, supports_per_curve=3)
+
+    episodes, fewer = draw(200), draw(2)
+    np.testing.assert_array_equal(episodes.task, [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3])
+    np.testing.assert_allclose(episodes.query.inputs[5, :, 0], np.linspace(-5, 5, 21), atol=1e-6)
+    curves = np.asarray(episodes.query.targets)[..., 0]
+    np.testing.assert_array_equal(curves, np.repeat(curves[::3], 3, axis=0))
+    np.testing.assert_array_equal(curves, fewer.query.targets[..., 0])
+    assert np.unique(curves[::3], axis=0).shape == (4, 21)
+    support = np.asarray(episodes.support.inputs)[..., 0]
+    assert np.unique(support, axis=0).shape == (12, 200)
+    assert -5 <= support.min() < -4.9 and 4.9 < support.max() <= 5
+    for i in range(12):  # the support is of the curve that the query shows
+        order = np.argsort(support[i])
+        between = np.interp(
+            np.linspace(-5, 5, 21)[1:-1],
+            support[i][order],
+            np.asarray(episodes.support.targets)[i, order, 0],
+        )
+        np.testing.assert_allclose(between, curves[i, 1:-1], atol=0.3)
+
+
+@pytest.mark.parametrize("field", ["num_curves", "supports_per_curve"])
+def test_bad_sizes_of_the_evaluation(field):
+    sizes = {"num_curves": 1, "supports_per_curve": 1} | {field: 0}
+    with pytest.raises(UserError, match=field):
+        evaluation_episodes(SinusoidConfig(), jax.random.key(0), **sizes)

@@ -1,0 +1,127 @@
+"""The config of `table_sinusoid` and its presets."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Literal
+
+from metaopt.errors import UserError
+from metaopt.outer_step import OuterConfig
+
+CHOSEN_BY = ("preset", "protocol")
+"""The flags that the defaults of all others depend on."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Sinusoid regression: the published learners, and better ones beside them.
+
+    Attributes:
+      preset: smoke (seconds), cpu or gpu; the defaults of all the rest follow it.
+      protocol: li, a table over the shots of the test (Li et al., 2017), or finn, curves
+        over the inner steps of the test (Finn et al., 2017).
+      rows: names of the rows to run; all if none.
+      seeds: every row is trained once with each; cells are means over them.
+      meta_steps: of each training.
+      steps_per_call: meta-steps in one compiled call; a divisor of meta_steps.
+      tasks_per_step: the meta-batch.
+      num_support: shots of training.
+      num_query: examples in a training task that the adapted model is judged by.
+      test_shots: shots of the test, for finn one number.
+      max_inner_steps: of the curves of finn.
+      inner_rate: MAML's, and the base of the rates that are learned as factors.
+      first_rates: the published Meta-SGD draws the rate it starts from between these.
+      learning_rate: of the outer Adam of the published rows.
+      weight_std: deviation of the truncated normal from which the published rows draw weights;
+        biases start at zero.
+      better: the outer optimiser of the rows of 5 inner steps; its cosine ends with the
+        training unless decay_steps says when.
+      test_curves: sinusoids of the test.
+      supports_per_curve: supports that each is met through.
+      test_points: evenly spaced inputs on which it is judged.
+      eval_seed: of the test.
+      root: where runs are written.
+      run_dir: this directory instead, new or of the same config.
+    """
+
+    preset: Literal["smoke", "cpu", "gpu"] = "cpu"
+    protocol: Literal["li", "finn"] = "li"
+    rows: tuple[str, ...] = ()
+    seeds: tuple[int, ...] = (0, 1, 2)
+    meta_steps: int = 60_000
+    steps_per_call: int = 1000
+    tasks_per_step: int = 4
+    num_support: int = 5
+    num_query: int = 10
+    test_shots: tuple[int, ...] = (5, 10, 20)
+    max_inner_steps: int = 10
+    inner_rate: float = 0.01
+    first_rates: tuple[float, float] = (0.005, 0.1)
+    learning_rate: float = 1e-3
+    weight_std: float = 0.01
+    better: OuterConfig = dataclasses.field(
+        default_factory=lambda: OuterConfig(
+            learning_rate=1e-3, rates_learning_rate=1e-2, clip_norm=10.0, warmup_steps=100
+        )
+    )
+    test_curves: int = 1000
+    supports_per_curve: int = 10
+    test_points: int = 100
+    eval_seed: int = 1234
+    root: str = "runs"
+    run_dir: str | None = None
+
+    def __post_init__(self):
+        counts = ("meta_steps", "steps_per_call", "tasks_per_step", "num_support", "num_query")
+        for name in (*counts, "max_inner_steps", "test_curves", "supports_per_curve"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.test_points < 2:
+            raise UserError(f"test_points is {self.test_points}; it takes 2 to span the inputs")
+        if self.meta_steps % self.steps_per_call:
+            raise UserError(
+                f"{self.meta_steps} meta-steps cannot be cut into calls of {self.steps_per_call}; "
+                "make steps_per_call a divisor of meta_steps"
+            )
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise UserError(f"seeds {self.seeds} must be at least one and all different")
+        if not self.test_shots or min(self.test_shots) < 1:
+            raise UserError(f"test_shots {self.test_shots} must be some numbers from 1 on")
+        if self.protocol == "finn" and len(self.test_shots) > 1:
+            raise UserError("the curves of finn are of one number of shots: give one test_shots")
+        low, high = self.first_rates
+        if not 0 < low <= high or not self.inner_rate > 0 or not self.weight_std > 0:
+            raise UserError("inner_rate, weight_std and first_rates (low, high) must be above 0")
+
+
+def preset(flags: Mapping[str, str]) -> Config:
+    """The defaults for ``--preset`` and ``--protocol``."""
+    name, protocol = flags.get("preset", "cpu"), flags.get("protocol", "li")
+    if protocol == "li":
+        config = Config()
+    elif protocol == "finn":
+        config = Config(
+            protocol="finn",
+            meta_steps=70_000,
+            tasks_per_step=25,
+            num_support=10,
+            test_shots=(10,),
+            seeds=(0,),
+        )
+    else:
+        raise UserError(f"unknown protocol {protocol!r}: choose li or finn")
+    if name == "cpu":
+        return config
+    if name == "gpu":
+        return dataclasses.replace(config, preset="gpu", seeds=(0, 1, 2, 3, 4))
+    if name == "smoke":
+        return dataclasses.replace(
+            config,
+            preset="smoke",
+            seeds=(0,),
+            meta_steps=20,
+            steps_per_call=10,
+            test_curves=16,
+            supports_per_curve=2,
+            better=dataclasses.replace(config.better, warmup_steps=2),
+        )
+    raise UserError(f"unknown preset {name!r}: choose smoke, cpu or gpu")

@@ -1,0 +1,63 @@
+import json
+import shutil
+
+import pytest
+
+from experiments import tables
+from metaopt.errors import UserError
+
+RECORD = {
+    **{"table": "a/first", "row": "MAML", "column": "5 steps", "value": 2.5, "ci95": 0.1},
+    **{"unit": "nats", "n": 3, "seeds": [0], "preset": "cpu", "device": "CPU"},
+    **{"versions": {"jax": "0.10"}, "command": "python -m experiments.x"},
+}
+MARKED = "before\n<!-- table: a/cpu -->\n<!-- end -->\nafter\n"
+
+
+@pytest.fixture
+def results(tmp_path):
+    folder = tmp_path / "results" / "a" / "cpu"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    records = [RECORD, RECORD | {"table": "a/second", "row": "ANIL"}]
+    (folder / "results.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    return tmp_path / "results"
+
+
+def test_the_readme_and_the_committed_results_agree(capsys):
+    tables.check(tables.RESULTS, tables.ROOT / "README.md")
+    assert "cells with their configs and commands" in capsys.readouterr().out
+
+
+def test_a_marker_names_a_table_or_takes_the_first(results):
+    text = tables.with_tables(MARKED, results)
+    assert "| MAML | 2.50 ± 0.10 |" in text and text.startswith("before") and "ANIL" not in text
+    assert tables.with_tables(text, results) == text
+    named = MARKED.replace("a/cpu", "a/cpu a/second")
+    assert "| ANIL | 2.50 ± 0.10 |" in tables.with_tables(named, results)
+    with pytest.raises(UserError, match="a/third"):
+        tables.with_tables(MARKED.replace("a/cpu", "a/cpu a/third"), results)
+
+
+def test_check_names_all_that_is_amiss(results, tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text(tables.with_tables(MARKED, results))
+    tables.check(results, readme)
+    readme.write_text(readme.read_text().replace("2.50", "2.40"))
+    folder = results / "a" / "cpu"
+    (folder / "config.json").unlink()
+    with open(folder / "results.jsonl", "a") as file:
+        file.write(json.dumps(RECORD | {"table": "a/second", "command": ""}) + "\n")
+    with pytest.raises(UserError, match=r"no config\.json.*lacks command.*--write-readme"):
+        tables.check(results, readme)
+
+
+def test_only_finished_runs_are_kept(tmp_path, monkeypatch, results):
+    monkeypatch.setattr(tables, "RESULTS", tmp_path / "kept")
+    run = tmp_path / "runs" / "a" / "cpu-1"
+    shutil.copytree(results / "a" / "cpu", run)
+    with pytest.raises(UserError, match="not a finished run"):
+        tables.keep(run, "cpu")
+    (run / "finished").touch()
+    kept = tables.keep(run, "cpu")
+    assert {path.name for path in kept.iterdir()} == {"config.json", "results.jsonl"}
