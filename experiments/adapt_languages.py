@@ -23,7 +23,7 @@ from metaopt import learners, losses, meta_gradients, models, parallel
 from metaopt.comparison import Comparison, Problem, Row, select
 from metaopt.errors import UserError
 from metaopt.inner_loop import check_split
-from metaopt.runs import as_json, open_run
+from metaopt.runs import open_run
 from metaopt.tasks import text
 from metaopt.tasks.markov import MarkovConfig, bayes_loss, markov
 from metaopt.types import Learner, Model, TaskFamily
@@ -121,7 +121,11 @@ def run(config: Config) -> None:
     rows = make_rows(config, model)
     comparison = Comparison(problem, config.inner, config.outer, config.comparison)
     place = open_run(
-        config.root, "adapt_languages", config.preset, as_saved(config), run_dir=config.run_dir
+        config.root,
+        "adapt_languages",
+        config.preset,
+        command_line.as_saved(config),
+        run_dir=config.run_dir,
     )
     command = command_line.command("adapt_languages", config, preset, CHOSEN_BY)
     report = Report(place, comparison, tasks=config.tasks, preset=config.preset, command=command)
@@ -131,11 +135,6 @@ def run(config: Config) -> None:
     for row in rows:
         report.add(comparison.run(row, start, place.directory))
     report.finish()
-
-
-def as_saved(config: Config) -> dict:
-    """What decides the results: all but where the run is written."""
-    return {k: v for k, v in as_json(config).items() if k not in ("root", "run_dir")}
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import tyro
 
 from metaopt.errors import UserError
 from metaopt.recorder import Diverged
+from metaopt.runs import as_json
 
 Config = TypeVar("Config")
 
@@ -86,6 +87,11 @@ def command(
             default = preset(chosen)
     flags = [f"--{name} {_as_argument(value)}" for name, value in chosen.items()]
     return " ".join([f"python -m experiments.{module}", *flags, *_changed_flags(config, default)])
+
+
+def as_saved(config: Any) -> dict[str, Any]:
+    """What decides the results: all but where the run is written."""
+    return {k: v for k, v in as_json(config).items() if k not in ("root", "run_dir")}
 
 
 def _changed_flags(config: Any, default: Any, prefix: str = "") -> list[str]:

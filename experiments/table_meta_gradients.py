@@ -29,7 +29,7 @@ from metaopt.evaluate import Interval
 from metaopt.progress import Progress, say
 from metaopt.rematerialization import least_extra_steps, plan_for
 from metaopt.results import cell_maker
-from metaopt.runs import Run, as_json, open_run, read_json_lines, write_json_lines
+from metaopt.runs import Run, open_run, read_json_lines, write_json_lines
 
 MIB, GIGA = 2**20, 1e9
 CHECKPOINT, QUICKEST = "per-step checkpoint", "mixed + saved, layers kept"
@@ -295,7 +295,7 @@ def relative_error(found: Any, expected: Any) -> float:
 def run(config: Config) -> None:
     """Measures all, and writes the tables and the figure."""
     parallel.set_up_backend()
-    saved = {k: v for k, v in as_json(config).items() if k not in ("root", "run_dir")}
+    saved = command_line.as_saved(config)
     place = open_run(
         config.root, "table_meta_gradients", config.preset, saved, run_dir=config.run_dir
     )

@@ -28,7 +28,7 @@ from metaopt import parallel, tables
 from metaopt.errors import UserError
 from metaopt.progress import say
 from metaopt.results import RecordCell, cell_maker
-from metaopt.runs import as_json, open_run, read_json_lines, write_json_lines
+from metaopt.runs import open_run, read_json_lines, write_json_lines
 
 PeerName = Literal["torch_func", "torchopt", "higher", "torch_compile"]
 NEEDED = {"torch_func": "torch", "torch_compile": "torch"}
@@ -128,7 +128,11 @@ def run(config: Config) -> None:
     require_installed(config)
     parallel.set_up_backend()
     place = open_run(
-        config.root, "table_peers", config.preset, as_saved(config), run_dir=config.run_dir
+        config.root,
+        "table_peers",
+        config.preset,
+        command_line.as_saved(config),
+        run_dir=config.run_dir,
     )
     cell = cell_maker(
         table="peers",
@@ -149,11 +153,6 @@ def run(config: Config) -> None:
     console = Console()
     console.print(*tables.to_rich(table, console.width), sep="\n")
     console.print(f"written to {place.directory}", highlight=False)
-
-
-def as_saved(config: Config) -> dict[str, Any]:
-    """What decides the results: all but where the run is written."""
-    return {k: v for k, v in as_json(config).items() if k not in ("root", "run_dir")}
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ from experiments.table_sinusoid_report import Report
 from experiments.table_sinusoid_rows import Row, inner_hparams, make_rows
 from metaopt import evaluate, losses, meta_gradients, models, parallel
 from metaopt.outer_step import MetaStep, init_state, make_meta_step, outer_optimizer
-from metaopt.runs import as_json, open_run
+from metaopt.runs import open_run
 from metaopt.tasks.sinusoid import SinusoidConfig, evaluation_episodes, sinusoid
 from metaopt.train import StepFn, TrainConfig, train
 from metaopt.types import Episode, Key, LossFn, MetaParams, Model, Params
@@ -117,7 +117,7 @@ def train_row(config: Config, problem: Problem, row: Row, seed: int, directory: 
         name=f"{row.name}, seed {seed}",
         tasks_per_step=config.tasks_per_step * config.steps_per_call,
         tokens_per_task=config.num_support + config.num_query,
-        fingerprint=as_saved(config) | {"rows": row.name, "seeds": seed},
+        fingerprint=command_line.as_saved(config) | {"rows": row.name, "seeds": seed},
     )
     return state.meta_params
 
@@ -167,7 +167,11 @@ def run(config: Config) -> None:
     parallel.set_up_backend()
     rows = make_rows(config)
     place = open_run(
-        config.root, "table_sinusoid", config.preset, as_saved(config), run_dir=config.run_dir
+        config.root,
+        "table_sinusoid",
+        config.preset,
+        command_line.as_saved(config),
+        run_dir=config.run_dir,
     )
     command = command_line.command("table_sinusoid", config, preset, CHOSEN_BY)
     report = Report(place, config, command)
@@ -180,11 +184,6 @@ def run(config: Config) -> None:
             found.append(losses_of_row(config, problem, row, seed, meta_params))
         report.add(row.name, row.inner.num_steps, found, time.monotonic() - began)
     report.finish()
-
-
-def as_saved(config: Config) -> dict:
-    """What decides the results: all but where the run is written."""
-    return {k: v for k, v in as_json(config).items() if k not in ("root", "run_dir")}
 
 
 if __name__ == "__main__":

@@ -67,7 +67,7 @@ def markov_run(tmp_path_factory):
 def test_a_run_leaves_config_results_table_picture_and_samples(markov_run):
     config = parse(*MARKOV, "--root", str(markov_run.parents[1]))
     saved = json.loads((markov_run / "config.json").read_text())
-    assert saved == adapt_languages.as_saved(config)
+    assert saved == command_line.as_saved(config)
     assert saved["inner"]["num_steps"] == 2 and "root" not in saved
     for record in read_json_lines(markov_run / "results.jsonl"):
         assert set(record) >= {"table", "row", "column", "value", "ci95", "unit", "n", "seeds"}
@@ -121,7 +121,7 @@ def test_differences_are_paired_and_gaps_are_to_the_limit(markov_run):
 
 def test_a_finished_run_is_not_taken_up_again(markov_run):
     config = parse(*MARKOV)
-    saved, root = adapt_languages.as_saved(config), markov_run.parents[1]
+    saved, root = command_line.as_saved(config), markov_run.parents[1]
     assert not open_run(root, "adapt_languages", "smoke", saved).resumed
 
 
