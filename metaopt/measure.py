@@ -7,7 +7,7 @@ be compared is timed in turns.
 import math
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -227,12 +227,40 @@ def interleaved(
             started = time.perf_counter()
             jax.block_until_ready(function())
             samples[name].append(time.perf_counter() - started)
-    return {name: _timing(found) for name, found in samples.items()}
+    return {name: timing_of(found) for name, found in samples.items()}
 
 
-def _timing(samples: list[float]) -> Timing:
+def timing_of(samples: Sequence[float]) -> Timing:
+    """The median and the quartiles of seconds a call."""
     lower, median, upper = (float(x) for x in np.quantile(samples, (0.25, 0.5, 0.75)))
     return Timing(median, lower, upper, tuple(samples))
+
+
+_COMPILING = dict.fromkeys(
+    (
+        "/jax/core/compile/jaxpr_trace_duration",
+        "/jax/core/compile/jaxpr_to_mlir_module_duration",
+        "/jax/core/compile/backend_compile_duration",
+    ),
+    0.0,
+)
+
+
+def _note_compiling(event: str, duration_secs: float, **_) -> None:
+    if event in _COMPILING:
+        _COMPILING[event] += duration_secs
+
+
+jax.monitoring.register_event_duration_secs_listener(_note_compiling)
+
+
+def compile_seconds() -> float:
+    """Seconds that this process has spent so far on tracing and compiling.
+
+    The difference of two readings, taken from what a piece of work took, leaves what
+    it would take with every program at hand.
+    """
+    return sum(_COMPILING.values())
 
 
 def matmul_peak(size: int = 2048, dtype: Any = jnp.float32, rounds: int = 5) -> float:

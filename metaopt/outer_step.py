@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -22,17 +23,20 @@ from metaopt.types import (
 )
 
 MetaStep = Callable[[MetaState, Episode], tuple[MetaState, Metrics]]
+Optimizer = Literal["adam", "sgd", "momentum", "rmsprop", "adagrad", "lars", "lion"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OuterConfig:
-    """The outer optimiser: AdamW with clipping, linear warm-up and cosine decay.
+    """The outer optimiser, AdamW if not another, with clipping, warm-up and cosine decay.
 
     Attributes:
+      optimizer: adam, sgd, momentum, rmsprop, adagrad, lars or lion, with optax's settings.
       learning_rate: peak outer rate of the parameters; ``hparams['outer_learning_rate']``.
       rates_learning_rate: peak outer rate of all that is learned beside the
         parameters; ``hparams['rates_learning_rate']``.
       weight_decay: decoupled, on the parameters alone; ``hparams['weight_decay']``.
+      momentum: of momentum and lars; ``hparams['momentum']``.
       clip_norm: largest global norm of the meta-gradient; ``hparams['clip_norm']``.
       warmup_steps: meta-steps, W, of which the first takes ``1 / (W + 1)`` of the
         peak, rising linearly to all of it in the step after them.
@@ -41,9 +45,11 @@ class OuterConfig:
       final_fraction: what is left of the peak at the end of the cosine.
     """
 
+    optimizer: Optimizer = "adam"
     learning_rate: float = 1e-3
     rates_learning_rate: float = 1e-2
     weight_decay: float = 0.0
+    momentum: float = 0.9
     clip_norm: float = 1.0
     warmup_steps: int = 0
     decay_steps: int = 0
@@ -53,6 +59,12 @@ class OuterConfig:
         for name in ("learning_rate", "rates_learning_rate", "weight_decay"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be a number from 0 on")
+        if self.optimizer not in get_args(Optimizer):
+            raise UserError(
+                f"optimizer is {self.optimizer!r}: choose one of {', '.join(get_args(Optimizer))}"
+            )
+        if not 0 <= self.momentum < 1:
+            raise UserError(f"momentum is {self.momentum}; it must be from 0 on and below 1")
         if not self.clip_norm > 0:
             raise UserError(f"clip_norm is {self.clip_norm}; it must be above 0 (inf never clips)")
         if self.warmup_steps < 0:
@@ -70,6 +82,8 @@ class OuterConfig:
             "weight_decay": self.weight_decay,
             "clip_norm": self.clip_norm,
         }
+        if self.optimizer in ("momentum", "lars"):
+            values["momentum"] = self.momentum
         return {name: jnp.float32(value) for name, value in values.items()}
 
 
@@ -78,7 +92,7 @@ OuterOpt = Callable[[Hparams], optax.GradientTransformation]
 
 
 def outer_optimizer(config: OuterConfig) -> OuterOpt:
-    """AdamW on meta-parameters, its settings read from the state.
+    """The optimiser of meta-parameters, AdamW if not another, its settings read from the state.
 
     The returned function is called inside the step: the shape of the schedule is
     fixed, the scalars come from ``hparams`` and may change without a recompile.
@@ -88,13 +102,29 @@ def outer_optimizer(config: OuterConfig) -> OuterOpt:
     def build(hparams: Hparams) -> optax.GradientTransformation:
         return optax.chain(
             optax.clip_by_global_norm(hparams["clip_norm"]),
-            optax.scale_by_adam(),
+            _direction(config.optimizer, hparams),
             _on_params_only(optax.add_decayed_weights(hparams["weight_decay"])),
             optax.scale_by_schedule(schedule),
             _scale_by_rates(hparams),
         )
 
     return build
+
+
+def _direction(optimizer: Optimizer, hparams: Hparams) -> optax.GradientTransformation:
+    """Which way, before decay and rate."""
+    if optimizer == "sgd":
+        return optax.identity()
+    if optimizer == "momentum":
+        return optax.trace(hparams["momentum"])  # type: ignore[arg-type]
+    if optimizer == "rmsprop":
+        return optax.scale_by_rms()
+    if optimizer == "adagrad":
+        return optax.scale_by_rss(initial_accumulator_value=1e-4)
+    if optimizer == "lars":
+        momentum = optax.trace(hparams["momentum"])  # type: ignore[arg-type]
+        return optax.chain(optax.scale_by_trust_ratio(), momentum)
+    return optax.scale_by_lion() if optimizer == "lion" else optax.scale_by_adam()
 
 
 def _schedule(config: OuterConfig) -> optax.Schedule:

@@ -104,6 +104,24 @@ def parallel_step(step: Callable, devices: Sequence[Device]) -> Callable:
     )
 
 
+def parallel_members(
+    function: Callable, devices: Sequence[Device], *, donate: bool = False
+) -> Callable:
+    """``(members [N, M, ...], shared) -> [N, M, ...]``: M members on each device, by vmap.
+
+    Args:
+      function: ``(member, shared) -> out``, of one member.
+      devices: N of them; what comes out stays on them.
+      donate: whether the members passed in are used up.
+    """
+    return jax.pmap(
+        jax.vmap(function, in_axes=(0, None)),
+        in_axes=(0, None),
+        donate_argnums=(0,) if donate else (),
+        devices=devices,
+    )
+
+
 def parallel_map(function: Callable, devices: Sequence[Device]) -> Callable:
     """Maps ``function(shared, tasks [T, ...]) -> [T, ...]`` over ``[N·T, ...]`` tasks.
 

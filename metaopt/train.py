@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
+import numpy as np
+
 from metaopt.checkpoint import Checkpoints
 from metaopt.errors import UserError
 from metaopt.progress import say
@@ -36,6 +38,8 @@ __all__ = [
 ]
 
 StepFn = Callable[[MetaState, Episode], tuple[MetaState, Metrics]]
+Evaluate = Callable[[MetaState], float | np.ndarray]
+"""``state -> loss`` on held-out tasks, lower is better; or the losses of all of them, ``[E]``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +93,7 @@ def train(
     tasks_per_step: int,
     tokens_per_task: int,
     fingerprint: dict[str, Any],
-    evaluate: Callable[[MetaState], float] | None = None,
+    evaluate: Evaluate | None = None,
 ) -> MetaState:
     """Train until ``config.num_steps`` updates are done, from the latest checkpoint if any.
 
@@ -112,7 +116,7 @@ def train(
       tasks_per_step: on all devices together.
       tokens_per_task: support and query together.
       fingerprint: the config that decides the states; a checkpoint of another is refused.
-      evaluate: ``state -> loss`` on held-out tasks, lower is better; it must not donate.
+      evaluate: what the best checkpoint is chosen by; it must not donate the state.
 
     Returns:
       The state after ``num_steps`` updates, or the restored one if it is there already.
@@ -136,11 +140,11 @@ def train(
         throughput = {"tasks_per_step": tasks_per_step, "tokens_per_task": tokens_per_task}
         recorder = Recorder(directory, name, config, start=start, notes=notes, **throughput)
         batches = prefetch(sample, range(start, config.num_steps))
-        with recorder, _StopSignals() as stop, contextlib.closing(batches) as episodes:
+        with recorder, StopSignals() as stop, contextlib.closing(batches) as episodes:
             host = _Host(config, recorder, checkpoints, stop)
             state = _loop(state, step_fn, episodes, host, evaluate)
         if stop.received is not None:
-            _leave(name, int(state.step), config.num_steps, stop.received)
+            leave(name, int(state.step), config.num_steps, stop.received)
         return state
 
 
@@ -167,7 +171,7 @@ class _Host(NamedTuple):
     config: TrainConfig
     recorder: Recorder
     checkpoints: Checkpoints
-    stop: "_StopSignals"
+    stop: "StopSignals"
 
 
 def _loop(
@@ -175,7 +179,7 @@ def _loop(
     step_fn: StepFn,
     episodes: Iterable[Episode],
     host: _Host,
-    evaluate: Callable[[MetaState], float] | None,
+    evaluate: Evaluate | None,
 ) -> MetaState:
     config, recorder = host.config, host.recorder
     step, unseen = int(state.step), None
@@ -193,7 +197,7 @@ def _loop(
         recorder.record(*unseen)  # only a state whose metrics are sound is evaluated or saved
         unseen, valid_loss = None, math.inf
         if evaluate is not None and evaluating:
-            valid_loss = float(evaluate(state))
+            valid_loss = float(np.mean(evaluate(state)))
             recorder.record_validation(step, valid_loss)
         _save(host, state, valid_loss)
         if stopping:
@@ -210,7 +214,8 @@ def _save(host: _Host, state: MetaState, valid_loss: float) -> None:
         raise host.recorder.diverged(int(state.step), problem) from error
 
 
-def _leave(name: str, step: int, num_steps: int, signum: int) -> None:
+def leave(name: str, step: int, num_steps: int, signum: int) -> None:
+    """Says that a training was stopped by a signal, and leaves; all must be saved by then."""
     say(
         f"{name}: stopped by {signal.Signals(signum).name} after step {step} of {num_steps}, "
         "saved; run the same command again to go on"
@@ -218,7 +223,7 @@ def _leave(name: str, step: int, num_steps: int, signum: int) -> None:
     raise Interrupted(128 + signum)
 
 
-class _StopSignals:
+class StopSignals:
     """Notes the first SIGINT or SIGTERM; after it the old handlers are back in force.
 
     So a second one acts at once. Outside the main thread, where Python allows no
