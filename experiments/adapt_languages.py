@@ -14,8 +14,6 @@ bytes, of which some are held out.
 import dataclasses
 import functools
 
-import optax
-
 from experiments import command_line
 from experiments.adapt_languages_config import CHOSEN_BY, Config, preset
 from experiments.adapt_languages_report import Report
@@ -23,18 +21,11 @@ from metaopt import learners, losses, meta_gradients, models, parallel
 from metaopt.comparison import Comparison, Problem, Row, select
 from metaopt.errors import UserError
 from metaopt.inner_loop import check_split
+from metaopt.inner_optimizers import INNER_OPTIMIZERS
 from metaopt.runs import open_run
 from metaopt.tasks import text
 from metaopt.tasks.markov import MarkovConfig, bayes_loss, markov
 from metaopt.types import Learner, Model, TaskFamily
-
-INNER_OPTIMIZERS = {
-    "sgd": optax.sgd,
-    "momentum": functools.partial(optax.sgd, momentum=0.9),
-    "adam": optax.adam,
-    "rmsprop": optax.rmsprop,
-    "adagrad": functools.partial(optax.adagrad, initial_accumulator_value=1e-4),
-}
 
 
 def make_family(config: Config) -> tuple[TaskFamily, int]:

@@ -7,6 +7,7 @@ from typing import Literal, get_args
 from metaopt.comparison import ComparisonConfig
 from metaopt.errors import UserError
 from metaopt.inner_loop import InnerLoop
+from metaopt.inner_optimizers import OptimizerName
 from metaopt.outer_step import OuterConfig
 
 ModelName = Literal["bigram", "rnn", "gru", "lstm", "transformer"]
@@ -60,7 +61,7 @@ class Config:
     num_valid_domains: int = 8
     num_test_domains: int = 10
     split_seed: int = 0
-    inner_optimizer: Literal["sgd", "momentum", "adam", "rmsprop", "adagrad"] = "sgd"
+    inner_optimizer: OptimizerName = "sgd"
     rows: tuple[str, ...] = ()
     inner: InnerLoop = dataclasses.field(default_factory=InnerLoop)
     outer: OuterConfig = dataclasses.field(default_factory=OuterConfig)

@@ -200,8 +200,12 @@ class Comparison:
         meta_params = self._train(row, self.random_init(), range(steps), rate, directory)
         return meta_params["params"]
 
-    def run(self, row: Row, start: Params, directory: Path) -> RowResult:
-        """Trains a row from ``start`` and evaluates it on the test episodes."""
+    def run(self, row: Row, start: Params, directory: Path, *, one_rate: bool = False) -> RowResult:
+        """Trains a row from ``start`` and evaluates it on the test episodes.
+
+        With ``one_rate`` the whole curve is at the rate that is best after the trained
+        number of steps; otherwise every number of steps has its own.
+        """
         began = time.monotonic()
         rate = self._training_rate(row, start)
         if row.estimator is None:
@@ -212,14 +216,25 @@ class Comparison:
             steps = range(first, first + self.config.meta_steps)
             every = self.config.eval_every
             meta_params = self._train(row, start, steps, rate, directory, eval_every=every)
-        # Rates that are learned are not tuned as well: they are used as they were trained.
-        rates = (rate,) if row.learner.learned else self.config.inner_rates
-        tuned = evaluate.tuned_curves(
-            self._curves(row.learner), meta_params, {}, rates, self.valid, self.test
-        )
+        tuned = self._test(row.learner, meta_params, rate, one_rate)
         hparams = {"inner_learning_rate": np.float32(tuned.rates[self.inner.num_steps])}
         seconds = time.monotonic() - began
         return RowResult(row, meta_params, hparams, tuned.losses, tuned.rates, seconds)
+
+    def _test(
+        self, learner: Learner, meta_params: MetaParams, rate: float, one_rate: bool
+    ) -> evaluate.TunedCurves:
+        """Curves of the test episodes; ``rate`` is that of training.
+
+        Rates that are learned are not tuned as well: they are used as they were trained.
+        """
+        curves = self._curves(learner)
+        if one_rate:
+            rate = rate if learner.learned else self._best_rate(learner, meta_params)
+            losses = curves(meta_params, {"inner_learning_rate": np.float32(rate)}, self.test)
+            return evaluate.TunedCurves(losses, np.full(losses.shape[1], rate))
+        rates = (rate,) if learner.learned else self.config.inner_rates
+        return evaluate.tuned_curves(curves, meta_params, {}, rates, self.valid, self.test)
 
     def _curves(self, learner: Learner, num_steps: int | None = None) -> evaluate.CurveFn:
         return evaluate.make_curves(
@@ -235,16 +250,15 @@ class Comparison:
         """The rate best on the validation tasks after K steps from where training starts."""
         if row.inner_optimizer not in self._tuned:
             learner = maml(row.inner_optimizer)
-            tuned = evaluate.tuned_curves(
-                self._curves(learner, self.inner.num_steps),
-                learner.init(start),
-                {},
-                self.config.inner_rates,
-                self.valid,
-                self.valid,
-            )
-            self._tuned[row.inner_optimizer] = float(tuned.rates[-1])
+            self._tuned[row.inner_optimizer] = self._best_rate(learner, learner.init(start))
         return self._tuned[row.inner_optimizer]
+
+    def _best_rate(self, learner: Learner, meta_params: MetaParams) -> float:
+        """The rate best on the validation tasks after the trained number of steps."""
+        curves = self._curves(learner, self.inner.num_steps)
+        rates = self.config.inner_rates
+        tuned = evaluate.tuned_curves(curves, meta_params, {}, rates, self.valid, self.valid)
+        return float(tuned.rates[-1])
 
     def _train(
         self,

@@ -135,6 +135,19 @@ def test_a_row_that_is_done_is_not_trained_again(compared):
     np.testing.assert_array_equal(again.curves, results["joint pretraining"].curves)
 
 
+def test_one_rate_is_the_best_after_the_trained_number_of_steps(compared):
+    comparison, results, _, _, directory, start = compared
+    found = comparison.run(ROWS[0], start, directory, one_rate=True)
+    (rate,) = set(found.rates)
+    assert rate == results["random init"].rates[2]
+    assert found.hparams["inner_learning_rate"] == np.float32(rate)
+    for step in range(4):
+        expected = after_descent(comparison.test, rate, step)
+        np.testing.assert_allclose(found.curves[:, step], expected, rtol=1e-4)
+    learned = comparison.run(ROWS[2], start, directory, one_rate=True)
+    np.testing.assert_array_equal(learned.curves, results["Meta-SGD"].curves)
+
+
 def validated(directory):
     lines = read_json_lines(directory / "metrics.jsonl")
     return [(line["name"], line["step"]) for line in lines if "valid_loss" in line]

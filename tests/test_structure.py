@@ -25,12 +25,13 @@ ORDER = [
     {"pytrees", "rematerialization"},
     {"planned_scan"},
     {"inner_loop", "checkpoint", "recorder"},
-    {"learners", "meta_gradients", "nonfinite"},
-    {"outer_step", "doctor"},
+    {"learners", "meta_gradients", "nonfinite", "inner_optimizers"},
+    {"outer_step", "doctor", "dynamic_evaluation"},
     {"parallel"},
     {"evaluate"},
     {"train", "results"},
     {"comparison"},
+    {"self_improvement"},
 ]
 RANK = {unit: rank for rank, units in enumerate(ORDER) for unit in units}
 
