@@ -1,0 +1,171 @@
+"""The config of `table_dynamic_evaluation` and its presets."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Literal
+
+from metaopt.errors import UserError
+from metaopt.inner_loop import InnerLoop
+from metaopt.models import TransformerConfig
+from metaopt.outer_step import OuterConfig
+
+CHOSEN_BY = ("preset",)
+PRETRAIN = OuterConfig(learning_rate=4e-3, warmup_steps=50)
+INNER = InnerLoop(num_steps=8, batching="split")
+OUTER = OuterConfig(learning_rate=1e-3, warmup_steps=20)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Dynamic evaluation of a byte model, with and without a meta-learned initialisation.
+
+    Attributes:
+      preset: smoke (seconds), cpu or gpu; the defaults of all the rest follow it.
+      train: folders of training text, one file a domain; the standard library of Python,
+        but for the streams, if none.
+      exclude: names of files in them that are left out, as they overlap with the streams.
+      streams: what is walked along: a file, whose beginning is for tuning and whose end is the
+        test, or a folder with valid.txt and test.txt. Two packages of the standard library
+        if none and no training text is given either.
+      width: of the transformer.
+      num_layers: of the transformer.
+      num_heads: of the transformer.
+      context: C, bytes that are read before each segment.
+      segment_lengths: L, bytes that are scored and then stepped on; of several the one with
+        which plain SGD scores best on the tuning parts is taken for all rows.
+      inner: the walk of the meta-training; its num_steps, 2 or more, is the number of segments
+        in a stretch of training text.
+      tasks_per_step: stretches in a step of any training.
+      tasks_at_a_time: on one device; 0 all by vmap, 1 one by one in a scan.
+      pretrain_steps: of plain training, before the two initialisations part.
+      meta_steps: of either after that.
+      pretrain: the outer optimiser of the first part.
+      outer: the outer optimiser of the second.
+      statistics_segments: of training text, for the mean squared gradients.
+      sgd_rates: tried on the tuning parts; where an outermost is best, more beyond it.
+      rms_rates: likewise, for the RMS rule.
+      decays: towards the initialisation, tried with every rate.
+      epsilon: of the RMS rule, as a share of the mean root of the mean squares.
+      valid_bytes: of each stream, for tuning.
+      test_bytes: of each stream, to report; the last are left out where they fill no block.
+      block: consecutive segments of one block; intervals are over blocks.
+      seed: of the initialisation and of the training text.
+      eval_seed: of the training text for the mean squared gradients.
+      root: where runs are written.
+      run_dir: this directory instead, new or of the same config.
+    """
+
+    preset: Literal["smoke", "cpu", "gpu"] = "cpu"
+    train: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ("tiny_shakespeare.txt", "shakespeare_xml.txt", "wiki_qa_en.txt")
+    streams: tuple[str, ...] = ()
+    width: int = 64
+    num_layers: int = 2
+    num_heads: int = 4
+    context: int = 64
+    segment_lengths: tuple[int, ...] = (32, 64)
+    inner: InnerLoop = INNER
+    tasks_per_step: int = 8
+    tasks_at_a_time: int = 1
+    pretrain_steps: int = 3500
+    meta_steps: int = 400
+    pretrain: OuterConfig = PRETRAIN
+    outer: OuterConfig = OUTER
+    statistics_segments: int = 512
+    sgd_rates: tuple[float, ...] = (0.02, 0.04, 0.08)
+    rms_rates: tuple[float, ...] = (0.0005, 0.001, 0.002)
+    decays: tuple[float, ...] = (0.0, 0.001, 0.004)
+    epsilon: float = 0.1
+    valid_bytes: int = 16_384
+    test_bytes: int = 131_072
+    block: int = 64
+    seed: int = 0
+    eval_seed: int = 1234
+    root: str = "runs"
+    run_dir: str | None = None
+
+    def __post_init__(self):
+        counts = ("tasks_per_step", "pretrain_steps", "meta_steps", "statistics_segments", "block")
+        for name in counts:
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.inner.num_steps < 2:
+            raise UserError("inner.num_steps is 1; a walk adapts from 2 segments on")
+        if self.context < 0 or not self.segment_lengths or min(self.segment_lengths) < 1:
+            raise UserError("context must be 0 or more, and segment_lengths some numbers from 1 on")
+        for name in ("sgd_rates", "rms_rates"):
+            if not getattr(self, name) or not min(getattr(self, name)) > 0:
+                raise UserError(f"{name} {getattr(self, name)} must be some numbers above 0")
+        if not self.decays or not 0 <= min(self.decays) <= max(self.decays) <= 1:
+            raise UserError(f"decays {self.decays} must be some numbers from 0 to 1")
+        if not self.epsilon > 0:
+            raise UserError(f"epsilon is {self.epsilon}; it must be above 0")
+        for name, segments in (("valid_bytes", 1), ("test_bytes", self.block)):
+            needed = self.window + (segments - 1) * max(self.segment_lengths) + 1
+            if getattr(self, name) < needed:
+                raise UserError(
+                    f"{name} is {getattr(self, name)}, which holds no block of segments: "
+                    f"give {needed} or more, or lower block, context or segment_lengths"
+                )
+        if self.train and not self.streams:
+            raise UserError("--train needs --streams: which text should be walked along?")
+
+    @property
+    def window(self) -> int:
+        """Bytes that the model reads at once."""
+        return self.context + max(self.segment_lengths)
+
+    def transformer(self) -> TransformerConfig:
+        """The model over bytes."""
+        return TransformerConfig(
+            vocab_size=256,
+            width=self.width,
+            num_layers=self.num_layers,
+            num_heads=self.num_heads,
+        )
+
+
+def preset(flags: Mapping[str, str]) -> Config:
+    """The defaults for ``--preset``."""
+    name = flags.get("preset", "cpu")
+    if name == "cpu":
+        return Config()
+    if name == "smoke":
+        return Config(
+            preset="smoke",
+            width=8,
+            num_layers=1,
+            num_heads=2,
+            context=8,
+            segment_lengths=(16,),
+            inner=dataclasses.replace(INNER, num_steps=2),
+            tasks_per_step=2,
+            pretrain_steps=4,
+            meta_steps=2,
+            statistics_segments=8,
+            sgd_rates=(0.1,),
+            rms_rates=(0.01,),
+            decays=(0.0, 0.01),
+            valid_bytes=1024,
+            test_bytes=4096,
+            block=16,
+        )
+    if name == "gpu":
+        return Config(
+            preset="gpu",
+            width=512,
+            num_layers=6,
+            num_heads=8,
+            context=256,
+            segment_lengths=(64, 128),
+            inner=dataclasses.replace(INNER, num_steps=16, unroll=False),
+            tasks_per_step=32,
+            tasks_at_a_time=8,
+            pretrain_steps=30_000,
+            meta_steps=3_000,
+            pretrain=OuterConfig(learning_rate=1e-3, warmup_steps=500),
+            outer=OuterConfig(learning_rate=3e-4, warmup_steps=100),
+            valid_bytes=200_000,
+            test_bytes=500_000,
+        )
+    raise UserError(f"unknown preset {name!r}: choose smoke, cpu or gpu")

@@ -1,0 +1,247 @@
+"""Dynamic evaluation: a model adapts to the stream that it is being tested on.
+
+The stream is cut into segments. Each is scored first and stepped on afterwards, so every
+token is predicted by a model that has never seen it (Krause et al., 2018, arXiv:1709.07432).
+That is the inner loop with one segment a step, whose losses are the score; here are the cut,
+the walk, the two update rules of the paper, and the meta-gradient of the score itself.
+
+N counts segments here, C the tokens of context before each, L the tokens of each.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from metaopt import losses
+from metaopt.errors import UserError
+from metaopt.inner_loop import Adapted, InnerLoop, adapt
+from metaopt.meta_gradients.joint import support_and_query
+from metaopt.types import Array, Batch, InnerGradFn, Learner, LossFn, MetaGradFn, Model, Params
+
+
+def cut_segments(tokens: np.ndarray, length: int, context: int = 0) -> Batch:
+    """Cuts a stream into segments, each with the tokens before it as context.
+
+    The first ``context + 1`` tokens are only ever read, all after them are predicted once,
+    but for what is left over at the end and makes no whole segment.
+
+    Args:
+      tokens: integers ``[n]``.
+      length: L, tokens to predict in a segment.
+      context: C, tokens that the model reads before the first that counts.
+
+    Returns:
+      int32 inputs ``[N, C + L]`` and targets ``[N, L]``.
+
+    Raises:
+      UserError: the stream is shorter than one segment, or a number is too small.
+    """
+    if length < 1 or context < 0:
+        raise UserError(f"a segment needs length 1 or more and context 0, not {length}, {context}")
+    count = (len(tokens) - 1 - context) // length
+    if count < 1:
+        raise UserError(
+            f"a stream of {len(tokens)} tokens holds no segment of {length} after {context} tokens "
+            "of context; give a longer stream or shorter segments"
+        )
+    stream: Any = np.asarray(tokens, np.int32)
+    starts = length * np.arange(count)[:, None]
+    inputs = stream[starts + np.arange(context + length)]
+    return Batch(inputs, stream[starts + context + 1 + np.arange(length)])
+
+
+def segment_loss(model: Model) -> LossFn:
+    """Mean cross-entropy of the last tokens, in nats a token.
+
+    Returns:
+      A loss of int32 ``inputs [S, C + L]`` and ``targets [S, L]``: the context is read
+      and not scored. With ``C = 0`` it is `metaopt.losses.next_token`.
+    """
+
+    def loss(params: Params, batch: Batch) -> Array:
+        length = batch.targets.shape[-1]
+        scored = model._replace(apply=lambda p, x: model.apply(p, x)[:, -length:])
+        return losses.classification(scored)(params, batch)
+
+    return loss
+
+
+def walk(
+    loss_fn: LossFn,
+    optimizer: optax.GradientTransformation,
+    params: Params,
+    segments: Batch,
+    *,
+    opt_state: optax.OptState | None = None,
+    grad_fn: InnerGradFn = jax.value_and_grad,
+) -> Adapted:
+    """Walks along a stream: scores each segment, then takes one step on it.
+
+    ``losses[i] = L_i(θ_i)`` and ``θ_{i+1} = θ_i + u(∇L_i(θ_i))``. Pure, compiled and
+    differentiated by whoever calls it; memory does not grow with N.
+
+    Args:
+      loss_fn: of a batch of one segment.
+      optimizer: how it steps, learning rate and sign included.
+      params: θ_0.
+      segments: leaves ``[N, ...]``, in the order of the stream.
+      opt_state: of the optimiser, where an earlier walk is gone on with; None starts anew.
+      grad_fn: turns the loss into ``(params, batch) -> (loss, gradient)``.
+
+    Returns:
+      `metaopt.inner_loop.Adapted`: ``losses`` is float32 ``[N]``, each from before its step;
+      ``params`` and ``opt_state`` are those to walk on with.
+
+    References:
+      Krause et al., 2018, "Dynamic Evaluation of Neural Sequence Models", section 3.
+    """
+    count = jax.tree.leaves(segments)[0].shape[0]
+    config = InnerLoop(num_steps=count, batching="split", unroll=False)
+    return adapt(loss_fn, optimizer, params, segments, config, opt_state=opt_state, grad_fn=grad_fn)
+
+
+def decay_towards(
+    anchor: Params, rate: Array | float, scale: Params | None = None
+) -> optax.GradientTransformation:
+    """Adds ``min(λ s, 1) ⊙ (θ_g − θ)`` to the updates: what was learned long ago fades.
+
+    Args:
+      anchor: θ_g, as a rule the parameters before the stream.
+      rate: λ, from 0 (none) on; at 1 with no scale every step begins at θ_g again.
+      scale: s, as the parameters; ones if not given.
+
+    Returns:
+      An optax transformation that needs the parameters; put it after the learning rate.
+
+    References:
+      Krause et al., 2018, section 4 (the global prior).
+    """
+
+    def add(update, param, goal, s):
+        return update + jnp.minimum(rate * s, 1.0) * (goal - param)
+
+    def update(updates, params):
+        scales = jax.tree.map(jnp.ones_like, anchor) if scale is None else scale
+        return jax.tree.map(add, updates, params, anchor, scales)
+
+    return optax.stateless(update)
+
+
+def sgd(
+    anchor: Params, learning_rate: Array | float, decay: Array | float = 0.0
+) -> optax.GradientTransformation:
+    """Gradient descent with a global prior: ``θ ← θ − η g + λ (θ_g − θ)``.
+
+    With a rate and a decay of 0 it is static evaluation.
+
+    Args:
+      anchor: θ_g.
+      learning_rate: η.
+      decay: λ.
+    """
+    return optax.chain(optax.sgd(learning_rate), decay_towards(anchor, decay))
+
+
+def rms(
+    anchor: Params,
+    learning_rate: Array | float,
+    decay: Array | float,
+    mean_squares: Params,
+    epsilon: float = 0.1,
+) -> optax.GradientTransformation:
+    """RMS dynamic evaluation with an RMS global prior.
+
+    ``θ ← θ − η g / (r + ε r̄) + min(λ r / r̄, 1) ⊙ (θ_g − θ)``, where ``r = √MS`` is the root
+    of the mean squared gradients of the training text and r̄ its mean over all parameters.
+    Unlike RMSProp's it does not change along the stream. ε is a share of r̄ here and a
+    number of its own in the paper, so that it means the same for every model.
+
+    Args:
+      anchor: θ_g.
+      learning_rate: η.
+      decay: λ.
+      mean_squares: MS, as the parameters; see `mean_squared_gradients`.
+      epsilon: ε, above 0: it bounds the steps of parameters that training seldom moved.
+
+    References:
+      Krause et al., 2018, section 4 (the update rule, and the clip of the decay at 1).
+    """
+    roots = jax.tree.map(jnp.sqrt, mean_squares)
+    leaves = jax.tree.leaves(roots)
+    mean = sum(leaf.sum() for leaf in leaves) / sum(leaf.size for leaf in leaves)
+
+    def scaled(updates, _):
+        return jax.tree.map(lambda g, r: -learning_rate * g / (r + epsilon * mean), updates, roots)
+
+    relative = jax.tree.map(lambda r: r / mean, roots)
+    return optax.chain(optax.stateless(scaled), decay_towards(anchor, decay, relative))
+
+
+def mean_squared_gradients(loss_fn: LossFn, params: Params, segments: Batch) -> Params:
+    """``MS = 1/N Σ_i g_i²``, of the gradients of single segments at fixed parameters.
+
+    Args:
+      loss_fn: of a batch of one segment.
+      params: where the gradients are taken.
+      segments: of the training text, leaves ``[N, ...]``.
+
+    Returns:
+      Float32 numbers as the parameters.
+    """
+
+    def add(total, segment):
+        batch = jax.tree.map(lambda x: x[None], segment)
+        grads = jax.grad(loss_fn)(params, batch)
+        return jax.tree.map(lambda t, g: t + g**2, total, grads), None
+
+    total, _ = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), segments)
+    count = jax.tree.leaves(segments)[0].shape[0]
+    return jax.tree.map(lambda t: t / count, total)
+
+
+def online(
+    learner: Learner,
+    loss_fn: LossFn,
+    inner: InnerLoop,
+    *,
+    grad_fn: InnerGradFn = jax.value_and_grad,
+) -> MetaGradFn:
+    """The exact meta-gradient of the score of dynamic evaluation on a short stream.
+
+    An estimator (see `metaopt.meta_gradients`) whose episodes are stretches of text: support
+    and query are consecutive segments, N together. It descends
+    ``1/N Σ_i L_i(θ_i)`` with ``θ_{i+1} = θ_i − α ∇L_i(θ_i)``, which is what a walk is judged
+    by, by backpropagation through the walk. The first term is the static loss.
+
+    Args:
+      learner: what is meta-learned.
+      loss_fn: of a batch of one segment, the inner and the outer loss.
+      inner: how the walk is laid out and what it keeps; steps and batching follow the episode.
+      grad_fn: the inner-gradient function.
+
+    Returns:
+      ``(meta_params, hparams, episode, key) -> (meta-gradient, metrics)``; ``loss`` is the
+      score and ``inner_losses`` ``[N]`` its terms.
+
+    References:
+      Finn et al., 2017, arXiv:1703.03400, algorithm 1; Krause et al., 2018, section 3.
+    """
+
+    def objective(meta_params, hparams, episode):
+        segments = support_and_query(episode)
+        count = jax.tree.leaves(segments)[0].shape[0]
+        config = dataclasses.replace(inner, num_steps=count, batching="split")
+        optimizer = learner.inner_opt(meta_params, hparams)
+        start = learner.start(meta_params)
+        found = adapt(loss_fn, optimizer, start, segments, config, grad_fn=grad_fn).losses
+        return found.mean(), {"loss": found.mean(), "inner_losses": found}
+
+    def estimate(meta_params, hparams, episode, key):
+        del key
+        return jax.grad(objective, has_aux=True)(meta_params, hparams, episode)
+
+    return estimate
