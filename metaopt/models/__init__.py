@@ -4,10 +4,10 @@ flax is imported nowhere else. A new architecture is a new file with one functio
 that returns a ``Model``; `linen.as_model` makes one of a flax module.
 """
 
-from metaopt.models.bigram import bigram
+from metaopt.models.bigram import bigram, ngram
 from metaopt.models.conv import conv
 from metaopt.models.mlp import mlp
 from metaopt.models.recurrent import recurrent
 from metaopt.models.transformer import TransformerConfig, transformer
 
-__all__ = ["TransformerConfig", "bigram", "conv", "mlp", "recurrent", "transformer"]
+__all__ = ["TransformerConfig", "bigram", "conv", "mlp", "ngram", "recurrent", "transformer"]

@@ -1,4 +1,4 @@
-"""The smallest language model: the next token given the last one."""
+"""The smallest language models: tables of the next token given the last one, or the last m."""
 
 import jax.numpy as jnp
 
@@ -7,31 +7,48 @@ from metaopt.types import Array, Key, Model, Params
 
 
 def bigram(vocab_size: int) -> Model:
-    """A table of logits, one row for each last token; all of it is the head.
+    """A table of logits, one row for each last token; `ngram` of order 1.
 
-    ``logits[s, t] = table[inputs[s, t]]``. The cross-entropy is convex in the
-    table. It starts at zero, where every prediction is uniform and costs
-    ``log(vocab_size)`` nats a token, and is least where the rows are the logs of
-    the empirical transition frequencies (up to a constant a row).
+    ``logits[s, t] = table[inputs[s, t]]``. A token outside the vocabulary gives NaN.
+    """
+    return ngram(vocab_size, 1)
+
+
+def ngram(vocab_size: int, order: int) -> Model:
+    """A table of logits, one row for each context of the last m tokens; all of it is the head.
+
+    Contexts are numbered with their tokens as digits in base V, the latest last. The
+    cross-entropy is convex in the table. It starts at zero, where every prediction is
+    uniform and costs ``log(vocab_size)`` nats a token, and is least where the rows are the
+    logs of the empirical transition frequencies (up to a constant a row). The first m - 1
+    positions of a sequence have no whole context: their prediction stays uniform.
 
     Args:
       vocab_size: V, at least 2.
+      order: m, tokens in a context, at least 1.
 
     Returns:
       A model from int32 ``[S, L]`` to float32 logits ``[S, L, V]`` with params
-      ``{'head': {'table': [V, V]}}``. A token outside the vocabulary gives NaN.
+      ``{'head': {'table': [V^m, V]}}``. Tokens must be of the vocabulary.
 
     Raises:
-      UserError: if ``vocab_size`` is less than 2.
+      UserError: if ``vocab_size`` is less than 2 or ``order`` less than 1.
     """
     if vocab_size < 2:
         raise UserError(f"vocab_size is {vocab_size}: a language model needs at least 2 tokens")
+    if order < 1:
+        raise UserError(f"order is {order}: a table needs at least 1 token of context")
 
     def init(key: Key) -> Params:
         del key  # the start is the uniform distribution
-        return {"head": {"table": jnp.zeros((vocab_size, vocab_size), jnp.float32)}}
+        return {"head": {"table": jnp.zeros((vocab_size**order, vocab_size), jnp.float32)}}
 
     def apply(params: Params, tokens_SxL: Array) -> Array:
-        return jnp.take(params["head"]["table"], tokens_SxL, axis=0)
+        length = tokens_SxL.shape[1]
+        padded = jnp.pad(tokens_SxL, ((0, 0), (order - 1, 0)))
+        digits = [padded[:, i : i + length] * vocab_size ** (order - 1 - i) for i in range(order)]
+        logits_SxLxV = jnp.take(params["head"]["table"], sum(digits), axis=0)
+        whole = jnp.arange(length) >= order - 1
+        return jnp.where(whole[None, :, None], logits_SxLxV, 0.0)
 
     return Model(init, apply)

@@ -1,0 +1,245 @@
+import json
+import math
+import shlex
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from matplotlib.image import imread
+
+from experiments import command_line, table_bayes_gap
+from experiments.table_bayes_gap_config import BASE, SETTINGS, Setting
+from experiments.table_bayes_gap_report import Report, Study, draw
+from metaopt import losses, plots
+from metaopt.comparison import ComparisonConfig, RowResult
+from metaopt.errors import UserError
+from metaopt.inner_loop import InnerLoop
+from metaopt.runs import open_run, read_json_lines
+from metaopt.tasks.markov import MarkovConfig, bayes_loss, number_ngrams
+from metaopt.types import Batch, Episode
+
+RUN = shlex.split(
+    "--preset smoke --models 'bigram table' --tables.settings 1 3 0.3 1 2 3 0.5 1 "
+    "--inner.num-steps 1 --tables.comparison.max-inner-steps 2 --tables.comparison.num-devices 1 "
+    "--tables.comparison.inner-rates 0.5 1"
+)
+
+
+QUICK = {"xla_backend_optimization_level": 0}
+
+
+def main(*args, run=table_bayes_gap.run):
+    preset, chosen_by = table_bayes_gap.preset, table_bayes_gap.CHOSEN_BY
+    config_type = table_bayes_gap.Config
+    command_line.main("table_bayes_gap", run, config_type, preset, chosen_by, "", list(args))
+
+
+def parse(*args):
+    configs = []
+    main(*args, run=configs.append)
+    return configs[0]
+
+
+def run_in(root):
+    """The directory of the one run in ``root``."""
+    main(*RUN, "--root", str(root))
+    (directory,) = root.glob("table_bayes_gap/*")
+    return directory
+
+
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory):
+    return run_in(tmp_path_factory.mktemp("runs"))
+
+
+def random_episodes(languages, num_tasks):
+    """Tokens of no language at all, for which the limits are defined as well."""
+    sizes = (num_tasks, languages.num_support + languages.num_query, languages.length + 1)
+    tokens = jnp.asarray(np.random.default_rng(0).integers(languages.vocab_size, size=sizes))
+    batch = Batch(tokens[..., :-1], tokens[..., 1:])
+    support, query = (
+        Batch(*(x[:, part] for x in batch))
+        for part in (slice(languages.num_support), slice(languages.num_support, None))
+    )
+    return Episode(support, query, jnp.arange(num_tasks))
+
+
+def make_study():
+    """What a report needs of one, with nothing to train."""
+    languages = MarkovConfig(order=2, vocab_size=3, num_support=2, num_query=2, length=9)
+    comparison = SimpleNamespace(
+        config=ComparisonConfig(max_inner_steps=6),
+        inner=InnerLoop(num_steps=3),
+        test=random_episodes(languages, 6),
+        valid=random_episodes(languages, 6),
+    )
+    rows = table_bayes_gap.make_rows(table_bayes_gap.Config(), "n-gram table")
+    return Study("a setting", "n-gram table", languages, comparison, rows)  # type: ignore[arg-type]
+
+
+def posterior_table(languages, support):
+    """Logarithms of the posterior predictive, counted one transition at a time."""
+    v, m, alpha = languages.vocab_size, languages.order, languages.concentration
+    tokens = np.concatenate([support.inputs, support.targets[:, -1:]], axis=1)
+    counts = np.full((v**m, v), alpha)
+    for ngram in np.ravel(number_ngrams(languages, jnp.asarray(tokens), m + 1)):
+        counts[ngram // v, ngram % v] += 1
+    return np.log(counts / counts.sum(axis=1, keepdims=True))
+
+
+@pytest.mark.parametrize("order", [1, 3])
+def test_the_learner_that_counts_is_the_limit_in_the_n_gram_table(order):
+    languages = MarkovConfig(order=order, vocab_size=3, num_support=4, num_query=2, length=40)
+    episodes = random_episodes(languages, 1)
+    config, setting = table_bayes_gap.Config(), Setting(order, 3, languages.concentration, 2)
+    model = table_bayes_gap.make_model(config, "n-gram table", setting)
+    support, query = (jax.tree.map(lambda x: x[0], batch) for batch in episodes[:2])
+    params = {"head": {"table": jnp.asarray(posterior_table(languages, support))}}
+    found = jax.jit(losses.next_token(model), compiler_options=QUICK)(params, query)
+    np.testing.assert_allclose(found, bayes_loss(languages, episodes)[0], rtol=1e-5)
+
+
+def test_gaps_are_paired_and_to_either_limit(tmp_path):
+    """A learner that is the same distance from the limit on every episode."""
+    study = make_study()
+    comparison, languages = study.comparison, study.languages
+    limits = {
+        use_prefix: np.asarray(bayes_loss(languages, comparison.test, use_prefix=use_prefix))
+        for use_prefix in (False, True)
+    }
+    steps = comparison.config.max_inner_steps + 1
+    curves = limits[False][:, None] + np.linspace(1.0, 0.0, steps)
+    curves[:, -1] = np.inf  # diverged
+    row = study.rows[0]
+    result = RowResult(row, {"params": {}}, {}, curves, np.full(steps, 0.5), 1.0)
+    line = {"name": row.name, "step": 30, "valid_loss": 2.0}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    run = open_run(tmp_path, "table_bayes_gap", "smoke", {})
+    report = Report(run, "smoke", "COMMAND")
+    report.begin(study, tmp_path)
+    report.add(result)
+    support, prefix, *scale = read_json_lines(run.results)
+    num_steps = comparison.inner.num_steps
+    expected = 1 - num_steps / (steps - 1)
+    assert support["value"] == pytest.approx(expected) and support["ci95"] < 1e-6
+    between = (limits[False] - limits[True]).mean()
+    assert abs(between) > 0.01 and prefix["value"] == pytest.approx(expected + between)
+    assert prefix["ci95"] > 1e-3
+    assert [r["table"] for r in (support, prefix)] == ["bayes_gap", "bayes_gap_prefix"]
+    assert support["gap_by_inner_steps"][num_steps] == support["value"]
+    assert support["gap_by_inner_steps"][-1] is None
+    valid = np.mean(bayes_loss(languages, comparison.valid))
+    assert support["gap_by_meta_steps"] == {"30": pytest.approx(2 - valid)}
+    assert support["n"] == len(limits[False]) and support["row"] == "random init, n-gram table"
+    uniform, limit = (record["value"] for record in scale[:2])
+    assert limit == pytest.approx(limits[False].mean())
+    assert uniform + limit == pytest.approx(math.log(3)) and all(r["limit"] for r in scale)
+
+
+def test_a_run_leaves_both_tables_and_the_figure(finished_run):
+    records = read_json_lines(finished_run / "results.jsonl")
+    column = "order 2, 3 symbols, 0.5, 1x8"  # at order 1 the bigram table is the n-gram table
+    names = ["Meta-SGD on Adagrad, bigram table", "gap of the uniform prediction"]
+    names.append("loss of the limit itself")
+    tables = ("bayes_gap", "bayes_gap_prefix")
+    found = {(r["table"], r["row"], r["column"]): r["value"] for r in records}
+    assert list(found) == [
+        *((t, names[0], column) for t in tables),
+        *((t, name, column) for t in tables for name in names[1:]),
+    ]
+    loss = {found[t, names[0], column] + found[t, names[2], column] for t in tables}
+    assert max(loss) == pytest.approx(min(loss))  # one loss behind both gaps
+    assert list(records[0]["gap_by_meta_steps"]) == ["2", "4"]
+    assert len(records[0]["gap_by_inner_steps"]) == 3
+    again = shlex.split(records[0]["command"])
+    assert parse(*again[3:]) == parse(*RUN, "--root", str(finished_run.parents[1]))
+    text = (finished_run / "table.md").read_text()
+    assert "### bayes_gap\n" in text and "### bayes_gap_prefix\n" in text and column in text
+    assert (finished_run / "table.tex").read_text().count(r"\begin{tabular}") == 2
+    assert imread(finished_run / "curves.png").std() > 0.01
+
+
+def test_a_run_that_lost_its_end_is_taken_up_and_gives_the_same_numbers(finished_run):
+    before = read_json_lines(finished_run / "results.jsonl")
+    (finished_run / "finished").unlink()
+    assert run_in(finished_run.parents[1]) == finished_run
+    after = read_json_lines(finished_run / "results.jsonl")
+    assert [r | {"seconds": 0} for r in after] == [r | {"seconds": 0} for r in before]
+
+
+def test_the_figure_shows_the_first_setting_and_all(tmp_path, monkeypatch):
+    made = []
+    real = plots.new_figure
+    monkeypatch.setattr(plots, "new_figure", lambda *size: made.append(real(*size)) or made[0])
+    shared = {"table": "bayes_gap", "learner": "MAML", "num_inner_steps": 1}
+    records = [
+        shared
+        | {"row": f"MAML, {model}", "model": model, "column": column, "value": value}
+        | {"gap_by_inner_steps": [0.5, value, None], "gap_by_meta_steps": {"10": 0.2, "20": value}}
+        for model, column, value in [
+            ("GRU", "a", -0.1),
+            ("GRU", "b", None),
+            ("transformer", "b", 3),
+        ]
+    ]
+    records.append(records[0] | {"table": "bayes_gap_prefix", "value": 9})
+    draw(tmp_path / "curves.png", records)
+    by_inner, by_meta, by_setting = made[0].axes
+
+    def drawn(axes):
+        return [[*map(list, line.get_data())] for line in axes.lines if line.get_marker() != "None"]
+
+    nan = pytest.approx(math.nan, nan_ok=True)
+    assert drawn(by_inner) == [[[0, 1, 2], [0.5, -0.1, nan]]]
+    assert drawn(by_meta) == [[[10, 20], [0.2, -0.1]]]
+    assert drawn(by_setting) == [[[0, 1], [-0.1, nan]], [[1], [3]]]
+    (legend,) = made[0].legends
+    assert [t.get_text() for t in legend.get_texts()] == ["MAML, GRU", "MAML, transformer"]
+
+
+def test_presets():
+    config = table_bayes_gap.Config()
+    for field, name in enumerate(Setting._fields):
+        assert len({setting[field] for setting in SETTINGS}) >= 2, name
+    assert config.tables.settings[0] == config.networks.settings[0] == BASE
+    assert config.tables.comparison.test_episodes >= 600
+    assert config.networks.comparison.test_episodes >= 600
+    gpu = table_bayes_gap.preset({"preset": "gpu"})
+    assert gpu.tables.settings == gpu.networks.settings and set(SETTINGS) < set(gpu.tables.settings)
+    assert BASE.name(32) == "order 1, 16 symbols, 0.3, 4x32"
+
+
+WRONG = [
+    ("--preset huge", "unknown preset 'huge'"),
+    ("--tables.settings 1 1 0.3 4", "vocab_size must be at least 2"),
+    ("--networks.settings 0 4 0.3 4", "order must be at least 1"),
+    ("--networks.settings 1 4 0 4", "concentration must be above 0"),
+    ("--tables.settings 1 4 0.3 4 1 4 0.3 4", "must all be different"),
+    ("--models transformer --num-heads 3", "num_heads"),
+    ("--inner.batching split", "4 support examples cannot be split into 5"),
+    ("--models 'bigram table' --tables.settings 1 4 0.3 4", "nothing to run for bigram table"),
+    ("--networks.learners MALM", "no row 'MALM'"),
+    (
+        "--models 'n-gram table' --tables.comparison.max-inner-steps 4",
+        "5 inner steps and evaluation only 4",
+    ),
+]
+
+
+@pytest.mark.parametrize(("line", "words"), WRONG, ids=[line for line, _ in WRONG])
+def test_wrong_input_is_one_line_before_anything_is_compiled_or_made(
+    line, words, tmp_path, capsys, caplog
+):
+    with jax.log_compiles(), pytest.raises(SystemExit) as stop:
+        main(*shlex.split(line), "--root", str(tmp_path))
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and not list(tmp_path.iterdir())
+    assert error.startswith("error: ") and error.count("\n") == 1 and words in error
+    assert "Compiling" not in caplog.text
+
+
+def test_no_models_at_all_is_refused():
+    with pytest.raises(UserError, match="models"):
+        table_bayes_gap.Config(models=())
