@@ -10,27 +10,44 @@ from scipy import stats
 
 from metaopt.inner_loop import InnerLoop, adapt
 from metaopt.parallel import Device, parallel_map
-from metaopt.types import Episode, Hparams, Learner, LossFn, MetaParams
+from metaopt.types import Array, Episode, Hparams, Learner, LossFn, MetaParams, Params
 
 MAX_RATES_TRIED = 24
 
 CurveFn = Callable[[MetaParams, Hparams, Episode], np.ndarray]
 """``(meta_params, hparams, episodes [E, ...]) -> float64 [E, steps + 1]``."""
 
+MeasureFn = Callable[[Params, Episode], Array]
+"""``(params, episode) -> float32 scalar, or array``: how good adapted parameters are."""
 
-def adaptation_curve(learner: Learner, loss_fn: LossFn, inner: InnerLoop, num_steps: int):
+
+def adaptation_curve(
+    learner: Learner,
+    loss_fn: LossFn,
+    inner: InnerLoop,
+    num_steps: int,
+    measure: MeasureFn | None = None,
+):
     """The query loss of one episode after 0..num_steps inner steps on the whole support.
 
+    Args:
+      learner: what was meta-learned.
+      loss_fn: what the inner loop steps on.
+      inner: the inner loop of training.
+      num_steps: how far the curve goes; it may exceed the trained number.
+      measure: what takes the place of the query loss, such as an accuracy. It may give
+        several numbers at once, ``[M]``.
+
     Returns:
-      ``(meta_params, hparams, episode) -> float32 [num_steps + 1]``, in the unit of the
-      loss; num_steps may exceed the trained number. Every step takes all of the
-      support, also where training splits it.
+      ``(meta_params, hparams, episode) -> float32 [num_steps + 1]`` (or ``[num_steps + 1, M]``),
+      in the unit of the loss or the measure. Every step takes all of the support, also where
+      training splits it.
     """
     scanned = InnerLoop(num_steps=inner.num_steps, batching="same", unroll=False)
 
     def curve(meta_params: MetaParams, hparams: Hparams, episode: Episode):
-        def query_loss(params):
-            return loss_fn(params, episode.query)
+        def judge(params):
+            return loss_fn(params, episode.query) if measure is None else measure(params, episode)
 
         adapted = adapt(
             loss_fn,
@@ -39,9 +56,9 @@ def adaptation_curve(learner: Learner, loss_fn: LossFn, inner: InnerLoop, num_st
             episode.support,
             scanned,
             num_steps=num_steps,
-            probe=query_loss,
+            probe=judge,
         )
-        return jnp.append(adapted.probes, query_loss(adapted.params))
+        return jnp.concatenate([adapted.probes, judge(adapted.params)[None]])
 
     return curve
 
@@ -53,15 +70,17 @@ def make_curves(
     num_steps: int,
     devices: Sequence[Device],
     tasks_at_a_time: int = 0,
+    measure: MeasureFn | None = None,
 ) -> CurveFn:
     """`adaptation_curve` of many episodes, compiled once, over all devices.
 
     Hyperparameters are arguments: curves at another inner rate do not compile again,
     those of another number of episodes do. A device computes ``tasks_at_a_time``
     episodes at a time, and 64 for 0: of episodes, unlike tasks of a meta-batch, there
-    are so many that all at once would not fit.
+    are so many that all at once would not fit. With a ``measure`` of M numbers curves are
+    ``[E, steps + 1, M]``.
     """
-    curve = adaptation_curve(learner, loss_fn, inner, num_steps)
+    curve = adaptation_curve(learner, loss_fn, inner, num_steps, measure)
 
     def on_device(shared, episodes):
         meta_params, hparams = shared

@@ -31,7 +31,9 @@ class InnerLoop:
         K equal batches, one a step.
       query_loss: what the outer loop descends: the query loss after the ``last`` step, or
         its ``mean`` over the K steps, which makes every number of steps up to K a good
-        one (the multi-step loss of Antoniou et al., 2019, with equal weights).
+        one (the multi-step loss of Antoniou et al., 2019, with equal weights), or ``annealed``,
+        the sum with the `query_weights` that go from the one to the other as
+        ``hparams['query_annealing']`` goes from 0 to 1.
       unroll: inner steps laid out one after the other instead of scanned: quicker
         to run on CPU, slower to compile, and larger in memory.
       remat: recompute each inner step in the backward pass instead of keeping its
@@ -47,7 +49,7 @@ class InnerLoop:
 
     num_steps: int = 5
     batching: Literal["same", "split"] = "same"
-    query_loss: Literal["last", "mean"] = "last"
+    query_loss: Literal["last", "mean", "annealed"] = "last"
     unroll: bool = True
     remat: bool = False
     save_gradients: bool = False
@@ -61,6 +63,10 @@ class InnerLoop:
             )
         if self.batching not in ("same", "split"):
             raise UserError(f"batching is {self.batching!r}: choose 'same' or 'split'")
+        if self.query_loss not in ("last", "mean", "annealed"):
+            raise UserError(
+                f"query_loss is {self.query_loss!r}: choose 'last', 'mean' or 'annealed'"
+            )
         if self.save_gradients and (not self.remat or self.kept_states is not None):
             raise UserError(
                 "save_gradients says what a recomputed step keeps: it takes remat=True, and "
@@ -155,6 +161,22 @@ def _scan(config: InnerLoop, step: Callable, start: Any, batches: Batch | None, 
         policy = keep if config.save_gradients else None
         step = jax.checkpoint(step, prevent_cse=config.unroll, policy=policy)
     return jax.lax.scan(step, start, batches, length=num_steps, unroll=config.unroll)
+
+
+def query_weights(num_steps: int, annealing: Array | float) -> Array:
+    """The weights of the query losses after 1..K steps, float32 ``[K]``, which sum to one.
+
+    Mathematics: ``w_k = (1 − a) / K + a [k = K]``: equal at a = 0, all on the last at a = 1.
+
+    Args:
+      num_steps: K.
+      annealing: a, a scalar in [0, 1]; it may be traced.
+
+    References:
+      Antoniou et al., 2019, "How to train your MAML", section 4 (MSL), whose weights go the
+      same way in training, though those of the earlier steps stop a little above zero.
+    """
+    return (1 - annealing) / num_steps + annealing * jax.nn.one_hot(num_steps - 1, num_steps)
 
 
 def split_batches(support: Batch, num_steps: int) -> Batch:

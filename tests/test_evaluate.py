@@ -1,4 +1,5 @@
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import quadratic
@@ -31,6 +32,28 @@ def test_curves_are_the_query_loss_after_each_step_of_the_whole_support(tasks_at
             path = quadratic.descend(quadratic.START, support, [rate] * 4)
             np.testing.assert_allclose(curve, [quadratic.value(w, query) for w in path], rtol=1e-4)
     assert traced_by_rate[0] == traced_by_rate[1]
+
+
+def test_a_measure_of_several_numbers_takes_the_place_of_the_loss():
+    def measure(params, episode):
+        losses = [quadratic.loss(params, batch) for batch in (episode.query, episode.support)]
+        return jnp.stack([*losses, params["head"][0]])
+
+    hparams = {"inner_learning_rate": np.float32(0.1)}
+    curves = [
+        make_curves(maml(), quadratic.loss, InnerLoop(), 2, jax.devices()[:2], measure=m)
+        for m in (None, measure)
+    ]
+    plain, found = (curve(META_PARAMS, hparams, EPISODES) for curve in curves)
+    assert found.shape == (5, 3, 3)
+    np.testing.assert_allclose(found[..., 0], plain, rtol=1e-6)
+    for i in range(5):
+        support = jax.tree.map(lambda x, i=i: x[i], EPISODES.support)
+        path = quadratic.descend(quadratic.START, support, [0.1] * 2)
+        np.testing.assert_allclose(found[i, :, 2], path[:, 0], rtol=1e-4)
+        np.testing.assert_allclose(
+            found[i, :, 1], [quadratic.value(w, support) for w in path], rtol=1e-4
+        )
 
 
 def test_no_steps_are_the_loss_at_the_start():

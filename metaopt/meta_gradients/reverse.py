@@ -1,8 +1,9 @@
 """Reverse mode: the exact meta-gradient, by backpropagation through the inner loop."""
 
 import jax
+import jax.numpy as jnp
 
-from metaopt.inner_loop import InnerLoop, adapt
+from metaopt.inner_loop import InnerLoop, adapt, query_weights
 from metaopt.types import InnerGradFn, Learner, LossFn, MetaGradFn
 
 
@@ -18,7 +19,9 @@ def reverse(
     Mathematics: with ``θ_{k+1} = θ_k − α ∇L_S(θ_k)``,
     ``d L_Q(θ_K) / d θ_0 = ∏_k (I − α ∇²L_S(θ_k)) ∇L_Q(θ_K)``; what else is
     meta-learned gets its exact gradient in the same pass. With
-    ``inner.query_loss='mean'`` it is the gradient of ``1/K Σ_k L_Q(θ_k)``, k = 1..K.
+    ``inner.query_loss='mean'`` it is the gradient of ``1/K Σ_k L_Q(θ_k)``, k = 1..K, and with
+    ``'annealed'`` of ``Σ_k w_k L_Q(θ_k)`` with the weights of `metaopt.inner_loop.query_weights`
+    at ``hparams['query_annealing']``.
 
     Args:
       learner: what is meta-learned.
@@ -49,14 +52,18 @@ def reverse(
             episode.support,
             inner,
             grad_fn=grad_fn,
-            probe=query_loss if inner.query_loss == "mean" else None,
+            probe=query_loss if inner.query_loss != "last" else None,
         )
         last = query_loss(adapted.params)
         metrics = {"loss": last, "inner_losses": adapted.losses}
         if inner.query_loss == "last":
             return last, metrics
         # The first probe is from before any step, which is no loss of adaptation.
-        return (adapted.probes[1:].sum() + last) / inner.num_steps, metrics
+        losses = jnp.append(adapted.probes[1:], last)
+        if inner.query_loss == "mean":
+            return losses.mean(), metrics
+        weights = query_weights(inner.num_steps, hparams["query_annealing"])
+        return weights @ losses, metrics
 
     def estimate(meta_params, hparams, episode, key):
         del key

@@ -62,7 +62,17 @@ class InnerRun(NamedTuple):
 
 
 def check_window(inner: InnerLoop, window: int | None) -> int:
-    """W, which is K for None; raises UserError where it does not divide K."""
+    """W, which is K for None.
+
+    Raises:
+      UserError: W does not divide K, or the weights of the query losses are annealed, which is
+        over a whole run and not within a window.
+    """
+    if inner.query_loss == "annealed":
+        raise UserError(
+            "query_loss='annealed' weighs the steps of a whole inner run, which windows cut: use "
+            "query_loss='mean' or 'last' here, or the estimator reverse"
+        )
     window = inner.num_steps if window is None else window
     if window < 1 or inner.num_steps % window:
         raise UserError(
@@ -87,7 +97,43 @@ def run_window(
     *,
     grad_fn: InnerGradFn = jax.value_and_grad,
 ) -> Callable[[MetaParams, Hparams, Episode, InnerRun], tuple[Array, tuple[Metrics, InnerRun]]]:
-    """The next W steps of a run, as a function of the meta-parameters.
+    """The next W steps of a run of K, as a function of the meta-parameters.
+
+    Returns:
+      ``(meta_params, hparams, episode, run) -> (loss of the window, (metrics, run))``, as
+      `go_on`, but that the run starts anew, from the meta-parameters, where its step is 0,
+      as it is again after K steps, and that each window takes its part of the support.
+    """
+    steps = go_on(learner, loss_fn, inner, window, grad_fn=grad_fn)
+
+    def in_window(meta_params, hparams, episode, run):
+        anew = start_run(learner, meta_params, hparams)
+        run = jax.tree.map(lambda a, b: jnp.where(run.step == 0, a, b), anew, run)
+        support = _support_of(episode, inner, window, run.step)
+        loss, (metrics, run) = steps(meta_params, hparams, episode._replace(support=support), run)
+        return loss, (metrics, run._replace(step=run.step % inner.num_steps))
+
+    return in_window
+
+
+def go_on(
+    learner: Learner,
+    loss_fn: LossFn,
+    inner: InnerLoop,
+    window: int,
+    *,
+    grad_fn: InnerGradFn = jax.value_and_grad,
+    inner_loss: Callable[[MetaParams], LossFn] | None = None,
+) -> Callable[[MetaParams, Hparams, Episode, InnerRun], tuple[Array, tuple[Metrics, InnerRun]]]:
+    """W more steps of a run that has no end, as a function of the meta-parameters.
+
+    Args:
+      learner: says how to step; where the run started is no concern here.
+      loss_fn: of the query, and of the inner steps where ``inner_loss`` is None.
+      inner: how to step; its number of steps is not read.
+      window: W.
+      grad_fn: the inner-gradient function.
+      inner_loss: ``meta_params -> loss`` of the inner steps, where the loss is learned.
 
     Returns:
       ``(meta_params, hparams, episode, run) -> (loss of the window, (metrics, run))``,
@@ -95,19 +141,15 @@ def run_window(
       ``inner.query_loss='mean'`` the mean of the query loss after each of its steps.
     """
 
-    def in_window(meta_params, hparams, episode, run):
-        optimizer = learner.inner_opt(meta_params, hparams)
-        anew = start_run(learner, meta_params, hparams)
-        run = jax.tree.map(lambda a, b: jnp.where(run.step == 0, a, b), anew, run)
-
+    def steps(meta_params, hparams, episode, run):
         def query_loss(params):
             return loss_fn(params, episode.query)
 
         adapted = adapt(
-            loss_fn,
-            optimizer,
+            loss_fn if inner_loss is None else inner_loss(meta_params),
+            learner.inner_opt(meta_params, hparams),
             run.params,
-            _support_of(episode, inner, window, run.step),
+            episode.support,
             inner,
             num_steps=window,
             opt_state=run.opt_state,
@@ -118,11 +160,10 @@ def run_window(
         if inner.query_loss == "mean":
             # The first probe is from before the window, and the last loss from after it.
             loss = (adapted.probes[1:].sum() + last) / window
-        step = (run.step + window) % inner.num_steps
-        run = InnerRun(adapted.params, adapted.opt_state, step)
+        run = InnerRun(adapted.params, adapted.opt_state, run.step + window)
         return loss, ({"loss": last, "inner_losses": adapted.losses}, run)
 
-    return in_window
+    return steps
 
 
 def _support_of(episode: Episode, inner: InnerLoop, window: int, step: Array) -> Batch:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from metaopt.errors import UserError
 from metaopt.models.linen import as_model
-from metaopt.types import Array, Model
+from metaopt.types import Array, Model, Params
 
 NUM_LAYERS = 4
 
@@ -51,10 +51,16 @@ def conv3x3(x: Array, kernel: Array, stride: int = 1) -> Array:
     return product.reshape(x.shape[0], rows, columns, -1)
 
 
-def batch_norm(x: Array, scale: Array, bias: Array, epsilon: float = 1e-5) -> Array:
-    """Normalises each channel of ``[S, height, width, C]`` by the statistics of this batch."""
-    mean = jnp.mean(x, axis=(0, 1, 2), keepdims=True)
-    variance = jnp.mean((x - mean) ** 2, axis=(0, 1, 2), keepdims=True)
+def batch_norm(
+    x: Array, scale: Array, bias: Array, epsilon: float = 1e-5, num_reference: int | None = None
+) -> Array:
+    """Normalises each channel of ``[S, height, width, C]`` by the statistics of this batch.
+
+    With ``num_reference`` they are those of so many first examples alone.
+    """
+    reference = x[:num_reference]
+    mean = jnp.mean(reference, axis=(0, 1, 2), keepdims=True)
+    variance = jnp.mean((reference - mean) ** 2, axis=(0, 1, 2), keepdims=True)
     normalised = (x - mean) * jax.lax.rsqrt(variance + epsilon)
     return normalised * scale[None, None, None, :] + bias[None, None, None, :]
 
@@ -76,6 +82,7 @@ class ConvLayer(nn.Module):
 
     filters: int
     downsample: str
+    num_reference: int | None
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -85,7 +92,8 @@ class ConvLayer(nn.Module):
         scale = self.param("scale", nn.initializers.ones, (self.filters,))
         bias = self.param("bias", nn.initializers.zeros, (self.filters,))
         stride = 2 if self.downsample == "stride" else 1
-        x = jax.nn.relu(batch_norm(conv3x3(x, kernel, stride), scale, bias))
+        x = conv3x3(x, kernel, stride)
+        x = jax.nn.relu(batch_norm(x, scale, bias, num_reference=self.num_reference))
         return x if self.downsample == "stride" else max_pool2x2(x)
 
 
@@ -95,12 +103,14 @@ class ConvNet(nn.Module):
     num_classes: int
     filters: int
     downsample: str
+    num_reference: int | None
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """Maps images ``[S, height, width, C]`` to logits ``[S, V]``."""
         for i in range(NUM_LAYERS):
-            x = ConvLayer(self.filters, self.downsample, name=f"layer_{i}")(x)
+            layer = ConvLayer(self.filters, self.downsample, self.num_reference, name=f"layer_{i}")
+            x = layer(x)
         if self.downsample == "stride":
             x = jnp.mean(x, axis=(1, 2))
         return nn.Dense(self.num_classes, name="head")(x.reshape(x.shape[0], -1))
@@ -111,13 +121,16 @@ def conv(
     num_classes: int,
     filters: int = 64,
     downsample: Literal["stride", "max_pool"] = "stride",
+    num_reference: int | None = None,
 ) -> Model:
     """Four times [3x3 convolution, batch norm, ReLU, halving], then a linear head.
 
     Batch norm is **transductive**, in training and in evaluation: each channel is
     normalised by the mean and variance of the batch that the model is given, and
     no running statistics are kept. The prediction for one query image therefore
-    depends on the other images of its batch; published MAML results share this.
+    depends on the other images of its batch; published MAML results share this. With
+    ``num_reference`` the statistics are those of so many first images of a batch, whatever
+    comes after them: the same parameters, asked not to look at the other images.
     The convolutions have no bias, since batch norm would take it away.
 
     Args:
@@ -128,6 +141,8 @@ def conv(
       downsample: ``'stride'``, convolutions of stride 2 and a mean over what is
         left, which Finn et al. use on Omniglot; or ``'max_pool'``, 2x2 pooling and
         a head on every position, the network of Vinyals et al.
+      num_reference: how many first images of a batch batch norm takes its statistics from;
+        None for all of them.
 
     Returns:
       A model from float32 ``[S, height, width, channels]`` to logits ``[S, V]``.
@@ -152,4 +167,13 @@ def conv(
             f"images of {image_shape[0]}x{image_shape[1]} are too small for four poolings: "
             f"use at least {2**NUM_LAYERS}x{2**NUM_LAYERS}, or downsample='stride'"
         )
-    return as_model(ConvNet(num_classes, filters, downsample), jnp.zeros((1, *image_shape)))
+    network = ConvNet(num_classes, filters, downsample, num_reference)
+    return as_model(network, jnp.zeros((1, *image_shape)))
+
+
+def is_normalisation(params: Params) -> Params:
+    """Which parameters of `conv` are batch norm's scale and bias: a bool in place of each."""
+    return {
+        layer: {name: "scale" in of_layer and name in ("scale", "bias") for name in of_layer}
+        for layer, of_layer in params.items()
+    }

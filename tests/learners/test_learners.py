@@ -7,7 +7,7 @@ import quadratic
 
 from metaopt.errors import UserError
 from metaopt.inner_loop import InnerLoop, adapt
-from metaopt.learners import anil, maml, meta_sgd, per_layer_per_step
+from metaopt.learners import anil, maml, meta_sgd, per_layer_per_step, per_step_parameters
 from metaopt.losses import regression
 from metaopt.meta_gradients import reverse
 from metaopt.models import TransformerConfig, mlp, transformer
@@ -94,6 +94,60 @@ def test_a_layers_rate_reaches_that_layer_only():
         jax.tree.leaves(ordinary["layer_0"]), jax.tree.leaves(quicker["layer_0"]), strict=True
     ):
         np.testing.assert_allclose(after[1] - after[0], 3 * (before[1] - before[0]), atol=1e-6)
+
+
+def test_per_step_parameters_are_those_of_their_step_and_nothing_else_moves_them():
+    # The bias of the head has values of its own; the rest is adapted as ever.
+    def which(params):
+        return {
+            layer: {name: (layer, name) == ("head", "bias") for name in params[layer]}
+            for layer in params
+        }
+
+    learner = per_step_parameters(per_layer_per_step(num_steps=2), which, num_steps=2)
+    meta_params = learner.init(MLP_PARAMS)
+    assert set(meta_params) == {"params", *learner.learned}
+    later = meta_params["later"]["head/bias"]
+    np.testing.assert_array_equal(later, np.stack([MLP_PARAMS["head"]["bias"]] * 2))
+    meta_params["later"]["head/bias"] = jnp.array([[3.0], [5.0]])
+    meta_params["params"]["head"]["bias"] = jnp.array([1.0])
+    loss, support = regression(MLP), columns(SUPPORT)
+    found = path(learner, meta_params, loss, support, 3)
+    np.testing.assert_allclose(found["head"]["bias"], [[1.0], [3.0], [5.0], [5.0]], rtol=1e-6)
+
+    params = meta_params["params"]
+    gradient = jax.jit(jax.grad(loss))
+    for k, bias in enumerate([1.0, 3.0]):  # by hand
+        params = params | {"head": params["head"] | {"bias": jnp.array([bias])}}
+        grads = gradient(params, support)
+        params = jax.tree.map(lambda p, g: p - RATE * g, params, grads)
+        np.testing.assert_allclose(
+            found["head"]["kernel"][k + 1], params["head"]["kernel"], rtol=1e-5
+        )
+
+
+def test_every_steps_parameters_have_the_gradient_of_their_own_losses():
+    def loss(params, batch):
+        return quadratic.loss(params, batch) * params["scale"][0]
+
+    learner = per_step_parameters(
+        maml(), lambda params: {name: name == "scale" for name in params}, num_steps=2
+    )
+    meta_params = learner.init(quadratic.PARAMS | {"scale": jnp.array([2.0])})
+    estimate = reverse(learner, loss, InnerLoop(num_steps=2))
+    episode = quadratic.episode()
+
+    def by_hand(scales):
+        w = jnp.asarray(quadratic.START)
+        for scale in scales[:2]:
+            gradient = jax.grad(lambda w: quadratic.loss({"head": w}, episode.support))(w)
+            w = w - RATE * scale * gradient
+        return scales[2] * quadratic.loss({"head": w}, episode.query)
+
+    expected = jax.jit(jax.grad(by_hand))(jnp.full((3,), 2.0))
+    grads, _ = jax.jit(estimate)(meta_params, HPARAMS, episode, jax.random.key(0))
+    found = jnp.append(grads["params"]["scale"], grads["later"]["scale"])
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
 
 
 def test_anil_adapts_the_head_alone_and_learns_the_body_outside():

@@ -7,7 +7,7 @@ import pytest
 import quadratic
 
 from metaopt.errors import UserError
-from metaopt.inner_loop import InnerLoop
+from metaopt.inner_loop import InnerLoop, query_weights
 from metaopt.learners import maml, meta_sgd, per_layer_per_step
 from metaopt.meta_gradients import first_order, joint, reptile, reverse
 from metaopt.types import Batch
@@ -52,6 +52,29 @@ def test_the_mean_query_loss_is_that_of_every_number_of_steps():
     expected = np.mean([found["params"]["head"] for found, _ in each], axis=0)
     np.testing.assert_allclose(grads["params"]["head"], expected, rtol=1e-4)
     np.testing.assert_allclose(metrics["loss"], each[-1][1]["loss"], rtol=1e-5)
+
+
+def test_annealed_weights_are_data_and_go_from_the_mean_to_the_last():
+    traces, counts = [], []
+
+    def loss(params, batch):
+        traces.append(None)
+        return quadratic.loss(params, batch)
+
+    estimate = jax.jit(reverse(maml(), loss, InnerLoop(num_steps=3, query_loss="annealed")))
+    start = maml().init(quadratic.PARAMS)
+    each = [run(reverse, num_steps=k)[0]["params"]["head"] for k in (1, 2, 3)]
+    for annealing, weights in [(0.0, [1 / 3] * 3), (0.25, [0.25, 0.25, 0.5]), (1.0, [0, 0, 1])]:
+        np.testing.assert_allclose(query_weights(3, annealing), weights, rtol=1e-6)
+        hparams = HPARAMS | {"query_annealing": jnp.float32(annealing)}
+        grads, metrics = estimate(start, hparams, EPISODE, KEY)
+        expected = np.tensordot(weights, each, 1)
+        np.testing.assert_allclose(grads["params"]["head"], expected, rtol=1e-4)
+        np.testing.assert_allclose(metrics["loss"], quadratic.value(adapted(), QUERY), rtol=1e-5)
+        counts.append(len(traces))
+    assert counts[0] == counts[-1]
+    with pytest.raises(UserError, match="'first'"):
+        InnerLoop(query_loss="first")  # type: ignore[arg-type]
 
 
 def test_first_order_on_a_quadratic_is_the_gradient_where_the_loop_ends():

@@ -141,3 +141,9 @@ def test_a_support_that_cannot_be_split_is_refused():
     inner = InnerLoop(num_steps=6, batching="split")
     with pytest.raises(UserError, match="8 support examples"):
         run(truncated(LEARNER, quadratic.loss, inner, window=3))
+
+
+def test_windows_refuse_weights_of_a_whole_run():
+    inner = InnerLoop(num_steps=4, query_loss="annealed")
+    with pytest.raises(UserError, match="or the estimator reverse"):
+        truncated(meta_sgd(), quadratic.loss, inner, window=2)

@@ -1,5 +1,7 @@
 """The pieces of the convolutional network against their definitions."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,9 @@ import pytest
 
 from metaopt.errors import UserError
 from metaopt.models import conv
-from metaopt.models.conv import batch_norm, conv3x3, max_pool2x2
+from metaopt.models.conv import batch_norm, conv3x3, is_normalisation, max_pool2x2
+
+KEY = jax.random.key(0)
 
 
 @pytest.mark.parametrize("stride", [1, 2])
@@ -46,6 +50,32 @@ def test_the_network_does_not_see_the_contrast_of_its_batch(downsample, features
     np.testing.assert_allclose(apply(params, 2 * images), logits, rtol=1e-3, atol=1e-3)
     alone = apply(params, images[:1])
     assert np.abs(alone - logits[:1]).max() > 1e-2  # transductive: the others matter
+
+
+def test_statistics_of_the_first_images_make_the_others_independent():
+    whole, by_two = (conv((8, 8, 1), 3, filters=2, num_reference=n) for n in (None, 2))
+    params = jax.jit(whole.init)(KEY)
+    shapes = jax.tree.map(jnp.shape, (params, jax.eval_shape(by_two.init, KEY)))
+    assert shapes[0] == shapes[1]
+    images = jax.random.normal(jax.random.key(1), (4, 8, 8, 1))
+
+    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+    def outputs(params):
+        few, others = images[:2], images[jnp.array([0, 1, 3])]
+        three = by_two.apply(params, images), by_two.apply(params, others), whole.apply(params, few)
+        return *three, whole.apply(params, images)
+
+    together, without_one, first_two, by_all = outputs(params)
+    np.testing.assert_allclose(together[:2], first_two, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(together[3], without_one[2], rtol=1e-4, atol=1e-6)
+    assert np.abs(by_all[3] - together[3]).max() > 1e-2
+
+
+def test_normalisation_is_the_scales_and_biases_of_the_layers():
+    mask = is_normalisation(jax.eval_shape(conv((8, 8, 1), 3, filters=2).init, KEY))
+    layer = {"kernel": False, "scale": True, "bias": True}
+    layers = {f"layer_{i}": layer for i in range(4)}
+    assert mask == layers | {"head": {"kernel": False, "bias": False}}
 
 
 @pytest.mark.parametrize(

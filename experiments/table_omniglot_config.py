@@ -1,0 +1,153 @@
+"""The config of `table_omniglot` and its presets."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Literal, NamedTuple
+
+from metaopt.errors import UserError
+from metaopt.outer_step import OuterConfig
+
+CHOSEN_BY = ("preset",)
+"""The flags that the defaults of all others depend on."""
+SettingName = Literal["5-way-1-shot", "5-way-5-shot", "20-way-1-shot", "20-way-5-shot"]
+
+
+class Setting(NamedTuple):
+    """A column of the table: characters to tell apart, and drawings of each to learn from."""
+
+    ways: int
+    shots: int
+
+    @property
+    def column(self) -> str:
+        """As it stands in the table."""
+        return f"{self.ways}-way {self.shots}-shot"
+
+
+def parse_setting(name: SettingName) -> Setting:
+    """``'5-way-1-shot'`` as a `Setting`."""
+    ways, _, shots, _ = name.split("-")
+    return Setting(int(ways), int(shots))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Few-shot classification of Omniglot's characters: MAML, its relatives and MAML++.
+
+    Attributes:
+      preset: smoke (seconds), cpu or gpu; the defaults of all the rest follow it.
+      source: tfds:omniglot, or a folder of npz files.
+      image_size: height and width, in pixels.
+      num_train_characters: characters for training.
+      num_valid_characters: characters that are kept for validation, and not used; the rest is
+        for the test.
+      settings: columns of the table.
+      rows: names of the rows to run; the seven main ones if none.
+      seeds: every row is trained once with each; cells are means over them.
+      filters: of every layer.
+      meta_steps: of each training.
+      outer: the outer optimiser.
+      cosine: whether its rate falls to zero over the training in all rows; MAML++ and its part
+        of that name have a cosine in any case.
+      query_shots: query drawings of a character in training; 0 for as many as shots, which is what
+        Finn et al. do and what the test does.
+      tasks_per_step: the meta-batch; 0 for that of Finn et al., 32 tasks of 5 ways and 16 of 20.
+      plus_plus_tasks: the meta-batch of MAML++ and its parts.
+      reptile_tasks: that of Reptile, whose tasks have 15 drawings of a character.
+      implicit_tasks: that of iMAML.
+      implicit_steps: inner steps of iMAML.
+      unroll: inner steps laid out one after the other, quicker to run and slower to compile.
+      tasks_at_a_time: on one device; 0 all by vmap, 1 one by one in a scan.
+      num_devices: 0 for all.
+      max_inner_steps: the curves go on to so many inner steps.
+      test_episodes: of each setting.
+      eval_seed: of the test.
+      checkpoint_every: meta-steps between checkpoints.
+      root: where runs are written.
+      run_dir: this directory instead, new or of the same config.
+    """
+
+    preset: Literal["smoke", "cpu", "gpu"] = "cpu"
+    source: str = "tfds:omniglot"
+    image_size: int = 28
+    num_train_characters: int = 1100
+    num_valid_characters: int = 100
+    settings: tuple[SettingName, ...] = ("5-way-1-shot",)
+    rows: tuple[str, ...] = ()
+    seeds: tuple[int, ...] = (0,)
+    filters: int = 32
+    meta_steps: int = 2500
+    outer: OuterConfig = dataclasses.field(
+        default_factory=lambda: OuterConfig(
+            learning_rate=5e-3, rates_learning_rate=1e-2, clip_norm=10.0, warmup_steps=50
+        )
+    )
+    cosine: bool = True
+    query_shots: int = 3
+    tasks_per_step: int = 0
+    plus_plus_tasks: int = 16
+    reptile_tasks: int = 10
+    implicit_tasks: int = 8
+    implicit_steps: int = 8
+    unroll: bool = True
+    tasks_at_a_time: int = 1
+    num_devices: int = 0
+    max_inner_steps: int = 10
+    test_episodes: int = 1000
+    eval_seed: int = 1234
+    checkpoint_every: int = 500
+    root: str = "runs"
+    run_dir: str | None = None
+
+    def __post_init__(self):
+        tasks = ("plus_plus_tasks", "reptile_tasks", "implicit_tasks", "implicit_steps")
+        counts = ("meta_steps", "filters", *tasks)
+        for name in (*counts, "max_inner_steps", "test_episodes", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.max_inner_steps < 5:
+            raise UserError(
+                f"max_inner_steps is {self.max_inner_steps}: rows are judged after up to 5 steps"
+            )
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise UserError(f"seeds {self.seeds} must be at least one and all different")
+        if not self.settings or len(set(self.settings)) < len(self.settings):
+            raise UserError(f"settings {self.settings} must be at least one and all different")
+
+
+def preset(flags: Mapping[str, str]) -> Config:
+    """The defaults for ``--preset``."""
+    name = flags.get("preset", "cpu")
+    if name == "cpu":
+        return Config()
+    if name == "gpu":
+        return Config(
+            preset="gpu",
+            settings=("5-way-1-shot", "5-way-5-shot", "20-way-1-shot", "20-way-5-shot"),
+            filters=64,
+            meta_steps=60_000,
+            outer=OuterConfig(learning_rate=1e-3, rates_learning_rate=1e-3, clip_norm=math.inf),
+            cosine=False,
+            query_shots=0,
+            plus_plus_tasks=8,
+            implicit_tasks=16,
+            implicit_steps=16,
+            tasks_at_a_time=0,
+            checkpoint_every=5000,
+        )
+    if name == "smoke":
+        return Config(
+            preset="smoke",
+            rows=("MAML", "MAML++"),
+            filters=4,
+            meta_steps=6,
+            tasks_per_step=4,
+            plus_plus_tasks=4,
+            reptile_tasks=4,
+            implicit_tasks=4,
+            implicit_steps=2,
+            unroll=False,
+            test_episodes=16,
+        )
+    raise UserError(f"unknown preset {name!r}: choose smoke, cpu or gpu")

@@ -1,0 +1,278 @@
+import shlex
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from matplotlib.image import imread
+
+from experiments import command_line, table_omniglot
+from experiments.table_omniglot_config import Setting, parse_setting
+from experiments.table_omniglot_rows import ABLATIONS, ALL_PARTS, Parts, make_rows, plus_plus
+from metaopt import meta_gradients, parallel
+from metaopt.errors import UserError
+from metaopt.outer_step import init_state, make_meta_step, outer_optimizer
+from metaopt.runs import read_json_lines, slug
+from metaopt.types import Episode, Model
+
+QUICKLY = {"xla_backend_optimization_level": 0}
+SIZE, NUM_CHARACTERS, NUM_DRAWINGS = 6, 18, 20
+FLAGS = shlex.split(
+    f"--preset smoke --image-size {SIZE} --num-train-characters 6 --num-valid-characters 6 "
+    "--filters 2 --meta-steps 10 --tasks-per-step 2 --plus-plus-tasks 2 --test-episodes 5 "
+    "--num-devices 1"
+)
+ONE_SHOT = Setting(5, 1)
+
+
+def main(*args, run=table_omniglot.run):
+    preset, chosen_by = table_omniglot.preset, table_omniglot.CHOSEN_BY
+    config_type = table_omniglot.Config
+    command_line.main("table_omniglot", run, config_type, preset, chosen_by, "", list(args))
+
+
+def parse(*args):
+    configs = []
+    main(*args, run=configs.append)
+    return configs[0]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Drawings that differ from their character's pattern by noise."""
+    rng = np.random.default_rng(0)
+    patterns = rng.integers(0, 200, (NUM_CHARACTERS, 1, SIZE, SIZE))
+    noise = rng.integers(0, 56, (NUM_CHARACTERS, NUM_DRAWINGS, SIZE, SIZE))
+    path = tmp_path_factory.mktemp("drawings")
+    np.savez(
+        path / f"a_{SIZE}x{SIZE}.npz",
+        images=(patterns + noise).astype(np.uint8).reshape(-1, SIZE, SIZE),
+        character=np.repeat(np.arange(NUM_CHARACTERS), NUM_DRAWINGS),
+        character_names=np.array([f"Alphabet/character{i:02d}" for i in range(NUM_CHARACTERS)]),
+    )
+    return path
+
+
+def linear(image_shape=(SIZE, SIZE, 1), num_classes=5, filters=2, num_reference=None):
+    """What stands for `conv`, as it compiles in no time: one layer that batch norm centres."""
+    del image_shape
+
+    def init(key):
+        kernels = jax.random.split(key)
+        layer = {
+            "kernel": 0.1 * jax.random.normal(kernels[0], (SIZE * SIZE, filters)),
+            "scale": jnp.ones((filters,)),
+            "bias": jnp.zeros((filters,)),
+        }
+        head = {"kernel": 0.1 * jax.random.normal(kernels[1], (filters, num_classes))}
+        return {"layer_0": layer, "head": head}
+
+    def apply(params, inputs):
+        layer = params["layer_0"]
+        hidden = inputs.reshape(inputs.shape[0], -1) @ layer["kernel"]
+        hidden = hidden - hidden[:num_reference].mean(axis=0, keepdims=True)
+        return (hidden * layer["scale"][None] + layer["bias"][None]) @ params["head"]["kernel"]
+
+    return Model(init, apply)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def a_model_that_compiles_in_no_time():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(table_omniglot.models, "conv", linear)
+        yield
+
+
+@pytest.fixture(scope="module")
+def finished(folder, tmp_path_factory):
+    """The directory of a finished run."""
+    root = tmp_path_factory.mktemp("runs")
+    main(*FLAGS, "--source", str(folder), "--root", str(root))
+    (directory,) = root.glob("table_omniglot/*")
+    return directory
+
+
+def cells(directory):
+    return {(r["row"], r["column"]): r for r in read_json_lines(directory / "results.jsonl")}
+
+
+def test_records_hold_both_modes_and_the_published_number_beside_the_transductive(finished):
+    records = cells(finished)
+    columns = ["5-way 1-shot", "5-way 1-shot, non-transductive"]
+    assert list(records) == [(row, column) for row in ("MAML", "MAML++") for column in columns]
+    for record in records.values():
+        assert 0 <= record["value"] <= 100 and record["n"] == record["episodes"] == 5
+        # Five episodes of five query drawings: multiples of 4 %.
+        np.testing.assert_allclose(record["value"] % 4, 0, atol=1e-4)
+        assert record["table"] == "omniglot" and record["unit"] == "% accuracy"
+    assert [record["paper"] for record in records.values()] == [98.7, None, 99.47, None]
+    again = shlex.split(records["MAML", columns[0]]["command"])
+    assert parse(*again[3:]).rows == ("MAML", "MAML++")
+    text = (finished / "table.md").read_text()
+    assert "MAML, 5-way 1-shot: 1 inner step at 0.4, 2 tasks a meta-batch of 1 support" in text
+    assert "3 query drawings a character, 10 meta-steps of Adam, cosine from 0.005" in text
+    assert "beside 99.47 of Antoniou" in text and "preset gpu is that protocol" in text
+    assert "Non-transductive: the same adapted parameters" in text
+    assert imread(finished / "curves.png").std() > 0.01
+
+
+def test_a_run_that_lost_its_end_is_taken_up_and_gives_the_same_numbers(finished, folder):
+    before = cells(finished)
+    (finished / "finished").unlink()
+    root = finished.parents[1]
+    main(*FLAGS, "--source", str(folder), "--root", str(root))
+    assert list(root.glob("table_omniglot/*")) == [finished]
+    after = cells(finished)
+    for key, record in before.items():
+        assert (record["value"], record["ci95"]) == (after[key]["value"], after[key]["ci95"])
+    steps = [
+        x["step"] for x in read_json_lines(finished / "metrics.jsonl") if "plus plus" in x["name"]
+    ]
+    assert steps == list(
+        range(1, 11)
+    )  # one of them without second derivatives, and none done again
+
+
+@pytest.fixture(scope="module")
+def problem(folder):
+    """A `Problem` with the linear model."""
+    config = parse(*FLAGS, "--source", str(folder), "--test-episodes", "4", "--filters", "5")
+    return table_omniglot.make_problem(config, ONE_SHOT)
+
+
+def test_accuracy_by_the_support_does_not_see_the_other_queries(problem):
+    # Judged one by one, the support before each, which is what non-transductive means.
+    params = problem.model.init(jax.random.key(1))
+    measure = jax.jit(table_omniglot.accuracies(problem), compiler_options=QUICKLY)
+    found, one_by_one, together = [], [], []
+    for i in range(4):
+        episode: Episode = jax.tree.map(lambda x, i=i: x[i], problem.test)
+        found.append(measure(params, episode))
+        for image, target in zip(episode.query.inputs, episode.query.targets, strict=True):
+            after_support = jnp.concatenate([episode.support.inputs, image[None]])
+            logits = problem.by_support.apply(params, after_support)[-1]
+            one_by_one.append(float(logits.argmax() == target))
+        logits = problem.model.apply(params, episode.query.inputs)
+        together.append(float((logits.argmax(-1) == episode.query.targets).mean()))
+    np.testing.assert_allclose(np.mean(found, axis=0), [np.mean(together), np.mean(one_by_one)])
+    assert np.mean(together) != np.mean(one_by_one)
+
+
+def test_annealing_of_the_order_goes_on_from_the_state_of_first_order(problem, folder, tmp_path):
+    config = parse(*FLAGS, "--source", str(folder), "--meta-steps", "20")
+    row = plus_plus("row", config, ONE_SHOT, Parts(order_annealing=True))
+    assert row.first_order_steps == 2
+    found = table_omniglot.train_row(config, problem, row, 0, tmp_path)
+
+    def by_hand(first_order_steps):
+        init_key, data_key = jax.random.split(jax.random.key(0))
+        learner, outer_opt = row.learner(problem.model), outer_optimizer(row.outer)
+        hparams = row.outer.hparams() | table_omniglot.inner_hparams(row)
+        state = init_state(data_key, problem.model.init(init_key), learner, outer_opt, hparams)
+        first, second = (
+            jax.jit(make_meta_step(estimator(learner, problem.loss_fn, row.inner), outer_opt))
+            for estimator in (meta_gradients.first_order, meta_gradients.reverse)
+        )
+        for i in range(20):
+            key = jax.random.fold_in(data_key, i)
+            episodes = problem.family(1, 3).train.sample(key, 2)
+            state, _ = (first if i < first_order_steps else second)(state, episodes)
+        return np.asarray(state.meta_params["params"]["layer_0"]["kernel"])
+
+    found = np.asarray(found["params"]["layer_0"]["kernel"])
+    np.testing.assert_allclose(found, by_hand(2), atol=1e-5)
+    assert np.abs(found - by_hand(0)).max() > 1e-4
+
+
+def test_the_weight_of_the_query_losses_goes_to_the_last_with_the_steps():
+    seen = []
+
+    def step(state, episodes):
+        seen.append(float(state.hparams["query_annealing"]))
+        return state._replace(step=state.step + 1), {}
+
+    optimizer = outer_optimizer(table_omniglot.Config().outer)
+    learner = plus_plus("row", table_omniglot.Config(), ONE_SHOT, Parts()).learner(linear())
+    state = init_state(
+        jax.random.key(0),
+        linear().init(jax.random.key(0)),
+        learner,
+        optimizer,
+        table_omniglot.Config().outer.hparams() | {"query_annealing": 0.0},
+    )
+    annealed = table_omniglot.with_annealing(step, 2)
+    for _ in range(4):
+        state, _ = annealed(state, None)  # type: ignore[arg-type]
+    np.testing.assert_allclose(seen, [0, 0.5, 1, 1])
+
+
+def test_rows_are_the_published_protocols():
+    config = table_omniglot.preset({"preset": "gpu"})
+    few = {row.name: row for row in make_rows(config, ONE_SHOT)}
+    many = {row.name: row for row in make_rows(config, Setting(20, 5))}
+    names = ["MAML", "FOMAML", "Reptile", "ANIL", "Meta-SGD", "iMAML", "MAML++"]
+    assert list(few) == list(many) == names and config.meta_steps == 60_000
+    shown = [
+        (row.inner.num_steps, row.inner_rate, row.tasks_per_step, row.tested, row.drawings)
+        for row in (few["MAML"], many["MAML"])
+    ]
+    assert shown == [(1, 0.4, 32, 3, (1, 1)), (5, 0.1, 16, 5, (5, 5))]
+    assert few["MAML"].outer.decay_steps == 0 and few["MAML"].outer.learning_rate == 1e-3
+    assert few["MAML++"].outer.decay_steps == 60_000
+    assert few["MAML++"].outer.final_fraction == 0.01
+    parallel.check_divides(few["MAML++"].tasks_per_step, 8)
+    rows = [*few.values(), *(plus_plus(name, config, ONE_SHOT, p) for name, p in ABLATIONS.items())]
+    slugs = {slug(table_omniglot.training_name(row, ONE_SHOT, 0)) for row in rows}
+    assert len(slugs) == len(rows)
+
+
+@pytest.mark.parametrize("name", [field for field in Parts.__dataclass_fields__])
+def test_each_part_is_a_switch_of_its_own(name):
+    config = table_omniglot.preset({"preset": "gpu"})
+
+    def signs(parts):
+        row = plus_plus("row", config, ONE_SHOT, parts)
+        learned = row.learner(linear()).learned
+        return {
+            "multi_step_loss": (row.inner.query_loss, row.annealing_steps) == ("annealed", 6000),
+            "per_step_rates": "log_rates" in learned,
+            "per_step_normalisation": "later" in learned,
+            "order_annealing": row.first_order_steps == 6000,
+            "cosine": row.outer.decay_steps > 0,
+        }
+
+    assert signs(Parts(**{name: True})) == {other: other == name for other in signs(Parts())}
+    assert all(signs(ALL_PARTS).values()) and not any(signs(Parts()).values())
+    assert Parts(**{name: True}) in ABLATIONS.values()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"meta_steps": 0}, "meta_steps"),
+        ({"max_inner_steps": 3}, "up to 5 steps"),
+        ({"seeds": (1, 1)}, "seeds"),
+        ({"settings": ()}, "settings"),
+    ],
+)
+def test_bad_configs(changes, message):
+    with pytest.raises(UserError, match=message):
+        table_omniglot.Config(**changes)
+
+
+def test_what_is_wrong_is_said_before_a_run_is_made(folder, tmp_path, capsys):
+    cases = [
+        (["--rows", "MALM"], "no row 'MALM'"),
+        (["--plus-plus-tasks", "3", "--num-devices", "2"], "does not divide by 2 devices"),
+        (["--source", str(tmp_path / "absent")], "is no folder"),
+        (["--settings", "20-way-1-shot"], "20-way episode needs 20 characters"),
+    ]
+    for flags, message in cases:
+        source = [] if "--source" in flags else ["--source", str(folder)]
+        with pytest.raises(SystemExit):
+            main(*FLAGS, *source, "--root", str(tmp_path), *flags)
+        assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(UserError, match="unknown preset"):
+        table_omniglot.preset({"preset": "huge"})
+    assert parse_setting("20-way-5-shot") == Setting(20, 5)
