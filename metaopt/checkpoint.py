@@ -10,7 +10,7 @@ import math
 import os
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -24,6 +24,9 @@ from metaopt.errors import UserError
 from metaopt.progress import say
 from metaopt.runs import as_json, differences, versions
 from metaopt.types import MetaState
+
+Example = MetaState | Callable[[dict[str, Any]], MetaState]
+"""A state with the structure and placement to restore to, or ``notes -> state``."""
 
 
 class Restored(NamedTuple):
@@ -120,12 +123,19 @@ class Checkpoints:
         """Wait until everything is written, and raise what went wrong with it."""
         self._manager.wait_until_finished()
 
-    def restore_latest(self, example: MetaState) -> Restored | None:
+    def forget_after(self, step: int) -> None:
+        """Delete the checkpoints of later steps: the run went back to before them."""
+        self.wait()
+        for later in [saved for saved in self.steps if saved > step]:
+            self._manager.delete(later)
+
+    def restore_latest(self, example: Example) -> Restored | None:
         """The newest checkpoint that can be read; None where there is no checkpoint.
 
         A damaged one is renamed ``damaged-<step>-<time>``, with a warning, and the one
         before is taken. The example gives structure, shapes, dtypes and shardings; its leaves
-        may be `jax.ShapeDtypeStruct`.
+        may be `jax.ShapeDtypeStruct`. A state whose structure depends on what was noted
+        is given as a function of the notes.
 
         Raises:
           UserError: the checkpoint is of another config (the fields are named), of a
@@ -133,7 +143,7 @@ class Checkpoints:
         """
         return self._restore(self.steps[::-1], example)
 
-    def restore_best(self, example: MetaState) -> Restored | None:
+    def restore_best(self, example: Example) -> Restored | None:
         """The checkpoint of the lowest validation loss; None where none was evaluated.
 
         Damage and errors are treated as in `restore_latest`.
@@ -142,7 +152,7 @@ class Checkpoints:
         evaluated = [step for step in self.steps if math.isfinite(losses[step])]
         return self._restore(sorted(evaluated, key=lambda step: losses[step]), example)
 
-    def _restore(self, steps: Sequence[int], example: MetaState) -> Restored | None:
+    def _restore(self, steps: Sequence[int], example: Example) -> Restored | None:
         """The first of ``steps`` that can be read."""
         damaged = []
         for step in steps:
@@ -161,9 +171,11 @@ class Checkpoints:
             )
         return None
 
-    def _read(self, step: int, example: MetaState) -> Restored:
+    def _read(self, step: int, example: Example) -> Restored:
         host = self._load(step, "host", ocp.args.JsonRestore())
-        self._check_same_run(host, example)
+        self._check_config(host)
+        example = example(host["notes"]) if callable(example) else example
+        self._check_leaves(host, example)
         leaves = self._load(step, "state", ocp.args.StandardRestore())
         if _crc32(leaves) != host["crc32"]:
             raise _Damaged("its checksum does not match")
@@ -177,13 +189,15 @@ class Checkpoints:
             reason = str(error).partition("\n")[0]
             raise _Damaged(f"{type(error).__name__}: {reason}") from error
 
-    def _check_same_run(self, host: dict[str, Any], example: MetaState) -> None:
+    def _check_config(self, host: dict[str, Any]) -> None:
         config = differences(host["fingerprint"], self._fingerprint)
         if config:
             raise UserError(
                 f"the checkpoints in {self._directory} were made with another config ({config}); "
                 "go back to it, or give a new directory"
             )
+
+    def _check_leaves(self, host: dict[str, Any], example: MetaState) -> None:
         saved, wanted = host["leaves"], _leaf_types(example)
         for path in wanted | saved:
             before, now = saved.get(path, "absent"), wanted.get(path, "absent")

@@ -16,7 +16,7 @@ from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, NoReturn, Self
 
 import numpy as np
 
@@ -32,6 +32,7 @@ __all__ = [
     "Interrupted",
     "StepFn",
     "TrainConfig",
+    "TrainFn",
     "checkpoint_directory",
     "prefetch",
     "train",
@@ -148,6 +149,10 @@ def train(
         return state
 
 
+TrainFn = Callable[..., MetaState]
+"""`train`, or what takes its arguments and gives what it gives."""
+
+
 def prefetch(sample: Callable[[int], Any], steps: Iterable[int], depth: int = 2) -> Generator:
     """``sample(step)`` for each step in order, computed up to ``depth`` ahead in one thread.
 
@@ -214,7 +219,7 @@ def _save(host: _Host, state: MetaState, valid_loss: float) -> None:
         raise host.recorder.diverged(int(state.step), problem) from error
 
 
-def leave(name: str, step: int, num_steps: int, signum: int) -> None:
+def leave(name: str, step: int, num_steps: int, signum: int) -> NoReturn:
     """Says that a training was stopped by a signal, and leaves; all must be saved by then."""
     say(
         f"{name}: stopped by {signal.Signals(signum).name} after step {step} of {num_steps}, "

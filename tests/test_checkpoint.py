@@ -208,3 +208,28 @@ def test_a_save_that_was_killed_leaves_the_one_before(tmp_path):
     with open_checkpoints(tmp_path) as checkpoints:
         restored = checkpoints.restore_latest(make_state(0))
     assert restored is not None and int(restored.state.step) == 1
+
+
+def test_what_is_forgotten_is_not_restored_and_may_be_saved_again(tmp_path):
+    with open_checkpoints(tmp_path) as checkpoints:
+        for step in (1, 2, 3):
+            checkpoints.save(make_state(step), valid_loss=float(step))
+        checkpoints.forget_after(1)
+        assert checkpoints.steps == [1]
+        again = make_state(2)._replace(hparams={"inner_learning_rate": jnp.float32(0.7)})
+        checkpoints.save(again, valid_loss=0.5)
+        checkpoints.wait()
+        restored = checkpoints.restore_best(make_state(0))
+        assert restored is not None
+        assert_bitwise_equal(restored.state, again)
+
+
+def test_the_notes_may_say_what_the_state_is_like(tmp_path):
+    with open_checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(make_state(1, width=5), notes={"width": 5})
+        checkpoints.wait()
+        restored = checkpoints.restore_latest(lambda notes: make_state(0, width=notes["width"]))
+        assert restored is not None
+        assert_bitwise_equal(restored.state, make_state(1, width=5))
+        with pytest.raises(UserError, match="hold another state"):
+            checkpoints.restore_latest(make_state(0))

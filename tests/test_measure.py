@@ -161,3 +161,18 @@ def test_the_peak_of_a_small_product_is_that_of_a_computer():
 )
 def test_bytes_are_written_for_people(count, text):
     assert measure.human_bytes(count) == text
+
+
+def test_seconds_of_compiling_grow_where_something_compiles_and_nowhere_else():
+    def tangled(x):
+        for _ in range(20):
+            x = jnp.sin(x) @ x
+        return x
+
+    function, x = jax.jit(tangled), jnp.ones((4, 4))
+    began, before = time.perf_counter(), measure.compile_seconds()
+    function(x).block_until_ready()
+    spent, after = time.perf_counter() - began, measure.compile_seconds()
+    assert 0.1 * spent < after - before < spent
+    function(x).block_until_ready()
+    assert measure.compile_seconds() == after

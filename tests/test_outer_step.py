@@ -1,3 +1,5 @@
+from typing import get_args
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ from metaopt.inner_loop import InnerLoop
 from metaopt.learners import maml, meta_sgd
 from metaopt.meta_gradients import reverse
 from metaopt.outer_step import (
+    Optimizer,
     OuterConfig,
     init_state,
     make_meta_step,
@@ -193,3 +196,32 @@ def test_meta_training_on_a_quadratic_finds_its_least_loss():
     np.testing.assert_allclose(metrics["loss"][-1], least, rtol=1e-3)
     assert metrics["loss"][0] > 1.2 * least
     assert metrics["grad_norm"][-1] < 0.01 * metrics["grad_norm"][0]
+
+
+@pytest.mark.parametrize("optimizer", get_args(Optimizer))
+def test_each_optimiser_descends_a_quadratic(optimizer):
+    config = OuterConfig(optimizer=optimizer, learning_rate=0.1, clip_norm=1e3)
+    opt = outer_optimizer(config)(config.hparams())
+    meta_params = {"params": jnp.array([3.0, -2.0])}
+    state = opt.init(meta_params)
+    for _ in range(60):  # the gradient of half the square is the parameters themselves
+        updates, state = opt.update(meta_params, state, meta_params)
+        meta_params = jax.tree.map(jnp.add, meta_params, updates)
+    assert float(jnp.linalg.norm(meta_params["params"])) < 0.75 * 13**0.5
+
+
+def test_momentum_is_read_from_the_state():
+    config = OuterConfig(optimizer="momentum", learning_rate=1.0, clip_norm=1e3)
+    gradient = {"params": jnp.ones(2)}
+    for momentum in (0.0, 0.5):
+        opt = outer_optimizer(config)(config.hparams() | {"momentum": jnp.float32(momentum)})
+        _, state = opt.update(gradient, opt.init(gradient), gradient)
+        updates, _ = opt.update(gradient, state, gradient)
+        np.testing.assert_allclose(updates["params"], -(1 + momentum))
+    assert "momentum" not in OuterConfig().hparams()
+
+
+@pytest.mark.parametrize("wrong", [{"optimizer": "newton"}, {"momentum": 1.0}])
+def test_an_optimiser_that_is_not_there_is_refused(wrong):
+    with pytest.raises(UserError):
+        OuterConfig(**wrong)

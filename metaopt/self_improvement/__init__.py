@@ -1,0 +1,41 @@
+"""The closed loop: a training run that monitors, assesses, optimises and remembers itself.
+
+Each part is a module of its own, usable alone; what a notebook wants of them is here.
+"""
+
+from metaopt.self_improvement.loop import Ledger, LoopConfig, Outcome, run
+from metaopt.self_improvement.memory import Memory
+from metaopt.self_improvement.monitor import Alarm, Monitor, MonitorConfig
+from metaopt.self_improvement.proposers import descent, pattern_search
+from metaopt.self_improvement.training import (
+    default_settings,
+    improving_train,
+    meta_training,
+    plain_training,
+)
+from metaopt.self_improvement.trials import Change, Decision, TrialConfig
+from metaopt.self_improvement.workload import Choice, Scale, Snapshot, Workload
+
+__all__ = [
+    "Alarm",
+    "Change",
+    "Choice",
+    "Decision",
+    "Ledger",
+    "LoopConfig",
+    "Memory",
+    "Monitor",
+    "MonitorConfig",
+    "Outcome",
+    "Scale",
+    "Snapshot",
+    "TrialConfig",
+    "Workload",
+    "default_settings",
+    "descent",
+    "improving_train",
+    "meta_training",
+    "pattern_search",
+    "plain_training",
+    "run",
+]

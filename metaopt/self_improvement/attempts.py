@@ -1,0 +1,147 @@
+"""An attempt: a stretch of training with a changed setting, from a copy of where it stands."""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from metaopt.measure import compile_seconds
+from metaopt.self_improvement.workload import (
+    LeftOut,
+    Score,
+    Setting,
+    Snapshot,
+    Workload,
+    after_steps,
+    changed,
+    copied,
+    steps,
+)
+from metaopt.types import Metrics
+
+
+class Change(NamedTuple):
+    """What a proposer would do.
+
+    Attributes:
+      settings: their new values.
+      setting: the one that matters; the others go with it.
+      score: what it is judged by.
+      reason: in words.
+    """
+
+    settings: dict[str, Setting]
+    setting: str
+    score: Score
+    reason: str
+
+
+class Trial(NamedTuple):
+    """A change, tried; ``change`` is None for the trial that changes nothing.
+
+    Attributes:
+      change: what was tried.
+      after: the snapshot that it came to.
+      losses: float64 ``[E]``, held out; not finite where it diverged or could not be run.
+      seconds: of its steps, without compiling.
+      examples: that it went through, with those to anneal.
+      broken: the first stretch of the data that gave no number, ``(first, end)``.
+      error: why it could not be run; nothing where it could.
+    """
+
+    change: Change | None
+    after: Snapshot
+    losses: np.ndarray
+    seconds: float
+    examples: int
+    broken: tuple[int, int] | None = None
+    error: str = ""
+
+
+def try_change(
+    workload: Workload,
+    snapshot: Snapshot,
+    change: Change | None,
+    size: int,
+    anneal: float,
+    *,
+    skip: LeftOut = frozenset(),
+    check: Callable[[], None] = lambda: None,
+) -> Trial:
+    """Goes on from a copy of the snapshot with the change, and measures where it comes to.
+
+    Args:
+      workload: the training.
+      snapshot: where to start; its arrays stay as they are.
+      change: what to try; None for nothing.
+      size: examples to go through.
+      anneal: as for `TrialConfig`.
+      skip: as for `workload.steps`.
+      check: called at every step; what it raises ends the trial.
+    """
+    settings = change.settings if change else {}
+    started = changed(workload, copied(snapshot), settings)
+    end = snapshot.examples + size
+    after, seconds, broken = _run(workload, started, end, skip=skip, check=check)
+    judged = after
+    if anneal:
+        end = after.examples + max(1, round(anneal * size))
+        judged, more, later = _run(
+            workload, copied(after), end, anneal=True, skip=skip, check=check
+        )
+        seconds, broken = seconds + more, broken or later
+    losses = np.asarray(workload.evaluate(judged.state), np.float64)
+    return Trial(change, after, losses, seconds, judged.examples - snapshot.examples, broken)
+
+
+def _run(
+    workload: Workload,
+    snapshot: Snapshot,
+    end: int,
+    *,
+    anneal: bool = False,
+    skip: LeftOut,
+    check: Callable[[], None],
+) -> tuple[Snapshot, float, tuple[int, int] | None]:
+    """The snapshot at ``end``, seconds without compiling, the first stretch without a number."""
+    began, compiled = time.perf_counter(), compile_seconds()
+    start, second, seen = snapshot.examples, None, []
+    for step in steps(workload, snapshot, end, anneal=anneal, skip=skip):
+        check()
+        snapshot = step.snapshot
+        seen.append((step.position, snapshot.examples, step.metrics))
+        if second is None:
+            jax.block_until_ready(step.metrics)
+            second = time.perf_counter()
+    jax.block_until_ready(snapshot.state.step)
+    now, count = time.perf_counter(), len(seen)
+    if count > 1 and second is not None:  # the first step compiled, and waited for its data
+        seconds = (now - second) * count / (count - 1)
+    else:
+        seconds = max(0.0, now - began - (compile_seconds() - compiled))
+    examples = after_steps(start, end, workload.examples_per_step(snapshot.settings))
+    return snapshot._replace(examples=examples), seconds, _first_broken(seen)
+
+
+def _first_broken(seen: Sequence[tuple[int, int, Metrics]]) -> tuple[int, int] | None:
+    """Of steps ``(first example, end, metrics)`` where the first is of which a scalar is no number.
+
+    Their metrics are waited for all at once.
+    """
+    for first, end, metrics in jax.device_get(list(seen)):
+        if not all(np.isfinite(x) for x in metrics.values() if np.ndim(x) == 0):
+            return int(first), int(end)
+    return None
+
+
+def is_bad(workload: Workload, snapshot: Snapshot, stretch: tuple[int, int]) -> bool:
+    """Whether the batch there gives no number from this sound snapshot either.
+
+    So it is the data that is at fault, and not where the training had come to.
+    """
+    there = copied(snapshot)._replace(examples=stretch[0])
+    return (
+        _run(workload, there, stretch[0] + 1, skip=frozenset(), check=lambda: None)[2] is not None
+    )

@@ -1,0 +1,286 @@
+"""The course of one run under the loop: it decides, trains, goes back and assesses in turns."""
+
+import contextlib
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+
+from metaopt.progress import Progress, say
+from metaopt.recorder import Diverged
+from metaopt.self_improvement.alarms import Alarm
+from metaopt.self_improvement.loop_config import Outcome
+from metaopt.self_improvement.memory import Memory
+from metaopt.self_improvement.proposers import pattern_search
+from metaopt.self_improvement.sentinel import Damage, Sentinel
+from metaopt.self_improvement.trials import (
+    Change,
+    Decision,
+    decide,
+    differences,
+    is_bad,
+    lowered,
+)
+from metaopt.self_improvement.workload import (
+    Snapshot,
+    Step,
+    after_steps,
+    changed,
+    known_settings,
+    steps,
+)
+from metaopt.train import leave
+
+
+class Stopped(Exception):
+    """A trial was given up because the run is to stop."""
+
+
+class Course:
+    """The loop of one run, and what it carries beside the snapshot."""
+
+    def __init__(self, workload, config, proposer, journal, stop, interventions):
+        self.workload, self.config, self.journal, self.stop = workload, config, journal, stop
+        self.proposer = proposer or pattern_search(workload.space)
+        self.interventions, self.intervened = interventions, 0
+        self.roll_backs, self.first_phase = 0, 0
+
+    def start(self, first: Snapshot, memory: Memory | None) -> tuple[Snapshot, bool]:
+        """Where the run begins or goes on, and whether there is anything left to do."""
+        snapshot, notes = self.journal.resume(first)
+        if notes:
+            self.intervened, self.first_phase = notes["intervened"], notes["first_phase"]
+            say(f"{self.workload.name}: going on from {snapshot.examples} examples")
+        elif memory is not None:
+            snapshot = self._recall(first, memory)
+        return snapshot, snapshot.examples < self.workload.num_examples
+
+    def _recall(self, first: Snapshot, memory: Memory) -> Snapshot:
+        """The start that the memory proposes, within the bounds; the search is then short."""
+        proposal = memory.propose(self.workload.task)
+        if proposal is None:
+            return first
+        known = known_settings(self.workload.space, proposal.settings)
+        say(f"{self.workload.name}: {proposal.reason}")
+        self.first_phase = 1
+        return changed(self.workload, first, known)
+
+    @contextlib.contextmanager
+    def watched(
+        self, snapshot: Snapshot, directory: Path, monitor: Mapping[str, Any]
+    ) -> Iterator[None]:
+        """With the monitor and the progress open."""
+        total, name = self.workload.num_examples, self.workload.name
+        self.progress = Progress(name, total=total, start=min(snapshot.examples, total))
+        self.sentinel = Sentinel(
+            self.workload,
+            snapshot,
+            self.journal.alarms,
+            directory=directory,
+            config=self.config.monitor,
+            keep_every=self.config.keep_every,
+            **monitor,
+        )
+        with self.sentinel, self.progress:
+            yield
+
+    def run(self, snapshot: Snapshot) -> Outcome:
+        """Decides, trains and assesses in turns until the examples are gone through."""
+        if not self.journal.curve:
+            snapshot = self._assess(snapshot)
+        while snapshot.examples < self.workload.num_examples:
+            snapshot = self._intervene(self._decide(snapshot))
+            snapshot = self._advance(snapshot, self._next_stop(snapshot))
+            if self._assessment_due(snapshot):
+                snapshot = self._assess(snapshot)
+        self.journal.wait()
+        journal = self.journal
+        ledger = journal.ledger(snapshot)
+        return Outcome(snapshot, journal.decisions, journal.curve, ledger, journal.alarms)
+
+    def _intervene(self, snapshot: Snapshot) -> Snapshot:
+        for examples, settings in self.interventions[self.intervened :]:
+            if examples > snapshot.examples:
+                break
+            snapshot, self.intervened = (
+                changed(self.workload, snapshot, settings),
+                1 + self.intervened,
+            )
+            self.sentinel.new_work(snapshot)
+        return snapshot
+
+    def _next_stop(self, snapshot: Snapshot) -> int:
+        total, every = self.workload.num_examples, self.config.assess_every
+        stops = [math.ceil(i * every * total - 1e-6) for i in range(1, math.ceil(1 / every))]
+        stops += [round(phase * total) for phase in self.config.phases]
+        stops += [examples for examples, _ in self.interventions[self.intervened :]]
+        return min([stop for stop in stops if snapshot.examples < stop < total], default=total)
+
+    def _assessment_due(self, snapshot: Snapshot) -> bool:
+        """Whether another multiple of `assess_every` was passed."""
+        total = self.workload.num_examples
+        if snapshot.examples >= total:
+            return True
+        every = self.config.assess_every * total
+        done = math.floor(self.journal.assessed_at / every + 1e-9)
+        return math.floor(snapshot.examples / every + 1e-9) > done
+
+    # Deciding
+
+    def _decide(self, snapshot: Snapshot) -> Snapshot:
+        """Tries what is proposed for as long as something is, and there is budget for it."""
+        fraction = snapshot.examples / self.workload.num_examples
+        phase = sum(fraction >= start for start in self.config.phases) - 1
+        if phase < 0:
+            return snapshot
+        phase = min(max(phase, self.first_phase), len(self.config.phases) - 1)
+        while changes := self._affordable(snapshot, phase):
+            try:
+                after, decision = decide(
+                    self.workload,
+                    snapshot,
+                    changes,
+                    self.config.trials,
+                    phase,
+                    skip=self.journal.left_out,
+                    check=self._check_stop,
+                )
+            except Stopped:
+                self._leave(snapshot)
+            except FloatingPointError as error:
+                return self._roll_back(snapshot, self._damage(snapshot, str(error)))
+            snapshot = after
+            self._take(snapshot, decision)
+        return snapshot
+
+    def _affordable(self, snapshot: Snapshot, phase: int) -> list[Change]:
+        """The changes to try next: those that are possible, and that the budget is good for."""
+        workload, config = self.workload, self.config.trials
+        cost = config.cost(workload)
+        spent = sum(d.trial_examples for d in self.journal.decisions if d.phase == phase)
+        number = int((self.config.shares[phase] * workload.num_examples - spent) / cost)
+        # Nothing is asked for that is after the end of the run.
+        end = snapshot.examples + cost + 2 * workload.examples_per_step(snapshot.settings)
+        if number < 1 or end > workload.num_examples:
+            return []
+        proposed = self.proposer(snapshot, self.journal.decisions, phase)
+        return [c for c in proposed if config.possible(workload, snapshot.settings, c)][:number]
+
+    def _check_stop(self) -> None:
+        if self.stop.received is not None:
+            raise Stopped
+
+    def _take(self, snapshot: Snapshot, decision: Decision) -> None:
+        """Notes a decision; it was made on sound ground, which can be come back to."""
+        self.journal.decided(decision)
+        self.progress.update(min(snapshot.examples, self.workload.num_examples))
+        if decision.verdict == "accepted":
+            say(f"{self.workload.name}, step {decision.step}: {decision.reason}")
+        if decision.verdict != "rolled back":
+            self.roll_backs = 0
+        self.sentinel.trust(snapshot)
+        if decision.changes:
+            self.sentinel.new_work(snapshot)
+
+    # Training
+
+    def _advance(self, snapshot: Snapshot, end: int) -> Snapshot:
+        """Trains until ``end``, or until an alarm brings the last sound snapshot back."""
+        number, unseen, sentinel = int(snapshot.state.step), None, self.sentinel
+        size = self.workload.examples_per_step(snapshot.settings)
+        examples, damage = after_steps(snapshot.examples, end, size), None
+        for step in steps(self.workload, snapshot, end, skip=self.journal.left_out):
+            number, snapshot = number + 1, step.snapshot
+            if unseen:  # while the device computes this step, look at the one before
+                damage = self._observe(number - 1, unseen, step.began - unseen.began)
+            unseen = step
+            if damage or self.stop.received is not None:
+                break
+            sentinel.keep(number, snapshot)
+        if unseen and not damage:
+            damage = self._observe(number, unseen)
+        if damage:
+            return self._roll_back(snapshot, damage)
+        if self.stop.received is not None:
+            self._leave(snapshot)
+        return snapshot._replace(examples=examples)
+
+    def _observe(self, number: int, step: Step, seconds: float | None = None) -> Damage | None:
+        values, damage = self.sentinel.observe(number, step, seconds)
+        done = min(step.snapshot.examples, self.workload.num_examples)
+        self.progress.update(done, loss=values["loss"])
+        return damage
+
+    def _leave(self, snapshot: Snapshot) -> NoReturn:
+        """Saves, and leaves; where the state is no longer finite, the last sound one is saved."""
+        try:
+            self._save(snapshot)
+        except FloatingPointError:
+            self._save(self.sentinel.good)
+        self.journal.wait()
+        total = self.workload.num_examples // self.workload.examples_per_step(snapshot.settings)
+        leave(self.workload.name, int(snapshot.state.step), total, self.stop.received or 0)
+
+    def _damage(self, snapshot: Snapshot, message: str) -> Damage:
+        """Damage that was seen in an evaluation."""
+        step = int(snapshot.state.step)
+        alarm = Alarm("nan", step, True, math.nan, math.inf, message)
+        self.journal.alarms.append(alarm)
+        return Damage(alarm)
+
+    def _roll_back(self, snapshot: Snapshot, damage: Damage) -> Snapshot:
+        """The last sound snapshot, bit for bit; what to do differently from there.
+
+        A batch that gives no number even from there is gone past from now on. Where it is
+        another reason, and the same stretch fails again, the rates are lowered further each time.
+        """
+        alarm, stretch = damage
+        self.roll_backs += 1
+        if self.roll_backs > self.config.max_roll_backs:
+            raise Diverged(
+                f"{self.workload.name}: {alarm.message}, and going back did not help; look at "
+                "decisions.jsonl and at the data, and start with smaller rates"
+            )
+        reached, good = snapshot.examples, self.sentinel.back()
+        self.journal.went_back(good)
+        after, reason = good, f"{alarm.kind}: {alarm.message}"
+        bad = alarm.kind == "nan" and stretch and is_bad(self.workload, good, stretch)
+        if bad:
+            reason += "; the batch is left out"
+        elif self.roll_backs > 1:
+            after = lowered(self.workload, good, 0.25 ** (self.roll_backs - 1))
+            reason += "; the rates are lowered"
+        say(f"{self.workload.name}: back to step {int(good.state.step)}; {reason}")
+        self.journal.decided(
+            Decision(
+                step=alarm.step,
+                examples=good.examples,
+                phase=-1,
+                verdict="rolled back",
+                changes=differences(snapshot.settings, after.settings),
+                reason=reason,
+                evidence=[alarm._asdict()],
+                trial_examples=max(0, reached - good.examples),
+                seconds=0.0,
+                left_out=stretch if bad else None,
+            )
+        )
+        return after
+
+    # Assessing
+
+    def _assess(self, snapshot: Snapshot) -> Snapshot:
+        """Evaluates, notes how the run stands, and saves; goes back where the loss is no number."""
+        losses = np.asarray(self.workload.evaluate(snapshot.state), np.float64)
+        if not np.isfinite(losses).all():
+            damage = self._damage(snapshot, "the held-out loss is not finite")
+            return self._roll_back(snapshot, damage)
+        self.roll_backs = 0
+        self.journal.assessed(snapshot, losses)
+        self._save(snapshot)
+        return snapshot
+
+    def _save(self, snapshot: Snapshot) -> None:
+        self.journal.save(snapshot, intervened=self.intervened, first_phase=self.first_phase)

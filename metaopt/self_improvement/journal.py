@@ -1,0 +1,209 @@
+"""What a run under the loop leaves on disk, and where another process takes it up again."""
+
+import itertools
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from metaopt import parallel
+from metaopt.checkpoint import Checkpoints
+from metaopt.errors import UserError
+from metaopt.evaluate import Interval
+from metaopt.measure import compile_seconds
+from metaopt.runs import append_json_line, as_json, differences, keep_json_lines, read_json_lines
+from metaopt.self_improvement.alarms import Alarm
+from metaopt.self_improvement.assess import Assessment, Measurement, as_record, assess
+from metaopt.self_improvement.trials import Decision
+from metaopt.self_improvement.workload import (
+    LeftOut,
+    Snapshot,
+    Workload,
+    changed,
+)
+
+
+class Ledger(NamedTuple):
+    """What a run has cost.
+
+    Attributes:
+      examples: gone through by the training itself.
+      trial_examples: gone through by trials that were not gone on with, or taken back.
+      seconds: in all, without compiling; of all processes that it was resumed in.
+      compile_seconds: of tracing and compiling.
+    """
+
+    examples: int = 0
+    trial_examples: int = 0
+    seconds: float = 0.0
+    compile_seconds: float = 0.0
+
+
+class Journal:
+    """Decisions, assessments, alarms and checkpoints of one training in a run directory.
+
+    Several trainings may share the directory: a line says whose it is. Only process 0 writes.
+    """
+
+    def __init__(
+        self, workload: Workload, directory: Path, checkpoints: Checkpoints, identity: Any
+    ):
+        """Nothing is read or written yet.
+
+        Args:
+          workload: the training.
+          directory: of the run.
+          checkpoints: of this training.
+          identity: what decides the states; a checkpoint of another is refused.
+        """
+        self._workload, self._directory, self._checkpoints = workload, directory, checkpoints
+        self._identity = as_json(identity)
+        self._losses: list[float] = []
+        self._spent = Ledger()
+        self._began, self._compiled = time.perf_counter(), compile_seconds()
+        self.decisions: list[Decision] = []
+        self.curve: list[Assessment] = []
+        self.alarms: list[Alarm] = []
+
+    @property
+    def left_out(self) -> LeftOut:
+        """The stretches of the data that were decided not to be trained on."""
+        return frozenset((d.left_out[0], d.left_out[1]) for d in self.decisions if d.left_out)
+
+    @property
+    def assessed_at(self) -> int:
+        """The examples gone through at the latest assessment; -1 where there was none."""
+        if not self.curve:
+            return -1
+        return self.curve[-1].tokens // self._workload.tokens_per_example
+
+    def resume(self, first: Snapshot) -> tuple[Snapshot, dict[str, Any]]:
+        """The latest snapshot that was saved and the notes beside it, or ``first`` and none.
+
+        Lines of this training from after the checkpoint are dropped.
+
+        Raises:
+          UserError: the checkpoint is of another run.
+        """
+
+        def example(notes: dict[str, Any]):
+            self._check(notes)  # another optimiser has another state
+            return changed(self._workload, first, notes["settings"]).state
+
+        restored = self._checkpoints.restore_latest(example)
+        notes = restored.notes if restored else {}
+        self._reopen(notes.get("num_decisions", 0), notes.get("num_assessments", 0))
+        if restored is None:
+            return first, {}
+        self._losses, self._spent = notes["losses"], Ledger(*notes["ledger"])
+        self.alarms = [Alarm(*alarm) for alarm in notes["alarms"]]
+        return Snapshot(restored.state, notes["settings"], notes["examples"]), notes
+
+    def _check(self, notes: Mapping[str, Any]) -> None:
+        found = differences(notes.get("run"), self._identity)
+        if found:
+            raise UserError(
+                f"the checkpoints of {self._workload.name!r} in {self._directory} are of another "
+                f"run ({found}); go back to it, or give a new directory"
+            )
+
+    def _reopen(self, num_decisions: int, num_assessments: int) -> None:
+        """Goes on after so many lines of this training; those of others stay."""
+        decisions = self._first("decisions.jsonl", num_decisions)
+        self.decisions = [Decision(**_without(line, "name")) for line in decisions]
+        self.curve = [_assessment(x) for x in self._first("metrics.jsonl", num_assessments)]
+
+    def _first(self, file: str, number: int) -> list[dict[str, Any]]:
+        """The first lines of this training in a file, the others of it dropped."""
+        path, name = self._directory / file, self._workload.name
+        mine = [line for line in read_json_lines(path) if line["name"] == name][:number]
+        if jax.process_index() == 0:
+            numbers = itertools.count()
+            keep_json_lines(path, lambda x: x["name"] != name or next(numbers) < number)
+        return mine
+
+    def decided(self, decision: Decision) -> None:
+        """Notes a decision."""
+        self.decisions.append(decision)
+        self._write("decisions.jsonl", decision.as_json())
+
+    def assessed(self, snapshot: Snapshot, losses: np.ndarray) -> None:
+        """Notes how the run stands, by its held-out losses, and saves it."""
+        workload = self._workload
+        ledger = self.ledger(snapshot)
+        tokens = snapshot.examples * workload.tokens_per_example
+        now = Measurement(int(snapshot.state.step), tokens, ledger.seconds, losses)
+        last = None
+        if self.curve:
+            before = self.curve[-1]
+            last = Measurement(
+                before.step, before.tokens, before.seconds, np.array(self._losses), before.flops
+            )
+        found = assess(now, last, resources=len(parallel.default_devices()))
+        self.curve.append(found)
+        self._losses = losses.tolist()
+        self._write("metrics.jsonl", {"valid_loss": found.loss.mean, **found._asdict()})
+
+    def _write(self, file: str, line: Mapping[str, Any]) -> None:
+        if jax.process_index() == 0:
+            append_json_line(
+                self._directory / file, as_record({"name": self._workload.name, **line})
+            )
+
+    def save(self, snapshot: Snapshot, **notes: Any) -> None:
+        """Saves a snapshot, and what of the notes a resumed run is to be given back.
+
+        Raises:
+          FloatingPointError: a meta-parameter is not finite; nothing is written.
+        """
+        assessed = self.curve and self.assessed_at == snapshot.examples
+        valid_loss = self.curve[-1].loss.mean if assessed else math.inf
+        notes |= {
+            "run": self._identity,
+            "settings": snapshot.settings,
+            "examples": snapshot.examples,
+            "ledger": list(self.ledger(snapshot)),
+            "losses": self._losses,
+            "alarms": [list(alarm) for alarm in self.alarms],
+            "num_decisions": len(self.decisions),
+            "num_assessments": len(self.curve),
+        }
+        self._checkpoints.save(snapshot.state, valid_loss=valid_loss, notes=as_json(notes))
+
+    def went_back(self, snapshot: Snapshot) -> None:
+        """Takes back the checkpoints from after the snapshot."""
+        self._checkpoints.forget_after(int(snapshot.state.step))
+
+    def wait(self) -> None:
+        """Waits until all is written."""
+        self._checkpoints.wait()
+
+    def ledger(self, snapshot: Snapshot) -> Ledger:
+        """What was spent up to now."""
+        compiling = compile_seconds() - self._compiled
+        seconds = time.perf_counter() - self._began - compiling
+        return Ledger(
+            snapshot.examples,
+            sum(decision.trial_examples for decision in self.decisions),
+            self._spent.seconds + seconds,
+            self._spent.compile_seconds + compiling,
+        )
+
+
+def _assessment(line: Mapping[str, Any]) -> Assessment:
+    """What `Journal.assessed` wrote; JSON has no NaN."""
+    fields = {name: line[name] for name in Assessment._fields}
+    for name in ("loss", "improvement"):
+        interval = fields[name]
+        if interval is not None:
+            known = {k: math.nan if v is None else v for k, v in interval.items()}
+            fields[name] = Interval(**known)  # type: ignore[arg-type]
+    return Assessment(**fields)
+
+
+def _without(line: Mapping[str, Any], name: str) -> dict[str, Any]:
+    return {key: value for key, value in line.items() if key != name}

@@ -1,0 +1,115 @@
+"""The closed loop: a training that watches itself, tries changes, and goes back where one hurts.
+
+Between two decisions it trains as usual. A decision is a set of short trials (`trials`) of
+what a proposer names (`proposers`); an alarm that the state is damaged brings the last
+sound snapshot back. What was decided, and on which evidence, is in ``decisions.jsonl``; a
+memory of past runs, where there is one, gives the start and is told the end.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from metaopt.checkpoint import Checkpoints
+from metaopt.errors import UserError
+from metaopt.self_improvement.course import Course
+from metaopt.self_improvement.journal import Journal, Ledger
+from metaopt.self_improvement.kinship import RunRecord
+from metaopt.self_improvement.loop_config import LoopConfig, Outcome
+from metaopt.self_improvement.memory import Memory
+from metaopt.self_improvement.trials import Proposer
+from metaopt.self_improvement.workload import Settings, Workload, begin
+from metaopt.train import StopSignals, checkpoint_directory
+
+__all__ = ["Ledger", "LoopConfig", "Outcome", "record_of", "run"]
+
+
+def run(
+    workload: Workload,
+    settings: Settings,
+    *,
+    directory: Path | str,
+    config: LoopConfig | None = None,
+    proposer: Proposer | None = None,
+    memory: Memory | None = None,
+    interventions: Sequence[tuple[int, Settings]] = (),
+    fingerprint: dict[str, Any] | None = None,
+    monitor: Mapping[str, Any] | None = None,
+) -> Outcome:
+    """Trains to the end, from the latest checkpoint if there is one, improving on the way.
+
+    Writes to ``directory``: checkpoints in a folder of the workload's name; ``metrics.jsonl``
+    with the assessments; ``monitor.jsonl``; and ``decisions.jsonl``. Ctrl-C or SIGTERM saves
+    and leaves; the same call goes on.
+
+    Args:
+      workload: the training.
+      settings: to start with; every setting that may be changed has a value.
+      directory: of the run.
+      config: when to do what; `LoopConfig` if not given.
+      proposer: what names changes; `pattern_search` over all of the space if not given.
+      memory: of past runs; it proposes the start, and is told the end.
+      interventions: settings that are changed from outside while the run goes on, as
+        ``(examples, settings)``: someone at the console, or a fault that is put in.
+      fingerprint: what decides the states beside the settings; a checkpoint of another is refused.
+      monitor: further arguments of `Monitor`: ``flops_per_step``, ``peak_flops``, ``read_memory``.
+
+    Returns:
+      `Outcome`.
+
+    Raises:
+      UserError: a setting is missing or out of bounds; the checkpoints are of another run.
+      Diverged: going back did not help.
+      Interrupted: after Ctrl-C or SIGTERM, with everything saved.
+    """
+    config = config or LoopConfig()
+    if memory is not None and jax.process_count() > 1:
+        raise UserError("several processes: ask the memory before, and give all one start")
+    first, interventions = begin(workload, settings), sorted(interventions, key=lambda e: e[0])
+    directory, path = Path(directory), checkpoint_directory(directory, workload.name)
+    with Checkpoints(path, fingerprint=fingerprint or {}) as checkpoints, StopSignals() as stop:
+        identity = _identity(workload, settings, config, interventions)
+        journal = Journal(workload, directory, checkpoints, identity)
+        loop = Course(workload, config, proposer, journal, stop, interventions)
+        snapshot, new = loop.start(first, memory)
+        options = _per_example(monitor or {}, workload.examples_per_step(settings))
+        with loop.watched(snapshot, directory, options):
+            outcome = loop.run(snapshot)
+    if memory is not None and new:
+        memory.remember(record_of(workload, outcome))
+    return outcome
+
+
+def _identity(workload, settings, config, interventions) -> dict[str, Any]:
+    """What decides the states."""
+    return {
+        "task": dict(workload.task),
+        "num_examples": workload.num_examples,
+        "space": dict(workload.space),
+        "settings": dict(settings),
+        "loop": config,
+        "interventions": list(interventions),
+    }
+
+
+def _per_example(monitor: Mapping[str, Any], size: int) -> dict[str, Any]:
+    options = dict(monitor)
+    flops = options.pop("flops_per_step", None)
+    return options | {"flops_per_example": None if flops is None else flops / size}
+
+
+def record_of(workload: Workload, outcome: Outcome) -> RunRecord:
+    """What is worth remembering of a run."""
+    tokens = outcome.snapshot.examples * workload.tokens_per_example
+    return RunRecord(
+        name=workload.name,
+        task=workload.task,
+        settings=outcome.snapshot.settings,
+        loss=outcome.curve[-1].loss.mean,
+        tokens=tokens,
+        seconds=outcome.ledger.seconds,
+        curve=[(point.tokens, point.loss.mean) for point in outcome.curve],
+        decisions=[decision.as_json() for decision in outcome.decisions],
+    )

@@ -1,0 +1,66 @@
+"""When the loop does what, and what a run under it gives."""
+
+import dataclasses
+from typing import NamedTuple
+
+from metaopt.errors import UserError
+from metaopt.self_improvement.alarms import Alarm
+from metaopt.self_improvement.assess import Assessment
+from metaopt.self_improvement.journal import Ledger
+from metaopt.self_improvement.symptoms import MonitorConfig
+from metaopt.self_improvement.trials import Decision, TrialConfig
+from metaopt.self_improvement.workload import Snapshot
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoopConfig:
+    """When the loop does what; fractions are of the examples of the run.
+
+    Attributes:
+      phases: when a search begins anew; none for a run that changes nothing.
+      shares: how much each phase may spend on trials that are not gone on with.
+      trials: how changes are tried.
+      assess_every: a held-out evaluation, and a checkpoint.
+      keep_every: steps from one snapshot to go back to to the next.
+      max_roll_backs: in a row without a decision or an assessment between them; then the
+        run has `Diverged`.
+      monitor: thresholds of the alarms.
+    """
+
+    phases: tuple[float, ...] = (0.0, 0.35)
+    shares: tuple[float, ...] = (0.14, 0.03)
+    trials: TrialConfig = dataclasses.field(default_factory=TrialConfig)
+    assess_every: float = 0.1
+    keep_every: int = 20
+    max_roll_backs: int = 5
+    monitor: MonitorConfig = dataclasses.field(default_factory=MonitorConfig)
+
+    def __post_init__(self):
+        if len(self.phases) != len(self.shares) or list(self.phases) != sorted(self.phases):
+            raise UserError(
+                f"phases {self.phases} must ascend, and shares {self.shares} be as many"
+            )
+        if not all(0 <= phase < 1 for phase in self.phases) or not 0 < self.assess_every <= 1:
+            raise UserError("phases must be from 0 on and below 1, and assess_every in (0, 1]")
+        if not all(share >= 0 for share in self.shares):
+            raise UserError(f"shares {self.shares} must not be negative")
+        if self.keep_every < 1 or self.max_roll_backs < 0:
+            raise UserError("keep_every must be at least 1 and max_roll_backs at least 0")
+
+
+class Outcome(NamedTuple):
+    """What a run gives.
+
+    Attributes:
+      snapshot: where it ended: the state and the settings.
+      decisions: in order.
+      curve: one assessment each `LoopConfig.assess_every`.
+      ledger: what it cost.
+      alarms: those raised.
+    """
+
+    snapshot: Snapshot
+    decisions: list[Decision]
+    curve: list[Assessment]
+    ledger: Ledger
+    alarms: list[Alarm]

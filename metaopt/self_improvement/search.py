@@ -1,0 +1,309 @@
+"""Resources found by short measured trials: microbatch, rematerialisation, precision, devices.
+
+Memory is what the compiler plans, so nothing is found out by crashing; seconds are compared
+by `metaopt.self_improvement.racing`.
+"""
+
+import bisect
+import dataclasses
+import functools
+import itertools
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from metaopt.errors import UserError
+from metaopt.measure import (
+    Timing,
+    compile_for,
+    compiled_memory,
+    device_bytes,
+    human_bytes,
+)
+from metaopt.self_improvement.racing import quickest
+from metaopt.self_improvement.workload import Setting, Settings
+
+Build = Callable[[Settings], tuple[Callable, Sequence[Any]]]
+"""``settings -> (function, args)``, whose time a call is what counts."""
+
+
+def compile_program(function: Callable, *args: Any) -> jax.stages.Compiled:
+    """`compile_for`, but for a function that is under jit or pmap already: as it is there."""
+    lower = getattr(function, "lower", None)
+    return lower(*args).compile() if lower else compile_for(function, *args)
+
+
+def program_bytes(compiled: jax.stages.Compiled) -> int:
+    """Working memory, arguments and results together, in bytes a device.
+
+    Memory that results share with donated arguments counts twice: rather too much.
+    """
+    return sum(compiled_memory(compiled))
+
+
+def largest_that_fits(
+    sizes: Sequence[int], memory_of: Callable[[int], float], budget_bytes: float
+) -> int:
+    """The largest size whose memory is within a budget, by bisection.
+
+    Args:
+      sizes: ascending, such as the divisors of a batch.
+      memory_of: ``size -> bytes``, not decreasing, such as `program_bytes` of the program
+        of that size. It is asked for about ``log2(len(sizes)) + 1`` sizes, once each.
+      budget_bytes: what there is.
+
+    Raises:
+      UserError: there is no size, they are not ascending, or not even the smallest fits.
+    """
+    if not sizes or any(b <= a for a, b in itertools.pairwise(sizes)):
+        raise UserError(f"the sizes to choose from must be ascending, not {list(sizes)}")
+    memory_of = functools.cache(memory_of)
+    fitting = bisect.bisect_right(sizes, budget_bytes, key=memory_of)
+    if not fitting:
+        raise UserError(
+            f"not even a size of {sizes[0]} fits: it takes {human_bytes(memory_of(sizes[0]))} "
+            f"of a budget of {human_bytes(budget_bytes)}"
+        )
+    return sizes[fitting - 1]
+
+
+class ResourceResult(NamedTuple):
+    """What was found.
+
+    Attributes:
+      settings: the quickest that fit.
+      evidence: one entry a candidate and race, for ``decisions.jsonl``: ``setting`` (which was
+        varied), ``settings``, ``verdict`` (as in `Race`; or ``refused``, ``over memory``,
+        ``no time``), ``reason``, ``bytes``, ``compile_seconds``; and where it was timed,
+        ``items_per_second``, ``seconds`` a call with the quartiles ``lower`` and ``upper``,
+        ``rounds``.
+    """
+
+    settings: dict[str, Setting]
+    evidence: list[dict[str, Any]]
+
+
+def tune_resources(
+    build: Build,
+    space: Mapping[str, Sequence[Setting]],
+    start: Settings,
+    *,
+    memory_budget: float,
+    seconds_budget: float,
+    items: Callable[[Settings], float] = lambda settings: 1.0,
+    rounds: int = 16,
+    least_gain: float = 0.02,
+) -> ResourceResult:
+    """Varies one setting at a time, again and again, while that makes items a second more.
+
+    Where some did not fit the memory, two are varied together as well: a larger
+    microbatch may need rematerialisation, which alone is slower. A setting changes only
+    beyond noise, and in the end the result meets the start once more: where the start is
+    quicker beyond noise, it stays. Every candidate is compiled once, and what does not
+    fit the memory is never run.
+
+    Args:
+      build: ``settings -> (function, args)``; a `UserError` of its own refuses the candidate.
+        What the function donates is copied before every call.
+      space: the values of each setting that may change.
+      start: of all settings that ``build`` reads. Where it does not fit or run, the search
+        starts from what does and differs in the fewest settings.
+      memory_budget: bytes a device (`program_bytes`); up to 1, a fraction of what it has.
+      seconds_budget: for all, compiling included; what has begun is finished.
+      items: done by one call.
+      rounds: the most in a race.
+      least_gain: of a round that is won, as a fraction.
+
+    Raises:
+      UserError: a setting has no start, or nothing in the space fits and runs.
+    """
+    if missing := [name for name in space if name not in start]:
+        raise UserError(f"{', '.join(missing)}: may be varied, but has no value to start from")
+    budget = memory_budget * device_bytes() if memory_budget <= 1 else memory_budget
+    ends = time.perf_counter() + seconds_budget
+    bench = _Bench(build, budget, items, rounds, least_gain)
+    origin = best = bench.first_that_runs(_nearest_first(space, start))
+    # A tenth of the time is left for the last race.
+    searched = ends - 0.1 * seconds_budget
+    singles = [(name,) for name in space]
+    while True:
+        found = _sweep(bench, space, best, singles, searched)
+        if found == best and bench.is_tight():
+            found = _sweep(bench, space, best, list(itertools.combinations(space, 2)), searched)
+        if found == best:
+            break
+        best = found
+    if best != origin:
+        best = bench.race("start", best, [origin], ends)
+    return ResourceResult(best, bench.evidence)
+
+
+def _sweep(
+    bench: "_Bench",
+    space: Mapping[str, Sequence[Setting]],
+    best: dict[str, Setting],
+    moves: Sequence[tuple[str, ...]],
+    ends: float,
+) -> dict[str, Setting]:
+    """The best after a race for each move: all values of one setting, or of two together."""
+    for place, names in enumerate(moves):
+        now = time.perf_counter()
+        turn_ends = now + (ends - now) / (len(moves) - place)
+        values = itertools.product(*(space[name] for name in names))
+        rivals = [{**best, **dict(zip(names, v, strict=True))} for v in values]
+        setting = ", ".join(names)
+        best = bench.race(setting, best, bench.admitted(setting, rivals, turn_ends), turn_ends)
+    return best
+
+
+def _nearest_first(
+    space: Mapping[str, Sequence[Setting]], start: Settings
+) -> list[dict[str, Setting]]:
+    """The start, and all other combinations by the number of settings that differ from it."""
+    grid = itertools.product(*space.values())
+    return sorted(
+        [dict(start), *({**start, **dict(zip(space, values, strict=True))} for values in grid)],
+        key=lambda settings: sum(settings[name] != start[name] for name in space),
+    )
+
+
+class _Program(NamedTuple):
+    """A candidate, compiled and called once; or, where ``run`` is None, why it is not run."""
+
+    run: Callable[[], Any] | None = None
+    bytes: int | None = None
+    compile_seconds: float | None = None
+    verdict: str = ""
+    reason: str = ""
+
+
+def _prepared(build: Build, settings: Settings, budget: float) -> _Program:
+    began = time.perf_counter()
+    try:
+        function, args = build(settings)
+        compiled = compile_program(function, *args)
+        seconds, taken = time.perf_counter() - began, program_bytes(compiled)
+        if taken > budget:
+            reason = f"it takes {human_bytes(taken)} of a budget of {human_bytes(budget)}"
+            return _Program(None, taken, seconds, "over memory", reason)
+        run = _caller(compiled, args)
+        jax.block_until_ready(run())
+    except (UserError, jax.errors.JaxRuntimeError) as error:
+        return _Program(verdict="refused", reason=str(error).partition("\n")[0])
+    return _Program(run, taken, seconds)
+
+
+def _caller(compiled: jax.stages.Compiled, args: Sequence[Any]) -> Callable[[], Any]:
+    """A call with the same arguments again and again, copies of those that are donated."""
+    leaves, structure = jax.tree.flatten(tuple(args))
+    donated = [info.donated for info in jax.tree.leaves(compiled.args_info)]
+
+    def call():
+        given = [jnp.copy(x) if d else x for x, d in zip(leaves, donated, strict=True)]
+        return compiled(*jax.tree.unflatten(structure, given))
+
+    return call
+
+
+@dataclasses.dataclass
+class _Bench:
+    """Compiled candidates and what was found out about them."""
+
+    build: Build
+    budget: float
+    items: Callable[[Settings], float]
+    rounds: int
+    least_gain: float
+    programs: dict[str, _Program] = dataclasses.field(default_factory=dict)
+    evidence: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+
+    def program(self, settings: Settings) -> _Program:
+        name = _label(settings)
+        if name not in self.programs:
+            self.programs[name] = _prepared(self.build, settings, self.budget)
+        return self.programs[name]
+
+    def first_that_runs(self, candidates: Sequence[dict[str, Setting]]) -> dict[str, Setting]:
+        for settings in candidates:
+            if self.program(settings).run:
+                return settings
+            self.record("start", settings, self.program(settings).verdict)
+        reason = self.evidence[0]["reason"]
+        raise UserError(f"no settings of the space can be run; for the start, {reason}")
+
+    def is_tight(self) -> bool:
+        """Whether memory kept some candidates out."""
+        return any(program.verdict == "over memory" for program in self.programs.values())
+
+    def admitted(
+        self, setting: str, rivals: Sequence[dict[str, Setting]], ends: float
+    ) -> list[dict[str, Setting]]:
+        """Those that are new, fit and run; compiled here, while there is time for it."""
+        found = []
+        for rival in rivals:
+            if _label(rival) in self.programs:
+                continue
+            longest = max(p.compile_seconds or 0.0 for p in self.programs.values())
+            if time.perf_counter() + longest > ends:
+                self.record(setting, rival, "no time")
+            elif self.program(rival).run:
+                found.append(rival)
+            else:
+                self.record(setting, rival, self.program(rival).verdict)
+        return found
+
+    def race(
+        self,
+        setting: str,
+        best: dict[str, Setting],
+        rivals: Sequence[dict[str, Setting]],
+        ends: float,
+    ) -> dict[str, Setting]:
+        """The best, or a rival that is quicker beyond noise."""
+        if not rivals:
+            return best
+        entrants = {_label(settings): settings for settings in (best, *rivals)}
+        found = quickest(
+            {name: run for name in entrants if (run := self.programs[name].run)},
+            _label(best),
+            seconds_budget=ends - time.perf_counter(),
+            rounds=self.rounds,
+            items={name: self.items(settings) for name, settings in entrants.items()},
+            least_gain=self.least_gain,
+        )
+        for name, settings in entrants.items():
+            self.record(setting, settings, found.verdicts[name], found.timings.get(name))
+        return entrants[found.winner]
+
+    def record(
+        self, setting: str, settings: Settings, verdict: str, timing: Timing | None = None
+    ) -> None:
+        program = self.programs.get(_label(settings), _Program())
+        times = {}
+        if timing:
+            items = self.items(settings)
+            times = {
+                "items_per_second": 1 / timing.median,
+                "seconds": items * timing.median,
+                "lower": items * timing.lower,
+                "upper": items * timing.upper,
+                "rounds": len(timing.samples),
+            }
+        self.evidence.append(
+            {
+                "setting": setting,
+                "settings": dict(settings),
+                "verdict": verdict,
+                "reason": program.reason,
+                "bytes": program.bytes,
+                "compile_seconds": program.compile_seconds,
+                **times,
+            }
+        )
+
+
+def _label(settings: Settings) -> str:
+    return ", ".join(f"{name}={value!r}" for name, value in sorted(settings.items()))

@@ -1,0 +1,335 @@
+"""Workloads: a meta-training or a plain training, put together as the loop wants it."""
+
+import dataclasses
+import functools
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from metaopt import parallel
+from metaopt.errors import UserError
+from metaopt.learners import maml
+from metaopt.meta_gradients import joint
+from metaopt.outer_step import OuterConfig, init_state, make_meta_step, outer_optimizer
+from metaopt.self_improvement.loop import LoopConfig, run
+from metaopt.self_improvement.memory import Memory
+from metaopt.self_improvement.workload import Scale, Setting, Settings, Space, Workload
+from metaopt.train import Evaluate, StepFn, TrainConfig, TrainFn, train
+from metaopt.types import Batch, Episode, Learner, LossFn, MetaGradFn, MetaState, Model, Params
+
+RATES = Scale(low=1e-7, high=1e3)
+DECAY = Scale(low=1e-7, high=1e2)
+NOT_TRIED = ("clip_norm", "momentum")
+HELD_OUT_BATCHES = 8
+
+
+def constant(done: float) -> float:
+    """No schedule."""
+    del done
+    return 1.0
+
+
+def cosine(done: float) -> float:
+    """From 1 at the start of a run to 0 at its end."""
+    return float(0.5 * (1 + np.cos(np.pi * done)))
+
+
+def default_settings(**settings: Setting) -> dict[str, Setting]:
+    """Those of `OuterConfig`, Adam's scalars and all tasks at once, with what is given."""
+    scalars = {name: float(value) for name, value in OuterConfig().hparams().items()}
+    return {"optimizer": "adam", "tasks_at_a_time": 0, **scalars} | settings
+
+
+def meta_training(
+    name: str,
+    *,
+    task: Mapping[str, float | int | str],
+    params: Params,
+    learner: Learner,
+    estimate: Callable[[Settings], MetaGradFn],
+    sample: Callable[[Settings, int], Episode],
+    evaluate: Callable[[MetaState], np.ndarray],
+    examples_per_step: Callable[[Settings], int],
+    num_examples: int,
+    tokens_per_example: int,
+    space: Space,
+    schedule: Callable[[float], float] = cosine,
+    seed: int = 0,
+    num_devices: int = 0,
+) -> Workload:
+    """A workload of the outer step.
+
+    Settings that it reads beside the scalars of the state: ``optimizer`` (see `OuterConfig`)
+    and ``tasks_at_a_time``; the functions given here may read more.
+
+    Args:
+      name: as it stands in files.
+      task: what it is like, for the memory.
+      params: initial parameters.
+      learner: what is learned.
+      estimate: ``settings -> estimator``.
+      sample: ``(settings, position) -> episodes [T, ...]`` of one step, on the host.
+      evaluate: ``state -> losses [E]``.
+      examples_per_step: of settings.
+      num_examples: length of the run.
+      tokens_per_example: for rates.
+      space: what may be changed.
+      schedule: of the outer rates, over the run.
+      seed: of what is drawn in a step.
+      num_devices: 0 for all.
+    """
+    devices = parallel.default_devices(num_devices)
+
+    def start(settings: Settings) -> MetaState:
+        outer = _outer(settings)
+        hparams = outer.hparams() | {"inner_learning_rate": jnp.float32(0.0)}
+        key = jax.random.key(seed)
+        state = init_state(key, params, learner, outer_optimizer(outer), hparams)
+        return parallel.replicate(state, devices)
+
+    def pure_step(settings: Settings, axis_name: str | None):
+        return make_meta_step(
+            estimate(settings),
+            outer_optimizer(_outer(settings)),
+            tasks_at_a_time=int(settings.get("tasks_at_a_time", 0)),
+            axis_name=axis_name,
+        )
+
+    @functools.cache
+    def compiled(chosen: tuple[tuple[str, Setting], ...]) -> StepFn:
+        return parallel.parallel_step(pure_step(dict(chosen), parallel.AXIS), devices)
+
+    scalars = {*OuterConfig(optimizer="lars").hparams(), "inner_learning_rate"}
+
+    def static(settings: Settings) -> tuple[tuple[str, Setting], ...]:
+        return tuple(sorted((k, v) for k, v in settings.items() if k not in scalars))
+
+    @functools.cache
+    def window(chosen: tuple[tuple[str, Setting], ...]):
+        pure = pure_step(dict(chosen), None)
+
+        @jax.jit
+        def loss_after(state: MetaState, batches: Sequence[Episode]) -> jax.Array:
+            loss = jnp.zeros(())
+            for batch in batches:  # the last one measures what those before it did
+                state, metrics = pure(state, batch)
+                loss = metrics["loss"]
+            return loss
+
+        return loss_after
+
+    def window_loss(state: MetaState, settings: Settings, position: int, num_steps: int):
+        size = examples_per_step(settings)
+        batches = [sample(settings, position + i * size) for i in range(num_steps + 1)]
+        return window(static(settings))(state, batches)
+
+    return Workload(
+        name=name,
+        task=task,
+        start=start,
+        step=lambda settings: compiled(static(settings)),
+        sample=lambda settings, position: parallel.split_over_devices(
+            sample(settings, position), len(devices)
+        ),
+        examples_per_step=examples_per_step,
+        evaluate=evaluate,
+        num_examples=num_examples,
+        tokens_per_example=tokens_per_example,
+        space=space,
+        schedule=schedule,
+        window_loss=window_loss,
+    )
+
+
+def _outer(settings: Settings) -> OuterConfig:
+    return OuterConfig(optimizer=settings.get("optimizer", "adam"))  # type: ignore[arg-type]
+
+
+def plain_training(
+    name: str,
+    *,
+    task: Mapping[str, float | int | str],
+    model: Model,
+    loss_fn: LossFn,
+    draw: Callable[[int, int], Batch],
+    held_out: Batch,
+    num_examples: int,
+    tokens_per_example: int,
+    space: Space,
+    schedule: Callable[[float], float] = cosine,
+    examples_at_a_time: int = 1,
+    seed: int = 0,
+    num_devices: int = 0,
+) -> Workload:
+    """A workload of plain training, by gradients of the loss on batches.
+
+    Settings that it reads: those of `meta_training`; ``batch_size``, a multiple of the number of
+    devices; and ``microbatch``, of which ``tasks_at_a_time`` are computed at a time on
+    a device (0 for as much as is a device's share).
+
+    Args:
+      name: as it stands in files.
+      task: what it is like, for the memory.
+      model: the model.
+      loss_fn: its loss.
+      draw: ``(position, number) -> examples [number, ...]``, a pure function, on the host.
+      held_out: examples ``[E, ...]`` that changes are judged by.
+      num_examples: length of the run.
+      tokens_per_example: for rates.
+      space: what may be changed.
+      schedule: of the rate, over the run.
+      examples_at_a_time: held-out examples that one loss is taken of; E / this many losses.
+      seed: of the initial parameters.
+      num_devices: 0 for all.
+
+    Raises:
+      UserError: the held-out examples do not divide by ``examples_at_a_time``.
+    """
+    learner, devices = maml(), parallel.default_devices(num_devices)
+    num_held_out = len(jax.tree.leaves(held_out)[0])
+    if num_held_out % examples_at_a_time:
+        raise UserError(
+            f"{num_held_out} held-out examples do not divide by examples_at_a_time="
+            f"{examples_at_a_time}"
+        )
+    groups = jax.tree.map(
+        lambda x: np.asarray(x).reshape(-1, examples_at_a_time, *x.shape[1:]), held_out
+    )
+    losses_of = parallel.parallel_map(
+        lambda params, batches: jax.lax.map(
+            lambda batch: loss_fn(params, batch), batches, batch_size=64
+        ),
+        devices,
+    )
+
+    def sample(settings: Settings, position: int) -> Episode:
+        size = int(settings["batch_size"])
+        parallel.check_divides(size, len(devices))
+        micro = int(settings.get("microbatch", 0)) or size // len(devices)
+        if size % micro:
+            raise UserError(f"a batch of {size} cannot be divided into microbatches of {micro}")
+        batch = jax.tree.map(
+            lambda x: np.asarray(x).reshape(size // micro, micro, *x.shape[1:]),
+            draw(position, size),
+        )
+        # All of the batch is support: there is no inner loop to judge.
+        nothing = jax.tree.map(lambda x: x[:, :0], batch)
+        return Episode(batch, nothing, np.zeros(size // micro, np.int32))  # type: ignore[arg-type]
+
+    return meta_training(
+        name,
+        task=task,
+        params=model.init(jax.random.key(seed)),
+        learner=learner,
+        estimate=lambda settings: joint(learner, loss_fn),
+        sample=sample,
+        evaluate=lambda state: losses_of(state.meta_params["params"], groups),
+        examples_per_step=lambda settings: int(settings["batch_size"]),
+        num_examples=num_examples,
+        tokens_per_example=tokens_per_example,
+        space=_on_devices(space, len(devices)),
+        schedule=schedule,
+        seed=seed,
+        num_devices=num_devices,
+    )
+
+
+def _on_devices(space: Space, num_devices: int) -> Space:
+    """The space with batches that divide by the devices."""
+    axis = space.get("batch_size")
+    if not isinstance(axis, Scale):
+        return space
+    multiple = math.lcm(axis.multiple, num_devices)
+    return {**space, "batch_size": dataclasses.replace(axis, multiple=multiple)}
+
+
+def improving_train(
+    state: MetaState,
+    step_fn: StepFn,
+    sample: Callable[[int], Episode],
+    *,
+    config: TrainConfig,
+    directory: Path | str,
+    name: str,
+    tasks_per_step: int,
+    tokens_per_task: int,
+    fingerprint: dict[str, Any],
+    evaluate: Evaluate | None = None,
+    loop: LoopConfig | None = None,
+    memory: Memory | None = None,
+) -> MetaState:
+    """`metaopt.train.train` under the closed loop: same arguments, and the scalars may change.
+
+    All that the step reads from ``state.hparams`` is tried by factors where it is above 0,
+    but for the clipping norm and the momentum. Trials are judged by ``evaluate``; where there is
+    none, or it gives a single number, by the losses of steps on batches from after the end of
+    the run, whose updates are thrown away. Of the config only ``num_steps`` is used: when what
+    is done says ``loop``, and ``metrics.jsonl`` has one line an assessment.
+
+    Args:
+      state: the state at step 0. It is copied.
+      step_fn, sample, config, directory, name, tasks_per_step, tokens_per_task, fingerprint,
+        evaluate: as for `metaopt.train.train`.
+      loop: when the loop does what; `LoopConfig` if not given.
+      memory: of past runs, of the same name before all.
+
+    Returns:
+      The state at the end.
+
+    Raises:
+      UserError, Diverged, Interrupted: as for `loop.run`.
+    """
+    hparams = {key: float(value) for key, value in state.hparams.items()}
+    tried = {k: RATES for k, value in hparams.items() if value > 0 and k not in NOT_TRIED}
+    initial = jax.tree.map(jnp.copy, state)
+
+    @functools.cache
+    def held_out(i: int) -> Episode:
+        return sample(config.num_steps + i)
+
+    def losses_of_steps(state: MetaState) -> np.ndarray:
+        found = []
+        for i in range(HELD_OUT_BATCHES):
+            copy = jax.tree.map(jnp.copy, state)
+            found.append(step_fn(copy, held_out(i))[1]["loss"])
+        return np.array(jax.device_get(found), np.float64)
+
+    several = evaluate is not None and np.ndim(evaluate(state)) == 1
+    workload = Workload(
+        name=name,
+        task={"name": name, "tasks_per_step": tasks_per_step},
+        start=lambda settings: jax.tree.map(jnp.copy, initial),
+        step=lambda settings: step_fn,
+        sample=lambda settings, position: sample(position // tasks_per_step),
+        examples_per_step=lambda settings: tasks_per_step,
+        evaluate=evaluate if several else losses_of_steps,  # type: ignore[arg-type]
+        num_examples=config.num_steps * tasks_per_step,
+        tokens_per_example=tokens_per_task,
+        space=tried,
+    )
+    outcome = run(
+        workload,
+        hparams,
+        directory=directory,
+        config=loop,
+        memory=memory,
+        fingerprint=fingerprint,
+    )
+    return outcome.snapshot.state
+
+
+def trainer(improve: bool) -> TrainFn:
+    """What a training is done with: `improving_train` under the closed loop, or plain `train`.
+
+    Where ``$METAOPT_MEMORY`` is set, the path or URL of a `Memory`, the loop remembers.
+    """
+    if not improve:
+        return train
+    where = os.environ.get("METAOPT_MEMORY")
+    return functools.partial(improving_train, memory=Memory(where) if where else None)

@@ -1,0 +1,69 @@
+import math
+
+import pytest
+
+from metaopt.self_improvement import kinship
+from metaopt.self_improvement.kinship import MISSING, UNEQUAL, RunRecord, choose, distance
+
+TASK = {"family": "markov", "width": 64, "order": 1}
+
+
+def run(name, loss=1.0, seconds=1.0, **task):
+    settings = {"rate": name}
+    return RunRecord(
+        name=name, task=TASK | task, settings=settings, loss=loss, tokens=10, seconds=seconds
+    )
+
+
+@pytest.mark.parametrize(
+    ("there", "expected"),
+    [
+        ({}, 0.0),
+        ({"width": 128}, math.log(2)),
+        ({"width": 32}, math.log(2)),
+        ({"family": "text"}, UNEQUAL),
+        ({"order": "1"}, UNEQUAL),
+        ({"order": True}, UNEQUAL),
+        ({"order": 0}, 1.0),
+        ({"depth": 2}, MISSING),
+        ({"width": 128, "family": "text"}, math.log(2) + UNEQUAL),
+        ({"width": math.nan}, UNEQUAL),
+    ],
+)
+def test_the_distance_is_a_sum_over_descriptors_and_the_same_both_ways(there, expected):
+    assert distance(TASK, TASK | there) == pytest.approx(expected)
+    assert distance(TASK | there, TASK) == pytest.approx(expected)
+
+
+def test_the_distance_does_not_depend_on_units():
+    here, there = {"tokens": 3e6, "rate": 0.1}, {"tokens": 2e6, "rate": 0.3}
+    rescaled = [{"tokens": t["tokens"] / 1e6, "rate": t["rate"]} for t in (here, there)]
+    assert distance(here, there) == pytest.approx(distance(*rescaled))
+    assert distance({"x": -2.0}, {"x": 2.0}) == 2.0 and distance({"x": 0}, {"x": 0.0}) == 0.0
+    assert distance({"n": 10**400}, {"n": 1}) > 0  # beyond any float
+
+
+def test_the_best_of_the_nearest_proposes():
+    near = [run("same", 1.0), run("slow", 0.9, 5.0), run("quick", 0.9, 2.0, width=66)]
+    far = [run("elsewhere", 0.1, width=128), run("other", 0.0, family="text")]
+    diverged = run("diverged", math.nan)
+    proposal = choose([diverged, *far, *near], TASK)
+    assert proposal is not None and proposal.run == "quick"
+    assert proposal.distance == pytest.approx(math.log(66 / 64))
+    assert proposal.settings == {"rate": "quick"} and "quick" in proposal.reason
+    proposal = choose([*far, *near[:2]], TASK)
+    assert proposal is not None and (proposal.run, proposal.distance) == ("slow", 0.0)
+    assert "the same task" in proposal.reason
+
+    proposal = choose([diverged, *far], TASK)
+    assert proposal is not None and proposal.run == "elsewhere"
+    assert proposal.distance == pytest.approx(math.log(2))
+    assert "width 128 there, 64 here" in proposal.reason
+
+
+def test_without_kin_nothing_is_proposed():
+    assert choose([], TASK) is None
+    assert choose([run("diverged", math.inf)], TASK) is None
+    assert choose([run("far", width=64 * 25)], TASK) is None
+    assert choose([run("far", width=64 * 25)], TASK, within=3.3) is not None
+    assert kinship.LIKE < math.log(2) < kinship.NEAR

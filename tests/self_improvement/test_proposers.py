@@ -1,0 +1,143 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import noisy_quadratic as quadratic
+import pytest
+from noisy_quadratic import SETTINGS, workload
+
+from metaopt.self_improvement.proposers import descent, pattern_search
+from metaopt.self_improvement.trials import Decision
+from metaopt.self_improvement.workload import Choice, Scale, Snapshot, begin
+
+RATE = Scale(low=1e-3, high=1e3, factor=16.0)
+
+
+def snapshot(**settings):
+    return Snapshot(None, settings, 0)  # type: ignore[arg-type]
+
+
+def decision(*entries, phase=0, changes=None):
+    """``(setting, value, verdict, accepted)`` each."""
+    evidence = [
+        {"setting": s, "settings": {s: v}, "verdict": verdict, "accepted": accepted}
+        for s, v, verdict, accepted in entries
+    ]
+    verdict = "accepted" if changes else "kept"
+    return Decision(0, 0, phase, verdict, changes or {}, "", evidence, 0, 0.0)
+
+
+def values(proposer, now, decisions=(), phase=0, name="rate"):
+    changes = proposer(now, list(decisions), phase)
+    return [change.settings[name] for change in changes if change.setting == name]
+
+
+UP = decision(
+    ("rate", 16.0, "better", True), ("rate", 1 / 16, "worse", False), changes={"rate": [1.0, 16.0]}
+)
+NEITHER = decision(("rate", 16.0, "worse", False), ("rate", 1 / 16, "worse", False))
+MIXED = decision(("rate", 16.0, "noise", False), ("rate", 1 / 16, "worse", False))
+NOISE = decision(("rate", 16.0, "noise", False), ("rate", 1 / 16, "noise", False))
+BEATEN = decision(
+    ("rate", 16.0, "better", False), ("decay", 2.0, "better", True), changes={"decay": [1.0, 2.0]}
+)
+ROLLED_BACK = Decision(0, 0, -1, "rolled back", {"rate": [1.0, 0.25]}, "", [{}], 0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("decisions", "now", "expected"),
+    [
+        ([], 1.0, [16.0, 1 / 16]),
+        ([UP], 16.0, [256.0]),  # on in the direction that helped
+        ([UP], 100.0, [1e3]),  # no farther than the bound
+        ([NEITHER], 1.0, [4.0, 0.25]),
+        ([MIXED], 1.0, [4.0, 0.25]),
+        ([UP, NEITHER], 16.0, [64.0, 4.0]),
+        ([NEITHER] * 2, 1.0, [2.0, 0.5]),
+        ([NEITHER] * 4, 1.0, []),  # the fourth root of 2 is no change worth a trial
+        ([NOISE], 1.0, []),
+        ([BEATEN], 1.0, [16.0, 1 / 16]),
+        ([ROLLED_BACK], 1.0, [16.0, 1 / 16]),  # of no phase
+    ],
+)
+def test_where_a_search_stands_is_read_off_the_decisions(decisions, now, expected):
+    search = pattern_search({"rate": RATE})
+    assert values(search, snapshot(rate=now), decisions) == pytest.approx(expected)
+
+
+def test_a_later_phase_begins_anew_with_a_small_factor():
+    search = pattern_search({"rate": RATE})
+    found = values(search, snapshot(rate=1.0), [NOISE, NEITHER], phase=1)
+    assert found == pytest.approx([2.0, 0.5])
+
+
+def test_at_a_bound_only_the_way_back_is_proposed():
+    search = pattern_search({"rate": RATE})
+    assert values(search, snapshot(rate=1e3)) == pytest.approx([1e3 / 16])
+
+
+def test_what_is_coupled_goes_along_by_its_power_and_within_its_bounds():
+    batch = Scale(low=1, high=64, factor=4.0, integer=True, coupled={"rate": 0.5, "free": -1.0})
+    search = pattern_search({"batch": batch, "rate": Scale(low=0.6, high=9.0)})
+    up, down = [
+        change.settings
+        for change in search(snapshot(batch=8, rate=1.0, free=1.0), [], 0)
+        if change.setting == "batch"
+    ]
+    assert up == {"batch": 32, "rate": 2.0, "free": 0.25}
+    assert down == {"batch": 2, "rate": 0.6, "free": 4.0}
+
+
+def test_each_other_value_of_a_choice_is_tried_once_a_phase():
+    search = pattern_search({"o": Choice(values=("a", "b", "c", "d"))})
+    past = decision(
+        ("o", "b", "worse", False),
+        ("o", "c", "better", False),
+        ("o", "d", "better", True),
+        changes={"o": ["a", "d"]},
+    )
+    assert values(search, snapshot(o="a"), name="o") == ["b", "c", "d"]
+    # The one that was better, but beaten, is worth another trial.
+    assert values(search, snapshot(o="d"), [past], name="o") == ["c"]
+    assert values(search, snapshot(o="d"), [past], phase=1, name="o") == ["a", "b", "c"]
+
+
+def test_an_oracle_spares_the_attempts_against_it_while_the_factor_is_coarse():
+    for slope, expected in ((3.0, [1 / 16]), (-3.0, [16.0])):
+        search = pattern_search({"rate": RATE}, lambda snapshot, slope=slope: {"rate": slope})
+        assert values(search, snapshot(rate=1.0)) == pytest.approx(expected)
+        assert values(search, snapshot(rate=1.0), [NEITHER]) == pytest.approx([4.0, 0.25])
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def window(state, batch_size, position, num_steps):
+    loss = jnp.zeros(())
+    for i in range(num_steps + 1):
+        batch = quadratic.sample({"batch_size": batch_size}, position + i * batch_size)
+        state, metrics = quadratic.update(state, batch)
+        loss = metrics["loss"]
+    return loss
+
+
+def test_descent_is_the_slope_that_finite_differences_find():
+    settings = SETTINGS | {"outer_learning_rate": 0.05, "weight_decay": 0.02}
+    names = ("outer_learning_rate", "weight_decay")
+    problem = workload(
+        space={name: quadratic.RATE for name in names},
+        window_loss=lambda state, settings, *where: window(state, settings["batch_size"], *where),
+    )
+    start = begin(problem, settings)._replace(examples=12)
+    with jax.enable_x64(True):
+        state = jax.tree.map(lambda x: x.astype(float) if x.dtype == "float32" else x, start.state)
+        start = start._replace(state=state)
+        slopes = descent(problem, num_steps=2, least=0.0)(start)
+        for name in names:
+
+            def at(log_change, name=name):
+                value = state.hparams[name] * jnp.exp(log_change)
+                moved = state._replace(hparams=state.hparams | {name: value})
+                return float(window(moved, 4, 12, 2))
+
+            assert slopes[name] == pytest.approx((at(1e-4) - at(-1e-4)) / 2e-4, rel=1e-5)
+        assert set(descent(problem, num_steps=2, least=0.1)(start)) == {"outer_learning_rate"}
+    assert slopes["outer_learning_rate"] < 0 < slopes["weight_decay"]
