@@ -23,6 +23,7 @@ from metaopt.errors import UserError
 from metaopt.inner_loop import check_split
 from metaopt.inner_optimizers import INNER_OPTIMIZERS
 from metaopt.runs import open_run
+from metaopt.self_improvement.training import trainer
 from metaopt.tasks import text
 from metaopt.tasks.markov import MarkovConfig, bayes_loss, markov
 from metaopt.types import Learner, Model, TaskFamily
@@ -110,7 +111,9 @@ def run(config: Config) -> None:
     tokens = (config.num_support + config.num_query) * config.length
     problem = Problem(family, model, losses.next_token(model), tokens)
     rows = make_rows(config, model)
-    comparison = Comparison(problem, config.inner, config.outer, config.comparison)
+    comparison = Comparison(
+        problem, config.inner, config.outer, config.comparison, trainer(config.improve)
+    )
     place = open_run(
         config.root,
         "adapt_languages",

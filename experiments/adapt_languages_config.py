@@ -41,6 +41,7 @@ class Config:
       inner: the inner loop.
       outer: the outer optimiser.
       comparison: how long, on how much, judged on what.
+      improve: train under the closed loop, which changes rates where that helps.
       root: where runs are written.
       run_dir: this directory instead, new or of the same config.
     """
@@ -66,6 +67,7 @@ class Config:
     inner: InnerLoop = dataclasses.field(default_factory=InnerLoop)
     outer: OuterConfig = dataclasses.field(default_factory=OuterConfig)
     comparison: ComparisonConfig = dataclasses.field(default_factory=ComparisonConfig)
+    improve: bool = False
     root: str = "runs"
     run_dir: str | None = None
 

@@ -45,6 +45,7 @@ from metaopt.errors import UserError
 from metaopt.inner_loop import check_split
 from metaopt.inner_optimizers import INNER_OPTIMIZERS
 from metaopt.runs import open_run, slug
+from metaopt.self_improvement.training import trainer
 from metaopt.tasks.markov import MarkovConfig, markov
 from metaopt.types import Model
 
@@ -144,7 +145,9 @@ def training_of(config: Config, name: ModelName) -> Training:
 
 def _compare(config: Config, name: ModelName, problem: Problem) -> Comparison:
     training = training_of(config, name)
-    return Comparison(problem, config.inner, training.outer, training.comparison)
+    return Comparison(
+        problem, config.inner, training.outer, training.comparison, trainer(config.improve)
+    )
 
 
 def run(config: Config) -> None:

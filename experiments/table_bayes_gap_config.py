@@ -123,6 +123,7 @@ class Config:
       num_layers: of the networks.
       num_heads: of the transformer.
       inner: the inner loop.
+      improve: train under the closed loop, which changes rates where that helps.
       root: where runs are written.
       run_dir: this directory instead, new or of the same config.
     """
@@ -137,6 +138,7 @@ class Config:
     num_layers: int = 1
     num_heads: int = 2
     inner: InnerLoop = dataclasses.field(default_factory=lambda: InnerLoop(unroll=False))
+    improve: bool = False
     root: str = "runs"
     run_dir: str | None = None
 

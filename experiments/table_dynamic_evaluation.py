@@ -57,7 +57,8 @@ from metaopt.outer_step import (
 )
 from metaopt.progress import say
 from metaopt.runs import open_run
-from metaopt.train import TrainConfig, train
+from metaopt.self_improvement.training import trainer
+from metaopt.train import TrainConfig
 from metaopt.types import Batch, Episode, Key, MetaGradFn, Params
 
 PRETRAINING = "pretraining"
@@ -200,7 +201,7 @@ class Experiment:
             episodes = training.sample(jax.random.fold_in(key, i))
             return parallel.split_over_devices(episodes, len(self.devices))
 
-        state = train(
+        state = trainer(config.improve)(
             parallel.replicate(state, self.devices),
             parallel.parallel_step(step, self.devices),
             sample,

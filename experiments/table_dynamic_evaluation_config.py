@@ -51,6 +51,7 @@ class Config:
       block: consecutive segments of one block; intervals are over blocks.
       seed: of the initialisation and of the training text.
       eval_seed: of the training text for the mean squared gradients.
+      improve: train under the closed loop, which changes rates where that helps.
       root: where runs are written.
       run_dir: this directory instead, new or of the same config.
     """
@@ -81,6 +82,7 @@ class Config:
     block: int = 64
     seed: int = 0
     eval_seed: int = 1234
+    improve: bool = False
     root: str = "runs"
     run_dir: str | None = None
 

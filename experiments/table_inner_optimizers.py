@@ -29,6 +29,7 @@ from metaopt.inner_loop import check_split
 from metaopt.inner_optimizers import INNER_OPTIMIZERS, OptimizerName
 from metaopt.recorder import Diverged
 from metaopt.runs import open_run
+from metaopt.self_improvement.training import trainer
 
 ESTIMATORS = {
     "joint": meta_gradients.joint,
@@ -77,7 +78,9 @@ def make_row(config: Config, optimizer: OptimizerName, learner: LearnerName) -> 
 def run(config: Config) -> None:
     """Trains and evaluates all cells, and writes the tables."""
     parallel.set_up_backend()
-    comparison = Comparison(make_problem(config), config.inner, config.outer, config.comparison)
+    comparison = Comparison(
+        make_problem(config), config.inner, config.outer, config.comparison, trainer(config.improve)
+    )
     place = open_run(
         config.root,
         "table_inner_optimizers",

@@ -38,6 +38,7 @@ class Config:
       inner: the inner loop; the table is the loss after its number of steps.
       outer: the outer optimiser, of the joint pretraining too.
       comparison: how long, on how much, judged on what.
+      improve: train under the closed loop, which changes rates where that helps.
       root: where runs are written.
       run_dir: this directory instead, new or of the same config.
     """
@@ -86,6 +87,7 @@ class Config:
             test_episodes=600,
         )
     )
+    improve: bool = False
     root: str = "runs"
     run_dir: str | None = None
 

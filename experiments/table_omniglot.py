@@ -46,8 +46,9 @@ from metaopt.outer_step import (
     outer_optimizer,
 )
 from metaopt.runs import open_run
+from metaopt.self_improvement.training import trainer
 from metaopt.tasks.images import ImagesConfig, images
-from metaopt.train import TrainConfig, train
+from metaopt.train import TrainConfig
 from metaopt.types import Array, Episode, LossFn, MetaParams, Model, Params, TaskFamily
 
 
@@ -159,7 +160,7 @@ def train_row(config: Config, problem: Problem, row: Row, seed: int, directory: 
         return parallel.parallel_step(step, devices)
 
     for estimator, until in phases(row, config.meta_steps):
-        state = train(
+        state = trainer(config.improve)(
             state,
             compiled(estimator),
             sample,

@@ -64,6 +64,7 @@ class Config:
       test_episodes: of each setting.
       eval_seed: of the test.
       checkpoint_every: meta-steps between checkpoints.
+      improve: train under the closed loop, which changes rates where that helps.
       root: where runs are written.
       run_dir: this directory instead, new or of the same config.
     """
@@ -97,6 +98,7 @@ class Config:
     test_episodes: int = 1000
     eval_seed: int = 1234
     checkpoint_every: int = 500
+    improve: bool = False
     root: str = "runs"
     run_dir: str | None = None
 

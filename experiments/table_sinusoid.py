@@ -35,8 +35,9 @@ from experiments.table_sinusoid_rows import Row, inner_hparams, make_rows
 from metaopt import evaluate, losses, meta_gradients, models, parallel
 from metaopt.outer_step import MetaStep, init_state, make_meta_step, outer_optimizer
 from metaopt.runs import open_run
+from metaopt.self_improvement.training import trainer
 from metaopt.tasks.sinusoid import SinusoidConfig, evaluation_episodes, sinusoid
-from metaopt.train import StepFn, TrainConfig, train
+from metaopt.train import StepFn, TrainConfig
 from metaopt.types import Episode, Key, LossFn, MetaParams, Model, Params
 
 RATES_TRIED = (0.001, 0.003, 0.01, 0.03)  # for the row that is not trained to adapt
@@ -104,7 +105,7 @@ def train_row(config: Config, problem: Problem, row: Row, seed: int, directory: 
     state = init_state(data_key, start, learner, outer_opt, hparams)
     step = make_meta_step(row.estimator(learner, problem.loss_fn, row.inner), outer_opt)
     num_calls = config.meta_steps // config.steps_per_call
-    state = train(
+    state = trainer(config.improve)(
         state,
         many_steps(
             step,

@@ -39,6 +39,7 @@ class Config:
       supports_per_curve: supports that each is met through.
       test_points: evenly spaced inputs on which it is judged.
       eval_seed: of the test.
+      improve: train under the closed loop, which changes rates where that helps.
       root: where runs are written.
       run_dir: this directory instead, new or of the same config.
     """
@@ -67,6 +68,7 @@ class Config:
     supports_per_curve: int = 10
     test_points: int = 100
     eval_seed: int = 1234
+    improve: bool = False
     root: str = "runs"
     run_dir: str | None = None
 

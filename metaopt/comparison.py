@@ -32,7 +32,7 @@ from metaopt.outer_step import (
 )
 from metaopt.progress import say
 from metaopt.runs import as_json
-from metaopt.train import TrainConfig, checkpoint_directory, train
+from metaopt.train import TrainConfig, TrainFn, checkpoint_directory, train
 from metaopt.types import (
     Episode,
     Hparams,
@@ -161,17 +161,19 @@ class Comparison:
         inner: InnerLoop,
         outer: OuterConfig,
         config: ComparisonConfig,
+        trainer: TrainFn = train,
     ):
         """Checks the settings and draws the evaluation episodes.
 
         The cosine of the outer rate ends with each training, unless
-        ``outer.decay_steps`` says when.
+        ``outer.decay_steps`` says when. The trainer is `train`, or what takes its place.
 
         Raises:
           UserError: the meta-batch does not divide by the devices or the groups, or
             the inner loop is longer than the evaluation.
         """
         self.problem, self.inner, self.outer, self.config = problem, inner, outer, config
+        self._trainer = trainer
         self.devices = parallel.default_devices(config.num_devices)
         parallel.check_divides(config.tasks_per_step, len(self.devices))
         check_groups(config.tasks_per_step // len(self.devices), config.tasks_at_a_time)
@@ -285,7 +287,7 @@ class Comparison:
         state = init_state(self._data_key, start, row.learner, outer_opt, hparams)
         state = parallel.replicate(state, self.devices)
         fingerprint = self._fingerprint(row)
-        final = train(
+        final = self._trainer(
             state,
             parallel.parallel_step(step, self.devices),
             lambda i: self._episodes(steps[i]),
@@ -318,11 +320,11 @@ class Comparison:
     def _validation(self, learner: Learner) -> Callable:
         curves = self._curves(learner, self.inner.num_steps)
 
-        def valid_loss(state) -> float:
+        def valid_losses(state) -> np.ndarray:
             losses = curves(state.meta_params, state.hparams, self.valid)
-            return evaluate.interval(losses[:, -1], np.asarray(self.valid.task)).mean
+            return evaluate.task_means(losses[:, -1], np.asarray(self.valid.task))
 
-        return valid_loss
+        return valid_losses
 
     def _fingerprint(self, row: Row) -> dict:
         return {
