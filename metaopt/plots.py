@@ -111,6 +111,29 @@ def lines(
     figure.savefig(path)
 
 
+def trajectories(
+    path: Path, points: Mapping[str, np.ndarray], *, x_label: str, y_label: str, title: str
+) -> None:
+    """Quantities that move on as a run does, each at its own points.
+
+    Args:
+      path: of the PNG file.
+      points: ``[n, 2]``, x and y, by the name in the legend; what is not finite is a gap.
+      x_label: of the horizontal axis.
+      y_label: of the vertical axis.
+      title: of the figure.
+    """
+    figure = new_figure()
+    axes = figure.subplots()
+    for i, (name, line) in enumerate(points.items()):
+        marker = MARKERS[i % len(MARKERS)]
+        axes.plot(line[:, 0], _finite(line[:, 1]), label=name, marker=marker, markersize=4)
+    axes.set(xlabel=x_label, ylabel=y_label, title=title)
+    axes.grid(alpha=0.25)
+    axes.legend(fontsize=8, frameon=False)
+    figure.savefig(path)
+
+
 def _limit(axes, lines: Sequence[np.ndarray], levels: Sequence[float], reach: float) -> None:
     """The axis up to ``reach`` from its median: a line that diverged does not hide the rest."""
     shown = np.concatenate([*lines, levels])

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from metaopt.plots import Curve, adaptation_curves, new_figure
+from metaopt.plots import Curve, adaptation_curves, new_figure, trajectories
 
 STEPS = np.arange(4.0)
 GOOD = Curve(3 - STEPS / 10, np.full(4, 0.1))
@@ -57,3 +57,20 @@ def test_every_row_and_limit_is_in_the_legend_and_the_baseline_has_no_gain(tmp_p
     drawn = [line.get_ydata() for line in right.lines if len(line.get_ydata()) == 4]
     np.testing.assert_array_equal(drawn, [np.full(4, 0.3)])
     assert "nats/token" in left.get_ylabel() and "joint" in right.get_ylabel()
+
+
+def test_trajectories_are_drawn_each_at_its_own_points(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(
+        "metaopt.plots.new_figure", lambda *size: made.append(new_figure(*size)) or made[0]
+    )
+    points = {
+        "one": np.array([[0.0, 3.0], [5.0, 2.0]]),
+        "two": np.array([[0.0, np.inf], [9.0, 1.0]]),
+    }
+    path = tmp_path / "curves.png"
+    trajectories(path, points, x_label="tokens", y_label="loss", title="runs")
+    one, two = made[0].axes[0].lines
+    np.testing.assert_array_equal(one.get_xydata(), points["one"])
+    assert np.isnan(two.get_ydata()[0]) and two.get_ydata()[1] == 1.0
+    assert path.exists()

@@ -1,0 +1,156 @@
+"""The config of `table_self_improvement` and its presets."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Literal
+
+from metaopt.errors import UserError
+from metaopt.self_improvement.loop import LoopConfig
+
+CHOSEN_BY = ("preset",)
+"""The flag that the defaults of all others depend on."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LanguageModel:
+    """A byte transformer, trained plainly on sequences of all domains of a text.
+
+    Attributes:
+      width: of the model.
+      num_layers: of the model.
+      num_heads: of the model.
+      length: bytes in a sequence.
+      num_examples: sequences in a run.
+      batches: batch sizes that tuning chooses from.
+      num_held_out: sequences that changes are judged by, as many again for tuning.
+      num_test: sequences that are reported on.
+    """
+
+    width: int = 32
+    num_layers: int = 2
+    num_heads: int = 2
+    length: int = 32
+    num_examples: int = 24_000
+    batches: tuple[int, ...] = (16, 32, 64)
+    num_held_out: int = 128
+    num_test: int = 1024
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Markov:
+    """MAML of a bigram table on random Markov languages.
+
+    Attributes:
+      num_examples: tasks in a run.
+      tasks_per_step: the meta-batch.
+      num_inner_steps: K.
+      num_held_out: tasks that changes are judged by.
+      num_test: tasks that are reported on.
+    """
+
+    num_examples: int = 9600
+    tasks_per_step: int = 32
+    num_inner_steps: int = 5
+    num_held_out: int = 256
+    num_test: int = 1000
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Mnist:
+    """A convolutional network on MNIST, by stochastic gradient descent.
+
+    Attributes:
+      path: a npz file with x_train, y_train, x_test and y_test; without it the row is a dash.
+      filters: channels of each layer.
+      batch_size: of a step.
+      num_epochs: of a run.
+      num_train: images that are trained on; the last 5000 of the training set are held out.
+      start_rate: where the row starts from.
+      rates: tried with a fixed rate and with a cosine.
+    """
+
+    path: str | None = None
+    filters: int = 8
+    batch_size: int = 64
+    num_epochs: int = 4
+    num_train: int = 12_000
+    start_rate: float = 0.003
+    rates: tuple[float, ...] = (0.03, 0.1, 0.3, 1.0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Runs with bad starts under the closed loop, against tuned and untreated ones.
+
+    Attributes:
+      preset: smoke (seconds), cpu or gpu; the defaults of all the rest follow it.
+      rows: names of the rows to run; all if none.
+      folder: of text, one file a domain; Python's own sources without it.
+      num_trials: of Optuna, for what a run is compared with.
+      seed: of everything.
+      lm: the language model.
+      markov: the meta-learning problem.
+      mnist: the image classifier.
+      loop: the closed loop.
+      second_runs: lengths of a run that remembers a first one, as shares of it, of which the
+        first that reaches its loss is reported.
+      population: members of the baseline.
+      resources_seconds: budget of the search through ways to compute a step.
+      resources_rounds: timed calls of every way, for the best.
+      root: where runs are written.
+      run_dir: this directory instead, new or of the same config.
+    """
+
+    preset: Literal["smoke", "cpu", "gpu"] = "cpu"
+    rows: tuple[str, ...] = ()
+    folder: str | None = None
+    num_trials: int = 32
+    seed: int = 0
+    lm: LanguageModel = dataclasses.field(default_factory=LanguageModel)
+    markov: Markov = dataclasses.field(default_factory=Markov)
+    mnist: Mnist = dataclasses.field(default_factory=Mnist)
+    loop: LoopConfig = dataclasses.field(default_factory=LoopConfig)
+    second_runs: tuple[float, ...] = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+    population: int = 4
+    resources_seconds: float = 120.0
+    resources_rounds: int = 8
+    root: str = "runs"
+    run_dir: str | None = None
+
+    def __post_init__(self):
+        if self.num_trials < 1:
+            raise UserError(f"num_trials is {self.num_trials}; tuning takes at least 1")
+        if not self.lm.batches or min(self.lm.batches) < 1:
+            raise UserError(f"lm.batches {self.lm.batches} must be some numbers from 1 on")
+
+
+def preset(flags: Mapping[str, str]) -> Config:
+    """The defaults for ``--preset``."""
+    name = flags.get("preset", "cpu")
+    if name == "cpu":
+        return Config()
+    if name == "gpu":
+        return Config(
+            preset="gpu",
+            lm=LanguageModel(
+                width=512, num_layers=6, num_heads=8, length=256, num_examples=1_000_000
+            ),
+            markov=Markov(num_examples=320_000, tasks_per_step=64),
+            mnist=Mnist(filters=64, num_epochs=10, num_train=55_000),
+        )
+    if name == "smoke":
+        return Config(
+            preset="smoke",
+            num_trials=2,
+            lm=LanguageModel(
+                width=8, num_layers=1, length=8, num_examples=640, batches=(16,), num_test=64
+            ),
+            markov=Markov(num_examples=64, tasks_per_step=8, num_held_out=16, num_test=32),
+            mnist=Mnist(filters=2, num_epochs=1, num_train=640, rates=(0.1,)),
+            loop=LoopConfig(phases=(0.0,), shares=(0.3,), assess_every=0.5),
+            second_runs=(0.7, 1.0),
+            population=2,
+            resources_seconds=10.0,
+            resources_rounds=1,
+        )
+    raise UserError(f"unknown preset {name!r}: choose smoke, cpu or gpu")

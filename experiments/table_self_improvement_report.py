@@ -1,0 +1,99 @@
+"""What `table_self_improvement` writes: records, tables, and the trajectories as a figure."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from experiments.table_self_improvement_config import Config
+from experiments.table_self_improvement_rows import Cell
+from metaopt import plots, tables
+from metaopt.results import cell_maker
+from metaopt.runs import Run, append_json_line, read_json_lines, write_json_lines
+
+TABLE, BASELINES = "self_improvement", "self_improvement_baselines"
+UNITS = {
+    "ratio to tuned": "ratio of held-out losses",
+    "ratio to undisturbed": "ratio of held-out losses",
+    "untreated ratio": "ratio of held-out losses",
+    "time ratio": "ratio of seconds without compiling",
+    "throughput ratio": "ratio of tokens a second",
+    "tokens ratio": "ratio of tokens, those of trials among them",
+}
+
+
+class Report:
+    """Keeps the files of a run up to date after every row; rows that are done stay done."""
+
+    def __init__(self, run: Run, config: Config, command: str):
+        """``command`` makes the tables again."""
+        self._run, self._config = run, config
+        self._path = run.directory / "cells.jsonl"
+        self._records = read_json_lines(self._path) if self._path.exists() else []
+        self._make_cell = cell_maker(
+            table=TABLE, preset=config.preset, command=command, seeds=[config.seed], episodes=0
+        )
+
+    def has(self, row: str) -> bool:
+        """Whether a row is there from before."""
+        return any(record["row"] == row for record in self._records)
+
+    def add(self, row: str, cells: Sequence[Cell], seconds: float, table: str = TABLE) -> None:
+        """Adds a row, and prints it."""
+        for cell in cells:
+            more = {"table": table, "unit": UNITS.get(cell.column, ""), "seconds": seconds}
+            more |= {"better": "lower", "over": OVER, "episodes": cell.found.n} | cell.more
+            unit = more.pop("unit")
+            record = self._make_cell(row, cell.column, cell.found, unit, **more)
+            self._records.append(record)
+            append_json_line(self._path, record)
+            print(f"{row}: {cell.column} {tables.cell_text(record)}", flush=True)
+        self._write()
+
+    def finish(self) -> None:
+        """Draws the trajectories, prints the tables and marks the run as finished."""
+        self._draw()
+        console = Console()
+        for table in tables.arrange(self._records):
+            for part in tables.to_rich(table, console.width):
+                console.print(part)
+        self._run.finish()
+
+    def _write(self) -> None:
+        directory = self._run.directory
+        write_json_lines(directory / "results.jsonl", self._records)
+        found = tables.arrange(self._records)
+        (directory / "table.md").write_text("\n".join(map(tables.to_markdown, found)))
+        (directory / "table.tex").write_text("\n".join(map(tables.to_latex, found)))
+
+    def _draw(self) -> None:
+        """The held-out loss by tokens of every run of the language model."""
+        curves = [(name, trajectory(self._run.directory / place)) for name, place in self._places()]
+        drawn = {name: points for name, points in curves if len(points) > 1}
+        if drawn:
+            plots.trajectories(
+                self._run.directory / "curves.png",
+                drawn,
+                x_label="tokens",
+                y_label="held-out loss, nats a token",
+                title="Language model: bad starts under the closed loop",
+            )
+
+    def _places(self) -> list[tuple[str, str]]:
+        starts = ("learning rate too small", "learning rate too large", "weight decay")
+        places = [(f"{name}, improved", f"improved {name}") for name in (*starts, "small batch")]
+        return [("tuned", "tuned"), *places]
+
+
+OVER = "95 % intervals over held-out examples, paired"
+
+
+def trajectory(directory: Path) -> np.ndarray:
+    """``[points, 2]``: tokens and held-out loss."""
+    path = directory / "metrics.jsonl"
+    lines: list[dict[str, Any]] = read_json_lines(path) if path.exists() else []
+    found = [(line["tokens"], line["valid_loss"]) for line in lines if line.get("valid_loss")]
+    return np.array([point for point in found if math.isfinite(point[1])])

@@ -1,0 +1,362 @@
+"""The rows of `table_self_improvement`: bad starts, and what the loop makes of them."""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optuna
+
+from experiments import table_self_improvement_tuning as tuning
+from experiments.table_self_improvement_config import Config
+from experiments.table_self_improvement_faults import FAULTS
+from experiments.table_self_improvement_workloads import (
+    Problem,
+    language_model,
+    markov_languages,
+    mnist,
+    transformer,
+)
+from metaopt import learners, losses, meta_gradients
+from metaopt.evaluate import Interval, interval
+from metaopt.measure import compile_for, interleaved
+from metaopt.outer_step import OuterConfig, init_state, make_meta_step, outer_optimizer
+from metaopt.self_improvement.assess import classification
+from metaopt.self_improvement.loop import Outcome, run
+from metaopt.self_improvement.memory import Memory
+from metaopt.self_improvement.search import tune_resources
+from metaopt.self_improvement.workload import Setting, Settings
+from metaopt.types import Batch, Episode
+
+
+class Cell(NamedTuple):
+    """One number of a row.
+
+    Attributes:
+      column: of the table.
+      found: the number with its interval.
+      more: further entries of its record.
+    """
+
+    column: str
+    found: Interval
+    more: dict[str, Any] = {}  # noqa: RUF012
+
+
+class Study:
+    """What rows share: the config, the run's directory, and the tuned language model."""
+
+    def __init__(self, config: Config, directory: Path):
+        self.config, self.directory = config, directory
+        self._lm: tuple[Problem, dict[str, Setting], Outcome] | None = None
+
+    def lm(self) -> tuple[Problem, dict[str, Setting], Outcome]:
+        """The language model, its tuned settings and the run with them."""
+        if self._lm is None:
+            problem, config = language_model(self.config), self.config
+            settings = tuning.tuned(
+                problem, self.lm_settings, config.num_trials, config.seed, self.directory / "tuning"
+            )
+            every = config.loop.assess_every
+            place = self.directory / "tuned"
+            outcome = tuning.plain(problem, settings, place, assess_every=every)
+            self._lm = problem, settings, outcome
+        return self._lm
+
+    def lm_settings(self, trial: Any) -> dict[str, Setting]:
+        """What tuning searches through."""
+        return {
+            "outer_learning_rate": trial.suggest_float("rate", 1e-4, 0.1, log=True),
+            "weight_decay": trial.suggest_float("decay", 1e-4, 3.0, log=True),
+            "batch_size": trial.suggest_categorical("batch", self.config.lm.batches),
+        }
+
+    def improved(self, problem: Problem, settings: Settings, name: str, **options: Any) -> Outcome:
+        """A run under the closed loop."""
+        place = self.directory / name
+        place.mkdir(parents=True, exist_ok=True)
+        return run(problem.workload, settings, directory=place, config=self.config.loop, **options)
+
+
+def ratio(losses: np.ndarray, reference: np.ndarray) -> Interval:
+    """The ratio of two mean losses, with the interval of their paired difference."""
+    found = interval(losses - reference, np.arange(len(losses)))
+    mean = float(reference.mean())
+    return Interval(1 + found.mean / mean, found.ci95 / mean, found.n)
+
+
+def single(value: float) -> Interval:
+    """A number measured once."""
+    return Interval(value, float("nan"), 1)
+
+
+def described(outcome: Outcome) -> dict[str, Any]:
+    """What the record of a run under the loop says beside the number."""
+    return {
+        "settings": outcome.snapshot.settings,
+        "seconds": outcome.ledger.seconds,
+        "compile_seconds": outcome.ledger.compile_seconds,
+        "trial_share": outcome.ledger.trial_examples / max(1, outcome.ledger.examples),
+        "decisions": len(outcome.decisions),
+    }
+
+
+def language_model_row(study: Study, name: str, bad: Callable[[dict], Settings]) -> Iterator[Cell]:
+    """A language model that starts badly."""
+    problem, settings, best = study.lm()
+    start = {**settings, **bad(settings)}
+    outcome = study.improved(problem, start, f"improved {name}")
+    reference = problem.test(best.snapshot.state)
+    losses_now = problem.test(outcome.snapshot.state)
+    more = described(outcome) | {"loss": float(losses_now.mean()), "start": dict(bad(settings))}
+    more["tuned_loss"] = float(reference.mean())
+    yield Cell("ratio to tuned", ratio(losses_now, reference), more)
+    times = outcome.ledger.seconds / best.ledger.seconds
+    yield Cell("time ratio", single(times), {"plain_seconds": best.ledger.seconds})
+    untreated = tuning.plain(problem, start, study.directory / "untreated")
+    yield Cell("untreated ratio", ratio(problem.test(untreated.snapshot.state), reference))
+
+
+def maml_row(study: Study) -> Iterator[Cell]:
+    """MAML on Markov languages, both rates wrong."""
+    languages, config = markov_languages(study.config), study.config
+    problem = languages.problem
+
+    def suggest(trial: optuna.Trial) -> dict[str, Setting]:
+        return {
+            "inner_learning_rate": trial.suggest_float("inner", 0.1, 100.0, log=True),
+            "outer_learning_rate": trial.suggest_float("outer", 1e-4, 1.0, log=True),
+        }
+
+    place = study.directory / "tuning"
+    settings = tuning.tuned(problem, suggest, config.num_trials, config.seed, place)
+    every = config.loop.assess_every
+    best = tuning.plain(problem, settings, study.directory / "tuned maml", assess_every=every)
+    start = {
+        **settings,
+        "inner_learning_rate": float(settings["inner_learning_rate"]) / 30,
+        "outer_learning_rate": float(settings["outer_learning_rate"]) * 30,
+    }
+    outcome = study.improved(problem, start, "improved maml rates")
+    reference = problem.test(best.snapshot.state)
+    now = problem.test(outcome.snapshot.state)
+    above = interval(now - reference, np.arange(len(now)))
+    gap = interval(now - languages.limit, np.arange(len(now)))
+    more = described(outcome) | {"nats_above_tuned": above.mean, "nats_above_bayes": gap.mean}
+    yield Cell("ratio to tuned", ratio(now, reference), more)
+    yield Cell("nats above tuned", above, {"unit": "nats a token", "better": "lower"})
+    yield Cell("time ratio", single(outcome.ledger.seconds / best.ledger.seconds))
+    untreated = tuning.plain(problem, start, study.directory / "untreated")
+    yield Cell("untreated ratio", ratio(problem.test(untreated.snapshot.state), reference))
+
+
+def mnist_row(study: Study) -> Iterator[Cell]:
+    """MNIST by SGD: accuracy against that of the best fixed rate and the best cosine."""
+    config, found = study.config, {}
+    for schedule in ("fixed", "cosine"):
+        digits = mnist(config, schedule)
+        for rate in config.mnist.rates:
+            settings = digits.problem.settings | {"outer_learning_rate": rate}
+            outcome = tuning.plain(digits.problem, settings, study.directory / "trial")
+            hits = digits.predict(outcome.snapshot.state) == digits.labels
+            valid = outcome.curve[-1].loss.mean
+            found[schedule, rate] = (valid, hits, outcome.ledger.seconds)
+    best = {
+        schedule: min((x for (s, _), x in found.items() if s == schedule), key=lambda x: x[0])
+        for schedule in ("fixed", "cosine")
+    }
+    digits = mnist(config, "cosine")
+    start = digits.problem.settings | {"outer_learning_rate": config.mnist.start_rate}
+    outcome = study.improved(digits.problem, start, "improved mnist")
+    predicted = digits.predict(outcome.snapshot.state)
+    hits = predicted == digits.labels
+    scores = classification(digits.labels, predicted)
+    more = described(outcome) | {
+        "unit": "ratio of test accuracies",
+        "better": "higher",
+        "accuracy": scores.accuracy,
+        "precision": scores.precision,
+        "recall": scores.recall,
+        "f1": scores.f1,
+        "best_fixed": float(best["fixed"][1].mean()),
+        "best_cosine": float(best["cosine"][1].mean()),
+    }
+    tuned = max(best.values(), key=lambda x: x[1].mean())
+    yield Cell("ratio to tuned", ratio(hits.astype(float), tuned[1].astype(float)), more)
+    yield Cell("time ratio", single(outcome.ledger.seconds / best["cosine"][2]))
+    untreated = tuning.plain(digits.problem, start, study.directory / "untreated")
+    now = digits.predict(untreated.snapshot.state) == digits.labels
+    compared = ratio(now.astype(float), tuned[1].astype(float))
+    yield Cell("untreated ratio", compared, {"better": "higher"})
+
+
+def resources_row(study: Study) -> Iterator[Cell]:
+    """The same batch, computed in the worst way: tokens a second after the search."""
+    lm, size = study.config.lm, 4 * max(study.config.lm.batches)
+    space: dict[str, list[Setting]] = {
+        "microbatch": [m for m in (4, 16, 64, 256) if size % m == 0],
+        "together": ["all", "one by one"],
+        "remat": [True, False],
+    }
+    start: dict[str, Setting] = {"microbatch": 4, "together": "all", "remat": True}
+    build = functools.partial(training_step, study.config, size)
+    result = tune_resources(
+        build, space, start, memory_budget=0.5, seconds_budget=study.config.resources_seconds
+    )
+    everything = [
+        dict(zip(space, values, strict=True)) for values in itertools.product(*space.values())
+    ]
+    programs = {str(settings): jitted(*build(settings)) for settings in everything}
+    timings = interleaved(programs, rounds=study.config.resources_rounds)
+    seconds = {name: timing.median for name, timing in timings.items()}
+    best = min(seconds, key=lambda name: seconds[name])
+    found = seconds[best] / seconds[str(result.settings)]
+    more = {
+        "settings": result.settings,
+        "best": best,
+        "tokens_per_second": size * lm.length / seconds[str(result.settings)],
+        "untreated": seconds[best] / seconds[str(start)],
+        "evidence": result.evidence,
+        "better": "higher",
+    }
+    yield Cell("throughput ratio", single(found), more)
+
+
+def training_step(config: Config, size: int, settings: Settings) -> tuple[Callable, tuple]:
+    """A training step of so many sequences, computed as the settings say, and its arguments."""
+    lm, micro, remat = config.lm, int(settings["microbatch"]), bool(settings["remat"])
+    model = transformer(lm, remat=remat, scan_layers=remat)
+    loss_fn, outer = losses.next_token(model), OuterConfig()
+    step = make_meta_step(
+        meta_gradients.joint(learners.maml(), loss_fn),
+        outer_optimizer(outer),
+        tasks_at_a_time=1 if settings["together"] == "one by one" else 0,
+    )
+    rng = np.random.default_rng(config.seed)
+    tokens = rng.integers(256, size=(size // micro, micro, lm.length + 1)).astype(np.int32)
+    support = Batch(tokens[..., :-1], tokens[..., 1:])  # type: ignore[arg-type]
+    query = jax.tree.map(lambda x: x[:, :0], support)
+    episode = Episode(support, query, np.zeros(size // micro, np.int32))  # type: ignore[arg-type]
+    key = jax.random.key(config.seed)
+    state = init_state(
+        key, model.init(key), learners.maml(), outer_optimizer(outer), outer.hparams()
+    )
+    return step, (state, episode)
+
+
+def jitted(function: Callable, args: tuple) -> Callable[[], Any]:
+    """A compiled call without arguments."""
+    compiled = compile_for(function, *args)
+    return lambda: compiled(*args)
+
+
+def memory_row(study: Study) -> Iterator[Cell]:
+    """A second run that starts badly too, but remembers the first one."""
+    problem, settings, _ = study.lm()
+    memory = Memory(study.directory / "memory.sqlite")
+    start = {**settings, "outer_learning_rate": float(settings["outer_learning_rate"]) / 30}
+    first = study.improved(problem, start, "first with a memory", memory=memory)
+    reached = problem.test(first.snapshot.state)
+    spent = first.ledger.examples + first.ledger.trial_examples
+    for share in study.config.second_runs:
+        shorter = language_model(study.config, round(share * study.config.lm.num_examples))
+        name = f"second of {share}"
+        second = study.improved(shorter, start, name, memory=memory)
+        losses_now = shorter.test(second.snapshot.state)
+        if losses_now.mean() <= reached.mean():
+            break
+    tokens = (second.ledger.examples + second.ledger.trial_examples) / spent
+    more = described(second) | {
+        "first_loss": float(reached.mean()),
+        "second_loss": float(losses_now.mean()),
+        "first_examples": spent,
+        "reached": bool(losses_now.mean() <= reached.mean()),
+    }
+    yield Cell("tokens ratio", single(tokens), more)
+
+
+def fault_row(study: Study, name: str, inject: Callable) -> Iterator[Cell]:
+    """A well-tuned run with a fault in its middle, against the same without."""
+    problem, settings, _ = study.lm()
+    calm = study.config.loop
+    calm = dataclasses.replace(calm, phases=(), shares=())
+    undisturbed = tuning.plain(
+        problem, settings, study.directory / "undisturbed", assess_every=calm.assess_every
+    )
+    size = problem.workload.examples_per_step(settings)
+    at = problem.workload.num_examples // 2 // size * size
+    place = study.directory / name.replace(":", "")
+    place.mkdir(parents=True, exist_ok=True)
+    with inject(problem.workload, settings, at) as (workload, options, kind):
+        outcome = run(workload, settings, directory=place, config=calm, **options)
+    expected = at // size + 1  # the step that takes the batch of this position
+    late = [a.step - expected for a in outcome.alarms if a.kind == kind and a.step >= expected]
+    reference = problem.test(undisturbed.snapshot.state)
+    now = problem.test(outcome.snapshot.state)
+    more = {"alarms": [alarm._asdict() for alarm in outcome.alarms]}
+    more["decisions"] = [decision.as_json() for decision in outcome.decisions]
+    yield Cell("ratio to undisturbed", ratio(now, reference), more)
+    steps_late = single(float(late[0]) if late else float("nan"))
+    yield Cell("steps to the alarm", steps_late, {"unit": "steps"})
+
+
+def make_rows(study: Study) -> dict[str, Callable[[], Iterator[Cell]]]:
+    """All rows by name."""
+
+    def starts(name: str, **changes: Callable[[float], Setting]):
+        def bad(settings: dict) -> Settings:
+            return {key: change(settings[key]) for key, change in changes.items()}
+
+        return lambda: language_model_row(study, name, bad)
+
+    rows: dict[str, Callable[[], Iterator[Cell]]] = {
+        "learning rate too small": starts(
+            "learning rate too small", outer_learning_rate=lambda rate: rate / 30
+        ),
+        "learning rate too large": starts(
+            "learning rate too large", outer_learning_rate=lambda rate: rate * 30
+        ),
+        "weight decay": starts("weight decay", weight_decay=lambda decay: 10.0),
+        "small batch": starts("small batch", batch_size=lambda size: max(1, int(size) // 16)),
+        "maml rates": lambda: maml_row(study),
+        "mnist": lambda: mnist_row(study),
+        "resources": lambda: resources_row(study),
+        "memory of the first run": lambda: memory_row(study),
+    }
+    rows |= {
+        name: functools.partial(fault_row, study, name, inject) for name, inject in FAULTS.items()
+    }
+    return rows
+
+
+def baseline_cells(study: Study) -> Iterator[tuple[str, Cell]]:
+    """Other ways to spend what the loop spends on the language model, as (row, cell)."""
+    problem, settings, best = study.lm()
+    config, share = study.config, sum(study.config.loop.shares)
+    reference = problem.test(best.snapshot.state)
+    rate = float(settings["outer_learning_rate"])
+
+    def cell(state) -> Cell:
+        return Cell("ratio to tuned", ratio(problem.test(state), reference))
+
+    def whole_run(name: str, chosen: Settings):
+        return name, cell(tuning.plain(problem, chosen, study.directory / "trial").snapshot.state)
+
+    search = functools.partial(tuning.searched, problem, study.lm_settings, share, seed=config.seed)
+    yield whole_run("TPE, then a whole run", search(num_parts=8, prune=False))
+    yield whole_run("Hyperband, then a whole run", search(num_parts=4, prune=True))
+    default = {**settings, "outer_learning_rate": 1e-3}
+    yield whole_run("cosine at the default rate", default)
+    bounds = {"outer_learning_rate": (rate / 100, rate * 100)}
+    for start, factor in (("too small", 1 / 30), ("too large", 30.0)):
+        bad = {**settings, "outer_learning_rate": rate * factor}
+        state = tuning.by_hypergradient(problem, bad)
+        yield f"hypergradient, rate {start}", cell(state)
+        state = tuning.by_population(
+            problem, bad, 1 + share, bounds, size=config.population, seed=config.seed
+        )
+        yield f"population of {config.population}, rate {start}", cell(state)

@@ -1,0 +1,117 @@
+import dataclasses
+
+import numpy as np
+import pytest
+
+from experiments import table_self_improvement_tuning as tuning
+from experiments.table_self_improvement import run
+from experiments.table_self_improvement_config import Config, LanguageModel, preset
+from experiments.table_self_improvement_rows import Study, make_rows, ratio
+from experiments.table_self_improvement_workloads import Text, language_model, mnist
+from metaopt.errors import UserError
+from metaopt.runs import read_json_lines
+
+SMOKE = preset({"preset": "smoke"})
+ROWS = [
+    "learning rate too small",
+    "learning rate too large",
+    "weight decay",
+    "small batch",
+    "maml rates",
+    "mnist",
+    "resources",
+    "memory of the first run",
+]
+
+
+def test_the_rows_are_those_of_the_table(tmp_path):
+    rows = make_rows(Study(SMOKE, tmp_path))
+    assert list(rows)[: len(ROWS)] == ROWS
+    assert sum(name.startswith("fault: ") for name in rows) == 4
+
+
+def test_the_ratio_of_means_has_the_interval_of_the_difference():
+    reference = np.array([1.0, 2.0, 3.0])
+    found = ratio(1.1 * reference, reference)
+    assert found.mean == pytest.approx(1.1)
+    assert found.ci95 == pytest.approx(4.302653 * 0.1 / np.sqrt(3) / 2.0, rel=1e-5)
+    assert ratio(reference + 0.2, reference).ci95 == pytest.approx(0.0, abs=1e-12)
+
+
+def test_what_is_trained_on_and_what_is_held_out_do_not_meet(tmp_path):
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_bytes(bytes(range(1, 251)) * 8)
+    text = Text(str(tmp_path), length=8, seed=0)
+    place = {}  # bytes repeat every 250; a domain of 2000 is cut at 1800
+    text.domains = [np.arange(2000), np.arange(2000)]
+    for part in ((0.0, 0.9), (0.9, 0.95), (0.95, 1.0)):
+        batch = text.draw(part, 1, 400)
+        assert batch.inputs.shape == (400, 8)
+        np.testing.assert_array_equal(batch.targets, batch.inputs + 1)
+        place[part] = (int(batch.inputs.min()), int(batch.targets.max()))
+    (_, a), (b, c), (d, e) = place.values()
+    assert a < 1800 <= b and c < 1900 <= d and e < 2000
+
+
+def test_short_domains_and_absent_images_are_refused(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"x" * 300)
+    with pytest.raises(UserError, match="too short for sequences of 32"):
+        Text(str(tmp_path), length=32, seed=0)
+    with pytest.raises(UserError, match="give --mnist"):
+        mnist(SMOKE, "fixed")
+    with pytest.raises(UserError, match="no row 'nonsense'"):
+        run(dataclasses.replace(SMOKE, rows=("nonsense",), root=str(tmp_path)))
+
+
+def test_rungs_are_whole_steps_up_to_all_of_a_run():
+    workload = language_model(SMOKE).workload
+    found = tuning.rungs_of(workload, {"batch_size": 16})
+    assert found == [64, 208, 640]
+    assert tuning.rungs_of(workload, {"batch_size": 400})[-1] == 400
+
+
+def test_a_batch_of_nan_is_noticed_and_left_out(tmp_path):
+    """Through the whole experiment: tuning, the undisturbed run, the fault and the report."""
+    config = dataclasses.replace(SMOKE, rows=("fault: NaN batch",), root=str(tmp_path))
+    run(config)
+    (place,) = (tmp_path / "table_self_improvement").iterdir()
+    cells = {line["column"]: line for line in read_json_lines(place / "results.jsonl")}
+    assert 0 <= cells["steps to the alarm"]["value"] <= 2
+    assert cells["ratio to undisturbed"]["value"] == pytest.approx(1.0, abs=0.05)
+    (decision,) = cells["ratio to undisturbed"]["decisions"]
+    assert decision["verdict"] == "rolled back" and "left out" in decision["reason"]
+    assert (place / "finished").exists() and (place / "table.md").exists()
+
+
+def test_a_bad_start_is_that_of_the_tuned_settings(tmp_path, monkeypatch):
+    started = []
+    study = Study(SMOKE, tmp_path)
+    monkeypatch.setattr(study, "lm", lambda: (None, {"outer_learning_rate": 3.0}, None))
+
+    def improved(problem, settings, name):
+        started.append((settings, name))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(study, "improved", improved)
+    with pytest.raises(KeyboardInterrupt):
+        next(make_rows(study)["learning rate too small"]())
+    ((settings, name),) = started
+    assert settings == {"outer_learning_rate": pytest.approx(0.1)}
+    assert name == "improved learning rate too small"
+
+
+def test_configs_that_contradict_themselves_are_refused():
+    with pytest.raises(UserError, match="num_trials is 0"):
+        Config(num_trials=0)
+    with pytest.raises(UserError, match="batches"):
+        Config(lm=LanguageModel(batches=()))
+    with pytest.raises(UserError, match="unknown preset"):
+        preset({"preset": "tpu"})
+
+
+def test_a_hypergradient_run_learns():
+    problem = language_model(SMOKE)
+    settings = problem.settings | {"outer_learning_rate": 1e-3}
+    before = problem.test(problem.workload.start(settings)).mean()
+    state = tuning.by_hypergradient(problem, settings)
+    assert problem.test(state).mean() < before
