@@ -30,12 +30,14 @@ class Change(NamedTuple):
       setting: the one that matters; the others go with it.
       score: what it is judged by.
       reason: in words.
+      parts: the changes that it is made of, where it is of several.
     """
 
     settings: dict[str, Setting]
     setting: str
     score: Score
     reason: str
+    parts: tuple["Change", ...] = ()
 
 
 class Trial(NamedTuple):

@@ -28,7 +28,7 @@ class LoopConfig:
     """
 
     phases: tuple[float, ...] = (0.0, 0.35)
-    shares: tuple[float, ...] = (0.14, 0.03)
+    shares: tuple[float, ...] = (0.14, 0.06)
     trials: TrialConfig = dataclasses.field(default_factory=TrialConfig)
     assess_every: float = 0.1
     keep_every: int = 20

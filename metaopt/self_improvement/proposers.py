@@ -28,7 +28,8 @@ def pattern_search(space: Space, directions: Directions | None = None) -> Propos
     neither direction is better the factor becomes its square root, until it is
     `LEAST_FACTOR`; where both differences are within the noise at once, the setting is
     left alone until the next phase (Hooke and Jeeves, 1961, on a logarithmic scale, all
-    settings side by side). A choice has each of its values tried once a phase.
+    settings side by side). A choice has each of its values tried once a phase. What is judged by
+    its efficiency is only lowered when nothing that is judged by the loss is left to try.
 
     Args:
       space: what may be changed.
@@ -47,9 +48,18 @@ def pattern_search(space: Space, directions: Directions | None = None) -> Propos
             else:
                 where = _where(name, axis, past, phase, signs.get(name, 0.0))
                 changes += _factors(name, axis, snapshot, where, space)
+        if any(change.score == "loss" for change in changes):
+            changes = [change for change in changes if not _slows(change, snapshot)]
         return changes
 
     return propose
+
+
+def _slows(change: Change, snapshot: Snapshot) -> bool:
+    """Whether it makes less of what efficiency is about, such as a smaller batch."""
+    if change.score != "efficiency" or isinstance(change.settings[change.setting], str):
+        return False
+    return float(change.settings[change.setting]) < float(snapshot.settings[change.setting])
 
 
 def _choices(name: str, axis: Choice, value: Setting, past: Sequence[Decision]) -> list[Change]:

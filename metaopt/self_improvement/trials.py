@@ -4,7 +4,8 @@ A proposer looks at the settings and at what was decided before, and names chang
 tried side by side: from the same snapshot, on the same stretch of data, and judged on the same
 held-out examples, beside a trial that changes nothing. Of those that are better beyond noise
 the one that improves most in a second is accepted, and its trial was progress; otherwise the
-trial that changed nothing was. The others are lost work, which has a budget.
+trial that changed nothing was. Where several settings were better, they are tried together as
+well. The others are lost work, which has a budget.
 """
 
 import dataclasses
@@ -75,6 +76,9 @@ class Decision(NamedTuple):
         """A line of ``decisions.jsonl``."""
         return as_record(self)
 
+
+MUCH_QUICKER = 1.5
+"""A change that makes examples so many times as quick comes before those of the loss."""
 
 Proposer = Callable[[Snapshot, Sequence[Decision], int], list[Change]]
 """``(snapshot, decisions so far, phase) -> changes to try side by side``; none to end the phase."""
@@ -170,6 +174,8 @@ def decide(
     race = _Race(before, unchanged, config.margin if phase == 0 else config.later_margin)
     for change in changes:
         race.enter(_or_refused(tried, change, unchanged))
+    if together := race.together():
+        race.enter(_or_refused(tried, together, unchanged))
     end = race.outcome(workload, snapshot)
     return end.after, Decision(
         step=int(snapshot.state.step),
@@ -211,6 +217,7 @@ class _Race:
         self.before, self.unchanged, self.margin = before, unchanged, margin
         self.best: Trial | None = None
         self.spent = unchanged.examples
+        self._alone: dict[str, tuple[tuple[int, float], Change]] = {}
         self._entries: list[tuple[Change, dict[str, Any]]] = []
 
     def enter(self, trial: Trial) -> None:
@@ -219,18 +226,43 @@ class _Race:
         verdict = judge(self.before, self.unchanged, trial, self.margin)
         self._entries.append((trial.change, _evidence(trial, verdict)))
         self.spent += trial.examples
-        if verdict.outcome == "better" and (not self.best or self._gain(trial) > self._best_gain):
-            self.best, self._best_gain = trial, self._gain(trial)
+        if verdict.outcome != "better":
+            return
+        gain = self._gain(trial)
+        if self.best is None or gain > self._gain(self.best):
+            self.best = trial
+        if trial.change.score == "loss":
+            best = self._alone.get(trial.change.setting, (gain, trial.change))
+            self._alone[trial.change.setting] = max(best, (gain, trial.change), key=lambda x: x[0])
 
-    def _gain(self, trial: Trial) -> float:
-        """By how much it improves in a second.
+    def together(self) -> Change | None:
+        """The best changes of several settings as one, where several were better by the loss."""
+        if len(self._alone) < 2:
+            return None
+        changes = [change for _, change in self._alone.values()]
+        merged: dict[str, Setting] = {}
+        for change in changes:
+            merged |= change.settings
+        names = " and ".join(change.setting for change in changes)
+        reasons = "; ".join(change.reason for change in changes)
+        return Change(merged, names, "loss", reasons, tuple(changes))
 
-        A change that is judged by the loss alone is given the time of no change, so that
-        what wins does not hang on the noise of clocks.
+    def _gain(self, trial: Trial) -> tuple[int, float]:
+        """What the best is chosen by: its rank, and by how much it improves in a second.
+
+        What is judged by the loss comes before the ways to get there, whose worth can only be
+        told once the loss goes down as it should; unless one of them makes everything after it
+        much quicker. It is given the time of no change, so that what wins does not hang on the
+        noise of clocks.
         """
         assert trial.change is not None
-        timed = self.unchanged if trial.change.score == "loss" else trial
-        return float(improvement_rates(self.before, trial._replace(seconds=timed.seconds)).mean())
+        if trial.change.score == "loss":
+            rank, timed = 1, self.unchanged
+        else:
+            quick = trial.seconds / trial.examples * MUCH_QUICKER
+            rank, timed = 2 * (quick < self.unchanged.seconds / self.unchanged.examples), trial
+        rates = improvement_rates(self.before, trial._replace(seconds=timed.seconds))
+        return rank, float(rates.mean())
 
     def outcome(self, workload: Workload, snapshot: Snapshot) -> _End:
         """Where to go on from."""
@@ -247,8 +279,12 @@ class _Race:
 
     def evidence(self) -> list[dict[str, Any]]:
         """One entry a trial."""
-        accepted = self.best and self.best.change
-        return [entry | {"accepted": change is accepted} for change, entry in self._entries]
+        chosen = self.best.change if self.best else None
+        accepted = [] if chosen is None else [chosen, *chosen.parts]
+        return [
+            entry | {"accepted": any(change is each for each in accepted)}
+            for change, entry in self._entries
+        ]
 
 
 def improvement_rates(before: np.ndarray, trial: Trial) -> np.ndarray:

@@ -88,6 +88,15 @@ def test_a_run_leaves_config_results_table_picture_and_samples(markov_run):
     assert "Before adaptation" in samples and "After 2 steps of adaptation" in samples
 
 
+def test_a_run_under_the_closed_loop_ends_in_the_same_files_and_says_what_it_tried(tmp_path):
+    args = [*MARKOV, "--rows", "MAML", "--comparison.meta-steps", "120", "--improve"]
+    directory = run_in(tmp_path, [*args, "--comparison.tasks-per-step", "2"])
+    assert ("MAML", "2 steps") in cells(directory)
+    decisions = read_json_lines(directory / "decisions.jsonl")
+    tried = {entry["setting"] for line in decisions for entry in line["evidence"]}
+    assert "inner_learning_rate" in tried and {line["name"] for line in decisions} == {"MAML"}
+
+
 def test_the_limits_come_last_and_no_row_is_below_its_own(markov_run):
     lines = (markov_run / "table.md").read_text().splitlines()
     names = [line.split("|")[1].strip() for line in lines if line.startswith("| ")]

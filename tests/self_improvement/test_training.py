@@ -1,4 +1,5 @@
 import signal
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -237,7 +238,7 @@ def test_improving_train_is_train_where_it_may_change_nothing(tmp_path):
     same = drop_in(improving_train, tmp_path / "same", loop=PLAIN)
     assert as_bytes(plain) == as_bytes(same)
     assert len(traces) == 1
-    assert trainer(False) is train and trainer(True) is improving_train
+    assert trainer(False) is train
 
 
 def mean_loss(state) -> float:
@@ -258,3 +259,11 @@ def test_improving_train_finds_a_rate_whatever_it_is_judged_by(tmp_path, evaluat
         "outer_learning_rate",
         "rates_learning_rate",
     }
+
+
+def test_the_trainer_remembers_where_the_environment_says(monkeypatch):
+    monkeypatch.delenv("METAOPT_MEMORY", raising=False)
+    chosen: Any = trainer(True)
+    assert chosen.func is improving_train and chosen.keywords == {"memory": None}
+    monkeypatch.setenv("METAOPT_MEMORY", "runs/memory.sqlite")
+    assert cast(Any, trainer(True)).keywords["memory"].where.endswith("memory.sqlite")
