@@ -101,7 +101,10 @@ def described(outcome: Outcome) -> dict[str, Any]:
         "seconds": outcome.ledger.seconds,
         "compile_seconds": outcome.ledger.compile_seconds,
         "trial_share": outcome.ledger.trial_examples / max(1, outcome.ledger.examples),
-        "decisions": len(outcome.decisions),
+        "decided": [
+            f"step {decision.step}, {decision.verdict}: {decision.reason}"
+            for decision in outcome.decisions
+        ],
     }
 
 

@@ -42,6 +42,7 @@ class Config:
       form: of what is printed.
       write_readme: put the Markdown tables into README.md, between their markers.
       keep: a finished run and a name; its files go to experiments/results.
+      unfinished: keep the rows that are done of a run that is not finished; others are dashes.
       check: verify that every number has its config, command, seeds and versions, and that the
         tables in README.md are those that the results give.
     """
@@ -49,13 +50,14 @@ class Config:
     form: Literal["markdown", "latex"] = "markdown"
     write_readme: bool = False
     keep: tuple[str, str] | None = None
+    unfinished: bool = False
     check: bool = False
 
 
 def run(config: Config) -> None:
     """Does what the config asks for."""
     if config.keep:
-        keep(Path(config.keep[0]), config.keep[1])
+        keep(Path(config.keep[0]), config.keep[1], unfinished=config.unfinished)
     elif config.check:
         check(RESULTS, ROOT / "README.md")
     elif config.write_readme:
@@ -94,14 +96,17 @@ def check(results: Path, readme: Path) -> None:
     print(f"{count} cells with their configs and commands; README.md agrees with them")
 
 
-def keep(run: Path, name: str) -> Path:
-    """Copies what is worth keeping of a finished run to ``results/<experiment>/<name>``.
+def keep(run: Path, name: str, *, unfinished: bool = False) -> Path:
+    """Copies what is worth keeping of a run to ``results/<experiment>/<name>``.
 
     Raises:
-      UserError: the run is not finished.
+      UserError: the run is not finished, and is not said to be.
     """
-    if not (run / "finished").exists():
-        raise UserError(f"{run} is not a finished run: let the command finish first")
+    if not unfinished and not (run / "finished").exists():
+        raise UserError(
+            f"{run} is not a finished run: let the command finish first, or keep what is done "
+            "with --unfinished"
+        )
     target = RESULTS / run.resolve().parent.name / name
     target.mkdir(parents=True, exist_ok=True)
     for file in KEPT:

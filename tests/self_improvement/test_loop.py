@@ -253,7 +253,8 @@ def test_what_was_done_from_outside_is_not_done_again(tmp_path):
     with pytest.raises(Interrupted):
         improved(tmp_path, problem=workload(800, step=stopping(150)), **options)
     outcome = improved(tmp_path, **options)
-    assert len(outcome.decisions) == 1 and outcome.alarms[0].kind == "divergence"
+    assert len(outcome.decisions) == 1
+    assert "divergence" in {alarm.kind for alarm in outcome.alarms}
     assert as_bytes(outcome.snapshot.state) == as_bytes(plain_end(800))
 
 
