@@ -1,6 +1,7 @@
 """The course of one run under the loop: it decides, trains, goes back and assesses in turns."""
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -142,7 +143,7 @@ class Course:
                     self.workload,
                     snapshot,
                     changes,
-                    self.config.trials,
+                    dataclasses.replace(self.config.trials, margin=self.config.margins[phase]),
                     phase,
                     skip=self.journal.left_out,
                     check=self._check_stop,

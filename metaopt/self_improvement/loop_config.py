@@ -19,6 +19,8 @@ class LoopConfig:
     Attributes:
       phases: when a search begins anew; none for a run that changes nothing.
       shares: how much each phase may spend on trials that are not gone on with.
+      margins: in each phase, what `TrialConfig.margin` is: short trials prefer small rates all
+        the more the later it is, annealed or not, so what is changed late is what is plainly wrong.
       trials: how changes are tried.
       assess_every: a held-out evaluation, and a checkpoint.
       keep_every: steps from one snapshot to go back to to the next.
@@ -27,8 +29,9 @@ class LoopConfig:
       monitor: thresholds of the alarms.
     """
 
-    phases: tuple[float, ...] = (0.0, 0.35)
-    shares: tuple[float, ...] = (0.14, 0.06)
+    phases: tuple[float, ...] = (0.0, 0.1, 0.4)
+    shares: tuple[float, ...] = (0.14, 0.06, 0.03)
+    margins: tuple[float, ...] = (0.002, 0.005, 0.02)
     trials: TrialConfig = dataclasses.field(default_factory=TrialConfig)
     assess_every: float = 0.1
     keep_every: int = 20
@@ -36,10 +39,13 @@ class LoopConfig:
     monitor: MonitorConfig = dataclasses.field(default_factory=MonitorConfig)
 
     def __post_init__(self):
-        if len(self.phases) != len(self.shares) or list(self.phases) != sorted(self.phases):
+        if len(self.margins) < len(self.phases) or len(self.shares) != len(self.phases):
             raise UserError(
-                f"phases {self.phases} must ascend, and shares {self.shares} be as many"
+                f"phases {self.phases} need a share each, not {self.shares}, and a margin each, "
+                f"not {self.margins}"
             )
+        if list(self.phases) != sorted(self.phases):
+            raise UserError(f"phases {self.phases} must ascend")
         if not all(0 <= phase < 1 for phase in self.phases) or not 0 < self.assess_every <= 1:
             raise UserError("phases must be from 0 on and below 1, and assess_every in (0, 1]")
         if not all(share >= 0 for share in self.shares):

@@ -77,8 +77,8 @@ class Decision(NamedTuple):
         return as_record(self)
 
 
-MUCH_QUICKER = 1.5
-"""A change that makes examples so many times as quick comes before those of the loss."""
+MUCH_QUICKER = 1.25
+"""A change by which examples go so many times as quickly is tried and taken before all others."""
 
 Proposer = Callable[[Snapshot, Sequence[Decision], int], list[Change]]
 """``(snapshot, decisions so far, phase) -> changes to try side by side``; none to end the phase."""
@@ -94,25 +94,19 @@ class TrialConfig:
         a trial is judged by what the run would be if it ended there, since without that
         short trials prefer small rates (Wu et al., 2018, the short-horizon bias).
       margin: a difference in the score smaller than this fraction of it is none.
-      later_margin: likewise, in the phases after the first, where the run is on its way: short
-        trials prefer small rates all the more the less is left to learn, annealed or not, so
-        what is changed there is what is plainly wrong.
       least_steps: a batch of which a trial would have fewer steps is not tried.
     """
 
     examples: float = 0.01
     anneal: float = 0.33
     margin: float = 0.002
-    later_margin: float = 0.02
     least_steps: int = 4
 
     def __post_init__(self):
-        margins = (self.margin, self.later_margin)
-        fractions = 0 < self.examples < 1 and 0 <= self.anneal <= 1
-        if not fractions or not all(0 <= margin < 1 for margin in margins):
+        if not 0 < self.examples < 1 or not 0 <= self.anneal <= 1 or not 0 <= self.margin < 1:
             raise UserError(
                 f"a trial's examples={self.examples} must be a fraction of the run, anneal="
-                f"{self.anneal} one of the trial, and margins {margins} some of the score"
+                f"{self.anneal} one of the trial, and margin={self.margin} one of the score"
             )
         if self.least_steps < 1:
             raise UserError(f"least_steps is {self.least_steps}; it must be at least 1")
@@ -171,9 +165,11 @@ def decide(
         return try_change(workload, snapshot, change, size, config.anneal, skip=skip, check=check)
 
     unchanged = tried(None)
-    race = _Race(before, unchanged, config.margin if phase == 0 else config.later_margin)
-    for change in changes:
+    race = _Race(before, unchanged, config.margin)
+    for change in sorted(changes, key=lambda change: change.score == "loss"):
         race.enter(_or_refused(tried, change, unchanged))
+        if race.is_much_quicker():
+            break  # all that is left can be tried at less cost
     if together := race.together():
         race.enter(_or_refused(tried, together, unchanged))
     end = race.outcome(workload, snapshot)
@@ -235,6 +231,10 @@ class _Race:
             best = self._alone.get(trial.change.setting, (gain, trial.change))
             self._alone[trial.change.setting] = max(best, (gain, trial.change), key=lambda x: x[0])
 
+    def is_much_quicker(self) -> bool:
+        """Whether the best so far makes everything after it much quicker."""
+        return self.best is not None and self._gain(self.best)[0] == 2
+
     def together(self) -> Change | None:
         """The best changes of several settings as one, where several were better by the loss."""
         if len(self._alone) < 2:
@@ -259,8 +259,7 @@ class _Race:
         if trial.change.score == "loss":
             rank, timed = 1, self.unchanged
         else:
-            quick = trial.seconds / trial.examples * MUCH_QUICKER
-            rank, timed = 2 * (quick < self.unchanged.seconds / self.unchanged.examples), trial
+            rank, timed = 2 * _much_quicker(self.unchanged, trial), trial
         rates = improvement_rates(self.before, trial._replace(seconds=timed.seconds))
         return rank, float(rates.mean())
 
@@ -285,6 +284,10 @@ class _Race:
             entry | {"accepted": any(change is each for each in accepted)}
             for change, entry in self._entries
         ]
+
+
+def _much_quicker(unchanged: Trial, trial: Trial) -> bool:
+    return MUCH_QUICKER * trial.seconds / trial.examples < unchanged.seconds / unchanged.examples
 
 
 def improvement_rates(before: np.ndarray, trial: Trial) -> np.ndarray:
@@ -324,7 +327,9 @@ def judge(before: np.ndarray, unchanged: Trial, trial: Trial, margin: float = 0.
         return compare(unchanged.losses, trial.losses, margin=smallest)
     if score == "efficiency":
         rates = [-improvement_rates(before, t) for t in (unchanged, trial)]
-        return compare(rates[0], rates[1], margin=0.1 * abs(float(np.mean(rates[0]))))
+        found = compare(rates[0], rates[1], margin=0.1 * abs(float(np.mean(rates[0]))))
+        no_worse = found.outcome == "noise" and _much_quicker(unchanged, trial)
+        return found._replace(outcome="better") if no_worse else found
     loss = compare(
         unchanged.losses, trial.losses, margin=0.01 * abs(float(np.mean(unchanged.losses)))
     )
