@@ -29,9 +29,9 @@ class LoopConfig:
       monitor: thresholds of the alarms.
     """
 
-    phases: tuple[float, ...] = (0.0, 0.1)
-    shares: tuple[float, ...] = (0.14, 0.06)
-    margins: tuple[float, ...] = (0.002, 0.002)
+    phases: tuple[float, ...] = (0.0, 0.35)
+    shares: tuple[float, ...] = (0.12, 0.03)
+    margins: tuple[float, ...] = (0.002, 0.02)
     trials: TrialConfig = dataclasses.field(default_factory=TrialConfig)
     assess_every: float = 0.1
     keep_every: int = 20
