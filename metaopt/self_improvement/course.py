@@ -159,7 +159,7 @@ class Course:
     def _affordable(self, snapshot: Snapshot, phase: int) -> list[Change]:
         """The changes to try next: those that are possible, and that the budget is good for."""
         workload, config = self.workload, self.config.trials
-        cost = config.cost(workload)
+        cost = config.cost(workload, snapshot.settings)
         spent = sum(d.trial_examples for d in self.journal.decisions if d.phase == phase)
         number = int((self.config.shares[phase] * workload.num_examples - spent) / cost)
         # Nothing is asked for that is after the end of the run.

@@ -94,7 +94,8 @@ class TrialConfig:
         a trial is judged by what the run would be if it ended there, since without that
         short trials prefer small rates (Wu et al., 2018, the short-horizon bias).
       margin: a difference in the score smaller than this fraction of it is none.
-      least_steps: a batch of which a trial would have fewer steps is not tried.
+      least_steps: a trial has at least so many steps of the batch that the run has, and a batch
+        of which it would have fewer is not tried.
     """
 
     examples: float = 0.01
@@ -111,18 +112,19 @@ class TrialConfig:
         if self.least_steps < 1:
             raise UserError(f"least_steps is {self.least_steps}; it must be at least 1")
 
-    def size(self, workload: Workload) -> int:
+    def size(self, workload: Workload, settings: Settings) -> int:
         """Examples of a trial, without those to anneal."""
-        return max(1, round(self.examples * workload.num_examples))
+        least = self.least_steps * workload.examples_per_step(settings)
+        return max(least, round(self.examples * workload.num_examples))
 
-    def cost(self, workload: Workload) -> float:
+    def cost(self, workload: Workload, settings: Settings) -> float:
         """Examples of a trial in all."""
-        return (1 + self.anneal) * self.size(workload)
+        return (1 + self.anneal) * self.size(workload, settings)
 
     def possible(self, workload: Workload, settings: Settings, change: Change) -> bool:
         """Whether a trial is long enough to judge the change by."""
-        steps = self.size(workload) / workload.examples_per_step({**settings, **change.settings})
-        return steps >= self.least_steps
+        batch = workload.examples_per_step({**settings, **change.settings})
+        return self.size(workload, settings) >= self.least_steps * batch
 
 
 def decide(
@@ -161,7 +163,7 @@ def decide(
         raise FloatingPointError("the held-out loss is not finite")
 
     def tried(change: Change | None) -> Trial:
-        size = config.size(workload)
+        size = config.size(workload, snapshot.settings)
         return try_change(workload, snapshot, change, size, config.anneal, skip=skip, check=check)
 
     unchanged = tried(None)
