@@ -64,7 +64,7 @@ class Mnist:
       filters: channels of each layer.
       batch_size: of a step.
       num_epochs: of a run.
-      num_train: images that are trained on; the last 5000 of the training set are held out.
+      num_train: images that are trained on; the last 1000 of the training set are held out.
       start_rate: where the row starts from.
       rates: tried with a fixed rate and with a cosine.
     """

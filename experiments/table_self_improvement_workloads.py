@@ -206,7 +206,7 @@ def mnist(config: Config, schedule: str) -> Digits:
         labels = {name: found[f"y_{name}"].astype(np.int32) for name in SPLITS}
     model = models.conv((28, 28, 1), 10, filters=sizes.filters)
     loss_fn = losses.classification(model)
-    held_out = Batch(images["train"][-5000:], labels["train"][-5000:])
+    held_out = Batch(images["train"][-1000:], labels["train"][-1000:])
     test = Batch(images["test"], labels["test"])
 
     def draw(position: int, number: int) -> Batch:

@@ -22,6 +22,7 @@ PLAIN = LoopConfig(phases=(), shares=(), assess_every=0.5)
 IMPROVING = LoopConfig(
     phases=(0.0, 0.3, 0.6),
     shares=(0.4, 0.15, 0.15),
+    margins=(0.002, 0.002, 0.002),
     assess_every=0.25,
     trials=TrialConfig(examples=0.04, anneal=0.33, margin=0.002, least_steps=4),
 )
