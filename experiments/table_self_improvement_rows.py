@@ -30,7 +30,7 @@ from metaopt.self_improvement.loop import Outcome, run
 from metaopt.self_improvement.memory import Memory
 from metaopt.self_improvement.search import tune_resources
 from metaopt.self_improvement.workload import Setting, Settings
-from metaopt.types import Batch, Episode
+from metaopt.types import Batch, Episode, MetaState
 
 
 class Cell(NamedTuple):
@@ -336,30 +336,37 @@ def make_rows(study: Study) -> dict[str, Callable[[], Iterator[Cell]]]:
     return rows
 
 
-def baseline_cells(study: Study) -> Iterator[tuple[str, Cell]]:
-    """Other ways to spend what the loop spends on the language model, as (row, cell)."""
+def baselines(study: Study) -> dict[str, Callable[[], Cell]]:
+    """Other ways to spend on the language model what the loop spends, by name."""
     problem, settings, best = study.lm()
     config, share = study.config, sum(study.config.loop.shares)
-    reference = problem.test(best.snapshot.state)
     rate = float(settings["outer_learning_rate"])
+    bounds = {"outer_learning_rate": (rate / 100, rate * 100)}
 
-    def cell(state) -> Cell:
+    def cell(state: MetaState) -> Cell:
+        reference = problem.test(best.snapshot.state)
         return Cell("ratio to tuned", ratio(problem.test(state), reference))
 
-    def whole_run(name: str, chosen: Settings):
-        return name, cell(tuning.plain(problem, chosen, study.directory / "trial").snapshot.state)
+    def whole_run(chosen: Callable[[], Settings]) -> Cell:
+        return cell(tuning.plain(problem, chosen(), study.directory / "trial").snapshot.state)
+
+    def at(factor: float) -> dict[str, Setting]:
+        return {**settings, "outer_learning_rate": rate * factor}
+
+    def population(factor: float) -> Cell:
+        how = {"size": config.population, "seed": config.seed}
+        return cell(tuning.by_population(problem, at(factor), 1 + share, bounds, **how))
 
     search = functools.partial(tuning.searched, problem, study.lm_settings, share, seed=config.seed)
-    yield whole_run("TPE, then a whole run", search(num_parts=8, prune=False))
-    yield whole_run("Hyperband, then a whole run", search(num_parts=4, prune=True))
-    default = {**settings, "outer_learning_rate": 1e-3}
-    yield whole_run("cosine at the default rate", default)
-    bounds = {"outer_learning_rate": (rate / 100, rate * 100)}
+    found: dict[str, Callable[[], Cell]] = {
+        "TPE, then a whole run": lambda: whole_run(lambda: search(num_parts=8, prune=False)),
+        "Hyperband, then a whole run": lambda: whole_run(lambda: search(num_parts=4, prune=True)),
+        "cosine at the default rate": lambda: whole_run(lambda: at(1e-3 / rate)),
+    }
     for start, factor in (("too small", 1 / 30), ("too large", 30.0)):
-        bad = {**settings, "outer_learning_rate": rate * factor}
-        state = tuning.by_hypergradient(problem, bad)
-        yield f"hypergradient, rate {start}", cell(state)
-        state = tuning.by_population(
-            problem, bad, 1 + share, bounds, size=config.population, seed=config.seed
+        found[f"hypergradient, rate {start}"] = functools.partial(
+            lambda factor: cell(tuning.by_hypergradient(problem, at(factor))), factor
         )
-        yield f"population of {config.population}, rate {start}", cell(state)
+        name = f"population of {config.population}, rate {start}"
+        found[name] = functools.partial(population, factor)
+    return found
