@@ -71,7 +71,8 @@ class Report:
 
     def _draw(self) -> None:
         """The held-out loss by tokens of every run of the language model."""
-        curves = [(name, trajectory(self._run.directory / place)) for name, place in self._places()]
+        trainings = self._run.directory / "trainings"
+        curves = [(name, trajectory(trainings / place)) for name, place in self._places()]
         drawn = {name: points for name, points in curves if len(points) > 1}
         if drawn:
             plots.trajectories(
