@@ -61,3 +61,13 @@ def test_only_finished_runs_are_kept(tmp_path, monkeypatch, results):
     (run / "finished").touch()
     kept = tables.keep(run, "cpu")
     assert {path.name for path in kept.iterdir()} == {"config.json", "results.jsonl"}
+
+
+def test_what_is_done_of_an_unfinished_run_is_kept_with_its_tables(tmp_path, monkeypatch, results):
+    monkeypatch.setattr(tables, "RESULTS", tmp_path / "kept")
+    run = tmp_path / "runs" / "a" / "cpu-1"
+    shutil.copytree(results / "a" / "cpu", run)
+    kept = tables.keep(run, "cpu", unfinished=True)
+    names = {"config.json", "results.jsonl", "table.md", "table.tex"}
+    assert {path.name for path in kept.iterdir()} == names
+    assert "| MAML | 2.50 ± 0.10 |" in (kept / "table.md").read_text()
