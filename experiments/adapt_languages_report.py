@@ -71,8 +71,7 @@ class Report:
         """Writes and prints the table, and text before and after adaptation."""
         (table,) = tables.arrange(self._records())
         directory = self._run.directory
-        (directory / "table.md").write_text(tables.to_markdown(table))
-        (directory / "table.tex").write_text(tables.to_latex(table))
+        tables.write(directory, [table])
         samples = self._samples()
         (directory / "samples.md").write_text(samples)
         self._run.finish()

@@ -106,9 +106,7 @@ class Report:
         """Writes and prints the tables."""
         found = tables.arrange(self._all())
         directory = self._run.directory
-        texts = [tables.to_markdown(table) for table in found]
-        (directory / "table.md").write_text("\n".join(texts))
-        (directory / "table.tex").write_text("\n".join(map(tables.to_latex, found)))
+        tables.write(directory, found)
         self._run.finish()
         console = Console()
         for table in found:

@@ -65,9 +65,7 @@ class Report:
     def _write(self) -> None:
         directory = self._run.directory
         write_json_lines(directory / "results.jsonl", self._records)
-        found = tables.arrange(self._records)
-        (directory / "table.md").write_text("\n".join(map(tables.to_markdown, found)))
-        (directory / "table.tex").write_text("\n".join(map(tables.to_latex, found)))
+        tables.write(directory, tables.arrange(self._records))
 
     def _draw(self) -> None:
         """The held-out loss by tokens of every run of the language model."""

@@ -113,9 +113,7 @@ def keep(run: Path, name: str, *, unfinished: bool = False) -> Path:
         if (run / file).exists():
             shutil.copyfile(run / file, target / file)
     if unfinished:  # a run may write its tables at its end
-        found = tables.arrange(read_json_lines(target / "results.jsonl"))
-        (target / "table.md").write_text("\n".join(map(tables.to_markdown, found)))
-        (target / "table.tex").write_text("\n".join(map(tables.to_latex, found)))
+        tables.write(target, tables.arrange(read_json_lines(target / "results.jsonl")))
     return target
 
 

@@ -6,6 +6,7 @@ that was not run is a dash.
 
 import math
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 Record = dict[str, Any]
@@ -132,6 +133,12 @@ def to_latex(table: Table) -> str:
         texts = [text.replace(DASH, "--") for text in texts]
         lines.append(" & ".join([_escape(row), *texts]) + r" \\")
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
+
+
+def write(directory: Path, tables: Sequence[Table]) -> None:
+    """Writes ``table.md`` and ``table.tex``, the tables one after the other."""
+    (directory / "table.md").write_text("\n".join(map(to_markdown, tables)))
+    (directory / "table.tex").write_text("\n".join(map(to_latex, tables)))
 
 
 def to_rich(table: Table, width: int) -> list:

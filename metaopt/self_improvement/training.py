@@ -24,7 +24,6 @@ from metaopt.train import Evaluate, StepFn, TrainConfig, TrainFn, train
 from metaopt.types import Batch, Episode, Learner, LossFn, MetaGradFn, MetaState, Model, Params
 
 RATES = Scale(low=1e-7, high=1e3)
-DECAY = Scale(low=1e-7, high=1e2)
 NOT_TRIED = ("clip_norm", "momentum")
 HELD_OUT_BATCHES = 8
 
