@@ -1,8 +1,9 @@
 """Runs that start badly, under the closed loop: do they end where well-tuned ones end?
 
 A language model whose learning rate is 30 times too small or too large, with absurd weight
-decay, or with a sixteenth of the batch; MAML with both rates wrong; MNIST by SGD; a step
-computed in the worst way; a second run that remembers the first; and faults that are put in.
+decay, with a sixteenth of the batch, or with all of these at once; MAML with both rates wrong;
+MNIST by SGD; a step computed in the worst way; a second run that remembers the first; and
+faults that are put in.
 Each is compared with a run tuned by Optuna (TPE, 32 whole runs) and with the untreated one. A
 second table spends as much in other ways: search, population-based training (Jaderberg et
 al., 2017), hypergradients (Baydin et al., 2018; Sharifnassab et al., 2024).

@@ -110,7 +110,7 @@ class Config:
     markov: Markov = dataclasses.field(default_factory=Markov)
     mnist: Mnist = dataclasses.field(default_factory=Mnist)
     loop: LoopConfig = dataclasses.field(default_factory=LoopConfig)
-    second_runs: tuple[float, ...] = (0.5, 0.6, 0.7, 0.8, 1.0)
+    second_runs: tuple[float, ...] = (0.6, 0.7, 0.8, 0.9, 1.0)
     population: int = 4
     resources_seconds: float = 120.0
     resources_rounds: int = 8

@@ -9,7 +9,7 @@ import numpy as np
 from rich.console import Console
 
 from experiments.table_self_improvement_config import Config
-from experiments.table_self_improvement_rows import Cell
+from experiments.table_self_improvement_rows import BAD_STARTS, Cell
 from metaopt import plots, tables
 from metaopt.results import cell_maker
 from metaopt.runs import Run, append_json_line, read_json_lines, write_json_lines
@@ -46,6 +46,7 @@ class Report:
         for cell in cells:
             more = {"table": table, "unit": UNITS.get(cell.column, ""), "seconds": seconds}
             more |= {"better": "lower", "over": OVER, "episodes": cell.found.n} | cell.more
+            more["limit"] = table == TABLE  # its rows are different trainings, and no rivals
             unit = more.pop("unit")
             record = self._make_cell(row, cell.column, cell.found, unit, **more)
             self._records.append(record)
@@ -82,8 +83,7 @@ class Report:
             )
 
     def _places(self) -> list[tuple[str, str]]:
-        starts = ("learning rate too small", "learning rate too large", "weight decay")
-        places = [(f"{name}, improved", f"improved {name}") for name in (*starts, "small batch")]
+        places = [(f"{name}, improved", f"improved {name}") for name in BAD_STARTS]
         return [("tuned", "tuned"), *places]
 
 

@@ -108,14 +108,16 @@ def described(outcome: Outcome) -> dict[str, Any]:
     }
 
 
-def language_model_row(study: Study, name: str, bad: Callable[[dict], Settings]) -> Iterator[Cell]:
+def language_model_row(
+    study: Study, name: str, bad: Callable[[dict], dict[str, Setting]]
+) -> Iterator[Cell]:
     """A language model that starts badly."""
     problem, settings, best = study.lm()
-    start = {**settings, **bad(settings)}
+    start = settings | bad(settings)
     outcome = study.improved(problem, start, f"improved {name}")
     reference = problem.test(best.snapshot.state)
     losses_now = problem.test(outcome.snapshot.state)
-    more = described(outcome) | {"loss": float(losses_now.mean()), "start": dict(bad(settings))}
+    more = described(outcome) | {"loss": float(losses_now.mean()), "start": bad(settings)}
     more["tuned_loss"] = float(reference.mean())
     yield Cell("ratio to tuned", ratio(losses_now, reference), more)
     times = outcome.ledger.seconds / best.ledger.seconds
@@ -307,24 +309,39 @@ def fault_row(study: Study, name: str, inject: Callable) -> Iterator[Cell]:
     yield Cell("steps to the alarm", steps_late, {"unit": "steps"})
 
 
+def times(factor: float) -> Callable[[dict], dict[str, Setting]]:
+    """The learning rate, so many times."""
+    return lambda settings: {"outer_learning_rate": settings["outer_learning_rate"] * factor}
+
+
+def decayed(settings: dict) -> dict[str, Setting]:
+    """Weight decay that leaves no weight."""
+    return {"weight_decay": 10.0}
+
+
+def few(settings: dict) -> dict[str, Setting]:
+    """A sixteenth of the batch."""
+    return {"batch_size": max(1, int(settings["batch_size"]) // 16)}
+
+
+BAD_STARTS: dict[str, Callable[[dict], dict[str, Setting]]] = {
+    "learning rate too small": times(1 / 30),
+    "learning rate too large": times(30.0),
+    "weight decay": decayed,
+    "small batch": few,
+    "all at once": lambda settings: times(30.0)(settings) | decayed(settings) | few(settings),
+}
+"""Of the language model: what is wrong with the tuned settings."""
+
+
 def make_rows(study: Study) -> dict[str, Callable[[], Iterator[Cell]]]:
     """All rows by name."""
 
-    def starts(name: str, **changes: Callable[[float], Setting]):
-        def bad(settings: dict) -> Settings:
-            return {key: change(settings[key]) for key, change in changes.items()}
-
-        return lambda: language_model_row(study, name, bad)
-
     rows: dict[str, Callable[[], Iterator[Cell]]] = {
-        "learning rate too small": starts(
-            "learning rate too small", outer_learning_rate=lambda rate: rate / 30
-        ),
-        "learning rate too large": starts(
-            "learning rate too large", outer_learning_rate=lambda rate: rate * 30
-        ),
-        "weight decay": starts("weight decay", weight_decay=lambda decay: 10.0),
-        "small batch": starts("small batch", batch_size=lambda size: max(1, int(size) // 16)),
+        name: functools.partial(language_model_row, study, name, bad)
+        for name, bad in BAD_STARTS.items()
+    }
+    rows |= {
         "maml rates": lambda: maml_row(study),
         "mnist": lambda: mnist_row(study),
         "resources": lambda: resources_row(study),

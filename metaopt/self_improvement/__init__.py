@@ -3,6 +3,8 @@
 Each part is a module of its own, usable alone; what a notebook wants of them is here.
 """
 
+from metaopt.self_improvement.attempts import Change
+from metaopt.self_improvement.budget import TrialConfig
 from metaopt.self_improvement.loop import Ledger, LoopConfig, Outcome, run
 from metaopt.self_improvement.memory import Memory
 from metaopt.self_improvement.monitor import Alarm, Monitor, MonitorConfig
@@ -13,7 +15,7 @@ from metaopt.self_improvement.training import (
     meta_training,
     plain_training,
 )
-from metaopt.self_improvement.trials import Change, Decision, TrialConfig
+from metaopt.self_improvement.trials import Decision
 from metaopt.self_improvement.workload import Choice, Scale, Snapshot, Workload
 
 __all__ = [

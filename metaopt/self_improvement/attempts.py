@@ -30,6 +30,8 @@ class Change(NamedTuple):
       setting: the one that matters; the others go with it.
       score: what it is judged by.
       reason: in words.
+      way: 1 for more of the setting, -1 for less, 0 where there is no such order.
+      level: of refinement; 0 while the search is coarse.
       parts: the changes that it is made of, where it is of several.
     """
 
@@ -37,6 +39,8 @@ class Change(NamedTuple):
     setting: str
     score: Score
     reason: str
+    way: int = 0
+    level: int = 0
     parts: tuple["Change", ...] = ()
 
 

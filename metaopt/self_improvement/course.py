@@ -12,18 +12,13 @@ import numpy as np
 from metaopt.progress import Progress, say
 from metaopt.recorder import Diverged
 from metaopt.self_improvement.alarms import Alarm
+from metaopt.self_improvement.attempts import is_bad
 from metaopt.self_improvement.loop_config import Outcome
 from metaopt.self_improvement.memory import Memory
 from metaopt.self_improvement.proposers import pattern_search
+from metaopt.self_improvement.races import is_closed, races
 from metaopt.self_improvement.sentinel import Damage, Sentinel
-from metaopt.self_improvement.trials import (
-    Change,
-    Decision,
-    decide,
-    differences,
-    is_bad,
-    lowered,
-)
+from metaopt.self_improvement.trials import Decision, Ground, differences, lowered
 from metaopt.self_improvement.workload import (
     Snapshot,
     Step,
@@ -59,13 +54,16 @@ class Course:
         return snapshot, snapshot.examples < self.workload.num_examples
 
     def _recall(self, first: Snapshot, memory: Memory) -> Snapshot:
-        """The start that the memory proposes, within the bounds; the search is then short."""
+        """The start that the memory proposes, within the bounds.
+
+        Where it is of the same task, the first search has been done.
+        """
         proposal = memory.propose(self.workload.task)
         if proposal is None:
             return first
         known = known_settings(self.workload.space, proposal.settings)
         say(f"{self.workload.name}: {proposal.reason}")
-        self.first_phase = 1
+        self.first_phase = int(proposal.distance == 0)
         return changed(self.workload, first, known)
 
     @contextlib.contextmanager
@@ -134,40 +132,35 @@ class Course:
         """Tries what is proposed for as long as something is, and there is budget for it."""
         fraction = snapshot.examples / self.workload.num_examples
         phase = sum(fraction >= start for start in self.config.phases) - 1
-        if phase < 0:
+        decisions = self.journal.decisions
+        if phase < self.first_phase or is_closed(decisions, snapshot, phase):
             return snapshot
-        phase = min(max(phase, self.first_phase), len(self.config.phases) - 1)
-        while changes := self._affordable(snapshot, phase):
-            try:
-                after, decision = decide(
-                    self.workload,
-                    snapshot,
-                    changes,
-                    dataclasses.replace(self.config.trials, margin=self.config.margins[phase]),
-                    phase,
-                    skip=self.journal.left_out,
-                    check=self._check_stop,
-                )
-            except Stopped:
-                self._leave(snapshot)
-            except FloatingPointError as error:
-                return self._roll_back(snapshot, self._damage(snapshot, str(error)))
-            snapshot = after
-            self._take(snapshot, decision)
-        return snapshot
+        ground: Ground | None = None
+        try:
+            for ground, decision in races(
+                self.workload,
+                snapshot,
+                self.proposer,
+                dataclasses.replace(self.config.trials, margin=self.config.margins[phase]),
+                self.config.shares[phase],
+                phase,
+                decisions,
+                skip=lambda: self.journal.left_out,
+                check=self._check_stop,
+            ):
+                self._take(ground.snapshot, decision)
+        except Stopped:
+            self._leave(ground.snapshot if ground else snapshot)
+        except FloatingPointError as error:
+            return self._roll_back(snapshot, self._damage(snapshot, str(error)))
+        return self._arrived(ground) if ground else snapshot
 
-    def _affordable(self, snapshot: Snapshot, phase: int) -> list[Change]:
-        """The changes to try next: those that are possible, and that the budget is good for."""
-        workload, config = self.workload, self.config.trials
-        cost = config.cost(workload, snapshot.settings)
-        spent = sum(d.trial_examples for d in self.journal.decisions if d.phase == phase)
-        number = int((self.config.shares[phase] * workload.num_examples - spent) / cost)
-        # Nothing is asked for that is after the end of the run.
-        end = snapshot.examples + cost + 2 * workload.examples_per_step(snapshot.settings)
-        if number < 1 or end > workload.num_examples:
-            return []
-        proposed = self.proposer(snapshot, self.journal.decisions, phase)
-        return [c for c in proposed if config.possible(workload, snapshot.settings, c)][:number]
+    def _arrived(self, ground: Ground) -> Snapshot:
+        """Where the winner of a search has come to."""
+        reached = ground.reached
+        self.progress.update(min(reached.examples, self.workload.num_examples))
+        self.sentinel.trust(reached)
+        return reached
 
     def _check_stop(self) -> None:
         if self.stop.received is not None:
@@ -176,7 +169,6 @@ class Course:
     def _take(self, snapshot: Snapshot, decision: Decision) -> None:
         """Notes a decision; it was made on sound ground, which can be come back to."""
         self.journal.decided(decision)
-        self.progress.update(min(snapshot.examples, self.workload.num_examples))
         if decision.verdict == "accepted":
             say(f"{self.workload.name}, step {decision.step}: {decision.reason}")
         if decision.verdict != "rolled back":

@@ -6,9 +6,10 @@ from typing import NamedTuple
 from metaopt.errors import UserError
 from metaopt.self_improvement.alarms import Alarm
 from metaopt.self_improvement.assess import Assessment
+from metaopt.self_improvement.budget import TrialConfig
 from metaopt.self_improvement.journal import Ledger
 from metaopt.self_improvement.symptoms import MonitorConfig
-from metaopt.self_improvement.trials import Decision, TrialConfig
+from metaopt.self_improvement.trials import Decision
 from metaopt.self_improvement.workload import Snapshot
 
 
@@ -30,7 +31,7 @@ class LoopConfig:
     """
 
     phases: tuple[float, ...] = (0.0, 0.35)
-    shares: tuple[float, ...] = (0.12, 0.03)
+    shares: tuple[float, ...] = (0.2, 0.03)
     margins: tuple[float, ...] = (0.002, 0.02)
     trials: TrialConfig = dataclasses.field(default_factory=TrialConfig)
     assess_every: float = 0.1

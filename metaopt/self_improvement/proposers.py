@@ -6,14 +6,15 @@ disk, so a run that is resumed goes on with the very next change.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 
 from metaopt.self_improvement.trials import Change, Decision, Proposer
 from metaopt.self_improvement.workload import Choice, Scale, Setting, Snapshot, Space, Workload
 
-LEAST_FACTOR = 1.3
-"""A search along a setting ends when its factor has come down to this."""
+LEAST_FACTOR = 2.0
+"""A search along a setting ends when its factor has come down below this."""
 LATER_FACTOR = 2.0
 """Of the first attempts of all phases after the first."""
 
@@ -25,11 +26,13 @@ def pattern_search(space: Space, directions: Directions | None = None) -> Propos
     """Changes each setting by a factor, up and down, and refines the factor where neither helps.
 
     A setting that was changed with success is tried further in that direction alone; where
-    neither direction is better the factor becomes its square root, until it is
-    `LEAST_FACTOR`; where both differences are within the noise at once, the setting is
+    neither direction is better the factor becomes its square root, down to `LEAST_FACTOR`, and
+    the smaller value comes first; where both differences are within the noise, the setting is
     left alone until the next phase (Hooke and Jeeves, 1961, on a logarithmic scale, all
-    settings side by side). A choice has each of its values tried once a phase. What is judged by
-    its efficiency is only lowered when nothing that is judged by the loss is left to try.
+    settings side by side). Where another setting was changed in the same race, what was not
+    better is judged anew, in the smaller direction: short trials prefer rates that are too large.
+    A choice has each of its values tried once a phase. What is judged by its efficiency is only
+    lowered when nothing that is judged by the loss is left to try.
 
     Args:
       space: what may be changed.
@@ -38,7 +41,7 @@ def pattern_search(space: Space, directions: Directions | None = None) -> Propos
     """
 
     def propose(snapshot: Snapshot, decisions: Sequence[Decision], phase: int) -> list[Change]:
-        past = [decision for decision in decisions if decision.phase == phase]
+        past = [d for d in decisions if d.phase == phase and d.verdict != "rolled back"]
         signs = directions(snapshot) if directions else {}
         changes = []
         for name, axis in space.items():
@@ -47,19 +50,17 @@ def pattern_search(space: Space, directions: Directions | None = None) -> Propos
                 changes += _choices(name, axis, value, past)
             else:
                 where = _where(name, axis, past, phase, signs.get(name, 0.0))
-                changes += _factors(name, axis, snapshot, where, space)
+                changes += _factors(name, axis, snapshot.settings, where, space)
         if any(change.score == "loss" for change in changes):
-            changes = [change for change in changes if not _slows(change, snapshot)]
+            changes = [change for change in changes if not _slows(change)]
         return changes
 
     return propose
 
 
-def _slows(change: Change, snapshot: Snapshot) -> bool:
+def _slows(change: Change) -> bool:
     """Whether it makes less of what efficiency is about, such as a smaller batch."""
-    if change.score != "efficiency" or isinstance(change.settings[change.setting], str):
-        return False
-    return float(change.settings[change.setting]) < float(snapshot.settings[change.setting])
+    return change.score == "efficiency" and change.way < 0
 
 
 def _choices(name: str, axis: Choice, value: Setting, past: Sequence[Decision]) -> list[Change]:
@@ -71,54 +72,70 @@ def _choices(name: str, axis: Choice, value: Setting, past: Sequence[Decision]) 
     return [Change({name: v}, name, axis.score, f"{name} {value} to {v}") for v in rest]
 
 
+class _Where(NamedTuple):
+    """Where the search along a setting stands: what to try is ``factor ** way``."""
+
+    factor: float
+    ways: tuple[int, ...]
+    level: int
+
+
 def _factors(
-    name: str,
-    axis: Scale,
-    snapshot: Snapshot,
-    where: tuple[float, list[int]],
-    space: Space,
+    name: str, axis: Scale, settings: Mapping[str, Setting], where: _Where, space: Space
 ) -> list[Change]:
-    factor, ways = where
-    if factor < LEAST_FACTOR:
-        return []
-    changes = (_scaled(name, axis, snapshot.settings, factor**way, space) for way in ways)
-    return [change for change in changes if change is not None]
+    while where.factor >= LEAST_FACTOR:
+        changes = [_scaled(name, axis, settings, where, way, space) for way in where.ways]
+        if found := [change for change in changes if change is not None]:
+            return found
+        where = _refined(where)  # the bounds leave no room for more
+    return []
 
 
-def _where(
-    name: str, axis: Scale, past: Sequence[Decision], phase: int, sign: float
-) -> tuple[float, list[int]]:
-    """The factor and the directions that the search along a setting has come to."""
+def _refined(where: _Where) -> _Where:
+    return _Where(math.sqrt(where.factor), (-1, 1), where.level + 1)
+
+
+def _where(name: str, axis: Scale, past: Sequence[Decision], phase: int, slope: float) -> _Where:
+    """What the search along a setting has come to."""
     factor = axis.factor if phase == 0 else min(axis.factor, LATER_FACTOR)
-    ways = [1, -1] if not sign else [-1 if sign > 0 else 1]
+    ways: tuple[int, ...] = (1, -1) if not slope else (-1 if slope > 0 else 1,)
+    where = _Where(factor, ways, 0)
     for decision in past:
         tried = [e for e in decision.evidence if e["setting"] == name]
         if not tried:
             continue
-        if any(e["accepted"] for e in tried):
-            old, new = map(float, decision.changes[name])
-            ways = [1 if new > old else -1]
+        better = [e for e in tried if e["accepted"]]
+        better = better or [e for e in tried if e["verdict"] == "better"]
+        if better:
+            where = where._replace(ways=tuple(e["way"] for e in better))
+        elif decision.verdict == "accepted":  # of another setting, so this one may now differ
+            where = where._replace(ways=(-1,) if axis.score == "loss" else where.ways)
         elif all(e["verdict"] == "noise" for e in tried):
-            return 1.0, ways
-        elif not any(e["verdict"] == "better" for e in tried):
-            factor, ways = math.sqrt(factor), [1, -1]
-    return factor, ways
+            return where._replace(factor=1.0)
+        else:
+            where = _refined(where)
+    return where
 
 
 def _scaled(
-    name: str, axis: Scale, settings: Mapping[str, Setting], factor: float, space: Space
+    name: str,
+    axis: Scale,
+    settings: Mapping[str, Setting],
+    where: _Where,
+    way: int,
+    space: Space,
 ) -> Change | None:
-    """The change by a factor, with what is coupled to it; None where the bounds forbid it."""
+    """The change of a setting, with what is coupled to it; None where the bounds leave no room."""
     old = float(settings[name])
-    new = axis.scaled(old, factor)
-    if math.isclose(new, old, rel_tol=1e-3):
+    new = axis.scaled(old, where.factor**way)
+    if abs(math.log(new / old)) < 0.5 * math.log(where.factor):
         return None
     values: dict[str, Setting] = {name: new}
     for other, power in axis.coupled.items():
         scaled = float(settings[other]) * (new / old) ** power
         bounds = space.get(other)
         values[other] = bounds.scaled(scaled, 1.0) if isinstance(bounds, Scale) else scaled
-    return Change(values, name, axis.score, f"{name} {old:.4g} to {new:.4g}")
+    return Change(values, name, axis.score, f"{name} {old:.4g} to {new:.4g}", way, where.level)
 
 
 def descent(workload: Workload, num_steps: int = 4, least: float = 0.01) -> Directions:

@@ -17,6 +17,7 @@ ROWS = [
     "learning rate too large",
     "weight decay",
     "small batch",
+    "all at once",
     "maml rates",
     "mnist",
     "resources",

@@ -21,6 +21,7 @@ def decision(*entries, phase=0, changes=None):
     """``(setting, value, verdict, accepted)`` each."""
     evidence = [
         {"setting": s, "settings": {s: v}, "verdict": verdict, "accepted": accepted}
+        | {"way": 0 if isinstance(v, str) else 1 if v > 1 else -1}
         for s, v, verdict, accepted in entries
     ]
     verdict = "accepted" if changes else "kept"
@@ -38,10 +39,15 @@ UP = decision(
 NEITHER = decision(("rate", 16.0, "worse", False), ("rate", 1 / 16, "worse", False))
 MIXED = decision(("rate", 16.0, "noise", False), ("rate", 1 / 16, "worse", False))
 NOISE = decision(("rate", 16.0, "noise", False), ("rate", 1 / 16, "noise", False))
+OTHER = ("decay", 2.0, "better", True), {"decay": [1.0, 2.0]}
+ALMOST = decision(
+    ("rate", 16.0, "worse", False), ("rate", 1 / 16, "better", False), OTHER[0], changes=OTHER[1]
+)
 BEATEN = decision(
-    ("rate", 16.0, "better", False), ("decay", 2.0, "better", True), changes={"decay": [1.0, 2.0]}
+    ("rate", 16.0, "noise", False), ("rate", 1 / 16, "noise", False), OTHER[0], changes=OTHER[1]
 )
 ROLLED_BACK = Decision(0, 0, -1, "rolled back", {"rate": [1.0, 0.25]}, "", [{}], 0, 0.0)
+DIVERGED = NEITHER._replace(verdict="rolled back")
 
 
 @pytest.mark.parametrize(
@@ -50,14 +56,18 @@ ROLLED_BACK = Decision(0, 0, -1, "rolled back", {"rate": [1.0, 0.25]}, "", [{}],
         ([], 1.0, [16.0, 1 / 16]),
         ([UP], 16.0, [256.0]),  # on in the direction that helped
         ([UP], 100.0, [1e3]),  # no farther than the bound
-        ([NEITHER], 1.0, [4.0, 0.25]),
-        ([MIXED], 1.0, [4.0, 0.25]),
-        ([UP, NEITHER], 16.0, [64.0, 4.0]),
-        ([NEITHER] * 2, 1.0, [2.0, 0.5]),
-        ([NEITHER] * 4, 1.0, []),  # the fourth root of 2 is no change worth a trial
+        ([UP], 500.0, [125.0, 1e3]),  # to which it is not worth the while: refined
+        ([NEITHER], 1.0, [0.25, 4.0]),  # the smaller one first
+        ([MIXED], 1.0, [0.25, 4.0]),
+        ([UP, NEITHER], 16.0, [4.0, 64.0]),
+        ([NEITHER] * 2, 1.0, [0.5, 2.0]),
+        ([NEITHER] * 3, 1.0, []),  # the root of 2 is no change worth a trial
         ([NOISE], 1.0, []),
-        ([BEATEN], 1.0, [16.0, 1 / 16]),
-        ([ROLLED_BACK], 1.0, [16.0, 1 / 16]),  # of no phase
+        ([ALMOST], 1.0, [1 / 16]),  # better, but not the best
+        ([BEATEN], 1.0, [1 / 16]),  # another was changed, and this one may now differ
+        ([BEATEN, NOISE], 1.0, []),
+        ([ROLLED_BACK], 1.0, [16.0, 1 / 16]),
+        ([DIVERGED], 1.0, [16.0, 1 / 16]),  # says nothing of the batch that it was on
     ],
 )
 def test_where_a_search_stands_is_read_off_the_decisions(decisions, now, expected):
@@ -106,7 +116,7 @@ def test_an_oracle_spares_the_attempts_against_it_while_the_factor_is_coarse():
     for slope, expected in ((3.0, [1 / 16]), (-3.0, [16.0])):
         search = pattern_search({"rate": RATE}, lambda snapshot, slope=slope: {"rate": slope})
         assert values(search, snapshot(rate=1.0)) == pytest.approx(expected)
-        assert values(search, snapshot(rate=1.0), [NEITHER]) == pytest.approx([4.0, 0.25])
+        assert values(search, snapshot(rate=1.0), [NEITHER]) == pytest.approx([0.25, 4.0])
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))

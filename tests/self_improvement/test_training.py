@@ -14,6 +14,7 @@ from metaopt.learners import maml
 from metaopt.meta_gradients import joint, reverse
 from metaopt.outer_step import OuterConfig, init_state, make_meta_step, outer_optimizer
 from metaopt.runs import read_json_lines
+from metaopt.self_improvement.budget import TrialConfig
 from metaopt.self_improvement.loop import LoopConfig, run
 from metaopt.self_improvement.proposers import descent
 from metaopt.self_improvement.training import (
@@ -25,7 +26,6 @@ from metaopt.self_improvement.training import (
     plain_training,
     trainer,
 )
-from metaopt.self_improvement.trials import TrialConfig
 from metaopt.self_improvement.workload import Choice, Scale, begin, steps
 from metaopt.train import Interrupted, TrainConfig, train
 from metaopt.types import Batch, Episode, Model

@@ -1,0 +1,100 @@
+"""How long trials are, and which of them a search has the budget for."""
+
+import dataclasses
+from collections.abc import Sequence
+
+from metaopt.errors import UserError
+from metaopt.self_improvement.attempts import Change
+from metaopt.self_improvement.workload import Settings, Snapshot, Workload
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrialConfig:
+    """How changes are tried.
+
+    Attributes:
+      examples: a trial's, as a fraction of the run.
+      longer: a change that refines (`Change.level`) has so many times the examples of one a
+        level above it.
+      anneal: after those, so many more, as a fraction of them, with rates that go to zero:
+        a trial is judged by what the run would be if it ended there, since without that
+        short trials prefer small rates (Wu et al., 2018, the short-horizon bias).
+      margin: a difference in the score smaller than this fraction of it is none.
+      least_steps: a trial has at least so many steps of the batch that the run has, and a batch
+        of which it would have fewer is not tried.
+    """
+
+    examples: float = 0.01
+    longer: float = 4.0
+    anneal: float = 0.33
+    margin: float = 0.002
+    least_steps: int = 4
+
+    def __post_init__(self):
+        if not 0 < self.examples < 1 or not 0 <= self.anneal <= 1 or not 0 <= self.margin < 1:
+            raise UserError(
+                f"a trial's examples={self.examples} must be a fraction of the run, anneal="
+                f"{self.anneal} one of the trial, and margin={self.margin} one of the score"
+            )
+        if self.least_steps < 1 or not self.longer >= 1:
+            raise UserError(
+                f"least_steps={self.least_steps} and longer={self.longer} must be at least 1"
+            )
+
+    def size(self, workload: Workload, settings: Settings, level: int = 0) -> int:
+        """Examples of a trial, without those to anneal."""
+        least = self.least_steps * workload.examples_per_step(settings)
+        return round(self.longer**level * max(least, round(self.examples * workload.num_examples)))
+
+    def possible(self, workload: Workload, settings: Settings, change: Change) -> bool:
+        """Whether a trial is long enough to judge the change by."""
+        batch = workload.examples_per_step({**settings, **change.settings})
+        return self.size(workload, settings, change.level) >= self.least_steps * batch
+
+
+def affordable(
+    workload: Workload,
+    snapshot: Snapshot,
+    changes: Sequence[Change],
+    config: TrialConfig,
+    budget: float,
+    *,
+    size: int = 0,
+    gained: int = 0,
+) -> tuple[list[Change], int]:
+    """Of the changes those that can be tried now, and the examples of their trials.
+
+    Nothing is refined while something coarse is to be tried. What refines has trials as long as
+    it should; the last one that the budget is good for may have half of it. Where there is only
+    budget for trials of the size before, they are believed against their bias alone: only what
+    makes a setting smaller is tried, for at the start of a run short trials prefer rates that
+    are too large.
+
+    Args:
+      workload: the training.
+      snapshot: where it stands.
+      changes: in the order of their worth.
+      config: how they are tried.
+      budget: in examples that are not gone on with.
+      size: of the trials of the race before, in this search.
+      gained: what going on from its winner is worth, in examples.
+    """
+    found = [c for c in changes if config.possible(workload, snapshot.settings, c)]
+    level = min((change.level for change in found), default=0)
+    found = [change for change in found if change.level == level]
+    wanted = config.size(workload, snapshot.settings, level)
+    batch, each = workload.examples_per_step(snapshot.settings), 1 + config.anneal
+    room = (workload.num_examples - snapshot.examples - 2 * batch) / each
+
+    def affords(number: int) -> float:
+        """The examples of so many trials beside one without a change, the best gone on with."""
+        return min(wanted, room, (budget - gained) / (each * (number + 1) - 1))
+
+    if size != wanted:
+        for number in range(len(found), 0, -1):
+            least = wanted / 2 if level and number == 1 else wanted
+            if affords(number) >= max(size + 1, least):
+                return found[:number], int(affords(number))
+        found = [change for change in found if change.way < 0 or not level]
+    number = min(len(found), int(budget / (each * size))) if size and size <= room else 0
+    return found[:number], size
