@@ -19,6 +19,7 @@ from metaopt.self_improvement.proposers import pattern_search
 from metaopt.self_improvement.races import is_closed, races
 from metaopt.self_improvement.sentinel import Damage, Sentinel
 from metaopt.self_improvement.trials import Decision, Ground, differences, lowered
+from metaopt.self_improvement.ways import quickest_way
 from metaopt.self_improvement.workload import (
     Snapshot,
     Step,
@@ -88,7 +89,7 @@ class Course:
     def run(self, snapshot: Snapshot) -> Outcome:
         """Decides, trains and assesses in turns until the examples are gone through."""
         if not self.journal.curve:
-            snapshot = self._assess(snapshot)
+            snapshot = self._assess(self._provide(snapshot))
         while snapshot.examples < self.workload.num_examples:
             snapshot = self._intervene(self._decide(snapshot))
             snapshot = self._advance(snapshot, self._next_stop(snapshot))
@@ -153,14 +154,30 @@ class Course:
             self._leave(ground.snapshot if ground else snapshot)
         except FloatingPointError as error:
             return self._roll_back(snapshot, self._damage(snapshot, str(error)))
-        return self._arrived(ground) if ground else snapshot
+        return self._arrived(ground, snapshot) if ground else snapshot
 
-    def _arrived(self, ground: Ground) -> Snapshot:
+    def _arrived(self, ground: Ground, start: Snapshot) -> Snapshot:
         """Where the winner of a search has come to."""
-        reached = ground.reached
+        reached, size = ground.reached, self.workload.examples_per_step
+        if size(reached.settings) != size(start.settings):
+            reached = self._provide(reached)
         self.progress.update(min(reached.examples, self.workload.num_examples))
         self.sentinel.trust(reached)
         return reached
+
+    def _provide(self, snapshot: Snapshot) -> Snapshot:
+        """Finds the quickest way to compute a step, where the workload has several."""
+        config = self.config
+        if not (self.workload.ways and config.phases and config.ways_seconds):
+            return snapshot
+        after, decision = quickest_way(
+            self.workload,
+            snapshot,
+            seconds_budget=config.ways_seconds,
+            memory_budget=config.memory_budget,
+        )
+        self._take(after, decision)
+        return after
 
     def _check_stop(self) -> None:
         if self.stop.received is not None:

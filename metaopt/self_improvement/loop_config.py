@@ -23,6 +23,9 @@ class LoopConfig:
       margins: in each phase, what `TrialConfig.margin` is: short trials prefer small rates all
         the more the later it is, annealed or not, so what is changed late is what is plainly wrong.
       trials: how changes are tried.
+      ways_seconds: for the search through a workload's ``ways`` to compute a step, compiling
+        included: at the start, and after a search that changed the batch, if there are phases.
+      memory_budget: bytes a device that a step may take; up to 1, a fraction of what it has.
       assess_every: a held-out evaluation, and a checkpoint.
       keep_every: steps from one snapshot to go back to to the next.
       max_roll_backs: in a row without a decision or an assessment between them; then the
@@ -34,6 +37,8 @@ class LoopConfig:
     shares: tuple[float, ...] = (0.2, 0.03)
     margins: tuple[float, ...] = (0.002, 0.02)
     trials: TrialConfig = dataclasses.field(default_factory=TrialConfig)
+    ways_seconds: float = 60.0
+    memory_budget: float = 0.8
     assess_every: float = 0.1
     keep_every: int = 20
     max_roll_backs: int = 5
@@ -51,6 +56,8 @@ class LoopConfig:
             raise UserError("phases must be from 0 on and below 1, and assess_every in (0, 1]")
         if not all(share >= 0 for share in self.shares):
             raise UserError(f"shares {self.shares} must not be negative")
+        if self.ways_seconds < 0 or self.memory_budget <= 0:
+            raise UserError("ways_seconds must not be negative, and memory_budget must be above 0")
         if self.keep_every < 1 or self.max_roll_backs < 0:
             raise UserError("keep_every must be at least 1 and max_roll_backs at least 0")
 

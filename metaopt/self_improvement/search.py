@@ -197,13 +197,15 @@ def _prepared(build: Build, settings: Settings, budget: float) -> _Program:
 
 
 def _caller(compiled: jax.stages.Compiled, args: Sequence[Any]) -> Callable[[], Any]:
-    """A call with the same arguments again and again, copies of those that are donated."""
-    leaves, structure = jax.tree.flatten(tuple(args))
-    donated = [info.donated for info in jax.tree.leaves(compiled.args_info)]
+    """A call with the same arguments again and again; copies, where any are donated.
+
+    Of a pytree that is donated under pmap, ``args_info`` names the first leaf alone.
+    """
+    donates = any(info.donated for info in jax.tree.leaves(compiled.args_info))
 
     def call():
-        given = [jnp.copy(x) if d else x for x, d in zip(leaves, donated, strict=True)]
-        return compiled(*jax.tree.unflatten(structure, given))
+        copied = jax.tree.map(lambda x: jnp.copy(x) if isinstance(x, jax.Array) else x, tuple(args))
+        return compiled(*(copied if donates else args))
 
     return call
 

@@ -59,6 +59,7 @@ def meta_training(
     tokens_per_example: int,
     space: Space,
     schedule: Callable[[float], float] = cosine,
+    ways: Mapping[str, Sequence[Setting]] | None = None,
     seed: int = 0,
     num_devices: int = 0,
 ) -> Workload:
@@ -80,6 +81,7 @@ def meta_training(
       tokens_per_example: for rates.
       space: what may be changed.
       schedule: of the outer rates, over the run.
+      ways: see `Workload`; none if not given. Such as ``{"tasks_at_a_time": (0, 1)}``.
       seed: of what is drawn in a step.
       num_devices: 0 for all.
     """
@@ -143,6 +145,7 @@ def meta_training(
         space=space,
         schedule=schedule,
         window_loss=window_loss,
+        ways=ways or {},
     )
 
 
@@ -162,6 +165,7 @@ def plain_training(
     tokens_per_example: int,
     space: Space,
     schedule: Callable[[float], float] = cosine,
+    ways: Mapping[str, Sequence[Setting]] | None = None,
     examples_at_a_time: int = 1,
     seed: int = 0,
     num_devices: int = 0,
@@ -183,6 +187,8 @@ def plain_training(
       tokens_per_example: for rates.
       space: what may be changed.
       schedule: of the rate, over the run.
+      ways: see `Workload`; none if not given. Such as microbatches:
+        ``{"microbatch": (0, 8, 32), "tasks_at_a_time": (0, 1)}``.
       examples_at_a_time: held-out examples that one loss is taken of; E / this many losses.
       seed: of the initial parameters.
       num_devices: 0 for all.
@@ -234,6 +240,7 @@ def plain_training(
         tokens_per_example=tokens_per_example,
         space=_on_devices(space, len(devices)),
         schedule=schedule,
+        ways=ways,
         seed=seed,
         num_devices=num_devices,
     )

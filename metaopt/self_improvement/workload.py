@@ -9,13 +9,14 @@ function of the settings and of the position in the data, counted in examples, s
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from metaopt.errors import UserError
 from metaopt.self_improvement.space import (
     Choice,
     Scale,
@@ -76,6 +77,8 @@ class Workload(NamedTuple):
       window_loss: ``(state, settings, position, num_steps) -> scalar``, a training loss after so
         many more steps, differentiable in ``state.hparams``; None where there is no such
         function.
+      ways: settings by which a step is computed in another way, and comes to the same but for
+        rounding, with the values that they may take.
     """
 
     name: str
@@ -91,6 +94,7 @@ class Workload(NamedTuple):
     schedule: Callable[[float], float] = lambda done: 1.0
     scheduled: tuple[str, ...] = ("outer_learning_rate", "rates_learning_rate")
     window_loss: Callable[..., jax.Array] | None = None
+    ways: Mapping[str, Sequence[Setting]] = {}
 
 
 class Snapshot(NamedTuple):
@@ -132,6 +136,8 @@ def begin(workload: Workload, settings: Settings) -> Snapshot:
       UserError: a setting that may be changed has no value, or one out of its bounds.
     """
     check_settings(workload.space, settings)
+    if missing := sorted(workload.ways.keys() - settings.keys()):
+        raise UserError(f"{missing[0]!r} is a way to compute a step, but has no value")
     state = with_scalars(workload.start(settings), settings)
     return Snapshot(state, dict(settings), 0)
 
