@@ -120,8 +120,10 @@ def language_model_row(
     more = described(outcome) | {"loss": float(losses_now.mean()), "start": bad(settings)}
     more["tuned_loss"] = float(reference.mean())
     yield Cell("ratio to tuned", ratio(losses_now, reference), more)
-    times = outcome.ledger.seconds / best.ledger.seconds
-    yield Cell("time ratio", single(times), {"plain_seconds": best.ledger.seconds})
+    every = study.config.loop.assess_every
+    beside = tuning.plain(problem, settings, study.directory / "beside", assess_every=every)
+    times = outcome.ledger.seconds / beside.ledger.seconds
+    yield Cell("time ratio", single(times), {"plain_seconds": beside.ledger.seconds})
     untreated = tuning.plain(problem, start, study.directory / "untreated")
     yield Cell("untreated ratio", ratio(problem.test(untreated.snapshot.state), reference))
 

@@ -1,7 +1,7 @@
 """An attempt: a stretch of training with a changed setting, from a copy of where it stands."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -13,13 +13,13 @@ from metaopt.self_improvement.workload import (
     Score,
     Setting,
     Snapshot,
+    Step,
     Workload,
     after_steps,
     changed,
     copied,
     steps,
 )
-from metaopt.types import Metrics
 
 
 class Change(NamedTuple):
@@ -113,33 +113,33 @@ def _run(
 ) -> tuple[Snapshot, float, tuple[int, int] | None]:
     """The snapshot at ``end``, seconds without compiling, the first stretch without a number."""
     began, compiled = time.perf_counter(), compile_seconds()
-    start, second, seen = snapshot.examples, None, []
+    start, second, broken, count = snapshot.examples, None, None, 0
+    unseen: Step | None = None
     for step in steps(workload, snapshot, end, anneal=anneal, skip=skip):
         check()
-        snapshot = step.snapshot
-        seen.append((step.position, snapshot.examples, step.metrics))
+        count, snapshot = count + 1, step.snapshot
+        if unseen:  # as in training: while the device computes this step, look at the one before
+            broken = broken or _broken(unseen)
+        unseen = step
         if second is None:
             jax.block_until_ready(step.metrics)
             second = time.perf_counter()
+    broken = broken or (unseen and _broken(unseen))
     jax.block_until_ready(snapshot.state.step)
-    now, count = time.perf_counter(), len(seen)
+    now = time.perf_counter()
     if count > 1 and second is not None:  # the first step compiled, and waited for its data
         seconds = (now - second) * count / (count - 1)
     else:
         seconds = max(0.0, now - began - (compile_seconds() - compiled))
     examples = after_steps(start, end, workload.examples_per_step(snapshot.settings))
-    return snapshot._replace(examples=examples), seconds, _first_broken(seen)
+    return snapshot._replace(examples=examples), seconds, broken
 
 
-def _first_broken(seen: Sequence[tuple[int, int, Metrics]]) -> tuple[int, int] | None:
-    """Of steps ``(first example, end, metrics)`` where the first is of which a scalar is no number.
-
-    Their metrics are waited for all at once.
-    """
-    for first, end, metrics in jax.device_get(list(seen)):
-        if not all(np.isfinite(x) for x in metrics.values() if np.ndim(x) == 0):
-            return int(first), int(end)
-    return None
+def _broken(step: Step) -> tuple[int, int] | None:
+    """The stretch of the data of a step of which a scalar is no number."""
+    metrics = jax.device_get(step.metrics)
+    sound = all(np.isfinite(x) for x in metrics.values() if np.ndim(x) == 0)
+    return None if sound else (step.position, step.snapshot.examples)
 
 
 def is_bad(workload: Workload, snapshot: Snapshot, stretch: tuple[int, int]) -> bool:

@@ -9,6 +9,9 @@ from metaopt.self_improvement.assess import Verdict, compare
 from metaopt.self_improvement.attempts import Change, Trial
 from metaopt.self_improvement.workload import Setting
 
+QUICKER = 1.1
+"""A change by which examples go so many times as quickly is better where the improvement a
+second is about the same: a run has a given number of examples."""
 MUCH_QUICKER = 1.25
 """A change by which examples go so many times as quickly is tried and taken before all others."""
 WORTH_ADDING = 0.25
@@ -38,7 +41,7 @@ def judge(before: np.ndarray, unchanged: Trial, trial: Trial, margin: float = 0.
     if score == "efficiency":
         rates = [-improvement_rates(before, t) for t in (unchanged, trial)]
         found = compare(rates[0], rates[1], margin=0.1 * abs(float(np.mean(rates[0]))))
-        no_worse = found.outcome == "noise" and _much_quicker(unchanged, trial)
+        no_worse = found.outcome == "noise" and _speed(unchanged, trial) > QUICKER
         return found._replace(outcome="better") if no_worse else found
     loss = compare(
         unchanged.losses, trial.losses, margin=0.01 * abs(float(np.mean(unchanged.losses)))
@@ -55,8 +58,9 @@ def improvement_rates(before: np.ndarray, trial: Trial) -> np.ndarray:
     return (before - trial.losses) / max(trial.seconds, 1e-9)
 
 
-def _much_quicker(unchanged: Trial, trial: Trial) -> bool:
-    return MUCH_QUICKER * trial.seconds / trial.examples < unchanged.seconds / unchanged.examples
+def _speed(unchanged: Trial, trial: Trial) -> float:
+    """How many times as quickly examples go."""
+    return unchanged.seconds / unchanged.examples / (trial.seconds / trial.examples)
 
 
 class Race:
@@ -126,7 +130,7 @@ class Race:
         if trial.change.score == "loss":
             rank, timed = 1, self.unchanged
         else:
-            rank, timed = 2 * _much_quicker(self.unchanged, trial), trial
+            rank, timed = 2 * (_speed(self.unchanged, trial) > MUCH_QUICKER), trial
         rates = improvement_rates(self.before, trial._replace(seconds=timed.seconds))
         return rank, float(rates.mean())
 

@@ -65,8 +65,8 @@ def run(
       Interrupted: after Ctrl-C or SIGTERM, with everything saved.
     """
     config = config or LoopConfig()
-    if memory is not None and jax.process_count() > 1:
-        raise UserError("several processes: ask the memory before, and give all one start")
+    if jax.process_count() > 1:
+        _check_agreement(workload, memory)
     first, interventions = begin(workload, settings), sorted(interventions, key=lambda e: e[0])
     directory, path = Path(directory), checkpoint_directory(directory, workload.name)
     with Checkpoints(path, fingerprint=fingerprint or {}) as checkpoints, StopSignals() as stop:
@@ -80,6 +80,18 @@ def run(
     if memory is not None and new:
         memory.remember(record_of(workload, outcome))
     return outcome
+
+
+def _check_agreement(workload: Workload, memory: Memory | None) -> None:
+    """Raises UserError where several processes might decide differently, each by what it sees."""
+    if memory is not None:
+        raise UserError("several processes: ask the memory before, and give all one start")
+    timed = [name for name, axis in workload.space.items() if axis.score != "loss"]
+    if timed := sorted([*timed, *workload.ways]):
+        raise UserError(
+            f"several processes: {', '.join(timed)} would be chosen by the clock of each; "
+            "find the values in one process, and leave them out of the space and the ways"
+        )
 
 
 def _identity(workload, settings, config, interventions) -> dict[str, Any]:

@@ -23,6 +23,8 @@ SPREAD = np.linspace(-0.01, 0.01, 16)
         ("efficiency", 0.0, 0.5, "better"),  # the same loss in half of the time
         ("efficiency", 0.0, 2.0, "worse"),
         ("efficiency", 0.0, 0.95, "noise"),
+        ("efficiency", -0.12, 0.88, "better"),  # the same a second, and the run ends sooner
+        ("efficiency", -0.06, 0.94, "noise"),
         ("efficiency", np.inf, 0.1, "worse"),
         ("throughput", 0.0, 0.8, "better"),
         ("throughput", 0.0, 0.99, "noise"),

@@ -350,6 +350,17 @@ def test_the_second_run_starts_where_the_first_ended(tmp_path):
     assert third.snapshot.settings["outer_learning_rate"] == 0.02
 
 
+def test_several_processes_do_not_decide_by_their_clocks(tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    space = {"batch_size": Scale(low=1, high=64, integer=True, score="efficiency")}
+    with pytest.raises(UserError, match="batch_size would be chosen by the clock of each"):
+        improved(tmp_path, problem=workload(800, space=space))
+    with pytest.raises(UserError, match="remat would be chosen"):
+        improved(tmp_path, problem=workload(800, ways={"remat": (0, 1)}))
+    with pytest.raises(UserError, match="ask the memory before"):
+        improved(tmp_path, memory=Memory(tmp_path / "memory.sqlite"))
+
+
 def test_configs_that_cannot_be_are_refused():
     for wrong in (
         {"phases": (0.0, 0.5), "shares": (0.1,)},
@@ -358,6 +369,8 @@ def test_configs_that_cannot_be_are_refused():
         {"phases": (0.0, 0.5), "shares": (0.1, -0.1)},
         {"assess_every": 0.0},
         {"keep_every": 0},
+        {"ways_seconds": -1.0},
+        {"memory_budget": 0.0},
     ):
         with pytest.raises(UserError):
             LoopConfig(**wrong)
