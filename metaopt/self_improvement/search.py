@@ -99,11 +99,11 @@ def tune_resources(
 ) -> ResourceResult:
     """Varies one setting at a time, again and again, while that makes items a second more.
 
-    Where some did not fit the memory, two are varied together as well: a larger
-    microbatch may need rematerialisation, which alone is slower. A setting changes only
-    beyond noise, and in the end the result meets the start once more: where the start is
-    quicker beyond noise, it stays. Every candidate is compiled once, and what does not
-    fit the memory is never run.
+    Where none alone does, two are varied together: a larger microbatch may need
+    rematerialisation, which alone is slower, and the tasks one by one may only pay without it.
+    A setting changes only beyond noise, and in the end the result meets the start once more:
+    where the start is quicker beyond noise, it stays. Every candidate is compiled once, and
+    what does not fit the memory is never run.
 
     Args:
       build: ``settings -> (function, args)``; a `UserError` of its own refuses the candidate.
@@ -131,7 +131,7 @@ def tune_resources(
     singles = [(name,) for name in space]
     while True:
         found = _sweep(bench, space, best, singles, searched)
-        if found == best and bench.is_tight():
+        if found == best:
             found = _sweep(bench, space, best, list(itertools.combinations(space, 2)), searched)
         if found == best:
             break
@@ -235,10 +235,6 @@ class _Bench:
             self.record("start", settings, self.program(settings).verdict)
         reason = self.evidence[0]["reason"]
         raise UserError(f"no settings of the space can be run; for the start, {reason}")
-
-    def is_tight(self) -> bool:
-        """Whether memory kept some candidates out."""
-        return any(program.verdict == "over memory" for program in self.programs.values())
 
     def admitted(
         self, setting: str, rivals: Sequence[dict[str, Setting]], ends: float

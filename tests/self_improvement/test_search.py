@@ -123,12 +123,19 @@ def test_the_largest_batch_of_a_real_program_is_found_from_shapes_alone():
     assert largest_that_fits([1, 2, 4, 8, 16], memory_of, 9 * row) == 8
 
 
-def test_the_best_of_the_space_is_found_one_setting_at_a_time(use):
+def test_what_only_pays_together_is_found(use):
+    together = {"a": 1, "b": 1}
+    machine = use(Machine(lambda s: 0.5 if s == together else 1.0 + 0.2 * (s["a"] + s["b"])))
+    found = machine.tune({"a": (0, 1), "b": (0, 1)}, {"a": 0, "b": 0})
+    assert found.settings == together
+
+
+def test_the_best_of_the_space_is_found_and_nothing_is_compiled_twice(use):
     for seed in range(10):
         machine = use(Machine(cost, seed=seed))
         found = machine.tune(SPACE, START)
         assert found.settings == {**START, "microbatch": 8, "remat": False, "precision": "bf16"}
-        assert len(machine.compiled) == len({str(s) for s in machine.compiled}) < 20
+        assert len(machine.compiled) == len({str(s) for s in machine.compiled})
         json.dumps(found.evidence)
         adopted = [e for e in found.evidence if e["verdict"] == "adopted"]
         assert [e["setting"] for e in adopted] == [*SPACE]
