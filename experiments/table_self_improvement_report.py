@@ -56,6 +56,7 @@ class Report:
 
     def finish(self) -> None:
         """Draws the trajectories, prints the tables and marks the run as finished."""
+        self._write()
         self._draw()
         console = Console()
         for table in tables.arrange(self._records):
