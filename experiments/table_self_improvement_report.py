@@ -71,21 +71,22 @@ class Report:
 
     def _draw(self) -> None:
         """The held-out loss by tokens of every run of the language model."""
-        trainings = self._run.directory / "trainings"
-        curves = [(name, trajectory(trainings / place)) for name, place in self._places()]
-        drawn = {name: points for name, points in curves if len(points) > 1}
+        improved = self._trajectories("improved")
+        tuned = {"tuned": trajectory(self._run.directory / "trainings" / "tuned")}
+        drawn = {name: points for name, points in (tuned | improved).items() if len(points) > 1}
         if drawn:
             plots.trajectories(
                 self._run.directory / "curves.png",
                 drawn,
+                dashed=self._trajectories("untreated"),
                 x_label="tokens",
                 y_label="held-out loss, nats a token",
-                title="Language model: bad starts under the closed loop",
+                title="Language model: bad starts under the closed loop, and untreated (dashed)",
             )
 
-    def _places(self) -> list[tuple[str, str]]:
-        places = [(f"{name}, improved", f"improved {name}") for name in BAD_STARTS]
-        return [("tuned", "tuned"), *places]
+    def _trajectories(self, kind: str) -> dict[str, np.ndarray]:
+        trainings = self._run.directory / "trainings"
+        return {name: trajectory(trainings / f"{kind} {name}") for name in BAD_STARTS}
 
 
 OVER = "95 % intervals over held-out examples, paired"
@@ -96,4 +97,4 @@ def trajectory(directory: Path) -> np.ndarray:
     path = directory / "metrics.jsonl"
     lines: list[dict[str, Any]] = read_json_lines(path) if path.exists() else []
     found = [(line["tokens"], line["valid_loss"]) for line in lines if line.get("valid_loss")]
-    return np.array([point for point in found if math.isfinite(point[1])])
+    return np.array([point for point in found if math.isfinite(point[1])]).reshape(-1, 2)

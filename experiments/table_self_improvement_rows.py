@@ -124,7 +124,8 @@ def language_model_row(
     beside = tuning.plain(problem, settings, study.directory / "beside", assess_every=every)
     times = outcome.ledger.seconds / beside.ledger.seconds
     yield Cell("time ratio", single(times), {"plain_seconds": beside.ledger.seconds})
-    untreated = tuning.plain(problem, start, study.directory / "untreated")
+    place = study.directory / f"untreated {name}"
+    untreated = tuning.plain(problem, start, place, assess_every=every)
     yield Cell("untreated ratio", ratio(problem.test(untreated.snapshot.state), reference))
 
 

@@ -112,13 +112,20 @@ def lines(
 
 
 def trajectories(
-    path: Path, points: Mapping[str, np.ndarray], *, x_label: str, y_label: str, title: str
+    path: Path,
+    points: Mapping[str, np.ndarray],
+    *,
+    dashed: Mapping[str, np.ndarray] | None = None,
+    x_label: str,
+    y_label: str,
+    title: str,
 ) -> None:
     """Quantities that move on as a run does, each at its own points.
 
     Args:
       path: of the PNG file.
       points: ``[n, 2]``, x and y, by the name in the legend; what is not finite is a gap.
+      dashed: what belongs to some of these, by the same names, drawn in the same colour.
       x_label: of the horizontal axis.
       y_label: of the vertical axis.
       title: of the figure.
@@ -127,7 +134,12 @@ def trajectories(
     axes = figure.subplots()
     for i, (name, line) in enumerate(points.items()):
         marker = MARKERS[i % len(MARKERS)]
-        axes.plot(line[:, 0], _finite(line[:, 1]), label=name, marker=marker, markersize=4)
+        (drawn,) = axes.plot(
+            line[:, 0], _finite(line[:, 1]), label=name, marker=marker, markersize=4
+        )
+        if dashed and name in dashed:
+            other, color = dashed[name], drawn.get_color()
+            axes.plot(other[:, 0], _finite(other[:, 1]), color=color, linestyle="--")
     axes.set(xlabel=x_label, ylabel=y_label, title=title)
     axes.grid(alpha=0.25)
     axes.legend(fontsize=8, frameon=False)
