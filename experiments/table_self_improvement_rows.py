@@ -113,19 +113,22 @@ def language_model_row(
 ) -> Iterator[Cell]:
     """A language model that starts badly."""
     problem, settings, best = study.lm()
-    start = settings | bad(settings)
+    start, every = settings | bad(settings), study.config.loop.assess_every
+
+    def plain(settings: Settings, place: str) -> Outcome:
+        return tuning.plain(problem, settings, study.directory / place, assess_every=every)
+
+    beside = [plain(settings, "beside").ledger.seconds]
     outcome = study.improved(problem, start, f"improved {name}")
+    beside += [plain(settings, "beside").ledger.seconds]
     reference = problem.test(best.snapshot.state)
     losses_now = problem.test(outcome.snapshot.state)
     more = described(outcome) | {"loss": float(losses_now.mean()), "start": bad(settings)}
     more["tuned_loss"] = float(reference.mean())
     yield Cell("ratio to tuned", ratio(losses_now, reference), more)
-    every = study.config.loop.assess_every
-    beside = tuning.plain(problem, settings, study.directory / "beside", assess_every=every)
-    times = outcome.ledger.seconds / beside.ledger.seconds
-    yield Cell("time ratio", single(times), {"plain_seconds": beside.ledger.seconds})
-    place = study.directory / f"untreated {name}"
-    untreated = tuning.plain(problem, start, place, assess_every=every)
+    times = outcome.ledger.seconds / float(np.mean(beside))
+    yield Cell("time ratio", single(times), {"plain_seconds": beside})
+    untreated = plain(start, f"untreated {name}")
     yield Cell("untreated ratio", ratio(problem.test(untreated.snapshot.state), reference))
 
 

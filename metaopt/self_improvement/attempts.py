@@ -71,7 +71,7 @@ def try_change(
     snapshot: Snapshot,
     change: Change | None,
     size: int,
-    anneal: float,
+    anneal: int,
     *,
     skip: LeftOut = frozenset(),
     check: Callable[[], None] = lambda: None,
@@ -83,7 +83,7 @@ def try_change(
       snapshot: where to start; its arrays stay as they are.
       change: what to try; None for nothing.
       size: examples to go through.
-      anneal: as for `TrialConfig`.
+      anneal: examples after those, over which the rates go to zero.
       skip: as for `workload.steps`.
       check: called at every step; what it raises ends the trial.
     """
@@ -93,7 +93,7 @@ def try_change(
     after, seconds, broken = _run(workload, started, end, skip=skip, check=check)
     judged = after
     if anneal:
-        end = after.examples + max(1, round(anneal * size))
+        end = after.examples + anneal
         judged, more, later = _run(
             workload, copied(after), end, anneal=True, skip=skip, check=check
         )

@@ -60,7 +60,6 @@ def affordable(
     budget: float,
     *,
     size: int = 0,
-    gained: int = 0,
 ) -> tuple[list[Change], int]:
     """Of the changes those that can be tried now, and the examples of their trials.
 
@@ -76,19 +75,18 @@ def affordable(
       changes: in the order of their worth.
       config: how they are tried.
       budget: in examples that are not gone on with.
-      size: of the trials of the race before, in this search.
-      gained: what going on from its winner is worth, in examples.
+      size: of the trials of the race before, in this search; they do not become shorter.
     """
     found = [c for c in changes if config.possible(workload, snapshot.settings, c)]
     level = min((change.level for change in found), default=0)
     found = [change for change in found if change.level == level]
-    wanted = config.size(workload, snapshot.settings, level)
+    wanted = max(size, config.size(workload, snapshot.settings, level))
     batch, each = workload.examples_per_step(snapshot.settings), 1 + config.anneal
     room = (workload.num_examples - snapshot.examples - 2 * batch) / each
 
     def affords(number: int) -> float:
         """The examples of so many trials beside one without a change, the best gone on with."""
-        return min(wanted, room, (budget - gained) / (each * (number + 1) - 1))
+        return min(wanted, room, budget / (each * (number + 1) - 1))
 
     if size != wanted:
         for number in range(len(found), 0, -1):

@@ -47,7 +47,6 @@ def races(
             config,
             share * workload.num_examples - spent,
             size=last.size if last else 0,
-            gained=last.gained if last else 0,
         )
         if not changes:
             return

@@ -143,7 +143,7 @@ def decide(
       changes: one or more.
       config: how they are tried.
       phase: of the search, for the record.
-      size: examples of a trial; those of the config if not given.
+      size: examples of a trial, at least those of the race before; of the config if not given.
       last: the decision before, in this search.
       skip: as for `workload.steps`.
       check: called at every step of a trial; what it raises ends the attempt.
@@ -153,13 +153,13 @@ def decide(
     """
     began = time.perf_counter()
     snapshot = ground.snapshot
-    size = size or config.size(workload, snapshot.settings)
+    size = max(size or config.size(workload, snapshot.settings), ground.size)
 
-    def tried(change: Change | None) -> Trial:
-        return try_change(workload, snapshot, change, size, config.anneal, skip=skip, check=check)
+    def tried(change: Change | None, start: Snapshot = snapshot) -> Trial:
+        left, anneal = snapshot.examples + size - start.examples, round(config.anneal * size)
+        return try_change(workload, start, change, left, anneal, skip=skip, check=check)
 
-    known = ground.winner if ground.size == size else None
-    unchanged = known or tried(None)
+    unchanged = _unchanged(ground, size, tried)
     race = Race(ground.before, unchanged, config.margin)
     for change in sorted(changes, key=lambda change: change.score == "loss"):
         if not race.is_needless(change):
@@ -168,9 +168,8 @@ def decide(
         race.enter(_or_refused(tried, together, unchanged))
     end = _end(workload, ground._replace(winner=unchanged, size=size), race)
     # A run that was stopped after the last race tries its winner once more, at no account.
-    paid = last is not None and last.size == size
-    gained = end.ground.reached.examples - snapshot.examples
-    spent = race.spent + (0 if paid else unchanged.examples)
+    gained, held = end.ground.reached.examples - snapshot.examples, last.gained if last else 0
+    again = 0 if last is not None and last.size == size else unchanged.examples - held
     return end.ground, Decision(
         step=int(snapshot.state.step),
         examples=snapshot.examples,
@@ -179,11 +178,25 @@ def decide(
         changes=differences(snapshot.settings, end.ground.snapshot.settings),
         reason=end.reason,
         evidence=race.evidence(),
-        trial_examples=spent - gained + (last.gained if last else 0),
+        trial_examples=race.spent + again - gained + held,
         seconds=time.perf_counter() - began,
         left_out=end.left_out,
         size=size,
         gained=gained,
+    )
+
+
+def _unchanged(ground: Ground, size: int, tried: Callable[..., Trial]) -> Trial:
+    """The trial without a change: the last winner, or that one gone on with, where there is one."""
+    winner = ground.winner
+    if winner is None:
+        return tried(None)
+    if ground.size == size:
+        return winner
+    longer, before = tried(None, winner.after), winner.after.examples - ground.snapshot.examples
+    return longer._replace(
+        examples=longer.examples + before,
+        seconds=longer.seconds + winner.seconds * before / winner.examples,
     )
 
 

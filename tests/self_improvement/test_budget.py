@@ -40,30 +40,34 @@ def test_the_first_race_pays_for_the_trial_without_a_change_but_not_for_the_best
 
 
 def test_the_next_race_pays_for_its_own_trials_alone():
-    assert ways(COARSE, budget=100, size=40, gained=40) == ([1, -1], 40)
-    assert ways(COARSE, budget=99, size=40, gained=40) == ([1], 40)
-    assert ways(COARSE, budget=49, size=40, gained=40) == ([], 40)
+    assert ways(COARSE, budget=100, size=40) == ([1, -1], 40)
+    assert ways(COARSE, budget=99, size=40) == ([1], 40)
+    assert ways(COARSE, budget=49, size=40) == ([], 40)
 
 
 @pytest.mark.parametrize(
     ("budget", "expected"),
     [
-        (480, ([-1, 1], 160)),  # three of 160 and 40, less 160, and 40 that were won before
-        (479, ([-1], 160)),
-        (280, ([-1], 160)),
-        (220, ([-1], 120)),  # the last one is shorter
-        (160, ([-1], 80)),
-        (159, ([-1], 40)),  # no longer than before: one more of those
+        (440, ([-1, 1], 160)),  # three of 160 and 40, of which 160 are gone on with
+        (439, ([-1], 160)),
+        (240, ([-1], 160)),
+        (180, ([-1], 120)),  # the last one is shorter
+        (120, ([-1], 80)),
+        (119, ([-1], 40)),  # no longer than before: one more of those
         (49, ([], 40)),
     ],
 )
 def test_what_refines_has_longer_trials_or_fewer(budget, expected):
-    assert ways(FINE, budget=budget, size=40, gained=40) == expected
+    assert ways(FINE, budget=budget, size=40) == expected
 
 
 def test_short_trials_are_not_believed_where_they_say_larger():
-    assert ways(FINE[1:], budget=159, size=40, gained=40) == ([], 40)
-    assert ways(FINE[1:], budget=160, size=40, gained=40) == ([1], 80)
+    assert ways(FINE[1:], budget=119, size=40) == ([], 40)
+    assert ways(FINE[1:], budget=120, size=40) == ([1], 80)
+
+
+def test_trials_do_not_become_shorter_within_a_search():
+    assert ways(COARSE, budget=1000, size=160) == ([1, -1], 160)
 
 
 def test_nothing_is_refined_while_something_coarse_is_left():
@@ -74,7 +78,7 @@ def test_nothing_is_asked_for_after_the_end_of_the_run():
     assert ways(COARSE, budget=1000, at=START._replace(examples=1942)) == ([1, -1], 40)
     assert ways(COARSE, budget=1000, at=START._replace(examples=1943)) == ([], 0)
     late = START._replace(examples=1880)
-    assert ways(FINE, budget=1000, size=40, gained=40, at=late) == ([-1], 89)
+    assert ways(FINE, budget=1000, size=40, at=late) == ([-1], 89)
 
 
 def test_only_changes_that_leave_a_trial_enough_steps_are_possible():

@@ -2,6 +2,7 @@ import itertools
 
 import jax.numpy as jnp
 import noisy_quadratic as quadratic
+import numpy as np
 import pytest
 from noisy_quadratic import SETTINGS, as_bytes, workload
 
@@ -63,16 +64,36 @@ def test_the_next_race_starts_at_the_same_place_and_knows_its_trial_without_a_ch
     again, second = decide(problem, ground, [rate(0.8)], CONFIG, size=40, last=first)
     assert set(seen) == {0.8} and second.examples == first.examples == 0
     assert second.trial_examples == 56  # all of its one trial, and the first one's is gone on with
-    # Longer trials need one without a change too, and a run that was resumed at no account.
-    seen.clear()
-    longer, third = decide(problem, again, [rate(3.0)], CONFIG, size=80, last=second)
-    assert set(seen) == {again.snapshot.settings["outer_learning_rate"], 3.0}
-    assert longer.reached.examples == third.gained == 80
-    assert third.trial_examples == 2 * 108 - 80 + 40
+    # A run that was stopped in between tries its winner once more, at no account.
     resumed = stand(problem, ground.snapshot)
     after, decision = decide(problem, resumed, [rate(0.8)], CONFIG, size=40, last=first)
     assert decision.trial_examples == second.trial_examples
     assert as_bytes(after.reached.state) == as_bytes(again.reached.state)
+
+
+def test_longer_trials_go_on_with_the_winner_where_it_had_come_to():
+    snapshot, positions = begin(PROBLEM, SLOW), []
+
+    def sample(settings, position):
+        if settings["outer_learning_rate"] == 0.2:
+            positions.append(position)
+        return quadratic.sample(settings, position)
+
+    ground, first = race(PROBLEM, snapshot, [rate(0.2)])
+    problem = PROBLEM._replace(sample=sample)
+    longer, second = decide(problem, ground, [rate(30.0)], CONFIG, size=80, last=first)
+    assert min(positions) == 40 and longer.size == 80
+    by_hand = last(PROBLEM, changed(PROBLEM, copied(snapshot), {"outer_learning_rate": 0.2}), 80)
+    assert as_bytes(longer.reached.state) == as_bytes(by_hand.state)
+    assert longer.winner is not None and longer.winner.examples == 80 + 28  # 26.4 to anneal
+    # 108 of the change; of the other, all but the 80 that are gone on with.
+    assert second.gained == 80 and second.trial_examples == 108 + 28
+    resumed = stand(PROBLEM, ground.snapshot)
+    after, again = decide(PROBLEM, resumed, [rate(30.0)], CONFIG, size=80, last=first)
+    assert again.trial_examples == second.trial_examples
+    assert as_bytes(after.reached.state) == as_bytes(longer.reached.state)
+    assert after.winner is not None
+    np.testing.assert_array_equal(after.winner.losses, longer.winner.losses)
 
 
 def test_where_nothing_is_better_the_trial_without_change_was_progress():
@@ -155,7 +176,7 @@ def test_trials_that_the_loss_judges_do_not_race_the_clock(monkeypatch):
 
 
 def test_a_trial_of_a_single_step_is_timed_as_well():
-    found = try_change(PROBLEM, begin(PROBLEM, SETTINGS | {"batch_size": 64}), None, 40, 0.0)
+    found = try_change(PROBLEM, begin(PROBLEM, SETTINGS | {"batch_size": 64}), None, 40, 0)
     assert found.examples == 64 and 1e-6 < found.seconds < 10
 
 
