@@ -1,4 +1,5 @@
 import dataclasses
+import types
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from experiments.table_self_improvement_rows import Study, make_rows, ratio
 from experiments.table_self_improvement_workloads import Text, language_model, mnist
 from metaopt.errors import UserError
 from metaopt.runs import read_json_lines
+from metaopt.self_improvement.loop import Ledger
 
 SMOKE = preset({"preset": "smoke"})
 ROWS = [
@@ -94,6 +96,8 @@ def test_a_bad_start_is_that_of_the_tuned_settings(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(study, "improved", improved)
+    timed = types.SimpleNamespace(ledger=Ledger(seconds=1.0))
+    monkeypatch.setattr(tuning, "plain", lambda *args, **options: timed)
     with pytest.raises(KeyboardInterrupt):
         next(make_rows(study)["learning rate too small"]())
     ((settings, name),) = started
