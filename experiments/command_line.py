@@ -79,7 +79,7 @@ def command(
     preset: Callable[[Mapping[str, str]], Any],
     chosen_by: Sequence[str],
 ) -> str:
-    """The shortest command that gives these results: only what differs from the defaults."""
+    """The shortest command that gives this config: only what differs from the defaults."""
     chosen, default = {}, preset({})
     for name in chosen_by:  # each may change the default of the next
         if getattr(config, name) != getattr(default, name):
@@ -89,21 +89,15 @@ def command(
     return " ".join([f"python -m experiments.{module}", *flags, *_changed_flags(config, default)])
 
 
-PLACE = ("root", "run_dir")
-"""Flags that say where a run is written, which decides nothing about its results."""
-
-
 def as_saved(config: Any) -> dict[str, Any]:
     """What decides the results: all but where the run is written."""
-    return {k: v for k, v in as_json(config).items() if k not in PLACE}
+    return {k: v for k, v in as_json(config).items() if k not in ("root", "run_dir")}
 
 
 def _changed_flags(config: Any, default: Any, prefix: str = "") -> list[str]:
     flags = []
     for field in dataclasses.fields(config):
         value, usual = getattr(config, field.name), getattr(default, field.name)
-        if not prefix and field.name in PLACE:
-            continue
         name = f"{prefix}{field.name.replace('_', '-')}"
         if dataclasses.is_dataclass(value):
             flags += _changed_flags(value, usual, f"{name}.")

@@ -27,8 +27,6 @@ class Config:
     folder: str | None = None
     remat: bool = False
     outer: Outer = dataclasses.field(default_factory=Outer)
-    root: str = "runs"
-    run_dir: str | None = None
 
 
 def preset(flags):
@@ -98,7 +96,6 @@ def test_divergence_is_exit_code_1_and_a_bug_is_not_hidden(capsys):
         (Config(names=("a b", "c")), " --names 'a b' c"),
         (Config(folder='$HOME/my "text"'), " --folder '$HOME/my \"text\"'"),
         (Config(outer=Outer(rate=1e-5)), " --outer.rate 1e-05"),
-        (Config(root="elsewhere", run_dir="elsewhere/toy"), ""),  # decides nothing
     ],
 )
 def test_the_command_names_what_differs_from_the_preset(config, flags):
