@@ -47,9 +47,14 @@ class TrialConfig:
         return round(self.longer**level * max(least, round(self.examples * workload.num_examples)))
 
     def possible(self, workload: Workload, settings: Settings, change: Change) -> bool:
-        """Whether a trial is long enough to judge the change by."""
+        """Whether a trial as long as it should be is enough to judge the change by."""
+        size = self.size(workload, settings, change.level)
+        return self.judges(workload, settings, change, size)
+
+    def judges(self, workload: Workload, settings: Settings, change: Change, size: int) -> bool:
+        """Whether a trial of so many examples is long enough to judge the change by."""
         batch = workload.examples_per_step({**settings, **change.settings})
-        return self.size(workload, settings, change.level) >= self.least_steps * batch
+        return size >= self.least_steps * batch
 
 
 def affordable(
@@ -77,22 +82,45 @@ def affordable(
       budget: in examples that are not gone on with.
       size: of the trials of the race before, in this search; they do not become shorter.
     """
-    found = [c for c in changes if config.possible(workload, snapshot.settings, c)]
-    level = min((change.level for change in found), default=0)
-    found = [change for change in found if change.level == level]
-    wanted = max(size, config.size(workload, snapshot.settings, level))
-    batch, each = workload.examples_per_step(snapshot.settings), 1 + config.anneal
-    room = (workload.num_examples - snapshot.examples - 2 * batch) / each
+    settings = snapshot.settings
+    possible = [c for c in changes if config.possible(workload, settings, c)]
+    level = min((change.level for change in possible), default=0)
+    found = [change for change in possible if change.level == level]
+    wanted = max(size, config.size(workload, settings, level))
+    each, room = 1 + config.anneal, _room(workload, snapshot, possible, config)
 
     def affords(number: int) -> float:
-        """The examples of so many trials beside one without a change, the best gone on with."""
-        return min(wanted, room, budget / (each * (number + 1) - 1))
+        """The size of so many trials beside one without a change, the best gone on with."""
+        trials = number + 1 + _is_merged(found[:number])
+        return min(wanted, room, budget / (each * trials - 1))
 
     if size != wanted:
         for number in range(len(found), 0, -1):
             least = wanted / 2 if level and number == 1 else wanted
             if affords(number) >= max(size + 1, least):
-                return found[:number], int(affords(number))
-        found = [change for change in found if change.way < 0 or not level]
-    number = min(len(found), int(budget / (each * size))) if size and size <= room else 0
-    return found[:number], size
+                found, size = found[:number], int(affords(number))
+                return [c for c in found if config.judges(workload, settings, c, size)], size
+        found = [change for change in possible if change.way < 0] if level else found
+    if not 0 < size <= room:
+        return [], size
+    found = [c for c in found if config.judges(workload, settings, c, size)]
+    while found and each * size * (len(found) + _is_merged(found)) > budget:
+        found = found[:-1]
+    return found, size
+
+
+def _room(
+    workload: Workload, snapshot: Snapshot, changes: Sequence[Change], config: TrialConfig
+) -> float:
+    """The size of a trial that ends with the run, whatever batch it is of."""
+    batches = [
+        workload.examples_per_step({**snapshot.settings, **settings})
+        for settings in ({}, *(change.settings for change in changes))
+    ]
+    left = workload.num_examples - snapshot.examples - 2 * max(batches)
+    return left / (1 + config.anneal)
+
+
+def _is_merged(changes: Sequence[Change]) -> bool:
+    """Whether there may be one more trial, of several settings together."""
+    return len({change.setting for change in changes if change.score == "loss"}) > 1

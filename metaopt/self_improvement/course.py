@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -154,12 +154,17 @@ class Course:
             self._leave(ground.snapshot if ground else snapshot)
         except FloatingPointError as error:
             return self._roll_back(snapshot, self._damage(snapshot, str(error)))
-        return self._arrived(ground, snapshot) if ground else snapshot
+        decided = [d for d in decisions if d.phase == phase and d.examples == snapshot.examples]
+        return self._arrived(ground.reached if ground else snapshot, decided)
 
-    def _arrived(self, ground: Ground, start: Snapshot) -> Snapshot:
-        """Where the winner of a search has come to."""
-        reached, size = ground.reached, self.workload.examples_per_step
-        if size(reached.settings) != size(start.settings):
+    def _arrived(self, reached: Snapshot, decided: Sequence[Decision]) -> Snapshot:
+        """Where a search has come to, in the way that is the quickest for its batch."""
+        if not decided:
+            return reached
+        before, size = dict(reached.settings), self.workload.examples_per_step
+        for decision in reversed(decided):
+            before |= {name: old for name, (old, _) in decision.changes.items()}
+        if size(reached.settings) != size(before):
             reached = self._provide(reached)
         self.progress.update(min(reached.examples, self.workload.num_examples))
         self.sentinel.trust(reached)

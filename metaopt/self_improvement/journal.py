@@ -84,7 +84,8 @@ class Journal:
     def resume(self, first: Snapshot) -> tuple[Snapshot, dict[str, Any]]:
         """The latest snapshot that was saved and the notes beside it, or ``first`` and none.
 
-        Lines of this training from after the checkpoint are dropped.
+        What was decided since then in a search that stands there, all of which is on disk, is
+        taken up; other lines of this training from after the checkpoint are dropped.
 
         Raises:
           UserError: the checkpoint is of another run.
@@ -96,12 +97,17 @@ class Journal:
 
         restored = self._checkpoints.restore_latest(example)
         notes = restored.notes if restored else {}
-        self._reopen(notes.get("num_decisions", 0), notes.get("num_assessments", 0))
+        number, examples = notes.get("num_decisions", 0), notes.get("examples", -1)
+        self._reopen(number, notes.get("num_assessments", 0), examples)
         if restored is None:
             return first, {}
         self._losses, self._spent = notes["losses"], Ledger(*notes["ledger"])
         self.alarms = [Alarm(*alarm) for alarm in notes["alarms"]]
-        return Snapshot(restored.state, notes["settings"], notes["examples"]), notes
+        snapshot, since = Snapshot(restored.state, notes["settings"], examples), {}
+        for decision in self.decisions[number:]:
+            since |= {name: new for name, (_, new) in decision.changes.items()}
+            self._spent = self._spent._replace(seconds=self._spent.seconds + decision.seconds)
+        return (changed(self._workload, snapshot, since) if since else snapshot), notes
 
     def _check(self, notes: Mapping[str, Any]) -> None:
         found = differences(notes.get("run"), self._identity)
@@ -111,16 +117,27 @@ class Journal:
                 f"run ({found}); go back to it, or give a new directory"
             )
 
-    def _reopen(self, num_decisions: int, num_assessments: int) -> None:
+    def _reopen(self, num_decisions: int, num_assessments: int, examples: int) -> None:
         """Goes on after so many lines of this training; those of others stay."""
+        found = self._mine("decisions.jsonl")
+        num_decisions = min(num_decisions, len(found))
+        for line in found[num_decisions:]:
+            if line.get("phase", -1) < 0 or line["examples"] != examples:
+                break
+            num_decisions += 1
         decisions = self._first("decisions.jsonl", num_decisions)
         self.decisions = [Decision(**_without(line, "name")) for line in decisions]
         self.curve = [_assessment(x) for x in self._first("metrics.jsonl", num_assessments)]
 
+    def _mine(self, file: str) -> list[dict[str, Any]]:
+        """The lines of this training in a file."""
+        lines = read_json_lines(self._directory / file)
+        return [line for line in lines if line["name"] == self._workload.name]
+
     def _first(self, file: str, number: int) -> list[dict[str, Any]]:
         """The first lines of this training in a file, the others of it dropped."""
         path, name = self._directory / file, self._workload.name
-        mine = [line for line in read_json_lines(path) if line["name"] == name][:number]
+        mine = self._mine(file)[:number]
         if jax.process_index() == 0:
             numbers = itertools.count()
             keep_json_lines(path, lambda x: x["name"] != name or next(numbers) < number)

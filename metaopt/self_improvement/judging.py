@@ -99,7 +99,7 @@ class Race:
             )
 
     def is_needless(self, change: Change) -> bool:
-        """Whether the best so far makes all after it much quicker, or the other way was better."""
+        """Whether the best so far makes all after it much quicker, or the other way was taken."""
         if self.best is not None and self._gain(self.best)[0] == 2:
             return True  # all that is left can be tried at less cost
         _, better = self._alone.get(change.setting, (0.0, None))

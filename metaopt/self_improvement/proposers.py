@@ -27,9 +27,9 @@ def pattern_search(space: Space, directions: Directions | None = None) -> Propos
 
     A setting that was changed with success is tried further in that direction alone; where
     neither direction is better the factor becomes its square root, down to `LEAST_FACTOR`, and
-    the smaller value comes first; where both differences are within the noise, the setting is
-    left alone until the next phase (Hooke and Jeeves, 1961, on a logarithmic scale, all
-    settings side by side). Where another setting was changed in the same race, what was not
+    the smaller value comes first, which also wins a tie. Where all is within the noise the
+    setting is left alone until the next phase (Hooke and Jeeves, 1961, on a logarithmic scale,
+    all settings side by side). Where another setting was changed in the same race, what was not
     better is judged anew, in the smaller direction: short trials prefer rates that are too large.
     A choice has each of its values tried once a phase. What is judged by its efficiency is only
     lowered when nothing that is judged by the loss is left to try.

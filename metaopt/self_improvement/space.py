@@ -37,7 +37,7 @@ class Scale:
     coupled: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
-        if not 0 < self.low <= self.high < math.inf or not self.factor > 1:
+        if not 0 < self.low <= self.high < math.inf or not 1 < self.factor < math.inf:
             raise UserError(
                 f"a scale needs 0 < low <= high and a factor above 1, not low={self.low}, "
                 f"high={self.high}, factor={self.factor}"

@@ -43,6 +43,15 @@ def test_the_next_race_pays_for_its_own_trials_alone():
     assert ways(COARSE, budget=100, size=40) == ([1, -1], 40)
     assert ways(COARSE, budget=99, size=40) == ([1], 40)
     assert ways(COARSE, budget=49, size=40) == ([], 40)
+    assert ways(COARSE, budget=-200, size=40) == ([], 40)  # overdrawn
+
+
+def test_a_trial_of_several_settings_together_is_paid_for():
+    decay = Change({"weight_decay": 0.1}, "weight_decay", "loss", "")
+    assert ways([*COARSE, decay], budget=210) == ([1, -1, 0], 40)  # five trials, less 40
+    assert ways([*COARSE, decay], budget=209) == ([1, -1], 40)
+    assert ways([*COARSE, decay], budget=200, size=40) == ([1, -1, 0], 40)
+    assert ways([*COARSE, decay], budget=199, size=40) == ([1, -1], 40)
 
 
 @pytest.mark.parametrize(
@@ -70,6 +79,11 @@ def test_trials_do_not_become_shorter_within_a_search():
     assert ways(COARSE, budget=1000, size=160) == ([1, -1], 160)
 
 
+def test_where_the_coarser_of_what_refines_cannot_be_believed_the_finer_is_tried():
+    decay = Change({"weight_decay": 0.1}, "weight_decay", "loss", "", -1, 2)
+    assert ways([FINE[1], decay], budget=119, size=40) == ([-1], 40)
+
+
 def test_nothing_is_refined_while_something_coarse_is_left():
     assert ways(FINE + COARSE, budget=1000) == ([1, -1], 40)
 
@@ -87,6 +101,9 @@ def test_only_changes_that_leave_a_trial_enough_steps_are_possible():
     assert CONFIG.possible(PROBLEM, SETTINGS, batch)  # 40 examples are 4 steps
     assert not more.possible(PROBLEM, SETTINGS, batch)
     assert more.possible(PROBLEM, SETTINGS, batch._replace(level=1))
+    large = batch._replace(settings={"batch_size": 40}, level=1)
+    assert affordable(PROBLEM, START, [large], CONFIG, 240, size=40) == ([large], 160)
+    assert affordable(PROBLEM, START, [large], CONFIG, 120, size=40) == ([], 80)  # of 2 steps
 
 
 @pytest.mark.parametrize(

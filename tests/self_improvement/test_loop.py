@@ -1,5 +1,6 @@
 import dataclasses
 import functools
+import itertools
 import signal
 
 import jax
@@ -240,6 +241,8 @@ def test_a_run_that_is_stopped_goes_on_as_if_it_were_not(tmp_path, straight, at)
         improved(tmp_path, problem=workload(600, step=stopping(at)), **STOPPED)
     assert error.value.code == 143
     assert saved_steps(tmp_path)[-1] == {3: 0, 9: 0}.get(at, at + 1)  # from a search, its ground
+    decided = lines(tmp_path, "decisions.jsonl")
+    assert decided == written[0][: len(decided)] and bool(decided) == (at > 3)
     resumed = improved(tmp_path, 600, **STOPPED)
     assert as_bytes(resumed.snapshot.state) == state
     assert [lines(tmp_path, file) for file in LOOKED_AT] == written
@@ -247,6 +250,33 @@ def test_a_run_that_is_stopped_goes_on_as_if_it_were_not(tmp_path, straight, at)
     assert len(resumed.decisions) == len(outcome.decisions)
     losses = [point.loss.mean for point in resumed.curve]
     assert losses == [point.loss.mean for point in outcome.curve]
+    assert resumed.ledger.trial_examples == outcome.ledger.trial_examples
+
+
+def test_a_search_that_is_stopped_again_and_again_comes_to_its_end(tmp_path, straight):
+    """Each process has time for a race or two, and not for all of a search."""
+    state, outcome, written = straight
+    numbers = []
+    for _ in range(20):
+        calls = itertools.count()
+
+        def update(state, batch, calls=calls):
+            if next(calls) == 80:
+                signal.raise_signal(signal.SIGTERM)
+            return quadratic.step(state, batch)
+
+        try:
+            improved(
+                tmp_path, problem=workload(600, step=lambda _, update=update: update), **STOPPED
+            )
+        except Interrupted:
+            numbers.append(len(read_json_lines(tmp_path / "decisions.jsonl")))
+        else:
+            break
+    assert numbers == sorted(numbers) and 0 < numbers[0] < numbers[-1] and len(numbers) < 20
+    resumed = improved(tmp_path, 600, **STOPPED)
+    assert as_bytes(resumed.snapshot.state) == state
+    assert [lines(tmp_path, file) for file in LOOKED_AT] == written
     assert resumed.ledger.trial_examples == outcome.ledger.trial_examples
 
 
