@@ -107,6 +107,7 @@ def preset(flags: Mapping[str, str]) -> Config:
             tasks_per_step=25,
             num_support=10,
             test_shots=(10,),
+            inner_rate=0.001,
             seeds=(0,),
         )
     else:
