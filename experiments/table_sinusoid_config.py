@@ -28,7 +28,7 @@ class Config:
       num_query: examples in a training task that the adapted model is judged by.
       test_shots: shots of the test, for finn one number.
       max_inner_steps: of the curves of finn.
-      inner_rate: MAML's, and the base of the rates that are learned as factors.
+      inner_rate: MAML's.
       first_rates: the published Meta-SGD draws the rate it starts from between these.
       learning_rate: of the outer Adam of the published rows.
       weight_std: deviation of the truncated normal from which the published rows draw weights;

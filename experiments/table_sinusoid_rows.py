@@ -30,6 +30,7 @@ class Row(NamedTuple):
       estimator: how its gradient is found.
       weight_std: of its initial weights; None for the model's own initialisation.
       draws_rate: whether its inner rate starts at one drawn by `first_rate`.
+      inner_rate: what its learned rates are factors of; None for the config's.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Row(NamedTuple):
     estimator: Callable = meta_gradients.reverse
     weight_std: float | None = None
     draws_rate: bool = False
+    inner_rate: float | None = None
 
 
 def signed_meta_sgd(first_rate: float) -> Learner:
@@ -69,7 +71,7 @@ def first_rate(config: Config, seed: int) -> float:
 
 def inner_hparams(config: Config, row: Row, seed: int) -> dict[str, np.float32]:
     """The inner rate of a row, or what its learned rates are factors of."""
-    rate = first_rate(config, seed) if row.draws_rate else config.inner_rate
+    rate = first_rate(config, seed) if row.draws_rate else row.inner_rate or config.inner_rate
     return {"inner_learning_rate": np.float32(rate)}
 
 
@@ -118,8 +120,8 @@ def ours(config: Config) -> list[Row]:
     return [
         meta_sgd._replace(name="Meta-SGD, positive rates", learner=lambda _: learners.meta_sgd()),
         meta_sgd._replace(name="Meta-SGD, better trained", outer=cosine, weight_std=None),
-        Row("per-layer-per-step, 5 steps", lambda _: per_layer, better, several),
-        Row("Meta-SGD, 5 steps", lambda _: per_step, better, several),
+        Row("per-layer-per-step, 5 steps", lambda _: per_layer, better, several, inner_rate=0.01),
+        Row("Meta-SGD, 5 steps", lambda _: per_step, better, several, inner_rate=0.01),
     ]
 
 
