@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from metaopt.errors import UserError
+from metaopt.muon import scale_by_muon
 from metaopt.types import (
     Episode,
     Hparams,
@@ -23,7 +24,7 @@ from metaopt.types import (
 )
 
 MetaStep = Callable[[MetaState, Episode], tuple[MetaState, Metrics]]
-Optimizer = Literal["adam", "sgd", "momentum", "rmsprop", "adagrad", "lars", "lion"]
+Optimizer = Literal["adam", "sgd", "momentum", "rmsprop", "adagrad", "lars", "lion", "muon"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,7 +32,8 @@ class OuterConfig:
     """The outer optimiser, AdamW if not another, with clipping, warm-up and cosine decay.
 
     Attributes:
-      optimizer: adam, sgd, momentum, rmsprop, adagrad, lars or lion, with optax's settings.
+      optimizer: adam, sgd, momentum, rmsprop, adagrad, lars, lion or muon, with optax's settings
+        (`metaopt.muon`).
       learning_rate: peak outer rate of the parameters; ``hparams['outer_learning_rate']``.
       rates_learning_rate: peak outer rate of all that is learned beside the
         parameters; ``hparams['rates_learning_rate']``.
@@ -124,6 +126,8 @@ def _direction(optimizer: Optimizer, hparams: Hparams) -> optax.GradientTransfor
     if optimizer == "lars":
         momentum = optax.trace(hparams["momentum"])  # type: ignore[arg-type]
         return optax.chain(optax.scale_by_trust_ratio(), momentum)
+    if optimizer == "muon":
+        return scale_by_muon()
     return optax.scale_by_lion() if optimizer == "lion" else optax.scale_by_adam()
 
 

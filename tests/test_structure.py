@@ -25,7 +25,7 @@ ORDER = [
     {"pytrees", "rematerialization"},
     {"planned_scan"},
     {"inner_loop", "checkpoint", "recorder"},
-    {"learners", "meta_gradients", "nonfinite", "inner_optimizers"},
+    {"learners", "meta_gradients", "nonfinite", "inner_optimizers", "muon"},
     {"outer_step", "doctor", "dynamic_evaluation"},
     {"parallel"},
     {"evaluate"},
