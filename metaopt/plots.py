@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -119,6 +119,7 @@ def trajectories(
     x_label: str,
     y_label: str,
     title: str,
+    y_scale: Literal["linear", "log"] = "linear",
 ) -> None:
     """Quantities that move on as a run does, each at its own points.
 
@@ -129,6 +130,7 @@ def trajectories(
       x_label: of the horizontal axis.
       y_label: of the vertical axis.
       title: of the figure.
+      y_scale: of the vertical axis.
     """
     figure = new_figure()
     axes = figure.subplots()
@@ -140,7 +142,7 @@ def trajectories(
         if dashed and name in dashed:
             other, color = dashed[name], drawn.get_color()
             axes.plot(other[:, 0], _finite(other[:, 1]), color=color, linestyle="--")
-    axes.set(xlabel=x_label, ylabel=y_label, title=title)
+    axes.set(xlabel=x_label, ylabel=y_label, title=title, yscale=y_scale)
     axes.grid(alpha=0.25)
     axes.legend(fontsize=8, frameon=False)
     figure.savefig(path)

@@ -19,7 +19,8 @@ class TrialConfig:
       anneal: after those, so many more, as a fraction of them, with rates that go to zero:
         a trial is judged by what the run would be if it ended there, since without that
         short trials prefer small rates (Wu et al., 2018, the short-horizon bias).
-      margin: a difference in the score smaller than this fraction of it is none.
+      margin: a difference of losses smaller than this fraction of the loss at the start of the run
+        is none; of that one, since how far a loss is from zero says nothing.
       least_steps: a trial has at least so many steps of the batch that the run has, and a batch
         of which it would have fewer is not tried.
     """
@@ -34,7 +35,7 @@ class TrialConfig:
         if not 0 < self.examples < 1 or not 0 <= self.anneal <= 1 or not 0 <= self.margin < 1:
             raise UserError(
                 f"a trial's examples={self.examples} must be a fraction of the run, anneal="
-                f"{self.anneal} one of the trial, and margin={self.margin} one of the score"
+                f"{self.anneal} one of the trial, and margin={self.margin} one of the loss"
             )
         if self.least_steps < 1 or not self.longer >= 1:
             raise UserError(

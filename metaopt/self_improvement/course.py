@@ -18,7 +18,13 @@ from metaopt.self_improvement.memory import Memory
 from metaopt.self_improvement.proposers import pattern_search
 from metaopt.self_improvement.races import is_closed, races
 from metaopt.self_improvement.sentinel import Damage, Sentinel
-from metaopt.self_improvement.trials import Decision, Ground, differences, lowered
+from metaopt.self_improvement.trials import (
+    Decision,
+    Ground,
+    differences,
+    known_decisions,
+    lowered,
+)
 from metaopt.self_improvement.ways import quickest_way
 from metaopt.self_improvement.workload import (
     Snapshot,
@@ -42,13 +48,13 @@ class Course:
         self.workload, self.config, self.journal, self.stop = workload, config, journal, stop
         self.proposer = proposer or pattern_search(workload.space)
         self.interventions, self.intervened = interventions, 0
-        self.roll_backs, self.first_phase = 0, 0
+        self.roll_backs, self.earlier = 0, []
 
     def start(self, first: Snapshot, memory: Memory | None) -> tuple[Snapshot, bool]:
         """Where the run begins or goes on, and whether there is anything left to do."""
         snapshot, notes = self.journal.resume(first)
         if notes:
-            self.intervened, self.first_phase = notes["intervened"], notes["first_phase"]
+            self.intervened, self.earlier = notes["intervened"], known_decisions(notes["earlier"])
             say(f"{self.workload.name}: going on from {snapshot.examples} examples")
         elif memory is not None:
             snapshot = self._recall(first, memory)
@@ -57,14 +63,14 @@ class Course:
     def _recall(self, first: Snapshot, memory: Memory) -> Snapshot:
         """The start that the memory proposes, within the bounds.
 
-        Where it is of the same task, the first search has been done.
+        Where it is of the same task, the search goes on where that run's has ended.
         """
         proposal = memory.propose(self.workload.task)
         if proposal is None:
             return first
         known = known_settings(self.workload.space, proposal.settings)
         say(f"{self.workload.name}: {proposal.reason}")
-        self.first_phase = int(proposal.distance == 0)
+        self.earlier = known_decisions(proposal.decisions)
         return changed(self.workload, first, known)
 
     @contextlib.contextmanager
@@ -98,7 +104,9 @@ class Course:
         self.journal.wait()
         journal = self.journal
         ledger = journal.ledger(snapshot)
-        return Outcome(snapshot, journal.decisions, journal.curve, ledger, journal.alarms)
+        return Outcome(
+            snapshot, journal.decisions, journal.curve, ledger, journal.alarms, self.earlier
+        )
 
     def _intervene(self, snapshot: Snapshot) -> Snapshot:
         for examples, settings in self.interventions[self.intervened :]:
@@ -134,18 +142,21 @@ class Course:
         fraction = snapshot.examples / self.workload.num_examples
         phase = sum(fraction >= start for start in self.config.phases) - 1
         decisions = self.journal.decisions
-        if phase < self.first_phase or is_closed(decisions, snapshot, phase):
+        if phase < 0 or is_closed(decisions, snapshot, phase):
             return snapshot
         ground: Ground | None = None
         try:
             for ground, decision in races(
                 self.workload,
                 snapshot,
-                self.proposer,
+                lambda now, decisions, phase: self.proposer(
+                    now, [*self.earlier, *decisions], phase
+                ),
                 dataclasses.replace(self.config.trials, margin=self.config.margins[phase]),
                 self.config.shares[phase],
                 phase,
                 decisions,
+                scale=abs(self.journal.curve[0].loss.mean),
                 skip=lambda: self.journal.left_out,
                 check=self._check_stop,
             ):
@@ -298,4 +309,5 @@ class Course:
         return snapshot
 
     def _save(self, snapshot: Snapshot) -> None:
-        self.journal.save(snapshot, intervened=self.intervened, first_phase=self.first_phase)
+        earlier = [decision.as_json() for decision in self.earlier]
+        self.journal.save(snapshot, intervened=self.intervened, earlier=earlier)

@@ -163,7 +163,9 @@ class Journal:
         found = assess(now, last, resources=len(parallel.default_devices()))
         self.curve.append(found)
         self._losses = losses.tolist()
-        self._write("metrics.jsonl", {"valid_loss": found.loss.mean, **found._asdict()})
+        scores = workload.scores(snapshot.state) if workload.scores else {}
+        line = {**scores, "valid_loss": found.loss.mean, **found._asdict()}
+        self._write("metrics.jsonl", line)
 
     def _write(self, file: str, line: Mapping[str, Any]) -> None:
         if jax.process_index() == 0:

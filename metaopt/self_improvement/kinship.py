@@ -30,7 +30,8 @@ class RunRecord:
       tokens: tokens (or examples) seen.
       seconds: that it took.
       curve: ``(tokens, held-out loss)``; a memory keeps some 200 points of a longer one.
-      decisions: what was tried and changed on the way, with the evidence.
+      decisions: what was tried and changed on the way, with the evidence; before that what the
+        runs had decided whose search this one went on with.
       seed: of the run.
       when: its end, in ISO 8601.
       versions: of Python, jax, flax, optax and metaopt.
@@ -57,12 +58,14 @@ class Proposal(NamedTuple):
       run: its name.
       distance: from the new task to that run's, see `distance`.
       reason: in words.
+      decisions: of that run, where it was of the very task: they hold for the new one too.
     """
 
     settings: dict[str, Any]
     run: str
     distance: float
     reason: str
+    decisions: Sequence[Mapping[str, Any]] = ()
 
 
 def distance(here: Task, there: Task) -> float:
@@ -99,7 +102,8 @@ def choose(records: Sequence[RunRecord], task: Task, within: float = NEAR) -> Pr
         (pair for pair in kin if pair[0] <= nearest + LIKE),
         key=lambda pair: (pair[1].loss, pair[1].seconds),
     )
-    return Proposal(dict(run.settings), run.name, far, _reason(task, far, run))
+    decisions = () if far else run.decisions
+    return Proposal(dict(run.settings), run.name, far, _reason(task, far, run), decisions)
 
 
 def _reason(task: Task, far: float, run: RunRecord) -> str:

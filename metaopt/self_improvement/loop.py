@@ -123,5 +123,5 @@ def record_of(workload: Workload, outcome: Outcome) -> RunRecord:
         tokens=tokens,
         seconds=outcome.ledger.seconds,
         curve=[(point.tokens, point.loss.mean) for point in outcome.curve],
-        decisions=[decision.as_json() for decision in outcome.decisions],
+        decisions=[d.as_json() for d in [*outcome.earlier, *outcome.decisions]],
     )

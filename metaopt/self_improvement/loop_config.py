@@ -1,6 +1,7 @@
 """When the loop does what, and what a run under it gives."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from metaopt.errors import UserError
@@ -71,6 +72,7 @@ class Outcome(NamedTuple):
       curve: one assessment each `LoopConfig.assess_every`.
       ledger: what it cost.
       alarms: those raised.
+      earlier: decisions of past runs of the same task, with whose search it went on.
     """
 
     snapshot: Snapshot
@@ -78,3 +80,4 @@ class Outcome(NamedTuple):
     curve: list[Assessment]
     ledger: Ledger
     alarms: list[Alarm]
+    earlier: Sequence[Decision] = ()

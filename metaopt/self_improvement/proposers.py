@@ -31,8 +31,11 @@ def pattern_search(space: Space, directions: Directions | None = None) -> Propos
     setting is left alone until the next phase (Hooke and Jeeves, 1961, on a logarithmic scale,
     all settings side by side). Where another setting was changed in the same race, what was not
     better is judged anew, in the smaller direction: short trials prefer rates that are too large.
-    A choice has each of its values tried once a phase. What is judged by its efficiency is only
-    lowered when nothing that is judged by the loss is left to try.
+    What is judged by its efficiency is only lowered when nothing that is judged by the loss is
+    left to try, and what is judged by a clock is not refined. A choice has each of its values
+    tried once a phase; one that is judged by the loss comes last of all and in trials as long as
+    those that refine: optimisers cannot be compared at a rate that suits none of them (Choi et
+    al., 2019).
 
     Args:
       space: what may be changed.
@@ -43,17 +46,17 @@ def pattern_search(space: Space, directions: Directions | None = None) -> Propos
     def propose(snapshot: Snapshot, decisions: Sequence[Decision], phase: int) -> list[Change]:
         past = [d for d in decisions if d.phase == phase and d.verdict != "rolled back"]
         signs = directions(snapshot) if directions else {}
-        changes = []
+        changes, choices = [], []
         for name, axis in space.items():
-            value = snapshot.settings[name]
             if isinstance(axis, Choice):
-                changes += _choices(name, axis, value, past)
+                choices += _choices(name, axis, snapshot.settings, past, space)
             else:
                 where = _where(name, axis, past, phase, signs.get(name, 0.0))
                 changes += _factors(name, axis, snapshot.settings, where, space)
+        changes += [choice for choice in choices if choice.score != "loss"]
         if any(change.score == "loss" for change in changes):
             changes = [change for change in changes if not _slows(change)]
-        return changes
+        return changes or choices
 
     return propose
 
@@ -63,13 +66,33 @@ def _slows(change: Change) -> bool:
     return change.score == "efficiency" and change.way < 0
 
 
-def _choices(name: str, axis: Choice, value: Setting, past: Sequence[Decision]) -> list[Change]:
+def _choices(
+    name: str,
+    axis: Choice,
+    settings: Mapping[str, Setting],
+    past: Sequence[Decision],
+    space: Space,
+) -> list[Change]:
+    value = settings[name]
     entries = [e for d in past for e in d.evidence if e["setting"] == name]
     # What was better, but not the best of its race, is worth another one.
     tried = {e["settings"][name] for e in entries if e["accepted"] or e["verdict"] != "better"}
     left = {decision.changes[name][0] for decision in past if name in decision.changes}
-    rest = [v for v in axis.values if v != value and v not in tried | left]
-    return [Change({name: v}, name, axis.score, f"{name} {value} to {v}") for v in rest]
+    changes = []
+    for new in axis.values:
+        if new == value or new in tried | left:
+            continue
+        factors = axis.factors(value, new)
+        values = {name: new} | {k: _times(k, settings, x, space) for k, x in factors.items()}
+        level = int(axis.score == "loss")
+        changes.append(Change(values, name, axis.score, f"{name} {value} to {new}", level=level))
+    return changes
+
+
+def _times(name: str, settings: Mapping[str, Setting], factor: float, space: Space) -> float:
+    """A setting so many times as large, within its bounds if it has any."""
+    axis, value = space.get(name), float(settings[name])
+    return axis.scaled(value, factor) if isinstance(axis, Scale) else value * factor
 
 
 class _Where(NamedTuple):
@@ -83,7 +106,8 @@ class _Where(NamedTuple):
 def _factors(
     name: str, axis: Scale, settings: Mapping[str, Setting], where: _Where, space: Space
 ) -> list[Change]:
-    while where.factor >= LEAST_FACTOR:
+    levels = math.inf if axis.score == "loss" else 1
+    while where.factor >= LEAST_FACTOR and where.level < levels:
         changes = [_scaled(name, axis, settings, where, way, space) for way in where.ways]
         if found := [change for change in changes if change is not None]:
             return found
@@ -132,9 +156,7 @@ def _scaled(
         return None
     values: dict[str, Setting] = {name: new}
     for other, power in axis.coupled.items():
-        scaled = float(settings[other]) * (new / old) ** power
-        bounds = space.get(other)
-        values[other] = bounds.scaled(scaled, 1.0) if isinstance(bounds, Scale) else scaled
+        values[other] = _times(other, settings, (new / old) ** power, space)
     return Change(values, name, axis.score, f"{name} {old:.4g} to {new:.4g}", way, where.level)
 
 

@@ -48,6 +48,11 @@ class Scale:
             )
 
     @property
+    def coupled_names(self) -> set[str]:
+        """Of the settings that change with it."""
+        return set(self.coupled)
+
+    @property
     def _lowest(self) -> int:
         return math.ceil(self.low / self.multiple) * self.multiple
 
@@ -70,14 +75,34 @@ class Choice:
     Attributes:
       values: all of them.
       score: as for `Scale`.
+      coupled: settings that change with it, for each value how large they should be beside those
+        of a value that is not named: ``{'sgd': {'outer_learning_rate': 100.0}}``.
     """
 
     values: tuple[Setting, ...]
     score: Score = "loss"
+    coupled: Mapping[Setting, Mapping[str, float]] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         if not self.values:
             raise UserError("a choice needs at least one value")
+        if unknown := self.coupled.keys() - set(self.values):
+            value = sorted(map(str, unknown))[0]
+            raise UserError(f"a choice has settings for {value!r}, which is none of {self.values}")
+        if not all(0 < x < math.inf for each in self.coupled.values() for x in each.values()):
+            raise UserError(f"the factors of a choice must be above 0, not {self.coupled}")
+
+    @property
+    def coupled_names(self) -> set[str]:
+        """Of the settings that change with some of its values."""
+        return {name for each in self.coupled.values() for name in each}
+
+    def factors(self, old: Setting, new: Setting) -> dict[str, float]:
+        """What coupled settings are multiplied by where one value takes the place of another."""
+        nothing: Mapping[str, float] = {}
+        before, after = self.coupled.get(old, nothing), self.coupled.get(new, nothing)
+        names = sorted({*before, *after})
+        return {name: after.get(name, 1.0) / before.get(name, 1.0) for name in names}
 
 
 Space = Mapping[str, Scale | Choice]
@@ -91,14 +116,14 @@ def check_settings(space: Space, settings: Settings) -> None:
         value = settings[name]
         if isinstance(axis, Choice) and value not in axis.values:
             raise UserError(f"{name} is {value!r}: choose one of {axis.values}")
-        if isinstance(axis, Choice):
-            continue
-        if not (isinstance(value, int | float) and axis.low <= value <= axis.high):
+        if isinstance(axis, Scale) and not (
+            isinstance(value, int | float) and axis.low <= value <= axis.high
+        ):
             raise UserError(
                 f"{name} is {value!r}; it may be changed by factors, so it must be a number from "
                 f"{axis.low:g} to {axis.high:g}"
             )
-        if unknown := axis.coupled.keys() - settings.keys():
+        if unknown := axis.coupled_names - settings.keys():
             raise UserError(f"{name} is coupled to {sorted(unknown)[0]!r}, which is no setting")
 
 

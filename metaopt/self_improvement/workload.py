@@ -77,6 +77,8 @@ class Workload(NamedTuple):
       window_loss: ``(state, settings, position, num_steps) -> scalar``, a training loss after so
         many more steps, differentiable in ``state.hparams``; None where there is no such
         function.
+      scores: ``state -> {name: number}``, such as accuracies on a test: for the record of every
+        assessment, and nothing is decided by them; None for none.
       ways: settings by which a step is computed in another way, and comes to the same but for
         rounding, with the values that they may take.
     """
@@ -94,6 +96,7 @@ class Workload(NamedTuple):
     schedule: Callable[[float], float] = lambda done: 1.0
     scheduled: tuple[str, ...] = ("outer_learning_rate", "rates_learning_rate")
     window_loss: Callable[..., jax.Array] | None = None
+    scores: Callable[[MetaState], Mapping[str, float]] | None = None
     ways: Mapping[str, Sequence[Setting]] = {}
 
 

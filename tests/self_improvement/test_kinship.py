@@ -9,9 +9,15 @@ TASK = {"family": "markov", "width": 64, "order": 1}
 
 
 def run(name, loss=1.0, seconds=1.0, **task):
-    settings = {"rate": name}
+    settings, decisions = {"rate": name}, [{"phase": 0, "reason": name}]
     return RunRecord(
-        name=name, task=TASK | task, settings=settings, loss=loss, tokens=10, seconds=seconds
+        name=name,
+        task=TASK | task,
+        settings=settings,
+        loss=loss,
+        tokens=10,
+        seconds=seconds,
+        decisions=decisions,
     )
 
 
@@ -51,9 +57,11 @@ def test_the_best_of_the_nearest_proposes():
     assert proposal is not None and proposal.run == "quick"
     assert proposal.distance == pytest.approx(math.log(66 / 64))
     assert proposal.settings == {"rate": "quick"} and "quick" in proposal.reason
+    assert proposal.decisions == ()  # they were made on another task
     proposal = choose([*far, *near[:2]], TASK)
     assert proposal is not None and (proposal.run, proposal.distance) == ("slow", 0.0)
     assert "the same task" in proposal.reason
+    assert proposal.decisions == [{"phase": 0, "reason": "slow"}]
 
     proposal = choose([diverged, *far], TASK)
     assert proposal is not None and proposal.run == "elsewhere"

@@ -362,22 +362,42 @@ def test_a_search_waits_for_its_phase_and_asks_for_nothing_after_the_end(tmp_pat
     assert min(d.examples for d in outcome.decisions) == 300 and max(seen) < 600
 
 
-def test_the_second_run_starts_where_the_first_ended(tmp_path):
+def tried(decisions):
+    return {repr(e["settings"]) for d in decisions if d.phase == 0 for e in d.evidence}
+
+
+def test_the_second_run_goes_on_where_the_first_ended(tmp_path):
     memory = Memory(tmp_path / "memory.sqlite")
     first = improved(tmp_path / "1", settings=SLOW, memory=memory)
     improved(tmp_path / "1", settings=SLOW, memory=memory)  # at its end: not told again
     assert len(memory.records()) == 1
+    stopped = workload(800, step=stopping(60))
+    with pytest.raises(Interrupted):
+        improved(tmp_path / "2", problem=stopped, settings=SLOW, memory=memory)
     second = improved(tmp_path / "2", settings=SLOW, memory=memory)
     learned = first.snapshot.settings["outer_learning_rate"]
     assert learned > 0.05 and second.curve[0].loss == first.curve[0].loss
-    assert {decision.phase for decision in second.decisions} == {1, 2}  # the first search is done
+    searched = [d for d in first.decisions if d.phase == 0]
+    assert list(second.earlier) == searched and not tried(second.decisions) & tried(searched)
     assert second.ledger.trial_examples < first.ledger.trial_examples
+    told = memory.records()[1].decisions  # to a third run: all of the search
+    assert told == [d.as_json() for d in [*searched, *second.decisions]]
     kin = workload(200, task={"kind": "quadratic", "width": 7})
     other = improved(tmp_path / "4", problem=kin, settings=SLOW, memory=memory)
     assert other.decisions[0].phase == 0 and other.decisions[0].examples == 0
     (tmp_path / "memory.sqlite").write_bytes(b"no database at all" * 1000)
     third = improved(tmp_path / "3", 200, settings=SLOW, memory=memory, config=PLAIN)
     assert third.snapshot.settings["outer_learning_rate"] == 0.02
+
+
+def test_scores_are_noted_and_decide_nothing(tmp_path):
+    scored = workload(800, scores=lambda state: {"so_far": int(state.step), "valid_loss": -1.0})
+    outcome = improved(tmp_path / "1", problem=scored, config=PLAIN)
+    written = read_json_lines(tmp_path / "1" / "metrics.jsonl")
+    assert [line["so_far"] for line in written] == [point.step for point in outcome.curve]
+    assert all(line["valid_loss"] > 0 for line in written)  # what the loop notes comes first
+    bare = improved(tmp_path / "2", config=PLAIN)
+    assert as_bytes(bare.snapshot.state) == as_bytes(outcome.snapshot.state)
 
 
 def test_several_processes_do_not_decide_by_their_clocks(tmp_path, monkeypatch):

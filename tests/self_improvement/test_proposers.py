@@ -112,6 +112,29 @@ def test_each_other_value_of_a_choice_is_tried_once_a_phase():
     assert values(search, snapshot(o="d"), [past], phase=1, name="o") == ["a", "b", "c"]
 
 
+def test_optimisers_are_compared_when_the_rates_are_found_and_in_long_trials():
+    axis = Choice(values=("sgd", "adam", "lion"), coupled={"sgd": {"rate": 50.0, "free": 2.0}})
+    search = pattern_search({"o": axis, "rate": Scale(low=0.1, high=9.0, factor=16.0)})
+    now = snapshot(o="adam", rate=1.0, free=1.0)
+    assert values(search, now, name="o") == []
+    sgd, lion = search(now, [NOISE], 0)
+    assert sgd.settings == {"o": "sgd", "free": 2.0, "rate": 9.0}
+    assert lion.settings == {"o": "lion"} and sgd.level == lion.level == 1
+    back = search(snapshot(o="sgd", rate=5.0, free=1.0), [NOISE], 0)
+    assert back[0].settings == {"o": "adam", "free": 0.5, "rate": 0.1}
+    timed = {"o": Choice(values=("a", "b"), score="throughput"), "rate": RATE}
+    assert {c.setting for c in pattern_search(timed)(snapshot(o="a", rate=1.0), [], 0)} == {
+        "o",
+        "rate",
+    }
+
+
+def test_what_is_judged_by_a_clock_is_not_refined():
+    search = pattern_search({"rate": Scale(low=1e-3, high=1e3, factor=16.0, score="efficiency")})
+    assert values(search, snapshot(rate=1.0)) == [16.0, 1 / 16]
+    assert values(search, snapshot(rate=1.0), [NEITHER]) == []
+
+
 def test_an_oracle_spares_the_attempts_against_it_while_the_factor_is_coarse():
     for slope, expected in ((3.0, [1 / 16]), (-3.0, [16.0])):
         search = pattern_search({"rate": RATE}, lambda snapshot, slope=slope: {"rate": slope})

@@ -9,7 +9,7 @@ from noisy_quadratic import SETTINGS, as_bytes, workload
 from metaopt.errors import UserError
 from metaopt.self_improvement.attempts import Change, try_change
 from metaopt.self_improvement.budget import TrialConfig
-from metaopt.self_improvement.trials import decide, lowered, stand
+from metaopt.self_improvement.trials import decide, known_decisions, lowered, stand
 from metaopt.self_improvement.workload import begin, changed, copied, steps
 
 CONFIG = TrialConfig(examples=0.02, anneal=0.33, margin=0.002, least_steps=4)
@@ -50,6 +50,23 @@ def test_a_race_leaves_its_start_as_it_was_and_the_winner_is_a_run_with_the_chan
     assert [e["accepted"] for e in decision.evidence] == [True, False]
     # Three trials of 40 and 16 to anneal (13.2, in batches of 4), less the 40 of progress.
     assert decision.trial_examples == 3 * 56 - 40 and decision.gained == decision.size == 40
+
+
+def test_a_margin_is_a_fraction_of_the_loss_where_the_run_began():
+    snapshot = begin(PROBLEM, SLOW)
+    for began, verdict in ((1.0, "accepted"), (1e4, "kept")):
+        ground = stand(PROBLEM, snapshot, began)
+        assert decide(PROBLEM, ground, [rate(0.2)], CONFIG)[1].verdict == verdict
+    before = stand(PROBLEM, snapshot).before
+    assert stand(PROBLEM, snapshot).scale == pytest.approx(abs(before.mean()))
+
+
+def test_what_a_memory_tells_is_read_as_decisions_or_not_at_all():
+    _, decision = race(PROBLEM, begin(PROBLEM, SLOW), [rate(0.2)])
+    told = decision.as_json()
+    assert known_decisions([told, told | {"phase": 1}]) == [decision]
+    for damaged in ({"phase": 0}, told | {"evidence": [{"setting": "x"}]}, told | {"new": 1}, "x"):
+        assert known_decisions([told, damaged]) == []
 
 
 def test_the_next_race_starts_at_the_same_place_and_knows_its_trial_without_a_change():

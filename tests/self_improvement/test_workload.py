@@ -46,6 +46,19 @@ def test_a_scale_that_cannot_be_is_refused(wrong):
 
 
 @pytest.mark.parametrize(
+    "wrong",
+    [
+        {"values": ()},
+        {"values": ("a",), "coupled": {"b": {"x": 2.0}}},
+        {"values": ("a",), "coupled": {"a": {"x": 0.0}}},
+    ],
+)
+def test_a_choice_that_cannot_be_is_refused(wrong):
+    with pytest.raises(UserError):
+        Choice(**wrong)
+
+
+@pytest.mark.parametrize(
     ("axis", "settings", "message"),
     [
         (RATE, {}, "no value to start from"),
@@ -55,6 +68,7 @@ def test_a_scale_that_cannot_be_is_refused(wrong):
         (RATE, {"x": "fast"}, "must be a number from"),
         (Scale(low=1, high=2, coupled={"y": 0.5}), {"x": 1}, "coupled to 'y'"),
         (Choice(values=("a", "b")), {"x": "c"}, "choose one of"),
+        (Choice(values=("a",), coupled={"a": {"y": 2.0}}), {"x": "a"}, "coupled to 'y'"),
     ],
 )
 def test_settings_that_cannot_be_changed_are_refused(axis, settings, message):
