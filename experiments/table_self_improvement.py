@@ -20,7 +20,8 @@ import time
 from experiments import command_line
 from experiments.table_self_improvement_config import CHOSEN_BY, Config, preset
 from experiments.table_self_improvement_report import BASELINES, Report
-from experiments.table_self_improvement_rows import Study, baselines, make_rows
+from experiments.table_self_improvement_rows import baselines, make_rows
+from experiments.table_self_improvement_study import Study
 from metaopt import parallel
 from metaopt.errors import UserError
 from metaopt.progress import say

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Literal
 
 from metaopt.errors import UserError
+from metaopt.outer_step import Optimizer
 from metaopt.self_improvement.loop import LoopConfig
 
 CHOSEN_BY = ("preset",)
@@ -22,6 +23,7 @@ class LanguageModel:
       length: bytes in a sequence.
       num_examples: sequences in a run.
       batches: batch sizes that tuning chooses from.
+      optimizers: that the runs with a memory choose from; all others have the first.
       num_held_out: sequences that changes are judged by, as many again for tuning.
       num_test: sequences that are reported on.
     """
@@ -32,6 +34,7 @@ class LanguageModel:
     length: int = 32
     num_examples: int = 24_000
     batches: tuple[int, ...] = (16, 32, 64)
+    optimizers: tuple[Optimizer, ...] = ("adam", "muon", "lion", "rmsprop")
     num_held_out: int = 128
     num_test: int = 1024
 
@@ -65,6 +68,7 @@ class Mnist:
       batch_size: of a step.
       num_epochs: of a run.
       num_train: images that are trained on; the last 1000 of the training set are held out.
+      num_seeds: of the row; each has its own tuned run.
       start_rate: where the row starts from.
       rates: tried with a fixed rate and with a cosine.
     """
@@ -74,6 +78,7 @@ class Mnist:
     batch_size: int = 64
     num_epochs: int = 4
     num_train: int = 12_000
+    num_seeds: int = 5
     start_rate: float = 0.003
     rates: tuple[float, ...] = (0.03, 0.1, 0.3, 1.0)
 
@@ -122,6 +127,8 @@ class Config:
             raise UserError(f"num_trials is {self.num_trials}; tuning takes at least 1")
         if not self.lm.batches or min(self.lm.batches) < 1:
             raise UserError(f"lm.batches {self.lm.batches} must be some numbers from 1 on")
+        if not self.lm.optimizers or self.mnist.num_seeds < 1:
+            raise UserError("lm.optimizers must be at least one, and mnist.num_seeds at least 1")
 
 
 def preset(flags: Mapping[str, str]) -> Config:
@@ -146,7 +153,7 @@ def preset(flags: Mapping[str, str]) -> Config:
                 width=8, num_layers=1, length=8, num_examples=640, batches=(16,), num_test=64
             ),
             markov=Markov(num_examples=64, tasks_per_step=8, num_held_out=16, num_test=32),
-            mnist=Mnist(filters=2, num_epochs=1, num_train=640, rates=(0.1,)),
+            mnist=Mnist(filters=2, num_epochs=1, num_train=640, num_seeds=1, rates=(0.1,)),
             loop=LoopConfig(phases=(0.0,), shares=(0.3,), assess_every=0.5),
             second_runs=(0.7, 1.0),
             population=2,

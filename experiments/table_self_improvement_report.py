@@ -2,14 +2,15 @@
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.console import Console
 
 from experiments.table_self_improvement_config import Config
-from experiments.table_self_improvement_rows import BAD_STARTS, Cell
+from experiments.table_self_improvement_mnist import SHOWN
+from experiments.table_self_improvement_rows import BAD_STARTS
+from experiments.table_self_improvement_study import Cell
 from metaopt import plots, tables
 from metaopt.results import cell_maker
 from metaopt.runs import Run, append_json_line, read_json_lines, write_json_lines
@@ -70,9 +71,9 @@ class Report:
         tables.write(directory, tables.arrange(self._records))
 
     def _draw(self) -> None:
-        """The held-out loss by tokens of every run of the language model."""
+        """The held-out loss by tokens of the language model, the test error by epoch of MNIST."""
         improved = self._trajectories("improved")
-        tuned = {"tuned": trajectory(self._run.directory / "trainings" / "tuned")}
+        tuned = {"tuned": self._trajectory("tuned")}
         drawn = {name: points for name, points in (tuned | improved).items() if len(points) > 1}
         if drawn:
             plots.trajectories(
@@ -84,17 +85,32 @@ class Report:
                 title="Language model: bad starts under the closed loop, and untreated (dashed)",
             )
 
+        epochs = {name: self._trajectory(place, "test_accuracy") for place, name in SHOWN.items()}
+        errors = {
+            name: points * [1 / self._config.mnist.num_train, -1] + [0, 1]
+            for name, points in epochs.items()
+            if len(points) > 1
+        }
+        if errors:
+            plots.trajectories(
+                self._run.directory / "mnist.png",
+                errors,
+                x_label="epochs",
+                y_label="test error, 1 − accuracy",
+                title="MNIST by gradient descent: a bad start under the closed loop",
+                y_scale="log",
+            )
+
     def _trajectories(self, kind: str) -> dict[str, np.ndarray]:
-        trainings = self._run.directory / "trainings"
-        return {name: trajectory(trainings / f"{kind} {name}") for name in BAD_STARTS}
+        return {name: self._trajectory(f"{kind} {name}") for name in BAD_STARTS}
+
+    def _trajectory(self, name: str, quantity: str = "valid_loss") -> np.ndarray:
+        """Of a training, ``[points, 2]``: tokens and a quantity that was assessed."""
+        path = self._run.directory / "trainings" / name / "metrics.jsonl"
+        lines: list[dict[str, Any]] = read_json_lines(path) if path.exists() else []
+        found = [(line["tokens"], line.get(quantity)) for line in lines]
+        known = [(x, y) for x, y in found if y is not None and math.isfinite(y)]
+        return np.array(known).reshape(-1, 2)
 
 
 OVER = "95 % intervals over held-out examples, paired"
-
-
-def trajectory(directory: Path) -> np.ndarray:
-    """``[points, 2]``: tokens and held-out loss."""
-    path = directory / "metrics.jsonl"
-    lines: list[dict[str, Any]] = read_json_lines(path) if path.exists() else []
-    found = [(line["tokens"], line["valid_loss"]) for line in lines if line.get("valid_loss")]
-    return np.array([point for point in found if math.isfinite(point[1])]).reshape(-1, 2)

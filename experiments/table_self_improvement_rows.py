@@ -3,9 +3,9 @@
 import dataclasses
 import functools
 import itertools
+import shutil
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -14,98 +14,22 @@ import optuna
 from experiments import table_self_improvement_tuning as tuning
 from experiments.table_self_improvement_config import Config
 from experiments.table_self_improvement_faults import FAULTS
+from experiments.table_self_improvement_mnist import mnist_row
+from experiments.table_self_improvement_study import Cell, Study, described, ratio, single
 from experiments.table_self_improvement_workloads import (
-    Problem,
     language_model,
     markov_languages,
-    mnist,
     transformer,
 )
 from metaopt import learners, losses, meta_gradients
-from metaopt.evaluate import Interval, interval
+from metaopt.evaluate import interval
 from metaopt.measure import compile_for, interleaved
 from metaopt.outer_step import OuterConfig, init_state, make_meta_step, outer_optimizer
-from metaopt.self_improvement.assess import classification
 from metaopt.self_improvement.loop import Outcome, run
 from metaopt.self_improvement.memory import Memory
 from metaopt.self_improvement.search import tune_resources
 from metaopt.self_improvement.workload import Setting, Settings
 from metaopt.types import Batch, Episode, MetaState
-
-
-class Cell(NamedTuple):
-    """One number of a row.
-
-    Attributes:
-      column: of the table.
-      found: the number with its interval.
-      more: further entries of its record.
-    """
-
-    column: str
-    found: Interval
-    more: dict[str, Any] = {}  # noqa: RUF012
-
-
-class Study:
-    """What rows share: the config, the run's directory, and the tuned language model."""
-
-    def __init__(self, config: Config, directory: Path):
-        self.config, self.directory = config, directory
-        self._lm: tuple[Problem, dict[str, Setting], Outcome] | None = None
-
-    def lm(self) -> tuple[Problem, dict[str, Setting], Outcome]:
-        """The language model, its tuned settings and the run with them."""
-        if self._lm is None:
-            problem, config = language_model(self.config), self.config
-            settings = tuning.tuned(
-                problem, self.lm_settings, config.num_trials, config.seed, self.directory / "tuning"
-            )
-            every = config.loop.assess_every
-            place = self.directory / "tuned"
-            outcome = tuning.plain(problem, settings, place, assess_every=every)
-            self._lm = problem, settings, outcome
-        return self._lm
-
-    def lm_settings(self, trial: Any) -> dict[str, Setting]:
-        """What tuning searches through."""
-        return {
-            "outer_learning_rate": trial.suggest_float("rate", 1e-4, 0.1, log=True),
-            "weight_decay": trial.suggest_float("decay", 1e-4, 3.0, log=True),
-            "batch_size": trial.suggest_categorical("batch", self.config.lm.batches),
-        }
-
-    def improved(self, problem: Problem, settings: Settings, name: str, **options: Any) -> Outcome:
-        """A run under the closed loop."""
-        place = self.directory / name
-        place.mkdir(parents=True, exist_ok=True)
-        return run(problem.workload, settings, directory=place, config=self.config.loop, **options)
-
-
-def ratio(losses: np.ndarray, reference: np.ndarray) -> Interval:
-    """The ratio of two mean losses, with the interval of their paired difference."""
-    found = interval(losses - reference, np.arange(len(losses)))
-    mean = float(reference.mean())
-    return Interval(1 + found.mean / mean, found.ci95 / mean, found.n)
-
-
-def single(value: float) -> Interval:
-    """A number measured once."""
-    return Interval(value, float("nan"), 1)
-
-
-def described(outcome: Outcome) -> dict[str, Any]:
-    """What the record of a run under the loop says beside the number."""
-    return {
-        "settings": outcome.snapshot.settings,
-        "seconds": outcome.ledger.seconds,
-        "compile_seconds": outcome.ledger.compile_seconds,
-        "trial_share": outcome.ledger.trial_examples / max(1, outcome.ledger.examples),
-        "decided": [
-            f"step {decision.step}, {decision.verdict}: {decision.reason}"
-            for decision in outcome.decisions
-        ],
-    }
 
 
 def language_model_row(
@@ -163,46 +87,6 @@ def maml_row(study: Study) -> Iterator[Cell]:
     yield Cell("time ratio", single(outcome.ledger.seconds / best.ledger.seconds))
     untreated = tuning.plain(problem, start, study.directory / "untreated")
     yield Cell("untreated ratio", ratio(problem.test(untreated.snapshot.state), reference))
-
-
-def mnist_row(study: Study) -> Iterator[Cell]:
-    """MNIST by SGD: accuracy against that of the best fixed rate and the best cosine."""
-    config, found = study.config, {}
-    for schedule in ("fixed", "cosine"):
-        digits = mnist(config, schedule)
-        for rate in config.mnist.rates:
-            settings = digits.problem.settings | {"outer_learning_rate": rate}
-            outcome = tuning.plain(digits.problem, settings, study.directory / "trial")
-            hits = digits.predict(outcome.snapshot.state) == digits.labels
-            valid = outcome.curve[-1].loss.mean
-            found[schedule, rate] = (valid, hits, outcome.ledger.seconds)
-    best = {
-        schedule: min((x for (s, _), x in found.items() if s == schedule), key=lambda x: x[0])
-        for schedule in ("fixed", "cosine")
-    }
-    digits = mnist(config, "cosine")
-    start = digits.problem.settings | {"outer_learning_rate": config.mnist.start_rate}
-    outcome = study.improved(digits.problem, start, "improved mnist")
-    predicted = digits.predict(outcome.snapshot.state)
-    hits = predicted == digits.labels
-    scores = classification(digits.labels, predicted)
-    more = described(outcome) | {
-        "unit": "ratio of test accuracies",
-        "better": "higher",
-        "accuracy": scores.accuracy,
-        "precision": scores.precision,
-        "recall": scores.recall,
-        "f1": scores.f1,
-        "best_fixed": float(best["fixed"][1].mean()),
-        "best_cosine": float(best["cosine"][1].mean()),
-    }
-    tuned = max(best.values(), key=lambda x: x[1].mean())
-    yield Cell("ratio to tuned", ratio(hits.astype(float), tuned[1].astype(float)), more)
-    yield Cell("time ratio", single(outcome.ledger.seconds / best["cosine"][2]))
-    untreated = tuning.plain(digits.problem, start, study.directory / "untreated")
-    now = digits.predict(untreated.snapshot.state) == digits.labels
-    compared = ratio(now.astype(float), tuned[1].astype(float))
-    yield Cell("untreated ratio", compared, {"better": "higher"})
 
 
 def resources_row(study: Study) -> Iterator[Cell]:
@@ -266,28 +150,43 @@ def jitted(function: Callable, args: tuple) -> Callable[[], Any]:
 
 
 def memory_row(study: Study) -> Iterator[Cell]:
-    """A second run that starts badly too, but remembers the first one."""
-    problem, settings, _ = study.lm()
-    memory = Memory(study.directory / "memory.sqlite")
+    """A second run that starts badly too, but remembers the first one.
+
+    Both may change the optimiser as well, once nothing is left to change in the rates; the run
+    that the second is compared with was tuned for the first optimiser.
+    """
+    config, (_, settings, best) = study.config, study.lm()
+    problem = language_model(config, optimizers=config.lm.optimizers)
     start = {**settings, "outer_learning_rate": float(settings["outer_learning_rate"]) / 30}
-    first = study.improved(problem, start, "first with a memory", memory=memory)
+    told = study.directory / "memory.sqlite"
+    first = study.improved(problem, start, "first with a memory", memory=Memory(told))
     reached = problem.test(first.snapshot.state)
     spent = first.ledger.examples + first.ledger.trial_examples
-    for share in study.config.second_runs:
-        shorter = language_model(study.config, round(share * study.config.lm.num_examples))
-        name = f"second of {share}"
-        second = study.improved(shorter, start, name, memory=memory)
-        losses_now = shorter.test(second.snapshot.state)
+
+    def second(share: float) -> tuple[Outcome, np.ndarray]:
+        size = round(share * config.lm.num_examples)
+        shorter = language_model(config, size, optimizers=config.lm.optimizers)
+        memory = study.directory / f"memory of {share}.sqlite"
+        if not memory.exists():  # each remembers the first one alone
+            shutil.copy(told, memory)
+        outcome = study.improved(shorter, start, f"second of {share}", memory=Memory(memory))
+        return outcome, shorter.test(outcome.snapshot.state)
+
+    for share in config.second_runs:
+        outcome, losses_now = second(share)
         if losses_now.mean() <= reached.mean():
             break
-    tokens = (second.ledger.examples + second.ledger.trial_examples) / spent
-    more = described(second) | {
+    tokens = (outcome.ledger.examples + outcome.ledger.trial_examples) / spent
+    more = described(outcome) | {
         "first_loss": float(reached.mean()),
         "second_loss": float(losses_now.mean()),
         "first_examples": spent,
         "reached": bool(losses_now.mean() <= reached.mean()),
     }
     yield Cell("tokens ratio", single(tokens), more)
+    whole, losses_now = second(1.0)
+    reference = problem.test(best.snapshot.state)
+    yield Cell("ratio to tuned", ratio(losses_now, reference), described(whole))
 
 
 def fault_row(study: Study, name: str, inject: Callable) -> Iterator[Cell]:

@@ -1,7 +1,7 @@
 """The trainings that `table_self_improvement` starts badly."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +20,7 @@ from metaopt.self_improvement.training import (
     meta_training,
     plain_training,
 )
-from metaopt.self_improvement.workload import Scale, Setting, Workload
+from metaopt.self_improvement.workload import Choice, Scale, Setting, Space, Workload
 from metaopt.tasks import text_sources
 from metaopt.tasks.markov import MarkovConfig, bayes_loss, markov
 from metaopt.types import Batch, LossFn, MetaState, Model
@@ -94,13 +94,21 @@ def transformer(lm: LanguageModel, **how) -> Model:
     return models.transformer(shape)
 
 
-def language_model(config: Config, num_examples: int | None = None) -> Problem:
-    """The language model, for so many examples if not those of the config."""
+def language_model(
+    config: Config, num_examples: int | None = None, *, optimizers: Sequence[Setting] = ()
+) -> Problem:
+    """The language model, for so many examples if not those of the config.
+
+    Where optimisers are given, they are something to choose from.
+    """
     lm = config.lm
     text, model = Text(config.folder, lm.length, config.seed), transformer(lm)
     loss_fn = losses.next_token(model)
     held_out = text.draw((0.9, 0.95), 1, lm.num_held_out)
     test = text.draw((0.95, 1.0), 2, lm.num_test)
+    space: Space = {"outer_learning_rate": RATE, "weight_decay": DECAY, "batch_size": BATCH}
+    if optimizers:
+        space = {**space, "optimizer": Choice(values=tuple(optimizers))}
     workload = plain_training(
         "language model",
         task={"kind": "language model", "data": config.folder or "stdlib", "width": lm.width}
@@ -111,7 +119,7 @@ def language_model(config: Config, num_examples: int | None = None) -> Problem:
         held_out=held_out,
         num_examples=num_examples or lm.num_examples,
         tokens_per_example=lm.length,
-        space={"outer_learning_rate": RATE, "weight_decay": DECAY, "batch_size": BATCH},
+        space=space,
         seed=config.seed,
         num_devices=1,  # or a batch of 1 could not be tried
     )
@@ -237,6 +245,10 @@ def mnist(config: Config, schedule: str) -> Digits:
     def predict(state: MetaState) -> np.ndarray:
         return np.asarray(apply(state.meta_params["params"])).argmax(-1).reshape(-1)
 
+    def scores(state: MetaState) -> dict[str, float]:
+        return {"test_accuracy": float(np.mean(predict(state) == labels["test"]))}
+
+    workload = workload._replace(scores=scores)
     problem = Problem(workload, settings, per_example(loss_fn, test, 100), loss_fn)
     return Digits(problem, predict, labels["test"])
 

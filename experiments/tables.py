@@ -30,6 +30,7 @@ KEPT = (
     "table.tex",
     "samples.md",
     "curves.png",
+    "mnist.png",
     "memory.png",
 )
 
