@@ -108,7 +108,7 @@ class Report:
         """Of a training, ``[points, 2]``: tokens and a quantity that was assessed."""
         path = self._run.directory / "trainings" / name / "metrics.jsonl"
         lines: list[dict[str, Any]] = read_json_lines(path) if path.exists() else []
-        found = [(line["tokens"], line.get(quantity)) for line in lines]
+        found = [(line["tokens"], (line | line.get("scores", {})).get(quantity)) for line in lines]
         known = [(x, y) for x, y in found if y is not None and math.isfinite(y)]
         return np.array(known).reshape(-1, 2)
 

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import itertools
-import shutil
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -25,7 +24,7 @@ from metaopt import learners, losses, meta_gradients
 from metaopt.evaluate import interval
 from metaopt.measure import compile_for, interleaved
 from metaopt.outer_step import OuterConfig, init_state, make_meta_step, outer_optimizer
-from metaopt.self_improvement.loop import Outcome, run
+from metaopt.self_improvement.loop import Outcome, record_of, run
 from metaopt.self_improvement.memory import Memory
 from metaopt.self_improvement.search import tune_resources
 from metaopt.self_improvement.workload import Setting, Settings
@@ -158,18 +157,17 @@ def memory_row(study: Study) -> Iterator[Cell]:
     config, (_, settings, best) = study.config, study.lm()
     problem = language_model(config, optimizers=config.lm.optimizers)
     start = {**settings, "outer_learning_rate": float(settings["outer_learning_rate"]) / 30}
-    told = study.directory / "memory.sqlite"
-    first = study.improved(problem, start, "first with a memory", memory=Memory(told))
+    first = study.improved(problem, start, "first of two")
     reached = problem.test(first.snapshot.state)
     spent = first.ledger.examples + first.ledger.trial_examples
 
     def second(share: float) -> tuple[Outcome, np.ndarray]:
         size = round(share * config.lm.num_examples)
         shorter = language_model(config, size, optimizers=config.lm.optimizers)
-        memory = study.directory / f"memory of {share}.sqlite"
-        if not memory.exists():  # each remembers the first one alone
-            shutil.copy(told, memory)
-        outcome = study.improved(shorter, start, f"second of {share}", memory=Memory(memory))
+        memory = Memory(study.directory / f"memory of {share}.sqlite")
+        if not memory.records():  # each remembers the first one alone
+            memory.remember(record_of(problem.workload, first))
+        outcome = study.improved(shorter, start, f"second of {share}", memory=memory)
         return outcome, shorter.test(outcome.snapshot.state)
 
     for share in config.second_runs:
@@ -177,13 +175,14 @@ def memory_row(study: Study) -> Iterator[Cell]:
         if losses_now.mean() <= reached.mean():
             break
     tokens = (outcome.ledger.examples + outcome.ledger.trial_examples) / spent
+    arrived = bool(losses_now.mean() <= reached.mean())
     more = described(outcome) | {
         "first_loss": float(reached.mean()),
         "second_loss": float(losses_now.mean()),
         "first_examples": spent,
-        "reached": bool(losses_now.mean() <= reached.mean()),
+        "reached": arrived,
     }
-    yield Cell("tokens ratio", single(tokens), more)
+    yield Cell("tokens ratio", single(tokens if arrived else float("nan")), more)
     whole, losses_now = second(1.0)
     reference = problem.test(best.snapshot.state)
     yield Cell("ratio to tuned", ratio(losses_now, reference), described(whole))

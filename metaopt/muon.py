@@ -15,9 +15,10 @@ def scale_by_muon() -> optax.GradientTransformation:
 
     It is for meta-parameters: of ``params`` the matrices of hidden layers are taken so, in stacks
     ``[L, in, out]`` each for itself, and kernels ``[H, W, in, out]`` as matrices
-    ``[H · W · in, out]``. Embedding, head, vectors, and what is learned beside the parameters go
-    by Adam. A matrix's update has a root mean square of 0.2, which is about that of Adam's: both
-    go by one rate and one decay, and a rate that was found for AdamW will do for Muon.
+    ``[H · W · in, out]``; a kernel of another kind with three axes would be taken for a stack.
+    Embedding, head, vectors, and what is learned beside the parameters go by Adam. A matrix's
+    update has a root mean square of 0.2, about that of Adam's: both go by one rate and one
+    decay, and a rate that was found for AdamW will do for Muon.
 
     References:
       Jordan et al., 2024, "Muon: An optimizer for hidden layers in neural networks"; Liu et al.,

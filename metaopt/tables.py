@@ -4,6 +4,7 @@ One record is one cell; everything that is shown is derived from the records. A 
 that was not run is a dash.
 """
 
+import collections
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -186,17 +187,27 @@ def caption(table: Table) -> str:
     def all_of(key: str) -> str:
         return ", ".join(dict.fromkeys(str(r[key]) for r in records if r.get(key) is not None))
 
-    seeds = sorted({seed for record in records for seed in record.get("seeds", [])})
     over = all_of("over")
     if not over and any(record.get("ci95") is not None for record in records):
         over = f"95 % intervals over n = {all_of('n')} tasks"
     parts = [
         all_of("unit"),
         over,
-        f"preset {all_of('preset')}, {all_of('device')}, seed {', '.join(map(str, seeds))}",
+        f"preset {all_of('preset')}, {all_of('device')}, {_seeds(table)}",
         f"`{all_of('command')}`",
     ]
     return "; ".join(part for part in parts if part)
+
+
+def _seeds(table: Table) -> str:
+    """Those of most rows, and those of rows that have others."""
+    found: dict[str, set[int]] = {}
+    for (row, _), record in table.cells.items():
+        found.setdefault(row, set()).update(record.get("seeds", []))
+    told = {row: ", ".join(map(str, sorted(seeds))) for row, seeds in found.items()}
+    most, _ = collections.Counter(told.values()).most_common(1)[0]
+    others = [f"{row}: {seeds}" for row, seeds in told.items() if seeds != most]
+    return f"seed {most}" + (f" ({'; '.join(others)})" if others else "")
 
 
 def _escape(text: str) -> str:

@@ -24,7 +24,7 @@ RECORDS = [
 ]
 TEXT, OTHER = arrange(RECORDS)
 CAPTION = (
-    "bits/byte; 95 % intervals over n = 24 tasks; preset cpu, 2-core CPU, seed 0, 1; "
+    "bits/byte; 95 % intervals over n = 24 tasks; preset cpu, 2-core CPU, seed 0 (MAML: 0, 1); "
     "`python -m experiments.x`"
 )
 

@@ -32,6 +32,7 @@ class Change(NamedTuple):
       reason: in words.
       way: 1 for more of the setting, -1 for less, 0 where there is no such order.
       level: of refinement; 0 while the search is coarse.
+      rank: it waits for all of a lower rank that can be tried.
       parts: the changes that it is made of, where it is of several.
     """
 
@@ -41,6 +42,7 @@ class Change(NamedTuple):
     reason: str
     way: int = 0
     level: int = 0
+    rank: int = 0
     parts: tuple["Change", ...] = ()
 
 

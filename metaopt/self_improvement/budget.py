@@ -19,8 +19,7 @@ class TrialConfig:
       anneal: after those, so many more, as a fraction of them, with rates that go to zero:
         a trial is judged by what the run would be if it ended there, since without that
         short trials prefer small rates (Wu et al., 2018, the short-horizon bias).
-      margin: a difference of losses smaller than this fraction of the loss at the start of the run
-        is none; of that one, since how far a loss is from zero says nothing.
+      margin: a difference in the score smaller than this fraction of it is none.
       least_steps: a trial has at least so many steps of the batch that the run has, and a batch
         of which it would have fewer is not tried.
     """
@@ -35,7 +34,7 @@ class TrialConfig:
         if not 0 < self.examples < 1 or not 0 <= self.anneal <= 1 or not 0 <= self.margin < 1:
             raise UserError(
                 f"a trial's examples={self.examples} must be a fraction of the run, anneal="
-                f"{self.anneal} one of the trial, and margin={self.margin} one of the loss"
+                f"{self.anneal} one of the trial, and margin={self.margin} one of the score"
             )
         if self.least_steps < 1 or not self.longer >= 1:
             raise UserError(
@@ -69,7 +68,8 @@ def affordable(
 ) -> tuple[list[Change], int]:
     """Of the changes those that can be tried now, and the examples of their trials.
 
-    Nothing is refined while something coarse is to be tried. What refines has trials as long as
+    Nothing of a higher rank is tried while something of a lower one is possible, and nothing is
+    refined while something coarse is to be tried. What refines has trials as long as
     it should; the last one that the budget is good for may have half of it. Where there is only
     budget for trials of the size before, they are believed against their bias alone: only what
     makes a setting smaller is tried, for at the start of a run short trials prefer rates that
@@ -85,6 +85,8 @@ def affordable(
     """
     settings = snapshot.settings
     possible = [c for c in changes if config.possible(workload, settings, c)]
+    first = min((change.rank for change in possible), default=0)
+    possible = [change for change in possible if change.rank == first]
     level = min((change.level for change in possible), default=0)
     found = [change for change in possible if change.level == level]
     wanted = max(size, config.size(workload, settings, level))

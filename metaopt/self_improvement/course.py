@@ -54,7 +54,10 @@ class Course:
         """Where the run begins or goes on, and whether there is anything left to do."""
         snapshot, notes = self.journal.resume(first)
         if notes:
-            self.intervened, self.earlier = notes["intervened"], known_decisions(notes["earlier"])
+            self.intervened, self.earlier = (
+                notes["intervened"],
+                known_decisions(notes.get("earlier", [])),
+            )
             say(f"{self.workload.name}: going on from {snapshot.examples} examples")
         elif memory is not None:
             snapshot = self._recall(first, memory)
@@ -68,10 +71,14 @@ class Course:
         proposal = memory.propose(self.workload.task)
         if proposal is None:
             return first
-        known = known_settings(self.workload.space, proposal.settings)
-        say(f"{self.workload.name}: {proposal.reason}")
-        self.earlier = known_decisions(proposal.decisions)
-        return changed(self.workload, first, known)
+        workload = self.workload
+        known = known_settings(workload.space, proposal.settings)
+        say(f"{workload.name}: {proposal.reason}")
+        # What it had decided holds where all is as it was there, but for how a step is computed.
+        here, there = first.settings | known, proposal.settings
+        if all(there.get(name) == here[name] for name in here.keys() - workload.ways.keys()):
+            self.earlier = known_decisions(proposal.decisions)
+        return changed(workload, first, known)
 
     @contextlib.contextmanager
     def watched(
@@ -156,7 +163,6 @@ class Course:
                 self.config.shares[phase],
                 phase,
                 decisions,
-                scale=abs(self.journal.curve[0].loss.mean),
                 skip=lambda: self.journal.left_out,
                 check=self._check_stop,
             ):

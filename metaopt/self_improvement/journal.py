@@ -163,9 +163,19 @@ class Journal:
         found = assess(now, last, resources=len(parallel.default_devices()))
         self.curve.append(found)
         self._losses = losses.tolist()
-        scores = workload.scores(snapshot.state) if workload.scores else {}
-        line = {**scores, "valid_loss": found.loss.mean, **found._asdict()}
-        self._write("metrics.jsonl", line)
+        line = {"valid_loss": found.loss.mean, **found._asdict()}
+        self._write("metrics.jsonl", line | self._scores(snapshot))
+
+    def _scores(self, snapshot: Snapshot) -> dict[str, Any]:
+        """What the workload would have noted beside an assessment; its time is not the run's."""
+        if self._workload.scores is None:
+            return {}
+        seconds, compiled = time.perf_counter(), compile_seconds()
+        scores = self._workload.scores(snapshot.state)
+        compiled -= compile_seconds()
+        self._began += time.perf_counter() - seconds + compiled
+        self._compiled -= compiled
+        return {"scores": dict(scores)}
 
     def _write(self, file: str, line: Mapping[str, Any]) -> None:
         if jax.process_index() == 0:

@@ -25,7 +25,7 @@ def judge(before: np.ndarray, unchanged: Trial, trial: Trial, margin: float = 0.
       before: float64 ``[E]``, the held-out losses where both started.
       unchanged: the trial to compare with.
       trial: the one to judge.
-      margin: a difference of held-out losses smaller than this is none.
+      margin: the relevant size of a difference, as a fraction of the score.
 
     Returns:
       The verdict on the held-out loss, on its negative improvement a second for
@@ -36,7 +36,8 @@ def judge(before: np.ndarray, unchanged: Trial, trial: Trial, margin: float = 0.
     if trial.error or not np.isfinite(trial.losses).all():
         return Verdict("worse", math.inf, math.nan, trial.losses.size)
     if score == "loss":
-        return compare(unchanged.losses, trial.losses, margin=margin)
+        smallest = margin * abs(float(np.mean(unchanged.losses)))
+        return compare(unchanged.losses, trial.losses, margin=smallest)
     if score == "efficiency":
         rates = [-improvement_rates(before, t) for t in (unchanged, trial)]
         found = compare(rates[0], rates[1], margin=0.1 * abs(float(np.mean(rates[0]))))

@@ -58,7 +58,8 @@ class Proposal(NamedTuple):
       run: its name.
       distance: from the new task to that run's, see `distance`.
       reason: in words.
-      decisions: of that run, where it was of the very task: they hold for the new one too.
+      decisions: of that run, where it was of the very task: they hold for the new one too. After
+        them those for a choice with which another such run, no shorter, did not get as far.
     """
 
     settings: dict[str, Any]
@@ -102,8 +103,28 @@ def choose(records: Sequence[RunRecord], task: Task, within: float = NEAR) -> Pr
         (pair for pair in kin if pair[0] <= nearest + LIKE),
         key=lambda pair: (pair[1].loss, pair[1].seconds),
     )
-    decisions = () if far else run.decisions
+    decisions = [] if far else list(run.decisions)
+    for away, other in kin:
+        if away == far == 0 and other.loss > run.loss and other.tokens >= run.tokens:
+            decisions += _regretted(other.decisions, run.settings)
     return Proposal(dict(run.settings), run.name, far, _reason(task, far, run), decisions)
+
+
+def _regretted(decisions: Sequence[Any], better: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The choices that were accepted, as worse than no change; those in force are not."""
+    found = []
+    for decision in decisions:
+        if not isinstance(decision, Mapping) or decision.get("phase") != 0:
+            continue
+        entries = [
+            {**entry, "verdict": "worse", "accepted": False}
+            for entry in decision.get("evidence", [])
+            if entry.get("accepted") and entry.get("way") == 0
+            if better.get(entry["setting"]) != entry["settings"].get(entry["setting"])
+        ]
+        if entries:
+            found.append({**decision, "verdict": "kept", "changes": {}, "evidence": entries})
+    return found
 
 
 def _reason(task: Task, far: float, run: RunRecord) -> str:

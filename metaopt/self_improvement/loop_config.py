@@ -22,7 +22,9 @@ class LoopConfig:
       phases: when a search begins anew; none for a run that changes nothing.
       shares: how much each phase may spend on trials that are not gone on with.
       margins: in each phase, what `TrialConfig.margin` is: short trials prefer small rates all
-        the more the later it is, annealed or not, so what is changed late is what is plainly wrong.
+        the more the later it is, annealed or not (halving it seemed to gain 1 % of the loss of a
+        language model and 16 % of a classifier's, and cost some in the end), so what is changed
+        late is what is plainly wrong.
       trials: how changes are tried.
       ways_seconds: for the search through a workload's ``ways`` to compute a step, compiling
         included: at the start, and after a search that changed the batch, if there are phases.
@@ -36,7 +38,7 @@ class LoopConfig:
 
     phases: tuple[float, ...] = (0.0, 0.35)
     shares: tuple[float, ...] = (0.2, 0.03)
-    margins: tuple[float, ...] = (0.002, 0.02)
+    margins: tuple[float, ...] = (0.002, 0.1)
     trials: TrialConfig = dataclasses.field(default_factory=TrialConfig)
     ways_seconds: float = 60.0
     memory_budget: float = 0.8

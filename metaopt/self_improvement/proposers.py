@@ -5,7 +5,7 @@ disk, so a run that is resumed goes on with the very next change.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import NamedTuple
 
 import jax
@@ -34,8 +34,8 @@ def pattern_search(space: Space, directions: Directions | None = None) -> Propos
     What is judged by its efficiency is only lowered when nothing that is judged by the loss is
     left to try, and what is judged by a clock is not refined. A choice has each of its values
     tried once a phase; one that is judged by the loss comes last of all and in trials as long as
-    those that refine: optimisers cannot be compared at a rate that suits none of them (Choi et
-    al., 2019).
+    those that refine: what an optimiser is worth cannot be told at a rate that does not suit it
+    (Choi et al., 2019). Once one is accepted, scales are searched anew, by small factors.
 
     Args:
       space: what may be changed.
@@ -46,17 +46,17 @@ def pattern_search(space: Space, directions: Directions | None = None) -> Propos
     def propose(snapshot: Snapshot, decisions: Sequence[Decision], phase: int) -> list[Change]:
         past = [d for d in decisions if d.phase == phase and d.verdict != "rolled back"]
         signs = directions(snapshot) if directions else {}
+        chosen = {name for name, axis in space.items() if _is_late(axis)}
         changes, choices = [], []
         for name, axis in space.items():
             if isinstance(axis, Choice):
                 choices += _choices(name, axis, snapshot.settings, past, space)
             else:
-                where = _where(name, axis, past, phase, signs.get(name, 0.0))
+                where = _where(name, axis, past, phase, signs.get(name, 0.0), chosen)
                 changes += _factors(name, axis, snapshot.settings, where, space)
-        changes += [choice for choice in choices if choice.score != "loss"]
         if any(change.score == "loss" for change in changes):
             changes = [change for change in changes if not _slows(change)]
-        return changes or choices
+        return [*changes, *choices]
 
     return propose
 
@@ -84,8 +84,9 @@ def _choices(
             continue
         factors = axis.factors(value, new)
         values = {name: new} | {k: _times(k, settings, x, space) for k, x in factors.items()}
-        level = int(axis.score == "loss")
-        changes.append(Change(values, name, axis.score, f"{name} {value} to {new}", level=level))
+        late = int(_is_late(axis))
+        reason = f"{name} {value} to {new}"
+        changes.append(Change(values, name, axis.score, reason, level=late, rank=late))
     return changes
 
 
@@ -119,8 +120,23 @@ def _refined(where: _Where) -> _Where:
     return _Where(math.sqrt(where.factor), (-1, 1), where.level + 1)
 
 
-def _where(name: str, axis: Scale, past: Sequence[Decision], phase: int, slope: float) -> _Where:
-    """What the search along a setting has come to."""
+def _is_late(axis: Scale | Choice) -> bool:
+    """Whether it is a choice that is judged by the loss."""
+    return isinstance(axis, Choice) and axis.score == "loss"
+
+
+def _where(
+    name: str,
+    axis: Scale,
+    past: Sequence[Decision],
+    phase: int,
+    slope: float,
+    chosen: Set[str],
+) -> _Where:
+    """What the search along a setting has come to since a choice was made, of those ``chosen``."""
+    made = [i for i, decision in enumerate(past) if chosen & decision.changes.keys()]
+    if made and axis.score == "loss":
+        past, phase = past[made[-1] + 1 :], max(phase, 1)
     factor = axis.factor if phase == 0 else min(axis.factor, LATER_FACTOR)
     ways: tuple[int, ...] = (1, -1) if not slope else (-1 if slope > 0 else 1,)
     where = _Where(factor, ways, 0)

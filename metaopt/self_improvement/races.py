@@ -16,7 +16,6 @@ def races(
     phase: int,
     decisions: Sequence[Decision],
     *,
-    scale: float,
     skip: Callable[[], LeftOut],
     check: Callable[[], None],
 ) -> Iterator[tuple[Ground, Decision]]:
@@ -30,7 +29,6 @@ def races(
       share: of the run that trials may cost which are not gone on with.
       phase: of the search.
       decisions: all of the run; each that is given is to be added to them before the next.
-      scale: of losses, as for `stand`.
       skip: the stretches of the data that are left out by now.
       check: as for `decide`.
 
@@ -52,7 +50,7 @@ def races(
         )
         if not changes:
             return
-        ground = ground or stand(workload, snapshot, scale)
+        ground = ground or stand(workload, snapshot)
         ground, decision = decide(
             workload, ground, changes, config, phase, size=size, last=last, skip=skip(), check=check
         )

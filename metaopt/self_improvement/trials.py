@@ -94,14 +94,12 @@ class Ground(NamedTuple):
     Attributes:
       snapshot: where all trials start, with the settings that were found up to now.
       before: float64 ``[E]``, the held-out losses there.
-      scale: of losses, of which margins are fractions.
       winner: the trial of these very settings; None where there was none yet.
       size: the examples of that trial, those to anneal aside.
     """
 
     snapshot: Snapshot
     before: np.ndarray
-    scale: float
     winner: Trial | None = None
     size: int = 0
 
@@ -111,13 +109,8 @@ class Ground(NamedTuple):
         return self.snapshot if self.winner is None else self.winner.after
 
 
-def stand(workload: Workload, snapshot: Snapshot, scale: float | None = None) -> Ground:
+def stand(workload: Workload, snapshot: Snapshot) -> Ground:
     """The ground of a search that begins here.
-
-    Args:
-      workload: the training.
-      snapshot: where all trials start.
-      scale: of losses; the mean of those here if not given.
 
     Raises:
       FloatingPointError: the held-out loss is not finite.
@@ -125,7 +118,7 @@ def stand(workload: Workload, snapshot: Snapshot, scale: float | None = None) ->
     before = np.asarray(workload.evaluate(snapshot.state), np.float64)
     if not np.isfinite(before).all():
         raise FloatingPointError("the held-out loss is not finite")
-    return Ground(snapshot, before, abs(float(before.mean())) if scale is None else scale)
+    return Ground(snapshot, before)
 
 
 def decide(
@@ -168,7 +161,7 @@ def decide(
         return try_change(workload, start, change, left, anneal, skip=skip, check=check)
 
     unchanged = _unchanged(ground, size, tried)
-    race = Race(ground.before, unchanged, config.margin * ground.scale)
+    race = Race(ground.before, unchanged, config.margin)
     for change in sorted(changes, key=lambda change: change.score == "loss"):
         if not race.is_needless(change):
             race.enter(_or_refused(tried, change, unchanged))
@@ -237,10 +230,7 @@ def _end(workload: Workload, ground: Ground, race: Race) -> _End:
         return _End(ground._replace(snapshot=found, winner=winner), "accepted", change.reason)
     if np.isfinite(unchanged.losses).all():
         return _End(ground, "kept", "nothing was better beyond noise")
-    again, broken = (
-        ground._replace(snapshot=copied(snapshot), winner=None, size=0),
-        unchanged.broken,
-    )
+    again, broken = Ground(copied(snapshot), ground.before), unchanged.broken
     if broken is not None and is_bad(workload, snapshot, broken):
         reason = f"examples {broken[0]} to {broken[1] - 1} give no number and are left out"
         return _End(again, "rolled back", reason, broken)
@@ -260,13 +250,19 @@ def lowered(workload: Workload, snapshot: Snapshot, factor: float = 0.25) -> Sna
 
 def known_decisions(lines: Sequence[Mapping[str, Any]]) -> list[Decision]:
     """The first search of a past run as a proposer reads it; none where it is no such thing."""
-    needed = {"setting", "way", "settings", "verdict", "accepted"}
     try:
         found = [Decision(**line) for line in lines if line["phase"] == 0]
-        whole = all(needed <= entry.keys() for d in found for entry in d.evidence)
-        return found if whole else []
+        whole = all(_is_known(entry) for d in found for entry in d.evidence)
+        return found if whole and all(isinstance(d.changes, dict) for d in found) else []
     except (TypeError, KeyError, AttributeError):
         return []
+
+
+def _is_known(entry: Mapping[str, Any]) -> bool:
+    """Whether a proposer can read it as evidence."""
+    names = entry["setting"].split(" and ")  # of a change of several, all
+    whole = {"way", "verdict", "accepted"} <= entry.keys()
+    return whole and all(name in entry["settings"] for name in names)
 
 
 def differences(old: Settings, new: Settings) -> dict[str, list[Setting]]:

@@ -78,7 +78,7 @@ class Workload(NamedTuple):
         many more steps, differentiable in ``state.hparams``; None where there is no such
         function.
       scores: ``state -> {name: number}``, such as accuracies on a test: for the record of every
-        assessment, and nothing is decided by them; None for none.
+        assessment alone, where they stand as ``scores``; None for none.
       ways: settings by which a step is computed in another way, and comes to the same but for
         rounding, with the values that they may take.
     """

@@ -6,14 +6,17 @@ import pytest
 
 from experiments import table_self_improvement_tuning as tuning
 from experiments.table_self_improvement import run
-from experiments.table_self_improvement_config import Config, LanguageModel, preset
-from experiments.table_self_improvement_rows import Study, make_rows, ratio
+from experiments.table_self_improvement_config import Config, LanguageModel, Mnist, preset
+from experiments.table_self_improvement_mnist import SHOWN, mnist_row
+from experiments.table_self_improvement_rows import make_rows
+from experiments.table_self_improvement_study import Study, ratio
 from experiments.table_self_improvement_workloads import Text, language_model, mnist
 from metaopt.errors import UserError
 from metaopt.runs import read_json_lines
 from metaopt.self_improvement.loop import Ledger
 
 SMOKE = preset({"preset": "smoke"})
+PARTS = ("train", "test")
 ROWS = [
     "learning rate too small",
     "learning rate too large",
@@ -120,3 +123,32 @@ def test_a_hypergradient_run_learns():
     before = problem.test(problem.workload.start(settings)).mean()
     state = tuning.by_hypergradient(problem, settings)
     assert problem.test(state).mean() < before
+
+
+def test_the_row_mnist_compares_each_seed_with_its_own_tuned_run(tmp_path):
+    rng = np.random.default_rng(0)
+    images = {f"x_{part}": rng.integers(0, 255, (1100, 28, 28), np.uint8) for part in PARTS}
+    labels = {f"y_{part}": rng.integers(0, 10, 1100) for part in PARTS}
+    np.savez(tmp_path / "mnist.npz", **images, **labels)
+    sizes = Mnist(
+        path=str(tmp_path / "mnist.npz"),
+        filters=1,
+        num_train=64,
+        batch_size=16,
+        num_epochs=2,
+        num_seeds=2,
+        rates=(0.1,),
+    )
+    study = Study(dataclasses.replace(SMOKE, mnist=sizes, seed=5), tmp_path)
+    found = {cell.column: cell for cell in mnist_row(study)}
+    assert list(found) == ["ratio to tuned", "time ratio", "untreated ratio"]
+    more = found["ratio to tuned"].more
+    tuned = [max(pair) for pair in zip(more["best_fixed"], more["best_cosine"], strict=True)]
+    assert more["seeds"] == [5, 6] and found["ratio to tuned"].found.n == 2
+    least = np.mean([a / t for a, t in zip(more["accuracies"], tuned, strict=True)])
+    assert found["ratio to tuned"].found.mean >= least - 1e-12
+    for place in SHOWN:
+        (*_, last) = read_json_lines(tmp_path / place / "metrics.jsonl")
+        assert 0 <= last["scores"]["test_accuracy"] <= 1
+    improved = read_json_lines(tmp_path / "improved mnist" / "metrics.jsonl")
+    assert improved[-1]["scores"]["test_accuracy"] == more["accuracies"][0]

@@ -112,3 +112,11 @@ def test_only_changes_that_leave_a_trial_enough_steps_are_possible():
 def test_configs_that_cannot_be_are_refused(wrong):
     with pytest.raises(UserError):
         TrialConfig(**wrong)
+
+
+def test_what_waits_comes_when_nothing_before_it_is_possible():
+    late = rate(0.5, 0, 1)._replace(rank=1)
+    assert ways([*FINE, late], budget=1000) == ([-1, 1], 160)
+    assert ways([late], budget=1000) == ([0], 160)
+    large = Change({"batch_size": 16}, "batch_size", "efficiency", "", 1)  # not four steps in 40
+    assert ways([large, late], budget=1000) == ([0], 160)

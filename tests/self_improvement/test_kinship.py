@@ -1,3 +1,4 @@
+import dataclasses
 import math
 
 import pytest
@@ -8,8 +9,8 @@ from metaopt.self_improvement.kinship import MISSING, UNEQUAL, RunRecord, choose
 TASK = {"family": "markov", "width": 64, "order": 1}
 
 
-def run(name, loss=1.0, seconds=1.0, **task):
-    settings, decisions = {"rate": name}, [{"phase": 0, "reason": name}]
+def run(name, loss=1.0, seconds=1.0, decisions=None, **task):
+    settings, decisions = {"rate": name}, decisions or [{"phase": 0, "reason": name}]
     return RunRecord(
         name=name,
         task=TASK | task,
@@ -57,7 +58,7 @@ def test_the_best_of_the_nearest_proposes():
     assert proposal is not None and proposal.run == "quick"
     assert proposal.distance == pytest.approx(math.log(66 / 64))
     assert proposal.settings == {"rate": "quick"} and "quick" in proposal.reason
-    assert proposal.decisions == ()  # they were made on another task
+    assert proposal.decisions == []  # they were made on another task
     proposal = choose([*far, *near[:2]], TASK)
     assert proposal is not None and (proposal.run, proposal.distance) == ("slow", 0.0)
     assert "the same task" in proposal.reason
@@ -75,3 +76,24 @@ def test_without_kin_nothing_is_proposed():
     assert choose([run("far", width=64 * 25)], TASK) is None
     assert choose([run("far", width=64 * 25)], TASK, within=3.3) is not None
     assert kinship.LIKE < math.log(2) < kinship.NEAR
+
+
+def test_a_choice_with_which_a_run_ended_worse_is_worse():
+    def chose(value):
+        entry = {"setting": "o", "settings": {"o": value}, "way": 0, "accepted": True}
+        rate = {"setting": "r", "settings": {"r": 1.0}, "way": 1, "accepted": True}
+        line = {"phase": 0, "verdict": "accepted", "changes": {"o": ["a", value]}}
+        return [line | {"evidence": [entry | {"verdict": "better"}, rate]}, line | {"phase": 1}]
+
+    best = run("best", 0.5, decisions=chose("b"))
+    best = dataclasses.replace(best, settings={"o": "b"})
+    worse = run("worse", 0.6, decisions=chose("c"))
+    shorter = dataclasses.replace(run("shorter", 0.9, decisions=chose("d")), tokens=9)
+    same = run("same", 0.7, decisions=chose("b"))
+    other = run("other", 0.8, decisions=chose("e"), width=65)
+    proposal = choose([worse, best, shorter, same, other], TASK)
+    assert proposal is not None and proposal.run == "best"
+    *own, refuted = proposal.decisions
+    assert own == best.decisions and refuted["changes"] == {} and refuted["verdict"] == "kept"
+    (entry,) = refuted["evidence"]
+    assert (entry["settings"], entry["verdict"], entry["accepted"]) == ({"o": "c"}, "worse", False)

@@ -14,6 +14,7 @@ from metaopt.errors import UserError
 from metaopt.recorder import Diverged
 from metaopt.runs import read_json_lines
 from metaopt.self_improvement.budget import TrialConfig
+from metaopt.self_improvement.journal import Journal
 from metaopt.self_improvement.loop import LoopConfig, run
 from metaopt.self_improvement.memory import Memory
 from metaopt.self_improvement.workload import Scale, begin, steps
@@ -390,12 +391,53 @@ def test_the_second_run_goes_on_where_the_first_ended(tmp_path):
     assert third.snapshot.settings["outer_learning_rate"] == 0.02
 
 
+def test_what_kin_decided_holds_only_where_all_is_as_it_was(tmp_path):
+    memory = Memory(tmp_path / "memory.sqlite")
+    first = improved(tmp_path / "1", settings=SLOW | {"kind": "old"}, memory=memory)
+    again = improved(tmp_path / "2", 200, settings=SLOW | {"kind": "old"}, memory=memory)
+    other = improved(tmp_path / "3", 200, settings=SLOW | {"kind": "new"}, memory=memory)
+    narrow = {"outer_learning_rate": Scale(low=1e-6, high=0.021)}
+    narrow = workload(200, space=narrow)
+    clipped = improved(
+        tmp_path / "4", problem=narrow, settings=SLOW | {"kind": "old"}, memory=memory
+    )
+    assert again.earlier == [d for d in first.decisions if d.phase == 0] and again.earlier
+    assert other.earlier == clipped.earlier == []
+
+
+def test_notes_of_a_version_without_a_memory_of_decisions_are_read(tmp_path, monkeypatch):
+    with pytest.raises(Interrupted):
+        improved(tmp_path, problem=workload(600, step=stopping(30)), **STOPPED)
+    resume = Journal.resume
+    monkeypatch.setattr(
+        Journal,
+        "resume",
+        lambda self, first: (
+            (found := resume(self, first))[0],
+            {k: v for k, v in found[1].items() if k != "earlier"},
+        ),
+    )
+    assert improved(tmp_path, 600, **STOPPED).snapshot.examples == 600
+
+
+def test_a_start_that_gives_no_number_is_left(tmp_path):
+    """The first assessment of all fails, and the rates are lowered until one does not."""
+    evaluations = itertools.count()
+
+    def evaluate(state):
+        losses = quadratic.evaluate(state)
+        return np.full_like(losses, np.nan) if next(evaluations) < 2 else losses
+
+    outcome = improved(tmp_path, problem=workload(600, evaluate=evaluate), settings=SLOW)
+    assert [d.verdict for d in outcome.decisions][:1] == ["rolled back"]
+    assert outcome.snapshot.examples == 600 and loss_of(outcome.snapshot.state) < 1.0
+
+
 def test_scores_are_noted_and_decide_nothing(tmp_path):
-    scored = workload(800, scores=lambda state: {"so_far": int(state.step), "valid_loss": -1.0})
+    scored = workload(800, scores=lambda state: {"so far": int(state.step)})
     outcome = improved(tmp_path / "1", problem=scored, config=PLAIN)
     written = read_json_lines(tmp_path / "1" / "metrics.jsonl")
-    assert [line["so_far"] for line in written] == [point.step for point in outcome.curve]
-    assert all(line["valid_loss"] > 0 for line in written)  # what the loop notes comes first
+    assert [line["scores"] for line in written] == [{"so far": p.step} for p in outcome.curve]
     bare = improved(tmp_path / "2", config=PLAIN)
     assert as_bytes(bare.snapshot.state) == as_bytes(outcome.snapshot.state)
 

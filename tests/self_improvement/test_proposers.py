@@ -30,6 +30,7 @@ def decision(*entries, phase=0, changes=None):
 
 def values(proposer, now, decisions=(), phase=0, name="rate"):
     changes = proposer(now, list(decisions), phase)
+    changes = [change for change in changes if change.rank == min(c.rank for c in changes)]
     return [change.settings[name] for change in changes if change.setting == name]
 
 
@@ -119,9 +120,12 @@ def test_optimisers_are_compared_when_the_rates_are_found_and_in_long_trials():
     assert values(search, now, name="o") == []
     sgd, lion = search(now, [NOISE], 0)
     assert sgd.settings == {"o": "sgd", "free": 2.0, "rate": 9.0}
-    assert lion.settings == {"o": "lion"} and sgd.level == lion.level == 1
+    assert lion.settings == {"o": "lion"} and sgd.level == lion.level == sgd.rank == lion.rank == 1
     back = search(snapshot(o="sgd", rate=5.0, free=1.0), [NOISE], 0)
     assert back[0].settings == {"o": "adam", "free": 0.5, "rate": 0.1}
+    taken = decision(("o", "adam", "better", True), changes={"o": ["sgd", "adam"]})
+    assert values(search, now, [NOISE, taken]) == [2.0, 0.5]  # the rate may now differ
+    assert values(search, now, [NOISE, taken, NOISE], name="o") == ["lion"]
     timed = {"o": Choice(values=("a", "b"), score="throughput"), "rate": RATE}
     assert {c.setting for c in pattern_search(timed)(snapshot(o="a", rate=1.0), [], 0)} == {
         "o",

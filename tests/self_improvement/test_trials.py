@@ -52,20 +52,13 @@ def test_a_race_leaves_its_start_as_it_was_and_the_winner_is_a_run_with_the_chan
     assert decision.trial_examples == 3 * 56 - 40 and decision.gained == decision.size == 40
 
 
-def test_a_margin_is_a_fraction_of_the_loss_where_the_run_began():
-    snapshot = begin(PROBLEM, SLOW)
-    for began, verdict in ((1.0, "accepted"), (1e4, "kept")):
-        ground = stand(PROBLEM, snapshot, began)
-        assert decide(PROBLEM, ground, [rate(0.2)], CONFIG)[1].verdict == verdict
-    before = stand(PROBLEM, snapshot).before
-    assert stand(PROBLEM, snapshot).scale == pytest.approx(abs(before.mean()))
-
-
 def test_what_a_memory_tells_is_read_as_decisions_or_not_at_all():
     _, decision = race(PROBLEM, begin(PROBLEM, SLOW), [rate(0.2)])
     told = decision.as_json()
     assert known_decisions([told, told | {"phase": 1}]) == [decision]
-    for damaged in ({"phase": 0}, told | {"evidence": [{"setting": "x"}]}, told | {"new": 1}, "x"):
+    entry = told["evidence"][0] | {"settings": {}}
+    damages = ({"evidence": [{"setting": "x"}]}, {"evidence": [entry]}, {"new": 1})
+    for damaged in ({"phase": 0}, "x", told | {"changes": None}, *(told | d for d in damages)):
         assert known_decisions([told, damaged]) == []
 
 
