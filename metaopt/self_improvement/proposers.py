@@ -35,7 +35,7 @@ def pattern_search(space: Space, directions: Directions | None = None) -> Propos
     left to try, and what is judged by a clock is not refined. A choice has each of its values
     tried once a phase; one that is judged by the loss comes last of all and in trials as long as
     those that refine: what an optimiser is worth cannot be told at a rate that does not suit it
-    (Choi et al., 2019). Once one is accepted, scales are searched anew, by small factors.
+    (Choi et al., 2019). Once one is accepted, scales are refined anew.
 
     Args:
       space: what may be changed.
@@ -135,11 +135,11 @@ def _where(
 ) -> _Where:
     """What the search along a setting has come to since a choice was made, of those ``chosen``."""
     made = [i for i, decision in enumerate(past) if chosen & decision.changes.keys()]
-    if made and axis.score == "loss":
-        past, phase = past[made[-1] + 1 :], max(phase, 1)
     factor = axis.factor if phase == 0 else min(axis.factor, LATER_FACTOR)
     ways: tuple[int, ...] = (1, -1) if not slope else (-1 if slope > 0 else 1,)
     where = _Where(factor, ways, 0)
+    if made and axis.score == "loss":  # it is about right, as the settings were
+        past, where = past[made[-1] + 1 :], _Where(LATER_FACTOR, (-1, 1), 1)
     for decision in past:
         tried = [e for e in decision.evidence if e["setting"] == name]
         if not tried:

@@ -124,7 +124,8 @@ def test_optimisers_are_compared_when_the_rates_are_found_and_in_long_trials():
     back = search(snapshot(o="sgd", rate=5.0, free=1.0), [NOISE], 0)
     assert back[0].settings == {"o": "adam", "free": 0.5, "rate": 0.1}
     taken = decision(("o", "adam", "better", True), changes={"o": ["sgd", "adam"]})
-    assert values(search, now, [NOISE, taken]) == [2.0, 0.5]  # the rate may now differ
+    assert values(search, now, [NOISE, taken]) == [0.5, 2.0]  # the rate may now differ
+    assert {change.level for change in search(now, [NOISE, taken], 0)} == {1}
     assert values(search, now, [NOISE, taken, NOISE], name="o") == ["lion"]
     timed = {"o": Choice(values=("a", "b"), score="throughput"), "rate": RATE}
     assert {c.setting for c in pattern_search(timed)(snapshot(o="a", rate=1.0), [], 0)} == {
