@@ -114,27 +114,33 @@ def _run(
     check: Callable[[], None],
 ) -> tuple[Snapshot, float, tuple[int, int] | None]:
     """The snapshot at ``end``, seconds without compiling, the first stretch without a number."""
-    began, compiled = time.perf_counter(), compile_seconds()
-    start, second, broken, count = snapshot.examples, None, None, 0
-    unseen: Step | None = None
+    compiled, start, broken = compile_seconds(), snapshot.examples, None
+    began, ends, unseen = time.perf_counter(), [], None
     for step in steps(workload, snapshot, end, anneal=anneal, skip=skip):
         check()
-        count, snapshot = count + 1, step.snapshot
+        snapshot = step.snapshot
         if unseen:  # as in training: while the device computes this step, look at the one before
             broken = broken or _broken(unseen)
+            ends.append(time.perf_counter())
         unseen = step
-        if second is None:
-            jax.block_until_ready(step.metrics)
-            second = time.perf_counter()
-    broken = broken or (unseen and _broken(unseen))
-    jax.block_until_ready(snapshot.state.step)
-    now = time.perf_counter()
-    if count > 1 and second is not None:  # the first step compiled, and waited for its data
-        seconds = (now - second) * count / (count - 1)
-    else:
-        seconds = max(0.0, now - began - (compile_seconds() - compiled))
+    if unseen:
+        broken = broken or _broken(unseen)
+        jax.block_until_ready(snapshot.state.step)
+        ends.append(time.perf_counter())
+    seconds = _seconds(began, ends, compile_seconds() - compiled)
     examples = after_steps(start, end, workload.examples_per_step(snapshot.settings))
     return snapshot._replace(examples=examples), seconds, broken
+
+
+def _seconds(began: float, ends: list[float], compiling: float) -> float:
+    """What steps took that came to their ends then; the first compiled, and waited for its data.
+
+    It is the median of the others that counts: trials are short, and a machine that did something
+    else for once should decide nothing.
+    """
+    if len(ends) < 2:
+        return max(0.0, ends[-1] - began - compiling) if ends else 0.0
+    return float(np.median(np.diff(ends)) * len(ends))
 
 
 def _broken(step: Step) -> tuple[int, int] | None:
