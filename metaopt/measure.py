@@ -30,7 +30,7 @@ UNKNOWN = {
     *("approx_top_k", "cholesky", "cholesky_update", "custom_linear_solve", "eig", "eigh", "fft"),
     *("ffi_call", "geqp3", "geqrf", "hessenberg", "householder_product", "io_callback", "lu"),
     *("ormqr", "pallas_call", "pmap", "pure_callback", "qr", "ragged_dot_general", "schur"),
-    *("shard_map", "svd", "symmetric_product", "triangular_solve", "tridiagonal"),
+    *("svd", "symmetric_product", "triangular_solve", "tridiagonal"),
     *("tridiagonal_solve", "xla_pmap"),
 }
 
@@ -75,10 +75,10 @@ def count_flops(function: Callable, *args: Any) -> Flops:
     A matrix product ``[m, k] @ [k, n]`` is ``2 m n k``, an elementwise function 1 an
     element that it returns, whatever the function, a reduction 1 an element that it takes.
     Comparisons, selections, integers and moves of data are free. A scan is its body times
-    its length, a branch the dearest one. What `jax.checkpoint` recomputes is counted as
-    often as it is computed; what no result depends on is not counted. Common
-    subexpressions, which XLA merges later, are. A convolution is counted with the zeros
-    of its padding and dilation.
+    its length, a map over devices its body times their number, a branch the dearest one. What
+    `jax.checkpoint` recomputes is counted as often as it is computed; what no result depends
+    on is not counted. Common subexpressions, which XLA merges later, are. A convolution is
+    counted with the zeros of its padding and dilation.
 
     Args:
       function: of arrays; for a derivative, give the derivative (``jax.grad(f)``).
@@ -120,11 +120,18 @@ def _of_equation(equation: core.JaxprEqn) -> Flops:
     if name == "cond":
         return max(nested, key=lambda flops: flops.total)
     if nested:
-        times = params["length"] if name == "scan" else 1
+        times = _times(equation)
         return Flops(
             times * sum(n.matmul for n in nested), times * sum(n.elementwise for n in nested)
         )
     return Flops(elementwise=_elementwise(equation))
+
+
+def _times(equation: core.JaxprEqn) -> int:
+    """How often what an operation holds is computed."""
+    if equation.primitive.name == "shard_map":
+        return equation.params["mesh"].size
+    return equation.params["length"] if equation.primitive.name == "scan" else 1
 
 
 def _of_primitive(equation: core.JaxprEqn) -> Flops | None:

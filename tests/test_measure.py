@@ -176,3 +176,10 @@ def test_seconds_of_compiling_grow_where_something_compiles_and_nowhere_else():
     assert 0.1 * spent < after - before < spent
     function(x).block_until_ready()
     assert measure.compile_seconds() == after
+
+
+def test_a_map_over_devices_is_counted_on_each_of_them():
+    devices = jax.devices()[:2]
+    step = jax.pmap(lambda x: jax.lax.psum(x @ x, "i"), axis_name="i", devices=devices)
+    found = count_flops(step, jnp.ones((len(devices), 3, 3)))
+    assert found.matmul == len(devices) * 2 * 27 and len(devices) == 2

@@ -50,7 +50,12 @@ class Journal:
     """
 
     def __init__(
-        self, workload: Workload, directory: Path, checkpoints: Checkpoints, identity: Any
+        self,
+        workload: Workload,
+        directory: Path,
+        checkpoints: Checkpoints,
+        identity: Any,
+        flops_per_example: float | None = None,
     ):
         """Nothing is read or written yet.
 
@@ -59,7 +64,9 @@ class Journal:
           directory: of the run.
           checkpoints: of this training.
           identity: what decides the states; a checkpoint of another is refused.
+          flops_per_example: operations, for the efficiency; None where they are not known.
         """
+        self._flops = flops_per_example
         self._workload, self._directory, self._checkpoints = workload, directory, checkpoints
         self._identity = as_json(identity)
         self._losses: list[float] = []
@@ -153,7 +160,9 @@ class Journal:
         workload = self._workload
         ledger = self.ledger(snapshot)
         tokens = snapshot.examples * workload.tokens_per_example
-        now = Measurement(int(snapshot.state.step), tokens, ledger.seconds, losses)
+        examples = ledger.examples + ledger.trial_examples
+        flops = None if self._flops is None else self._flops * examples
+        now = Measurement(int(snapshot.state.step), tokens, ledger.seconds, losses, flops)
         last = None
         if self.curve:
             before = self.curve[-1]

@@ -14,13 +14,15 @@ import jax
 
 from metaopt.checkpoint import Checkpoints
 from metaopt.errors import UserError
+from metaopt.measure import count_flops
 from metaopt.self_improvement.course import Course
 from metaopt.self_improvement.journal import Journal, Ledger
 from metaopt.self_improvement.kinship import RunRecord
 from metaopt.self_improvement.loop_config import LoopConfig, Outcome
 from metaopt.self_improvement.memory import Memory
+from metaopt.self_improvement.resources import peak_flops
 from metaopt.self_improvement.trials import Proposer
-from metaopt.self_improvement.workload import Settings, Workload, begin
+from metaopt.self_improvement.workload import Settings, Snapshot, Workload, begin
 from metaopt.train import StopSignals, checkpoint_directory
 
 __all__ = ["Ledger", "LoopConfig", "Outcome", "record_of", "run"]
@@ -54,7 +56,8 @@ def run(
       interventions: settings that are changed from outside while the run goes on, as
         ``(examples, settings)``: someone at the console, or a fault that is put in.
       fingerprint: what decides the states beside the settings; a checkpoint of another is refused.
-      monitor: further arguments of `Monitor`: ``flops_per_step``, ``peak_flops``, ``read_memory``.
+      monitor: further arguments of `Monitor`: ``read_memory``, and ``flops_per_step`` and
+        ``peak_flops`` in place of those that `LoopConfig.count_flops` finds.
 
     Returns:
       `Outcome`.
@@ -69,12 +72,15 @@ def run(
         _check_agreement(workload, memory)
     first, interventions = begin(workload, settings), sorted(interventions, key=lambda e: e[0])
     directory, path = Path(directory), checkpoint_directory(directory, workload.name)
+    options = _per_example(monitor or {}, workload.examples_per_step(settings))
+    if config.count_flops and "flops_per_example" not in options:
+        options |= _counted(workload, first)
     with Checkpoints(path, fingerprint=fingerprint or {}) as checkpoints, StopSignals() as stop:
         identity = _identity(workload, settings, config, interventions)
-        journal = Journal(workload, directory, checkpoints, identity)
+        flops = options.get("flops_per_example")
+        journal = Journal(workload, directory, checkpoints, identity, flops)
         loop = Course(workload, config, proposer, journal, stop, interventions)
         snapshot, new = loop.start(first, memory)
-        options = _per_example(monitor or {}, workload.examples_per_step(settings))
         with loop.watched(snapshot, directory, options):
             outcome = loop.run(snapshot)
     if memory is not None and new:
@@ -109,7 +115,19 @@ def _identity(workload, settings, config, interventions) -> dict[str, Any]:
 def _per_example(monitor: Mapping[str, Any], size: int) -> dict[str, Any]:
     options = dict(monitor)
     flops = options.pop("flops_per_step", None)
-    return options | {"flops_per_example": None if flops is None else flops / size}
+    return options if flops is None else options | {"flops_per_example": flops / size}
+
+
+def _counted(workload: Workload, first: Snapshot) -> dict[str, float]:
+    """The operations of an example and the peak of the devices; nothing where it is not known."""
+    settings = first.settings
+    batch = workload.sample(settings, 0)
+    try:
+        flops = count_flops(workload.step(settings), first.state, batch).total
+    except (UserError, jax.errors.JAXTypeError):  # the latter where a step looks at its state
+        return {}
+    size = workload.examples_per_step(settings)
+    return {"peak_flops": peak_flops(), "flops_per_example": flops / size}
 
 
 def record_of(workload: Workload, outcome: Outcome) -> RunRecord:

@@ -33,6 +33,8 @@ class LoopConfig:
       keep_every: steps from one snapshot to go back to to the next.
       max_roll_backs: in a row without a decision or an assessment between them; then the
         run has `Diverged`.
+      count_flops: of a step, by tracing it once more, for its FLOP/s and their share of the peak
+        of the devices, which is measured once a process; for nothing if they cannot be counted.
       monitor: thresholds of the alarms.
     """
 
@@ -45,6 +47,7 @@ class LoopConfig:
     assess_every: float = 0.1
     keep_every: int = 20
     max_roll_backs: int = 5
+    count_flops: bool = True
     monitor: MonitorConfig = dataclasses.field(default_factory=MonitorConfig)
 
     def __post_init__(self):

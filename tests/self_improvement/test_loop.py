@@ -11,6 +11,7 @@ from noisy_quadratic import LEAST, RATE, SETTINGS, as_bytes, loss_of, workload
 
 import metaopt.self_improvement as si
 from metaopt.errors import UserError
+from metaopt.measure import count_flops
 from metaopt.recorder import Diverged
 from metaopt.runs import read_json_lines
 from metaopt.self_improvement.budget import TrialConfig
@@ -20,12 +21,13 @@ from metaopt.self_improvement.memory import Memory
 from metaopt.self_improvement.workload import Scale, begin, steps
 from metaopt.train import Interrupted
 
-PLAIN = LoopConfig(phases=(), shares=(), assess_every=0.5)
+PLAIN = LoopConfig(phases=(), shares=(), assess_every=0.5, count_flops=False)
 IMPROVING = LoopConfig(
     phases=(0.0, 0.3, 0.6),
     shares=(0.4, 0.15, 0.15),
     margins=(0.002, 0.002, 0.002),
     assess_every=0.25,
+    count_flops=False,  # the steps of some tests count how often they are called
     trials=TrialConfig(examples=0.04, anneal=0.33, margin=0.002, least_steps=4),
 )
 SLOW = SETTINGS | {"outer_learning_rate": 0.02}
@@ -431,6 +433,30 @@ def test_a_start_that_gives_no_number_is_left(tmp_path):
     outcome = improved(tmp_path, problem=workload(600, evaluate=evaluate), settings=SLOW)
     assert [d.verdict for d in outcome.decisions][:1] == ["rolled back"]
     assert outcome.snapshot.examples == 600 and loss_of(outcome.snapshot.state) < 1.0
+
+
+def test_operations_are_counted_those_of_trials_too(tmp_path):
+    config = dataclasses.replace(IMPROVING, count_flops=True)
+    outcome = improved(tmp_path, settings=SLOW, config=config)
+    examples = outcome.ledger.examples + outcome.ledger.trial_examples
+    state, batch = quadratic.initial_state(), quadratic.sample(SETTINGS, 0)
+    step = count_flops(quadratic.update, state, batch).total
+    last = outcome.curve[-1]
+    assert last.flops == examples * step / SETTINGS["batch_size"] and step > 40
+    assert last.per_flop is not None and outcome.curve[0].per_flop is None
+    rates = [line for line in read_json_lines(tmp_path / "monitor.jsonl") if "utilisation" in line]
+    assert rates and all(0 < line["utilisation"] < 1 for line in rates)
+    loop = dataclasses.replace(PLAIN, count_flops=True)
+    uncounted = workload(
+        40, step=lambda settings: lambda state, batch: jax.jit(unknown)(state, batch)
+    )
+    assert improved(tmp_path / "2", problem=uncounted, config=loop).curve[-1].flops is None
+
+
+def unknown(state, batch):
+    """A step whose operations nobody can count."""
+    mean = jax.lax.while_loop(lambda x: x < batch.mean(), lambda x: x + 1, 0.0)
+    return quadratic.update(state, batch + 0 * mean)
 
 
 def test_scores_are_noted_and_decide_nothing(tmp_path):
