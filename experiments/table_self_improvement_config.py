@@ -118,7 +118,7 @@ class Config:
     second_runs: tuple[float, ...] = (0.6, 0.7, 0.8, 0.9, 1.0)
     population: int = 4
     resources_seconds: float = 120.0
-    resources_rounds: int = 8
+    resources_rounds: int = 24
     root: str = "runs"
     run_dir: str | None = None
 
