@@ -199,7 +199,7 @@ def curves_of_row(
         learner,
         problem.loss_fn,
         row.inner,
-        config.max_inner_steps,
+        max(config.max_inner_steps, row.tested),
         parallel.default_devices(config.num_devices),
         20,
         measure=accuracies(problem),

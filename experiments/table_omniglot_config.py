@@ -32,6 +32,40 @@ def parse_setting(name: SettingName) -> Setting:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Reptile:
+    """How the row Reptile is trained and tested; by default for a few thousand meta-steps.
+
+    Attributes:
+      adam: inner steps by Adam without momentum, as published, or by gradient descent.
+      inner_rate: of either; of 20 ways half of it.
+      num_steps: inner steps of training, each on drawings of its own; of 20 ways twice as many.
+      drawings: of a character in an episode of training.
+      tasks_per_step: the meta-batch.
+      tested: inner steps of the test.
+    """
+
+    adam: bool = False
+    inner_rate: float = 0.3
+    num_steps: int = 5
+    drawings: int = 10
+    tasks_per_step: int = 10
+    tested: int = 5
+
+    def __post_init__(self):
+        counts = (self.num_steps, self.tasks_per_step, self.tested)
+        if min(counts) < 1 or self.drawings < 2 or not 0 < self.inner_rate < math.inf:
+            raise UserError(
+                f"reptile: num_steps, tasks_per_step and tested {counts} must be at least 1, "
+                f"drawings={self.drawings} at least 2, and inner_rate={self.inner_rate} above 0"
+            )
+        if 5 * self.drawings % self.num_steps:
+            raise UserError(
+                f"reptile: 5 ways of {self.drawings} drawings cannot be cut into {self.num_steps} "
+                "batches of equal size; change drawings or num_steps"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
     """Few-shot classification of Omniglot's characters: MAML, its relatives and MAML++.
 
@@ -54,13 +88,13 @@ class Config:
         Finn et al. do and what the test does.
       tasks_per_step: the meta-batch; 0 for that of Finn et al., 32 tasks of 5 ways and 16 of 20.
       plus_plus_tasks: the meta-batch of MAML++ and its parts.
-      reptile_tasks: that of Reptile, whose tasks have 15 drawings of a character.
+      reptile: how Reptile is trained and tested.
       implicit_tasks: that of iMAML.
       implicit_steps: inner steps of iMAML.
       unroll: inner steps laid out one after the other, quicker to run and slower to compile.
       tasks_at_a_time: on one device; 0 all by vmap, 1 one by one in a scan.
       num_devices: 0 for all.
-      max_inner_steps: the curves go on to so many inner steps.
+      max_inner_steps: the figure goes on to so many inner steps.
       test_episodes: of each setting.
       eval_seed: of the test.
       checkpoint_every: meta-steps between checkpoints.
@@ -88,7 +122,7 @@ class Config:
     query_shots: int = 3
     tasks_per_step: int = 0
     plus_plus_tasks: int = 16
-    reptile_tasks: int = 10
+    reptile: Reptile = dataclasses.field(default_factory=Reptile)
     implicit_tasks: int = 8
     implicit_steps: int = 8
     unroll: bool = True
@@ -103,7 +137,7 @@ class Config:
     run_dir: str | None = None
 
     def __post_init__(self):
-        tasks = ("plus_plus_tasks", "reptile_tasks", "implicit_tasks", "implicit_steps")
+        tasks = ("plus_plus_tasks", "implicit_tasks", "implicit_steps")
         counts = ("meta_steps", "filters", *tasks)
         for name in (*counts, "max_inner_steps", "test_episodes", "checkpoint_every"):
             if getattr(self, name) < 1:
@@ -133,6 +167,7 @@ def preset(flags: Mapping[str, str]) -> Config:
             cosine=False,
             query_shots=0,
             plus_plus_tasks=8,
+            reptile=Reptile(adam=True, inner_rate=1e-3, tasks_per_step=5, tested=50),
             implicit_tasks=16,
             implicit_steps=16,
             tasks_at_a_time=0,
@@ -146,7 +181,7 @@ def preset(flags: Mapping[str, str]) -> Config:
             meta_steps=6,
             tasks_per_step=4,
             plus_plus_tasks=4,
-            reptile_tasks=4,
+            reptile=Reptile(tasks_per_step=4),
             implicit_tasks=4,
             implicit_steps=2,
             unroll=False,

@@ -68,11 +68,12 @@ class Report:
                     **published,
                 )
             )
-        self._curves.setdefault(setting, {})[row.name] = percent[..., 0]
+        shown = self._config.max_inner_steps + 1
+        self._curves.setdefault(setting, {})[row.name] = percent[:, :, :shown, 0]
         write_json_lines(self._run.results, self._records)
         self._draw()
-        shown = [f"{r['column']} {tables.cell_text(r)}" for r in self._records[-len(MODES) :]]
-        Console().print(f"{row.name}: {'; '.join(shown)} ({seconds:.0f} s)", highlight=False)
+        told = [f"{r['column']} {tables.cell_text(r)}" for r in self._records[-len(MODES) :]]
+        Console().print(f"{row.name}: {'; '.join(told)} ({seconds:.0f} s)", highlight=False)
 
     def finish(self) -> None:
         """Writes and prints the table, with the protocol of every number below it."""
@@ -127,12 +128,14 @@ def protocol(row: Row, config: Config) -> str:
         f"{row.tasks_per_step} tasks a meta-batch of {row.drawings[0]} support and "
         f"{row.drawings[1]} query drawings a character, {config.meta_steps} meta-steps"
         f"{_schedule(row)}, {config.filters} filters, tested after {row.tested}"
+        + (f"; {row.note}" if row.note else "")
     )
 
 
 def _schedule(row: Row) -> str:
     kind = "cosine from" if row.outer.decay_steps else "constant"
-    return f" of Adam, {kind} {row.outer.learning_rate:g}"
+    name = {"adam": "Adam", "sgd": "gradient descent"}.get(row.outer.optimizer, row.outer.optimizer)
+    return f" of {name}, {kind} {row.outer.learning_rate:g}"
 
 
 def protocol_lines(records: list[dict[str, Any]], config: Config) -> list[str]:
