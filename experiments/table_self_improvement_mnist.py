@@ -55,7 +55,7 @@ def mnist_row(study: Study) -> Iterator[Cell]:
     runs = [_compare(study, seed, "" if seed == seeds[0] else f" {seed}") for seed in seeds]
     scores = classification(runs[0].labels, runs[0].predicted)
     common = {"seeds": seeds, "episodes": len(runs[0].labels)}
-    common |= {"better": "higher", "over": "95 % intervals over seeds"}
+    common |= {"better": "higher", "over": "those of mnist over seeds"}
     more = described(runs[0].improved) | {
         "unit": "ratio of test accuracies",
         "accuracies": [run.accuracy for run in runs],

@@ -1,6 +1,7 @@
 """What the rows of `table_self_improvement` share."""
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -61,6 +62,27 @@ class Study:
         place = self.directory / name
         place.mkdir(parents=True, exist_ok=True)
         return run(problem.workload, settings, directory=place, config=self.config.loop, **options)
+
+
+def in_turns(
+    rounds: int, plain: Callable[[], Outcome], improved: Callable[[str], Outcome]
+) -> tuple[Outcome, Interval]:
+    """The first of so many runs under the loop, and their times beside those of plain runs.
+
+    Args:
+      rounds: runs under the loop; before and after each is a plain one.
+      plain: a run that changes nothing.
+      improved: what is to stand behind the name of the run -> a run under the loop.
+
+    Returns:
+      The first run, and the ratio of seconds with its interval over the rounds.
+    """
+    beside, found = [plain().ledger.seconds], []
+    for i in range(rounds):
+        found.append(improved(f" {i}" if i else ""))
+        beside.append(plain().ledger.seconds)
+    pairs = zip(found, itertools.pairwise(beside), strict=True)
+    return found[0], mean([2 * run.ledger.seconds / sum(around) for run, around in pairs])
 
 
 def ratio(losses: np.ndarray, reference: np.ndarray) -> Interval:

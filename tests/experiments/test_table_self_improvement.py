@@ -9,7 +9,7 @@ from experiments.table_self_improvement import run
 from experiments.table_self_improvement_config import Config, LanguageModel, Mnist, preset
 from experiments.table_self_improvement_mnist import SHOWN, mnist_row
 from experiments.table_self_improvement_rows import make_rows
-from experiments.table_self_improvement_study import Study, ratio
+from experiments.table_self_improvement_study import Study, in_turns, ratio
 from experiments.table_self_improvement_workloads import Text, language_model, mnist
 from metaopt.errors import UserError
 from metaopt.runs import read_json_lines
@@ -42,6 +42,20 @@ def test_the_ratio_of_means_has_the_interval_of_the_difference():
     assert found.mean == pytest.approx(1.1)
     assert found.ci95 == pytest.approx(4.302653 * 0.1 / np.sqrt(3) / 2.0, rel=1e-5)
     assert ratio(reference + 0.2, reference).ci95 == pytest.approx(0.0, abs=1e-12)
+
+
+def test_times_are_beside_those_of_the_plain_runs_around_them():
+    def run_of(seconds):
+        return types.SimpleNamespace(ledger=Ledger(seconds=seconds))
+
+    plain, improved, names = iter([1.0, 3.0, 5.0]), iter([4.0, 2.0]), []
+    first, times = in_turns(
+        2,
+        lambda: run_of(next(plain)),
+        lambda again: names.append(again) or run_of(next(improved)),
+    )
+    assert first.ledger.seconds == 4.0 and names == ["", " 1"]
+    assert times.mean == pytest.approx((4.0 / 2.0 + 2.0 / 4.0) / 2) and times.n == 2
 
 
 def test_what_is_trained_on_and_what_is_held_out_do_not_meet(tmp_path):
