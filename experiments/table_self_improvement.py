@@ -8,7 +8,7 @@ Each is compared with a run tuned by Optuna (TPE, 32 whole runs) and with the un
 second table spends as much in other ways: search, population-based training (Jaderberg et
 al., 2017), hypergradients (Baydin et al., 2018; Sharifnassab et al., 2024).
 
-Some 25 minutes on two cores. Seconds are without compiling. A run under the loop goes through as
+Some 20 minutes on two cores. Seconds are without compiling. A run under the loop goes through as
 many tokens as the tuned one; its trials come on top, and are in its time.
 
     python -m experiments.table_self_improvement --folder FOLDER --mnist.path FILE
