@@ -111,19 +111,23 @@ def choose(records: Sequence[RunRecord], task: Task, within: float = NEAR) -> Pr
 
 
 def _regretted(decisions: Sequence[Any], better: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The choices that were accepted, as worse than no change; those in force are not."""
+    """The choices that were accepted, as worse than no change; those in force are not.
+
+    None, where these are no decisions.
+    """
     found = []
-    for decision in decisions:
-        if not isinstance(decision, Mapping) or decision.get("phase") != 0:
-            continue
-        entries = [
-            {**entry, "verdict": "worse", "accepted": False}
-            for entry in decision.get("evidence", [])
-            if entry.get("accepted") and entry.get("way") == 0
-            if better.get(entry["setting"]) != entry["settings"].get(entry["setting"])
-        ]
-        if entries:
-            found.append({**decision, "verdict": "kept", "changes": {}, "evidence": entries})
+    try:
+        for decision in decisions:
+            entries = [
+                {**entry, "verdict": "worse", "accepted": False}
+                for entry in decision["evidence"]
+                if decision["phase"] == 0 and entry["accepted"] and entry["way"] == 0
+                if better.get(entry["setting"]) != entry["settings"].get(entry["setting"])
+            ]
+            if entries:
+                found.append({**decision, "verdict": "kept", "changes": {}, "evidence": entries})
+    except (TypeError, KeyError, AttributeError):
+        return []
     return found
 
 

@@ -124,7 +124,7 @@ def _counted(workload: Workload, first: Snapshot) -> dict[str, float]:
     batch = workload.sample(settings, 0)
     try:
         flops = count_flops(workload.step(settings), first.state, batch).total
-    except (UserError, jax.errors.JAXTypeError):  # the latter where a step looks at its state
+    except (UserError, TypeError, ValueError):  # the latter where a step cannot be traced alone
         return {}
     size = workload.examples_per_step(settings)
     return {"peak_flops": peak_flops(), "flops_per_example": flops / size}

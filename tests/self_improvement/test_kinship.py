@@ -83,15 +83,17 @@ def test_a_choice_with_which_a_run_ended_worse_is_worse():
         entry = {"setting": "o", "settings": {"o": value}, "way": 0, "accepted": True}
         rate = {"setting": "r", "settings": {"r": 1.0}, "way": 1, "accepted": True}
         line = {"phase": 0, "verdict": "accepted", "changes": {"o": ["a", value]}}
-        return [line | {"evidence": [entry | {"verdict": "better"}, rate]}, line | {"phase": 1}]
+        first = line | {"evidence": [entry | {"verdict": "better"}, rate]}
+        return [first, first | {"phase": 1}]
 
     best = run("best", 0.5, decisions=chose("b"))
     best = dataclasses.replace(best, settings={"o": "b"})
     worse = run("worse", 0.6, decisions=chose("c"))
     shorter = dataclasses.replace(run("shorter", 0.9, decisions=chose("d")), tokens=9)
     same = run("same", 0.7, decisions=chose("b"))
+    damaged = run("damaged", 0.7, decisions=[{"phase": 0, "evidence": [{"way": 0}]}, "x"])
     other = run("other", 0.8, decisions=chose("e"), width=65)
-    proposal = choose([worse, best, shorter, same, other], TASK)
+    proposal = choose([worse, best, shorter, same, other, damaged], TASK)
     assert proposal is not None and proposal.run == "best"
     *own, refuted = proposal.decisions
     assert own == best.decisions and refuted["changes"] == {} and refuted["verdict"] == "kept"
