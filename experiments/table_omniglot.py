@@ -222,6 +222,9 @@ def run(config: Config) -> None:
     for setting in settings:  # all that can be wrong, before anything is written
         check_devices(config, make_rows(config, setting))
     problems = [make_problem(config, setting) for setting in settings]
+    for problem in problems:
+        for row in make_rows(config, problem.setting):
+            problem.family(*row.drawings)
     place = open_run(
         config.root,
         "table_omniglot",

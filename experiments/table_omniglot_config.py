@@ -37,7 +37,7 @@ class Reptile:
 
     Attributes:
       adam: inner steps by Adam without momentum, as published, or by gradient descent.
-      inner_rate: of either; of 20 ways half of it.
+      inner_rate: of either, for Adam about 0.001; of 20 ways half of it.
       num_steps: inner steps of training, each on drawings of its own; of 20 ways twice as many.
       drawings: of a character in an episode of training.
       tasks_per_step: the meta-batch.
@@ -81,7 +81,7 @@ class Config:
       seeds: every row is trained once with each; cells are means over them.
       filters: of every layer.
       meta_steps: of each training.
-      outer: the outer optimiser.
+      outer: the outer optimiser, of all rows but Reptile.
       cosine: whether its rate falls to zero over the training in all rows; MAML++ and its part
         of that name have a cosine in any case.
       query_shots: query drawings of a character in training; 0 for as many as shots, which is what

@@ -150,7 +150,8 @@ def protocol_lines(records: list[dict[str, Any]], config: Config) -> list[str]:
     if (config.meta_steps, config.filters) != (full.meta_steps, full.filters):
         lines.append(
             f"The papers train for 50 000 to 100 000 meta-steps (MAML: {full.meta_steps}) at a "
-            f"constant outer rate of {full.outer.learning_rate:g} (MAML++ with a cosine), with "
+            f"constant outer rate of {full.outer.learning_rate:g} (MAML++ with a cosine, Reptile "
+            "with a step of 1 that falls to 0), with "
             f"{full.filters} filters and as many query as support drawings; preset gpu is that "
             "protocol."
         )

@@ -129,8 +129,9 @@ def relatives(config: Config, setting: Setting) -> list[Row]:
 def _reptile(maml: Row, config: Config, few_ways: bool) -> Row:
     """Each meta-step goes to the mean of the adapted parameters, and less far by a cosine.
 
-    As published, but for the cosine (there a straight line) and, in preset cpu, for the inner
-    steps: by gradient descent at a large rate it learns more in each meta-step.
+    As published, but for the cosine (there a straight line); Adam begins anew in every task, and
+    the test has the whole support in each step. In preset cpu the inner steps are of gradient
+    descent at a large rate, with which it learns more in each meta-step.
     """
     how, scale = config.reptile, 1 if few_ways else 2
     rate, num_steps = how.inner_rate / scale, how.num_steps * scale

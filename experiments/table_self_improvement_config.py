@@ -23,7 +23,7 @@ class LanguageModel:
       length: bytes in a sequence.
       num_examples: sequences in a run.
       batches: batch sizes that tuning chooses from.
-      optimizers: that the runs with a memory choose from; all others have the first.
+      optimizers: that the runs with a memory choose from, Adam among them, which all begin with.
       num_held_out: sequences that changes are judged by, as many again for tuning.
       num_test: sequences that are reported on.
     """
@@ -127,8 +127,14 @@ class Config:
             raise UserError(f"num_trials is {self.num_trials}; tuning takes at least 1")
         if not self.lm.batches or min(self.lm.batches) < 1:
             raise UserError(f"lm.batches {self.lm.batches} must be some numbers from 1 on")
-        if not self.lm.optimizers or self.mnist.num_seeds < 1:
-            raise UserError("lm.optimizers must be at least one, and mnist.num_seeds at least 1")
+        if "adam" not in self.lm.optimizers:
+            raise UserError(f"lm.optimizers {self.lm.optimizers} must have adam among them")
+        if self.mnist.num_seeds < 1 or min(self.mnist.rates, default=0.0) <= 0:
+            raise UserError("mnist.num_seeds must be at least 1, and mnist.rates some above 0")
+        if not self.second_runs or not all(0 < share <= 1 for share in self.second_runs):
+            raise UserError(f"second_runs {self.second_runs} must be some shares, up to 1")
+        if self.population < 1 or self.resources_rounds < 1:
+            raise UserError("population and resources_rounds must be at least 1")
 
 
 def preset(flags: Mapping[str, str]) -> Config:

@@ -86,8 +86,7 @@ def _compare(study: Study, seed: int, suffix: str) -> Compared:
         digits, found = mnist(config, schedule), {}
         for rate in config.mnist.rates:
             settings = digits.problem.settings | {"outer_learning_rate": rate}
-            outcome = tuning.plain(digits.problem, settings, place("trial"))
-            found[rate] = outcome.curve[-1].loss.mean
+            found[rate] = tuning.final_loss(digits.problem, settings, place("trial"))
         rate = min(found, key=lambda rate: found[rate])
         settings = digits.problem.settings | {"outer_learning_rate": rate}
         again = tuning.plain(

@@ -19,7 +19,7 @@ class TrialConfig:
       anneal: after those, so many more, as a fraction of them, with rates that go to zero:
         a trial is judged by what the run would be if it ended there, since without that
         short trials prefer small rates (Wu et al., 2018, the short-horizon bias).
-      margin: a difference in the score smaller than this fraction of it is none.
+      margin: a difference in the held-out loss smaller than this fraction of it is none.
       least_steps: a trial has at least so many steps of the batch that the run has, and a batch
         of which it would have fewer is not tried.
     """

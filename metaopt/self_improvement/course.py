@@ -12,6 +12,7 @@ import numpy as np
 from metaopt.progress import Progress, say
 from metaopt.recorder import Diverged
 from metaopt.self_improvement.alarms import Alarm
+from metaopt.self_improvement.assess import as_record
 from metaopt.self_improvement.attempts import is_bad
 from metaopt.self_improvement.loop_config import Outcome
 from metaopt.self_improvement.memory import Memory
@@ -75,7 +76,7 @@ class Course:
         known = known_settings(workload.space, proposal.settings)
         say(f"{workload.name}: {proposal.reason}")
         # What it had decided holds where all is as it was there, but for how a step is computed.
-        here, there = first.settings | known, proposal.settings
+        here, there = as_record(first.settings | known), as_record(proposal.settings)
         if all(there.get(name) == here[name] for name in here.keys() - workload.ways.keys()):
             self.earlier = known_decisions(proposal.decisions)
         return changed(workload, first, known)

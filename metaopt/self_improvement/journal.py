@@ -179,11 +179,10 @@ class Journal:
         """What the workload would have noted beside an assessment; its time is not the run's."""
         if self._workload.scores is None:
             return {}
-        seconds, compiled = time.perf_counter(), compile_seconds()
+        began, compiled = time.perf_counter(), compile_seconds()
         scores = self._workload.scores(snapshot.state)
-        compiled -= compile_seconds()
-        self._began += time.perf_counter() - seconds + compiled
-        self._compiled -= compiled
+        self._began += time.perf_counter() - began
+        self._compiled += compile_seconds() - compiled
         return {"scores": dict(scores)}
 
     def _write(self, file: str, line: Mapping[str, Any]) -> None:

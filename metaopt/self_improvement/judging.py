@@ -25,7 +25,7 @@ def judge(before: np.ndarray, unchanged: Trial, trial: Trial, margin: float = 0.
       before: float64 ``[E]``, the held-out losses where both started.
       unchanged: the trial to compare with.
       trial: the one to judge.
-      margin: the relevant size of a difference, as a fraction of the score.
+      margin: the relevant size of a difference of losses, as a fraction of the loss.
 
     Returns:
       The verdict on the held-out loss, on its negative improvement a second for

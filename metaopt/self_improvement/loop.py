@@ -74,7 +74,7 @@ def run(
     directory, path = Path(directory), checkpoint_directory(directory, workload.name)
     options = _per_example(monitor or {}, workload.examples_per_step(settings))
     if config.count_flops and "flops_per_example" not in options:
-        options |= _counted(workload, first)
+        options = _counted(workload, first) | options
     with Checkpoints(path, fingerprint=fingerprint or {}) as checkpoints, StopSignals() as stop:
         identity = _identity(workload, settings, config, interventions)
         flops = options.get("flops_per_example")
@@ -102,12 +102,13 @@ def _check_agreement(workload: Workload, memory: Memory | None) -> None:
 
 def _identity(workload, settings, config, interventions) -> dict[str, Any]:
     """What decides the states."""
+    loop = {name: value for name, value in vars(config).items() if name != "count_flops"}
     return {
         "task": dict(workload.task),
         "num_examples": workload.num_examples,
         "space": dict(workload.space),
         "settings": dict(settings),
-        "loop": config,
+        "loop": loop,
         "interventions": list(interventions),
     }
 
@@ -124,7 +125,7 @@ def _counted(workload: Workload, first: Snapshot) -> dict[str, float]:
     batch = workload.sample(settings, 0)
     try:
         flops = count_flops(workload.step(settings), first.state, batch).total
-    except (UserError, TypeError, ValueError):  # the latter where a step cannot be traced alone
+    except Exception:  # a run is not lost for its statistics, whatever cannot be traced
         return {}
     size = workload.examples_per_step(settings)
     return {"peak_flops": peak_flops(), "flops_per_example": flops / size}

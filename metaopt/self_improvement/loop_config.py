@@ -35,6 +35,7 @@ class LoopConfig:
         run has `Diverged`.
       count_flops: of a step, by tracing it once more, for its FLOP/s and their share of the peak
         of the devices, which is measured once a process; for nothing if they cannot be counted.
+        Those of an example are taken for the same whatever is changed later.
       monitor: thresholds of the alarms.
     """
 

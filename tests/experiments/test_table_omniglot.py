@@ -1,3 +1,4 @@
+import functools
 import shlex
 
 import jax
@@ -7,13 +8,14 @@ import pytest
 from matplotlib.image import imread
 
 from experiments import command_line, table_omniglot
-from experiments.table_omniglot_config import Setting, parse_setting
+from experiments.table_omniglot_config import Reptile, Setting, parse_setting
 from experiments.table_omniglot_rows import ABLATIONS, ALL_PARTS, Parts, make_rows, plus_plus
-from metaopt import meta_gradients, parallel
+from metaopt import losses, meta_gradients, parallel
 from metaopt.errors import UserError
+from metaopt.inner_loop import adapt
 from metaopt.outer_step import init_state, make_meta_step, outer_optimizer
 from metaopt.runs import read_json_lines, slug
-from metaopt.types import Episode, Model
+from metaopt.types import Batch, Episode, Model
 
 QUICKLY = {"xla_backend_optimization_level": 0}
 SIZE, NUM_CHARACTERS, NUM_DRAWINGS = 6, 18, 20
@@ -226,6 +228,64 @@ def test_rows_are_the_published_protocols():
     assert len(slugs) == len(rows)
 
 
+def test_reptile_is_the_published_protocol():
+    config = table_omniglot.preset({"preset": "gpu"})
+    few, many = (
+        next(row for row in make_rows(config, setting) if row.name == "Reptile")
+        for setting in (ONE_SHOT, Setting(20, 1))
+    )
+    shown = [(row.inner.num_steps, row.inner_rate, row.tested, row.drawings) for row in (few, many)]
+    assert shown == [(5, 1e-3, 50, (9, 1)), (10, 5e-4, 50, (9, 1))]
+    assert few.outer.learning_rate == few.inner_rate * few.inner.num_steps
+    assert few.outer.decay_steps == config.meta_steps and few.outer.clip_norm == np.inf
+
+
+@pytest.mark.parametrize("adam", [False, True])
+def test_a_meta_step_of_reptile_goes_to_the_mean_of_the_adapted_parameters(adam):
+    config = table_omniglot.Config(reptile=Reptile(adam=adam, inner_rate=0.1), unroll=False)
+    (row,) = (row for row in make_rows(config, ONE_SHOT) if row.name == "Reptile")
+    rng, model = np.random.default_rng(0), linear()
+    images = rng.normal(size=(2, 50, SIZE, SIZE, 1)).astype(np.float32)
+    labels = np.tile(np.arange(5, dtype=np.int32), (2, 10))
+    support, query = (Batch(images[:, s], labels[:, s]) for s in (slice(45), slice(45, 50)))
+    episodes = Episode(support, query, np.zeros(2, np.int32))
+    learner, loss_fn, opt = (
+        row.learner(model),
+        losses.classification(model),
+        outer_optimizer(row.outer),
+    )
+    params, rates = model.init(jax.random.key(0)), table_omniglot.inner_hparams(row)
+    state = init_state(jax.random.key(1), params, learner, opt, row.outer.hparams() | rates)
+    step = make_meta_step(row.estimator(learner, loss_fn, row.inner), opt)
+    after, _ = jax.jit(step, compiler_options=QUICKLY)(state, episodes)
+
+    @functools.partial(jax.jit, compiler_options=QUICKLY)
+    @jax.vmap
+    def adapted(images, labels):
+        optimizer = learner.inner_opt({"params": params}, rates)
+        return adapt(loss_fn, optimizer, params, Batch(images, labels), row.inner).params
+
+    mean = jax.tree.map(lambda x: x.mean(axis=0), adapted(images, labels))
+    assert not np.allclose(mean["layer_0"]["kernel"], params["layer_0"]["kernel"], atol=1e-2)
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, atol=1e-5), after.meta_params["params"], mean
+    )
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"num_steps": 0}, "at least 1"),
+        ({"inner_rate": 0.0}, "above 0"),
+        ({"drawings": 1}, "at least 2"),
+        ({"drawings": 9, "num_steps": 4}, "cannot be cut into 4 batches"),
+    ],
+)
+def test_bad_protocols_of_reptile(wrong, message):
+    with pytest.raises(UserError, match=message):
+        Reptile(**wrong)
+
+
 @pytest.mark.parametrize("name", [field for field in Parts.__dataclass_fields__])
 def test_each_part_is_a_switch_of_its_own(name):
     config = table_omniglot.preset({"preset": "gpu"})
@@ -265,6 +325,7 @@ def test_what_is_wrong_is_said_before_a_run_is_made(folder, tmp_path, capsys):
         (["--rows", "MALM"], "no row 'MALM'"),
         (["--plus-plus-tasks", "3", "--num-devices", "2"], "does not divide by 2 devices"),
         (["--source", str(tmp_path / "absent")], "is no folder"),
+        (["--rows", "Reptile", "--reptile.drawings", "25"], "25"),
         (["--settings", "20-way-1-shot"], "20-way episode needs 20 characters"),
     ]
     for flags, message in cases:

@@ -83,6 +83,23 @@ def test_short_domains_and_absent_images_are_refused(tmp_path):
         run(dataclasses.replace(SMOKE, rows=("nonsense",), root=str(tmp_path)))
 
 
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"lm": LanguageModel(optimizers=("muon",))}, "must have adam"),
+        ({"mnist": Mnist(rates=())}, "mnist.rates"),
+        ({"mnist": Mnist(num_seeds=0)}, "num_seeds"),
+        ({"second_runs": ()}, "second_runs"),
+        ({"second_runs": (0.5, 1.5)}, "second_runs"),
+        ({"population": 0}, "population"),
+        ({"resources_rounds": 0}, "resources_rounds"),
+    ],
+)
+def test_configs_that_cannot_be_are_refused(wrong, message):
+    with pytest.raises(UserError, match=message):
+        Config(**wrong)
+
+
 def test_rungs_are_whole_steps_up_to_all_of_a_run():
     workload = language_model(SMOKE).workload
     found = tuning.rungs_of(workload, {"batch_size": 16})

@@ -2,6 +2,7 @@ import dataclasses
 import functools
 import itertools
 import signal
+import time
 
 import jax
 import noisy_quadratic as quadratic
@@ -447,6 +448,8 @@ def test_operations_are_counted_those_of_trials_too(tmp_path):
     rates = [line for line in read_json_lines(tmp_path / "monitor.jsonl") if "utilisation" in line]
     assert rates and all(0 < line["utilisation"] < 1 for line in rates)
     loop = dataclasses.replace(PLAIN, count_flops=True)
+    given = improved(tmp_path / "3", 40, config=loop, monitor={"flops_per_step": 8.0})
+    assert given.curve[-1].flops == 80.0
     uncounted = workload(
         40, step=lambda settings: lambda state, batch: jax.jit(unknown)(state, batch)
     )
@@ -460,10 +463,21 @@ def unknown(state, batch):
 
 
 def test_scores_are_noted_and_decide_nothing(tmp_path):
-    scored = workload(800, scores=lambda state: {"so far": int(state.step)})
+    spent = []
+
+    def scores(state):
+        began = time.perf_counter()
+        time.sleep(0.05)
+        jax.jit(lambda x: x * time.time())(state.step)  # compiles anew each time
+        spent.append(time.perf_counter() - began)
+        return {"so far": int(state.step)}
+
+    scored, began = workload(800, scores=scores), time.perf_counter()
     outcome = improved(tmp_path / "1", problem=scored, config=PLAIN)
     written = read_json_lines(tmp_path / "1" / "metrics.jsonl")
     assert [line["scores"] for line in written] == [{"so far": p.step} for p in outcome.curve]
+    ledger, lasted = outcome.ledger, time.perf_counter() - began
+    assert 0 < ledger.seconds + ledger.compile_seconds < lasted - sum(spent) and len(spent) == 3
     bare = improved(tmp_path / "2", config=PLAIN)
     assert as_bytes(bare.snapshot.state) == as_bytes(outcome.snapshot.state)
 
