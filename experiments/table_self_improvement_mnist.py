@@ -82,8 +82,9 @@ def _compare(study: Study, seed: int, suffix: str) -> Compared:
         return study.directory / f"{name}{suffix}"
 
     accuracies, losses, seconds = {}, {}, {}
-    for schedule in ("fixed", "cosine"):
-        digits, found = mnist(config, schedule), {}
+    both = {schedule: mnist(config, schedule) for schedule in ("fixed", "cosine")}
+    for schedule, digits in both.items():
+        found = {}
         for rate in config.mnist.rates:
             settings = digits.problem.settings | {"outer_learning_rate": rate}
             found[rate] = tuning.final_loss(digits.problem, settings, place("trial"))
@@ -95,7 +96,7 @@ def _compare(study: Study, seed: int, suffix: str) -> Compared:
         accuracies[schedule] = float(np.mean(digits.predict(again.snapshot.state) == digits.labels))
         losses[schedule], seconds[schedule] = found[rate], again.ledger.seconds
     best = min(losses, key=lambda schedule: losses[schedule])
-    digits = mnist(config, "cosine")
+    digits = both["cosine"]
     start = digits.problem.settings | {"outer_learning_rate": config.mnist.start_rate}
     improved = study.improved(digits.problem, start, f"improved mnist{suffix}")
     untreated = tuning.plain(digits.problem, start, place("untreated mnist"), assess_every=every)
