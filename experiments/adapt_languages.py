@@ -111,9 +111,17 @@ def run(config: Config) -> None:
     tokens = (config.num_support + config.num_query) * config.length
     problem = Problem(family, model, losses.next_token(model), tokens)
     rows = make_rows(config, model)
-    comparison = Comparison(
-        problem, config.inner, config.outer, config.comparison, trainer(config.improve)
-    )
+    seeds = config.seeds or (config.comparison.seed,)
+    comparisons = {
+        seed: Comparison(
+            problem,
+            config.inner,
+            config.outer,
+            dataclasses.replace(config.comparison, seed=seed),
+            trainer(config.improve),
+        )
+        for seed in seeds
+    }
     place = open_run(
         config.root,
         "adapt_languages",
@@ -122,12 +130,25 @@ def run(config: Config) -> None:
         run_dir=config.run_dir,
     )
     command = command_line.command("adapt_languages", config, preset, CHOSEN_BY)
-    report = Report(place, comparison, tasks=config.tasks, preset=config.preset, command=command)
+    report = Report(
+        place,
+        comparisons[seeds[0]],
+        tasks=config.tasks,
+        preset=config.preset,
+        command=command,
+        seeds=seeds,
+        reads_prefix=config.model != "bigram",
+    )
     if config.tasks == "markov":
         report.add_limits(functools.partial(bayes_loss, markov_config(config)))
-    start = comparison.pretrain(place.directory)
+    directories = {seed: place.directory for seed in seeds}
+    if len(seeds) > 1:
+        directories = {seed: place.directory / f"seed-{seed}" for seed in seeds}
+        for directory in directories.values():
+            directory.mkdir(exist_ok=True)
+    starts = {seed: comparisons[seed].pretrain(directories[seed]) for seed in seeds}
     for row in rows:
-        report.add(comparison.run(row, start, place.directory))
+        report.add([comparisons[s].run(row, starts[s], directories[s]) for s in seeds])
     report.finish()
 
 

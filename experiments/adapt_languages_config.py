@@ -38,6 +38,8 @@ class Config:
       split_seed: decides which domains are held out.
       inner_optimizer: what steps in the inner loop.
       rows: names of the rows to run; all if none.
+      seeds: every row is trained once with each, and cells are means over them; if none,
+        ``comparison.seed`` alone.
       inner: the inner loop.
       outer: the outer optimiser.
       comparison: how long, on how much, judged on what.
@@ -64,6 +66,7 @@ class Config:
     split_seed: int = 0
     inner_optimizer: OptimizerName = "sgd"
     rows: tuple[str, ...] = ()
+    seeds: tuple[int, ...] = ()
     inner: InnerLoop = dataclasses.field(default_factory=InnerLoop)
     outer: OuterConfig = dataclasses.field(default_factory=OuterConfig)
     comparison: ComparisonConfig = dataclasses.field(default_factory=ComparisonConfig)

@@ -1,6 +1,6 @@
 """What `adapt_languages` writes: result records, the table, the figure, and samples of text."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -18,31 +18,54 @@ from metaopt.types import Array, Episode
 
 STEPS, DIFFERENCES = (0, 1, 2, 5, 10), (1, 2, 5)
 BASELINE = "joint pretraining"
+SUPPORT_LIMIT, PREFIX_LIMIT = "Bayes: support", "Bayes: support + prefix"
 
 
 class Report:
     """Collects the rows of a run and keeps its files up to date after each of them."""
 
-    def __init__(self, run: Run, comparison: Comparison, *, tasks: str, preset: str, command: str):
-        """``tasks`` and ``preset`` name the table and who made it; ``command`` makes it again."""
+    def __init__(
+        self,
+        run: Run,
+        comparison: Comparison,
+        *,
+        tasks: str,
+        preset: str,
+        command: str,
+        seeds: Sequence[int],
+        reads_prefix: bool,
+    ):
+        """Start with no rows.
+
+        Args:
+          run: where the files go.
+          comparison: gives the test episodes, which all seeds share.
+          tasks: the name of the table.
+          preset: which made the numbers.
+          command: that makes them again.
+          seeds: every row is trained once with each.
+          reads_prefix: whether the model reads more of the query than its last token. It is then
+            judged by the limit that reads the earlier tokens too.
+        """
         self._run, self._comparison = run, comparison
         self._is_bytes = tasks != "markov"
         self._unit = "bits/byte" if self._is_bytes else "nats/token"
         self._scale = NATS_TO_BITS if self._is_bytes else 1.0
         self._groups = np.asarray(comparison.test.task)
         self._limits: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-        self._rows: dict[str, RowResult] = {}
+        self._rows: dict[str, list[RowResult]] = {}  # one result a seed
+        self._limit = PREFIX_LIMIT if reads_prefix else SUPPORT_LIMIT
         self._cell = cell_maker(
             table=f"adapt_languages/{tasks}",
             preset=preset,
             command=command,
-            seeds=[comparison.config.seed],
+            seeds=seeds,
             episodes=len(self._groups),
         )
 
     def add_limits(self, bayes_loss: Callable[..., Array]) -> None:
         """Adds the exact Bayes limits, ``(episode, use_support=, use_prefix=) -> [E]``."""
-        for name, use_prefix in (("Bayes: support", False), ("Bayes: support + prefix", True)):
+        for name, use_prefix in ((SUPPORT_LIMIT, False), (PREFIX_LIMIT, True)):
             without, after = (
                 np.asarray(
                     bayes_loss(
@@ -54,16 +77,18 @@ class Report:
             )
             self._limits[name] = without, after
 
-    def add(self, result: RowResult) -> None:
-        """Adds a trained row, writes all files anew and prints where it ends."""
-        self._rows[result.row.name] = result
+    def add(self, results: Sequence[RowResult]) -> None:
+        """Adds a row, trained once a seed, rewrites all files and prints its final loss."""
+        name = results[0].row.name
+        self._rows[name] = list(results)
         write_json_lines(self._run.results, self._records())
         self._draw()
         steps = self._comparison.inner.num_steps
-        found = self._interval(result.curves[:, steps])
+        found = self._interval(self._curves(name)[:, steps])
+        seconds = sum(result.seconds for result in results)
         Console().print(
-            f"{result.row.name}: {found.mean:.4f} ± {found.ci95:.4f} {self._unit} after "
-            f"{steps} steps ({result.seconds:.0f} s)",
+            f"{name}: {found.mean:.4f} ± {found.ci95:.4f} {self._unit} after "
+            f"{steps} steps ({seconds:.0f} s)",
             highlight=False,
         )
 
@@ -80,12 +105,20 @@ class Report:
         console.print(samples, markup=False, highlight=False)
         console.print(f"written to {directory}", highlight=False)
 
+    def _curves(self, name: str) -> np.ndarray:
+        """Of a row, float64 ``[E, steps + 1]``: the mean over its seeds."""
+        return np.mean([result.curves for result in self._rows[name]], axis=0)
+
     def _interval(self, values: np.ndarray) -> Interval:
         return interval(values * self._scale, self._groups)
 
     def _records(self) -> list[dict]:
-        losses = {name: self._losses_of(result) for name, result in self._rows.items()}
-        more = {name: {"seconds": round(r.seconds, 1)} for name, r in self._rows.items()}
+        losses: dict[str, dict[int, np.ndarray]] = {}
+        more: dict[str, dict] = {}
+        for name, results in self._rows.items():
+            curves = self._curves(name)
+            losses[name] = {step: curves[:, step] for step in self._steps()}
+            more[name] = {"seconds": round(sum(r.seconds for r in results), 1)}
         for name, (without, after) in self._limits.items():
             losses[name] = {step: after if step else without for step in self._steps()}
             more[name] = {"limit": True}
@@ -97,14 +130,11 @@ class Report:
     def _steps(self) -> list[int]:
         return [step for step in STEPS if step <= self._comparison.config.max_inner_steps]
 
-    def _losses_of(self, result: RowResult) -> dict[int, np.ndarray]:
-        return {step: result.curves[:, step] for step in self._steps()}
-
     def _row_records(self, name: str, losses: dict[int, np.ndarray], **more) -> list[dict]:
-        rates = self._rows[name].rates if name in self._rows else None
         records = []
         for step, values in losses.items():
-            rate = {} if rates is None else {"inner_learning_rate": float(rates[step])}
+            rates = [float(result.rates[step]) for result in self._rows.get(name, [])]
+            rate = {"inner_learning_rate": rates[0] if len(rates) == 1 else rates} if rates else {}
             found = self._interval(values)
             records.append(self._cell(name, _column(step), found, self._unit, **rate, **more))
         for step, difference in self._gains(name, losses).items():
@@ -114,24 +144,22 @@ class Report:
 
     def _gains(self, name: str, losses: dict[int, np.ndarray]) -> dict[int, np.ndarray]:
         """The baseline's losses minus the row's, episode by episode: positive is better."""
-        baseline = self._rows.get(BASELINE)
-        if baseline is None or name == BASELINE:
+        if BASELINE not in self._rows or name == BASELINE:
             return {}
-        return {
-            step: baseline.curves[:, step] - losses[step] for step in DIFFERENCES if step in losses
-        }
+        of_baseline = self._curves(BASELINE)
+        return {step: of_baseline[:, step] - losses[step] for step in DIFFERENCES if step in losses}
 
     def _gap_record(self, name: str, **more) -> list[dict]:
-        """The distance to the support-only limit after the trained number of steps."""
+        """The distance to the limit of what the model sees, after the trained number of steps."""
         if name not in self._rows or not self._limits:
             return []
-        limit = self._limits["Bayes: support"][1]
-        curves = self._rows[name].curves
-        found = self._interval(curves[:, self._comparison.inner.num_steps] - limit)
-        return [self._cell(name, "gap to Bayes", found, self._unit, **more)]
+        limit = self._limits[self._limit][1]
+        losses = self._curves(name)[:, self._comparison.inner.num_steps]
+        found = self._interval(losses - limit)
+        return [self._cell(name, "gap to Bayes", found, self._unit, limit_of=self._limit, **more)]
 
     def _draw(self) -> None:
-        curves = {name: result.curves for name, result in self._rows.items()}
+        curves = {name: self._curves(name) for name in self._rows}
         baseline = curves.get(BASELINE)
         others = {} if baseline is None else {n: c for n, c in curves.items() if n != BASELINE}
         plots.adaptation_curves(
@@ -150,7 +178,7 @@ class Report:
 
     def _samples(self) -> str:
         """Text of the last row's model for the first test episode, before and after."""
-        result = list(self._rows.values())[-1]
+        result = list(self._rows.values())[-1][0]
         episode: Episode = jax.tree.map(lambda x: jnp.asarray(x[0]), self._comparison.test)
         learner, problem = result.row.learner, self._comparison.problem
         start = learner.start(result.meta_params)

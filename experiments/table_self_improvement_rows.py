@@ -28,7 +28,7 @@ from experiments.table_self_improvement_workloads import (
     transformer,
 )
 from metaopt import learners, losses, meta_gradients
-from metaopt.evaluate import interval
+from metaopt.evaluate import t_interval
 from metaopt.measure import compile_for, interleaved
 from metaopt.outer_step import OuterConfig, init_state, make_meta_step, outer_optimizer
 from metaopt.self_improvement.loop import Outcome, record_of, run
@@ -92,8 +92,8 @@ def maml_row(study: Study) -> Iterator[Cell]:
     )
     reference = problem.test(best.snapshot.state)
     now = problem.test(outcome.snapshot.state)
-    above = interval(now - reference, np.arange(len(now)))
-    gap = interval(now - languages.limit, np.arange(len(now)))
+    above = t_interval(now - reference, np.arange(len(now)))
+    gap = t_interval(now - languages.limit, np.arange(len(now)))
     more = described(outcome) | {"nats_above_tuned": above.mean, "nats_above_bayes": gap.mean}
     yield Cell("ratio to tuned", ratio(now, reference), more)
     yield Cell("nats above tuned", above, {"unit": "nats a token", "better": "lower"})

@@ -10,7 +10,7 @@ import numpy as np
 from experiments import table_self_improvement_tuning as tuning
 from experiments.table_self_improvement_config import Config
 from experiments.table_self_improvement_workloads import Problem, language_model
-from metaopt.evaluate import Interval, interval
+from metaopt.evaluate import Interval, t_interval
 from metaopt.self_improvement.loop import Outcome, run
 from metaopt.self_improvement.workload import Setting, Settings
 
@@ -87,14 +87,14 @@ def in_turns(
 
 def ratio(losses: np.ndarray, reference: np.ndarray) -> Interval:
     """The ratio of two mean losses, with the interval of their paired difference."""
-    found = interval(losses - reference, np.arange(len(losses)))
+    found = t_interval(losses - reference, np.arange(len(losses)))
     mean = float(reference.mean())
     return Interval(1 + found.mean / mean, found.ci95 / mean, found.n)
 
 
 def mean(values: Sequence[float]) -> Interval:
     """Of numbers that are independent of each other, such as those of several seeds."""
-    return interval(np.asarray(values, float), np.arange(len(values)))
+    return t_interval(np.asarray(values, float), np.arange(len(values)))
 
 
 def single(value: float) -> Interval:

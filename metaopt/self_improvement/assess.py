@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple, cast
 import numpy as np
 
 from metaopt.errors import UserError
-from metaopt.evaluate import Interval, interval
+from metaopt.evaluate import Interval, t_interval
 from metaopt.runs import as_json
 
 
@@ -86,7 +86,7 @@ def assess(
     before = last.flops if last else None
     operations = None if now.flops is None or before is None else now.flops - before
     with np.errstate(invalid="ignore"):  # the spread of losses that are not finite
-        loss = interval(np.asarray(now.losses, np.float64), _groups(now.losses, groups))
+        loss = t_interval(np.asarray(now.losses, np.float64), _groups(now.losses, groups))
     return Assessment(
         now.step,
         now.tokens,
@@ -167,7 +167,7 @@ def _fall(before, after, groups) -> Interval:
         raise ValueError(f"not the same episodes: {before.shape} before, {after.shape} after")
     finite = np.all(np.isfinite(before)) and np.all(np.isfinite(after))
     fall = before - after if finite else np.full(after.shape, np.nan)
-    return interval(fall, _groups(after, groups))
+    return t_interval(fall, _groups(after, groups))
 
 
 def _groups(losses, groups) -> np.ndarray:
