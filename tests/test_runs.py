@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from metaopt import runs
+from metaopt import files, runs
 from metaopt.errors import UserError
 
 
@@ -75,15 +75,15 @@ def test_differences_name_absent_fields():
 
 def test_json_lines_survive_a_write_that_was_cut_short(tmp_path):
     path = tmp_path / "lines.jsonl"
-    assert runs.read_json_lines(path) == []
+    assert files.read_json_lines(path) == []
     for step in range(3):
-        runs.append_json_line(path, {"step": step, "losses": np.full(2, step, np.float32)})
+        files.append_json_line(path, {"step": step, "losses": np.full(2, step, np.float32)})
     with path.open("a") as file:
         file.write('{"step": 3, "lo')
-    assert [line["step"] for line in runs.read_json_lines(path)] == [0, 1, 2]
-    runs.keep_json_lines(path, lambda line: line["step"] != 1)
-    runs.append_json_line(path, {"step": 3})
-    assert runs.read_json_lines(path) == [
+    assert [line["step"] for line in files.read_json_lines(path)] == [0, 1, 2]
+    files.keep_json_lines(path, lambda line: line["step"] != 1)
+    files.append_json_line(path, {"step": 3})
+    assert files.read_json_lines(path) == [
         {"step": 0, "losses": [0.0, 0.0]},
         {"step": 2, "losses": [2.0, 2.0]},
         {"step": 3},
@@ -95,11 +95,11 @@ def test_a_damaged_line_is_named_and_the_file_left_alone(tmp_path):
     path.write_text('{"step": 1}\n{"st\n{"step": 3}\n')
     before = path.read_text()
     with pytest.raises(UserError, match=r"lines\.jsonl:2"):
-        runs.keep_json_lines(path, lambda line: True)
+        files.keep_json_lines(path, lambda line: True)
     assert path.read_text() == before
 
 
 def test_what_a_result_depends_on():
     assert set(runs.versions()) == {"python", "jax", "flax", "optax", "metaopt"}
     assert re.fullmatch(r"\d+-core CPU", runs.device_name())
-    assert runs.git_commit() is None or re.fullmatch(r"[0-9a-f]{7,}", runs.git_commit() or "")
+    assert re.fullmatch(r"None|[0-9a-f]{7,}(-dirty)?", str(runs.git_commit()))

@@ -10,7 +10,7 @@ from rich.console import Console
 from experiments import watch
 from experiments.watch_runs import POINTS, RunView, Tail, open_view
 from metaopt.errors import UserError
-from metaopt.runs import append_json_line, write_json_lines
+from metaopt.files import append_json_line, write_json_lines
 from metaopt.self_improvement.monitor import Monitor, MonitorConfig
 
 DECISION = {
