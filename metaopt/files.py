@@ -304,14 +304,21 @@ def matches(value: Any, hint: Any) -> bool:
         return isinstance(value, str) and value in args
     if origin is dict:
         return isinstance(value, dict) and all(matches(v, args[1]) for v in value.values())
+    if origin is tuple:
+        return (
+            isinstance(value, list) and len(value) == len(args) and all(map(matches, value, args))
+        )
     if origin is not None:  # a list or a sequence
         return isinstance(value, list) and all(matches(v, args[0]) for v in value)
     if hint in (int, float):
         number = isinstance(value, int | (float if hint is float else int))
         return number and not isinstance(value, bool) and abs(value) <= sys.float_info.max
     if hasattr(hint, "_fields"):  # a NamedTuple of numbers; NaN was written as null
-        hints = typing.get_type_hints(hint).items()
-        return isinstance(value, dict) and all(matches(value.get(n), h | None) for n, h in hints)
+        hints = typing.get_type_hints(hint)
+        return isinstance(value, dict) and all(
+            name in value and matches(value[name], of_field | None)
+            for name, of_field in hints.items()
+        )
     return isinstance(value, hint)
 
 
