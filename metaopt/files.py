@@ -26,10 +26,15 @@ DEEPEST = 64  # dicts and lists within one another in a record
 ROOM_BELOW = 512  # bytes of the paths in a run directory, of which orbax's are the longest
 
 
-class Line(typing.TypedDict):
-    """What a line of ``metrics.jsonl``, ``monitor.jsonl`` or ``decisions.jsonl`` holds."""
+class Named(typing.TypedDict):
+    """What a line of a file holds that several trainings share."""
 
     name: str
+
+
+class Line(Named):
+    """What a line of ``metrics.jsonl`` or ``monitor.jsonl`` holds."""
+
     step: int
     valid_loss: typing.NotRequired[float | None]
 

@@ -15,7 +15,7 @@ from metaopt.checkpoint import Checkpoints
 from metaopt.errors import UserError
 from metaopt.evaluate import Interval
 from metaopt.files import (
-    Line,
+    Named,
     append_json_line,
     keep_json_lines,
     read_json_lines,
@@ -133,10 +133,11 @@ class Journal:
 
     def _reopen(self, num_decisions: int, num_assessments: int, examples: int) -> None:
         """Goes on after so many lines of this training; those of others stay."""
-        found = self._mine("decisions.jsonl", Decision)
+        found = self._mine("decisions.jsonl")
         num_decisions = min(num_decisions, len(found))
         for line in found[num_decisions:]:
-            if line.get("phase", -1) < 0 or line["examples"] != examples:
+            whole = what_is_wrong(line, Decision) is None
+            if not whole or line["phase"] < 0 or line["examples"] != examples:
                 break
             num_decisions += 1
         decisions = self._first("decisions.jsonl", num_decisions, Decision)
@@ -147,19 +148,18 @@ class Journal:
         assessments = self._first("metrics.jsonl", num_assessments, Assessment)
         self.curve = [_assessment(line) for line in assessments]
 
-    def _mine(self, file: str, schema: type) -> list[dict[str, Any]]:
+    def _mine(self, file: str) -> list[dict[str, Any]]:
         """The lines of this training in a file."""
-        path, name = self._directory / file, self._workload.name
-        mine = [line for line in read_json_lines(path, Line) if line["name"] == name]
-        for line in mine:
-            if problem := what_is_wrong(line, schema):
-                raise UserError(f"{path}: a line of {name!r} is damaged ({problem}); repair it")
-        return mine
+        lines = read_json_lines(self._directory / file, Named)
+        return [line for line in lines if line["name"] == self._workload.name]
 
     def _first(self, file: str, number: int, schema: type) -> list[dict[str, Any]]:
         """The first lines of this training in a file, the others of it dropped."""
         path, name = self._directory / file, self._workload.name
-        mine = self._mine(file, schema)[:number]
+        mine = self._mine(file)[:number]
+        for line in mine:
+            if problem := what_is_wrong(line, schema):
+                raise UserError(f"{path}: a line of {name!r} is damaged ({problem}); repair it")
         if jax.process_index() == 0:
             numbers = itertools.count()
             keep_json_lines(path, lambda x: x["name"] != name or next(numbers) < number)
