@@ -218,9 +218,9 @@ def read_json_lines(path: Path | str, schema: type | None = None) -> list[dict[s
       UserError: the file cannot be read, or another line is damaged; it is named.
     """
     path, records = Path(path), []
-    if not path.exists():
-        return []
     with one_line(path, "read"):
+        if not path.exists():
+            return []
         lines = path.read_bytes().split(b"\n")[:-1]
     for number, line in enumerate(lines, start=1):
         try:

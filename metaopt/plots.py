@@ -46,8 +46,12 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def label(name: str) -> str:
-    """A name from outside as it is, where matplotlib would read mathematics into ``$``."""
-    return printable(name).replace("$", r"\$")
+    """A name from outside as it is.
+
+    Matplotlib would read mathematics into ``$``, and leave out of a legend what begins with ``_``.
+    """
+    shown = printable(name).replace("$", r"\$")
+    return f" {shown}" if shown.startswith("_") else shown
 
 
 def adaptation_curves(

@@ -278,7 +278,7 @@ def _lock(directory: Path) -> filelock.BaseFileLock | None:
         return None
     with one_line(directory, "written"):
         directory.mkdir(parents=True, exist_ok=True)
-    path = directory / LOCK
+    path = directory.resolve() / LOCK  # one lock, however the directory is named
     lock = filelock.FileLock(path, blocking=False, is_singleton=True, thread_local=False)
     try:
         lock.acquire()

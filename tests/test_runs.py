@@ -112,7 +112,8 @@ def test_one_process_at_a_time_has_a_run(tmp_path, given):
     with runs.open_run(tmp_path, "toy", "cpu", config, **options) as run:
         assert run.resumed and str(run.directory) == directory
         again = runs.open_run(tmp_path, "toy", "cpu", config, **options)  # as in a notebook
-        with runs.lock_directory(directory):
+        (tmp_path / "link").symlink_to(directory)
+        with runs.lock_directory(directory), runs.lock_directory(tmp_path / "link"):
             assert again.directory == run.directory
         second, said = another_process(*args)
         assert said == [] and f"process {os.getpid()} on" in second.communicate()[1]
