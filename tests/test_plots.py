@@ -60,7 +60,7 @@ def test_any_name_is_in_the_legend_as_it_is(tmp_path, monkeypatch):
     assert shown == [printable(name) for name in names]
     options = {"x_label": "", "y_label": "", "title": ""}
     trajectories(tmp_path / "t.png", dict.fromkeys(names, np.ones((2, 2))), **options)
-    lines(tmp_path / "l.png", [1, 2], dict.fromkeys(names, [1, 2]), **options)
+    lines(tmp_path / "l.png", [1, 2], {name: [1, 2] for name in names}, **options)
 
 
 def test_every_row_and_limit_is_in_the_legend_and_the_baseline_has_no_gain(tmp_path, monkeypatch):
