@@ -15,6 +15,7 @@ import numpy as np
 from metaopt.files import Line, append_json_line, keep_json_lines
 from metaopt.progress import Progress, is_first_process, say
 from metaopt.runs import slug
+from metaopt.text import printable
 from metaopt.types import Metrics
 
 if TYPE_CHECKING:
@@ -102,7 +103,7 @@ class Recorder:
     def diverged(self, step: int, problem: str) -> Diverged:
         """The error to raise."""
         return Diverged(
-            f"{self.name}: diverged at step {step}, {problem}. Try a smaller inner or outer "
+            f"{printable(self.name)}: diverged at step {step}, {problem}. Try a smaller inner or outer "
             "learning rate or clip the meta-gradient; the checkpoints are from before"
         )
 
