@@ -6,6 +6,7 @@ as it was before. What cannot be read or written is a `UserError` of one line.
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -268,7 +269,8 @@ def parse_record(line: bytes) -> dict[str, Any]:
         raise ValueError("too deeply nested") from None
     if not isinstance(record, dict):
         raise ValueError("no JSON object")
-    if _is_deeper(record, DEEPEST):
+    brackets = line.count(b"[") + line.count(b"{")  # few in most lines, which is quick to see
+    if brackets > DEEPEST and _is_deeper(record, DEEPEST):
         raise ValueError("too deeply nested")
     return record
 
@@ -290,12 +292,15 @@ def _finite_float(text: str) -> float:
 def what_is_wrong(record: Mapping[str, Any], schema: type) -> str | None:
     """The first field of a `TypedDict` or `NamedTuple` that is missing or of another type."""
     optional = getattr(schema, "__optional_keys__", getattr(schema, "_field_defaults", {}))
-    for name, hint in typing.get_type_hints(schema).items():
+    for name, hint in _hints(schema).items():
         if name not in record and name not in optional:
             return f"it lacks {name!r}"
         if name in record and not matches(record[name], hint):
             return f"{name!r} is {json.dumps(record[name])[:40]}, of the wrong type"
     return None
+
+
+_hints = functools.cache(typing.get_type_hints)
 
 
 def matches(value: Any, hint: Any) -> bool:
@@ -319,10 +324,9 @@ def matches(value: Any, hint: Any) -> bool:
         number = isinstance(value, int | (float if hint is float else int))
         return number and not isinstance(value, bool) and abs(value) <= sys.float_info.max
     if hasattr(hint, "_fields"):  # a NamedTuple of numbers; NaN was written as null
-        hints = typing.get_type_hints(hint)
         return isinstance(value, dict) and all(
             name in value and matches(value[name], of_field | None)
-            for name, of_field in hints.items()
+            for name, of_field in _hints(hint).items()
         )
     return isinstance(value, hint)
 

@@ -103,8 +103,8 @@ class Recorder:
     def diverged(self, step: int, problem: str) -> Diverged:
         """The error to raise."""
         return Diverged(
-            f"{printable(self.name)}: diverged at step {step}, {problem}. Try a smaller inner or outer "
-            "learning rate or clip the meta-gradient; the checkpoints are from before"
+            f"{printable(self.name)}: diverged at step {step}, {problem}. Try a smaller inner or "
+            "outer learning rate or clip the meta-gradient; the checkpoints are from before"
         )
 
     def _measure_throughput(self, step: int) -> None:
