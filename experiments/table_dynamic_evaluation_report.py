@@ -14,6 +14,7 @@ from metaopt.files import write_json_lines
 from metaopt.losses import NATS_TO_BITS
 from metaopt.results import cell_maker
 from metaopt.runs import Run
+from metaopt.text import printable
 
 UNIT, PER_CENT = "bits/byte", "% of the static loss"
 TABLE, PUBLISHED_TABLE = "dynamic_evaluation", "dynamic_evaluation/published"
@@ -101,7 +102,7 @@ class Report:
         write_json_lines(self._run.results, self._all())
         self._draw()
         shown = [f"{r['column']} {tables.cell_text(r)}" for r in self._records if r["row"] == row]
-        line = f"{row}: {', '.join(shown)} ({seconds:.0f} s)"
+        line = printable(f"{row}: {', '.join(shown)} ({seconds:.0f} s)")
         Console().print(line, markup=False, highlight=False)
 
     def finish(self) -> None:
@@ -171,7 +172,7 @@ class Report:
                 kibibytes = np.arange(len(mean)) * self._length / 1024
                 style = ":" if row.endswith("static") else "-"
                 axes.plot(kibibytes, mean, label=row, color=f"C{j}", linestyle=style, linewidth=1.2)
-            axes.set(xlabel="KiB of the stream", ylabel=UNIT, title=stream)
+            axes.set(xlabel="KiB of the stream", ylabel=UNIT, title=plots.label(stream))
             axes.grid(alpha=0.25)
         handles, labels = axes_of[0].get_legend_handles_labels()
         figure.legend(handles, labels, fontsize=8, loc="outside lower center", ncols=2)
