@@ -10,10 +10,12 @@ from rich.console import Console
 from metaopt import decoding, plots, tables
 from metaopt.comparison import Comparison, RowResult
 from metaopt.evaluate import Interval, interval
+from metaopt.files import write_json_lines, write_text
 from metaopt.inner_loop import adapt
 from metaopt.losses import NATS_TO_BITS
 from metaopt.results import cell_maker
-from metaopt.runs import Run, write_json_lines
+from metaopt.runs import Run
+from metaopt.text import printable
 from metaopt.types import Array, Episode
 
 STEPS, DIFFERENCES = (0, 1, 2, 5, 10), (1, 2, 5)
@@ -89,6 +91,7 @@ class Report:
         Console().print(
             f"{name}: {found.mean:.4f} ± {found.ci95:.4f} {self._unit} after "
             f"{steps} steps ({seconds:.0f} s)",
+            markup=False,
             highlight=False,
         )
 
@@ -98,12 +101,12 @@ class Report:
         directory = self._run.directory
         tables.write(directory, [table])
         samples = self._samples()
-        (directory / "samples.md").write_text(samples)
+        write_text(directory / "samples.md", samples)
         self._run.finish()
         console = Console()
         console.print(*tables.to_rich(table, console.width), sep="\n")
         console.print(samples, markup=False, highlight=False)
-        console.print(f"written to {directory}", highlight=False)
+        console.print(f"written to {directory}", markup=False, highlight=False)
 
     def _curves(self, name: str) -> np.ndarray:
         """Of a row, float64 ``[E, steps + 1]``: the mean over its seeds."""
@@ -191,7 +194,7 @@ class Report:
         language = names[int(episode.task)] if names else "a new language"
         steps = self._comparison.inner.num_steps
         lines = [
-            f"Text of {result.row.name} for {language}, a held-out language.",
+            f"Text of {result.row.name} for {printable(language)}, a held-out language.",
             "",
             *self._block("Support (first sequence)", episode.support.inputs[0]),
             *self._block("Prompt", prompt),
@@ -211,7 +214,7 @@ class Report:
             shown = bytes(tokens.tolist()).decode("utf-8", errors="replace")
         else:
             shown = "".join(chr(ord("a") + t) if t < 26 else f"<{t}>" for t in tokens.tolist())
-        return [f"{title}:", "", *(f"    {line}" for line in shown.splitlines()), ""]
+        return [f"{title}:", "", *(f"    {printable(line)}" for line in shown.splitlines()), ""]
 
 
 def _column(step: int) -> str:

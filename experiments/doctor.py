@@ -246,7 +246,7 @@ def show(exact: Report, quick: Report) -> None:
     for report in (exact, quick):
         console.print(f"[bold]{report.dtype}[/bold]")
         for line in report.describe():
-            console.print(f"  {line}", highlight=False, soft_wrap=True)
+            console.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)
 
 
 def rows(report: Report) -> list[tuple[str, str]]:

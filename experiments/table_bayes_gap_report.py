@@ -12,8 +12,9 @@ from rich.console import Console
 from metaopt import plots, tables
 from metaopt.comparison import Comparison, Row, RowResult
 from metaopt.evaluate import interval
+from metaopt.files import Line, read_json_lines, write_json_lines, write_text
 from metaopt.results import RecordCell, cell_maker
-from metaopt.runs import Run, read_json_lines, write_json_lines
+from metaopt.runs import Run
 from metaopt.tasks.markov import MarkovConfig, bayes_loss
 
 UNIT = "nats/token"
@@ -81,6 +82,7 @@ class Report:
         Console().print(
             f"{self._study.setting}, {found[0]['row']}: gap {tables.cell_text(found[0])} {UNIT} "
             f"({result.seconds:.0f} s)",
+            markup=False,
             highlight=False,
             soft_wrap=True,
         )
@@ -91,14 +93,14 @@ class Report:
         directory = self._run.directory
         draw(directory / "curves.png", self._gaps)
         markdown = [f"### {table.name}\n\n{tables.to_markdown(table)}" for table in arranged]
-        (directory / "table.md").write_text("\n".join(markdown))
+        write_text(directory / "table.md", "\n".join(markdown))
         latex = [f"% {table.name}\n{tables.to_latex(table)}" for table in arranged]
-        (directory / "table.tex").write_text("\n".join(latex))
+        write_text(directory / "table.tex", "\n".join(latex))
         self._run.finish()
         console = Console()
         for table in arranged:
             console.print(*tables.to_rich(table, console.width), sep="\n")
-        console.print(f"written to {directory}", highlight=False)
+        console.print(f"written to {directory}", markup=False, highlight=False)
 
     def _limit(self, table: str, use_prefix: bool) -> Limit:
         languages, comparison = self._study.languages, self._study.comparison
@@ -131,7 +133,7 @@ class Report:
             gap_by_inner_steps=finite_list(gaps.mean(axis=0)),
             gap_by_meta_steps={
                 str(line["step"]): line["valid_loss"] - limit.valid
-                for line in read_json_lines(self._directory / "metrics.jsonl")
+                for line in read_json_lines(self._directory / "metrics.jsonl", Line)
                 if line["name"] == result.row.name and line.get("valid_loss") is not None
             },
             seconds=round(result.seconds, 1),
@@ -189,7 +191,7 @@ def draw(path: Path, records: Sequence[dict[str, Any]]) -> None:
         axes.axhline(0, color="black", linewidth=0.8)
         axes.grid(alpha=0.25)
     figure.legend(fontsize=8, loc="outside right center", frameon=False)
-    figure.savefig(path)
+    plots.save(figure, path)
 
 
 def _by_row(records: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:

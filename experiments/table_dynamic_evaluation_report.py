@@ -10,9 +10,11 @@ from scipy import ndimage
 from experiments.table_dynamic_evaluation_config import Config
 from metaopt import plots, tables
 from metaopt.evaluate import Interval, interval
+from metaopt.files import write_json_lines
 from metaopt.losses import NATS_TO_BITS
 from metaopt.results import cell_maker
-from metaopt.runs import Run, write_json_lines
+from metaopt.runs import Run
+from metaopt.text import printable
 
 UNIT, PER_CENT = "bits/byte", "% of the static loss"
 TABLE, PUBLISHED_TABLE = "dynamic_evaluation", "dynamic_evaluation/published"
@@ -100,7 +102,8 @@ class Report:
         write_json_lines(self._run.results, self._all())
         self._draw()
         shown = [f"{r['column']} {tables.cell_text(r)}" for r in self._records if r["row"] == row]
-        Console().print(f"{row}: {', '.join(shown)} ({seconds:.0f} s)", highlight=False)
+        line = printable(f"{row}: {', '.join(shown)} ({seconds:.0f} s)")
+        Console().print(line, markup=False, highlight=False)
 
     def finish(self) -> None:
         """Writes and prints the tables."""
@@ -111,7 +114,7 @@ class Report:
         console = Console()
         for table in found:
             console.print(*tables.to_rich(table, console.width), sep="\n")
-        console.print(f"written to {directory}", highlight=False)
+        console.print(f"written to {directory}", markup=False, highlight=False)
 
     def _add_score(self, row: str, stream: str, i: int, more: dict[str, Any]) -> None:
         """Bits a byte, and for a meta-learned start what it gains on the plain one."""
@@ -169,8 +172,8 @@ class Report:
                 kibibytes = np.arange(len(mean)) * self._length / 1024
                 style = ":" if row.endswith("static") else "-"
                 axes.plot(kibibytes, mean, label=row, color=f"C{j}", linestyle=style, linewidth=1.2)
-            axes.set(xlabel="KiB of the stream", ylabel=UNIT, title=stream)
+            axes.set(xlabel="KiB of the stream", ylabel=UNIT, title=plots.label(stream))
             axes.grid(alpha=0.25)
         handles, labels = axes_of[0].get_legend_handles_labels()
         figure.legend(handles, labels, fontsize=8, loc="outside lower center", ncols=2)
-        figure.savefig(self._run.directory / "curves.png")
+        plots.save(figure, self._run.directory / "curves.png")

@@ -7,10 +7,11 @@ from experiments.table_inner_optimizers_config import Config, LearnerName
 from metaopt import plots, tables
 from metaopt.comparison import Comparison, RowResult
 from metaopt.evaluate import Interval, interval
+from metaopt.files import write_json_lines, write_text
 from metaopt.inner_optimizers import OptimizerName
 from metaopt.losses import NATS_TO_BITS
 from metaopt.results import cell_maker
-from metaopt.runs import Run, write_json_lines
+from metaopt.runs import Run
 
 UNIT = "bits/byte"
 BASELINE = "sgd"
@@ -85,8 +86,8 @@ class Report:
         directory = self._run.directory
         titles = ("", "What each gains on GD, paired episode by episode:\n\n")
         parts = [title + tables.to_markdown(t) for title, t in zip(titles, found, strict=False)]
-        (directory / "table.md").write_text("\n".join(parts))
-        (directory / "table.tex").write_text("\n".join(map(tables.to_latex, found)))
+        write_text(directory / "table.md", "\n".join(parts))
+        write_text(directory / "table.tex", "\n".join(map(tables.to_latex, found)))
         self._run.finish()
         console = Console()
         for table in found:

@@ -26,10 +26,11 @@ from experiments import meta_gradients_forms as forms
 from experiments.meta_gradients_forms import FORMS, NAIVE, PLANNED, Size
 from metaopt import measure, parallel, plots, tables
 from metaopt.evaluate import Interval
+from metaopt.files import write_json_lines, write_text
 from metaopt.progress import Progress, say
 from metaopt.rematerialization import least_extra_steps, plan_for
 from metaopt.results import cell_maker
-from metaopt.runs import Run, open_run, read_json_lines, write_json_lines
+from metaopt.runs import Run, open_run
 
 MIB, GIGA = 2**20, 1e9
 CHECKPOINT, QUICKEST = "per-step checkpoint", "mixed + saved, layers kept"
@@ -315,10 +316,10 @@ def run(config: Config) -> None:
 
 def report(place: Run) -> None:
     """The tables as Markdown and LaTeX files, and on the terminal."""
-    found = tables.arrange(read_json_lines(place.results))
+    found = tables.arrange(tables.read_records(place.results))
     texts = [f"### {table.name}\n\n{tables.to_markdown(table)}" for table in found]
-    (place.directory / "table.md").write_text("\n".join(texts))
-    (place.directory / "table.tex").write_text("\n".join(map(tables.to_latex, found)))
+    write_text(place.directory / "table.md", "\n".join(texts))
+    write_text(place.directory / "table.tex", "\n".join(map(tables.to_latex, found)))
     console = Console()
     for table in found:
         console.print(*tables.to_rich(table, console.width), sep="\n")

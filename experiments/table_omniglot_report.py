@@ -9,8 +9,9 @@ from experiments.table_omniglot_config import Config, Setting, preset
 from experiments.table_omniglot_rows import Row
 from metaopt import plots, tables
 from metaopt.evaluate import interval
+from metaopt.files import write_json_lines, write_text
 from metaopt.results import cell_maker
-from metaopt.runs import Run, write_json_lines
+from metaopt.runs import Run
 
 UNIT = "% accuracy"
 MODES = ("", ", non-transductive")
@@ -73,15 +74,16 @@ class Report:
         write_json_lines(self._run.results, self._records)
         self._draw()
         told = [f"{r['column']} {tables.cell_text(r)}" for r in self._records[-len(MODES) :]]
-        Console().print(f"{row.name}: {'; '.join(told)} ({seconds:.0f} s)", highlight=False)
+        line = f"{row.name}: {'; '.join(told)} ({seconds:.0f} s)"
+        Console().print(line, markup=False, highlight=False)
 
     def finish(self) -> None:
         """Writes and prints the table, with the protocol of every number below it."""
         (table,) = tables.arrange(self._records)
         directory = self._run.directory
         notes = "".join(f"- {line}\n" for line in protocol_lines(self._records, self._config))
-        (directory / "table.md").write_text(f"{tables.to_markdown(table)}\n{notes}")
-        (directory / "table.tex").write_text(tables.to_latex(table))
+        write_text(directory / "table.md", f"{tables.to_markdown(table)}\n{notes}")
+        write_text(directory / "table.tex", tables.to_latex(table))
         self._run.finish()
         console = Console()
         console.print(*tables.to_rich(table, console.width), sep="\n")
@@ -104,7 +106,7 @@ class Report:
             axes.grid(alpha=0.25)
         handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(handles, labels, fontsize=8, loc="outside right center", frameon=False)
-        figure.savefig(self._run.directory / "curves.png")
+        plots.save(figure, self._run.directory / "curves.png")
 
 
 def _interval(percent: np.ndarray):

@@ -26,9 +26,10 @@ from experiments.peers.host import Worker, WorkerFailed, check_agreement, take_t
 from experiments.peers.problems import REFERENCE, SMOKE, Name, save
 from metaopt import parallel, tables
 from metaopt.errors import UserError
+from metaopt.files import write_json_lines
 from metaopt.progress import say
 from metaopt.results import RecordCell, cell_maker
-from metaopt.runs import open_run, read_json_lines, write_json_lines
+from metaopt.runs import open_run
 
 PeerName = Literal["torch_func", "torchopt", "higher", "torch_compile"]
 NEEDED = {"torch_func": "torch", "torch_compile": "torch"}
@@ -141,7 +142,7 @@ def run(config: Config) -> None:
         seeds=[config.seed],
         episodes=0,
     )
-    records = read_json_lines(place.results)
+    records = tables.read_records(place.results)
     for problem in config.problems:
         if problem not in {record["row"] for record in records}:
             records += measure(config, problem, cell)
@@ -151,7 +152,7 @@ def run(config: Config) -> None:
     place.finish()
     console = Console()
     console.print(*tables.to_rich(table, console.width), sep="\n")
-    console.print(f"written to {place.directory}", highlight=False)
+    console.print(f"written to {place.directory}", markup=False, highlight=False)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
 """What `table_self_improvement` writes: records, tables, and the trajectories as a figure."""
 
-import math
 from collections.abc import Sequence
-from typing import Any
+from typing import NotRequired, TypedDict
 
 import numpy as np
 from rich.console import Console
@@ -12,8 +11,9 @@ from experiments.table_self_improvement_mnist import SHOWN
 from experiments.table_self_improvement_rows import BAD_STARTS
 from experiments.table_self_improvement_study import Cell
 from metaopt import plots, tables
+from metaopt.files import append_json_line, read_json_lines, write_json_lines
 from metaopt.results import cell_maker
-from metaopt.runs import Run, append_json_line, read_json_lines, write_json_lines
+from metaopt.runs import Run
 
 TABLE, BASELINES = "self_improvement", "self_improvement_baselines"
 UNITS = {
@@ -26,6 +26,14 @@ UNITS = {
 }
 
 
+class Assessed(TypedDict):
+    """What is drawn of a line of ``metrics.jsonl``."""
+
+    tokens: int
+    valid_loss: float | None
+    scores: NotRequired[dict[str, float | None]]
+
+
 class Report:
     """Keeps the files of a run up to date after every row; rows that are done stay done."""
 
@@ -33,7 +41,7 @@ class Report:
         """``command`` makes the tables again."""
         self._run, self._config = run, config
         self._path = run.directory / "cells.jsonl"
-        self._records = read_json_lines(self._path) if self._path.exists() else []
+        self._records = tables.read_records(self._path)
         self._make_cell = cell_maker(
             table=TABLE, preset=config.preset, command=command, seeds=[config.seed], episodes=0
         )
@@ -107,9 +115,8 @@ class Report:
     def _trajectory(self, name: str, quantity: str = "valid_loss") -> np.ndarray:
         """Of a training, ``[points, 2]``: tokens and a quantity that was assessed."""
         path = self._run.directory / "trainings" / name / "metrics.jsonl"
-        lines: list[dict[str, Any]] = read_json_lines(path) if path.exists() else []
-        found = [(line["tokens"], (line | line.get("scores", {})).get(quantity)) for line in lines]
-        known = [(x, y) for x, y in found if y is not None and math.isfinite(y)]
+        lines = [line | line.get("scores", {}) for line in read_json_lines(path, Assessed)]
+        known = [(x["tokens"], x[quantity]) for x in lines if x.get(quantity) is not None]
         return np.array(known).reshape(-1, 2)
 
 

@@ -9,8 +9,9 @@ from rich.console import Console
 from experiments.table_sinusoid_config import Config
 from metaopt import plots, tables
 from metaopt.evaluate import Interval, interval
+from metaopt.files import write_json_lines, write_text
 from metaopt.results import cell_maker
-from metaopt.runs import Run, write_json_lines
+from metaopt.runs import Run
 
 UNIT = "mean squared error"
 SOURCE = "Li et al., 2017, arXiv:1707.09835, table 1 (5-shot meta-training)"
@@ -67,7 +68,8 @@ class Report:
                 self._add_curve(name, losses, more)
         write_json_lines(self._run.results, self._records)
         shown = [f"{r['column']} {tables.cell_text(r)}" for r in self._records if r["row"] == name]
-        Console().print(f"{name}: {', '.join(shown)} ({seconds:.0f} s)", highlight=False)
+        line = f"{name}: {', '.join(shown)} ({seconds:.0f} s)"
+        Console().print(line, markup=False, highlight=False)
 
     def finish(self) -> None:
         """Writes and prints the table, and how it compares with what is published."""
@@ -75,8 +77,8 @@ class Report:
         directory = self._run.directory
         beside = "".join(f"- {line}\n" for line in compared(self._records))
         text = tables.to_markdown(table)
-        (directory / "table.md").write_text(f"{text}\n{beside}" if beside else text)
-        (directory / "table.tex").write_text(tables.to_latex(table))
+        write_text(directory / "table.md", f"{text}\n{beside}" if beside else text)
+        write_text(directory / "table.tex", tables.to_latex(table))
         self._run.finish()
         console = Console()
         console.print(*tables.to_rich(table, console.width), sep="\n")
@@ -140,7 +142,7 @@ class Report:
         axes.set_ylim(lowest / 2, 2 * worst_start)
         axes.grid(alpha=0.25, which="both")
         axes.legend(fontsize=8, frameon=False)
-        figure.savefig(self._run.directory / "curves.png")
+        plots.save(figure, self._run.directory / "curves.png")
 
 
 def _published(row: str, shots: int) -> dict[str, Any]:

@@ -11,14 +11,20 @@ Every number comes from a ``results.jsonl``; nothing is typed by hand.
 
 import dataclasses
 import re
-import shutil
 from pathlib import Path
 from typing import Literal
 
 from experiments import command_line
 from metaopt import tables
 from metaopt.errors import UserError
-from metaopt.runs import read_json_lines
+from metaopt.files import (
+    inside,
+    local_path,
+    one_line,
+    read_text,
+    write_bytes,
+    write_text,
+)
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "experiments" / "results"
@@ -57,17 +63,17 @@ class Config:
 
 def run(config: Config) -> None:
     """Does what the config asks for."""
+    readme = ROOT / "README.md"
     if config.keep:
-        keep(Path(config.keep[0]), config.keep[1], unfinished=config.unfinished)
+        keep(local_path(config.keep[0]), config.keep[1], unfinished=config.unfinished)
     elif config.check:
-        check(RESULTS, ROOT / "README.md")
+        check(RESULTS, readme)
     elif config.write_readme:
-        readme = ROOT / "README.md"
-        readme.write_text(with_tables(readme.read_text()))
+        write_text(readme, with_tables(read_text(readme)))
     else:
         show = tables.to_markdown if config.form == "markdown" else tables.to_latex
         for path in sorted(RESULTS.glob("*/*/results.jsonl")):
-            for table in tables.arrange(read_json_lines(path)):
+            for table in tables.arrange(tables.read_records(path)):
                 print(f"{'###' if config.form == 'markdown' else '%'} {table.name}\n")
                 print(show(table))
 
@@ -83,15 +89,23 @@ def check(results: Path, readme: Path) -> None:
     for path in sorted(results.glob("*/*/results.jsonl")):
         if not (path.parent / "config.json").exists():
             problems.append(f"{path.parent} has no config.json")
-        for record in read_json_lines(path):
+        try:
+            records = tables.read_records(path)
+        except UserError as error:
+            problems.append(str(error))
+            continue
+        for record in records:
             count += 1
             missing = [name for name in NEEDED if not record.get(name)]
             if missing:
-                cell = f"{record.get('row')}, {record.get('column')}"
+                cell = f"{record['row']}, {record['column']}"
                 problems.append(f"{path}: {cell} lacks {', '.join(missing)}")
-    text = readme.read_text()
-    if with_tables(text, results) != text:
-        problems.append("the tables of README.md are not those of the results: --write-readme")
+    text = read_text(readme)
+    try:
+        if with_tables(text, results) != text:
+            problems.append("the tables of README.md are not those of the results: --write-readme")
+    except UserError as error:
+        problems.append(str(error))
     if problems:
         raise UserError("; ".join(problems))
     print(f"{count} cells with their configs and commands; README.md agrees with them")
@@ -101,20 +115,27 @@ def keep(run: Path, name: str, *, unfinished: bool = False) -> Path:
     """Copies what is worth keeping of a run to ``results/<experiment>/<name>``.
 
     Raises:
-      UserError: the run is not finished, and is not said to be.
+      UserError: the run is not finished, and is not said to be; it has no results or damaged
+        ones; or the name is none of a folder.
     """
     if not unfinished and not (run / "finished").exists():
         raise UserError(
             f"{run} is not a finished run: let the command finish first, or keep what is done "
             "with --unfinished"
         )
-    target = RESULTS / run.resolve().parent.name / name
-    target.mkdir(parents=True, exist_ok=True)
+    records = tables.read_records(run / "results.jsonl")
+    if not records:
+        raise UserError(f"{run} has no results to keep")
+    target = inside(RESULTS, run.resolve().parent.name, name)
+    with one_line(target, "written"):
+        target.mkdir(parents=True, exist_ok=True)
     for file in KEPT:
         if (run / file).exists():
-            shutil.copyfile(run / file, target / file)
+            with one_line(run / file, "read"):
+                data = (run / file).read_bytes()
+            write_bytes(inside(target, file), data)
     if unfinished:  # a run may write its tables at its end
-        tables.write(target, tables.arrange(read_json_lines(target / "results.jsonl")))
+        tables.write(target, tables.arrange(records))
     return target
 
 
@@ -124,11 +145,12 @@ def with_tables(text: str, results: Path = RESULTS) -> str:
     PATH is relative to ``results``; without NAME it is the first table there.
 
     Raises:
-      UserError: there are no results at a path, or no such table.
+      UserError: there are no results at a path, it leads out of ``results``, or no such table.
     """
 
     def table(match: re.Match) -> str:
-        found = tables.arrange(read_json_lines(results / match[1] / "results.jsonl"))
+        folder = inside(results, *match[1].split("/"))
+        found = tables.arrange(tables.read_records(folder / "results.jsonl"))
         chosen = [t for t in found if match[2] in (None, t.name)]
         if not chosen:
             name = match[2] or "results"

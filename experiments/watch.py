@@ -27,12 +27,16 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from experiments.watch_runs import RunView, Training, is_number, open_view
+from experiments.watch_runs import RunView, Training, open_view
 from metaopt.errors import UserError
+from metaopt.files import matches
+from metaopt.progress import set_up_output
+from metaopt.text import printable
 
 BARS = "▁▂▃▄▅▆▇█"
 CURVE = 24  # characters
 PLAIN_WIDTH = 160
+LONGEST_WAIT = 1_000_000  # seconds
 LEFT = ("training", "alarms", "loss curve")
 COLUMNS = (
     *("training", "step", "loss", "loss curve", "held out", "tokens/s"),
@@ -59,6 +63,8 @@ def sparkline(values: Sequence[float], width: int = CURVE) -> str:
     """A curve in ``width`` characters or fewer, each a mean; the lowest value is the lowest."""
     count = min(width, len(values))
     edges = [i * len(values) // count for i in range(count + 1)] if count else []
+    largest = max(map(abs, values), default=0.0) or 1.0  # or the sum of huge ones is too large
+    values = [value / largest for value in values]
     means = [statistics.fmean(values[a:b]) for a, b in itertools.pairwise(edges)]
     low, high = (min(means), max(means)) if means else (0.0, 0.0)
     scale = (len(BARS) - 1) / (high - low) if high > low else 0.0
@@ -70,7 +76,8 @@ def view(runs: Sequence[RunView], width: int = PLAIN_WIDTH) -> Group:
     parts = []
     for run in runs:
         directory, trainings = run.directory.resolve(), run.trainings
-        title = Text(f"{directory.parent.name}/{directory.name}  {run.state}", style="bold")
+        name = printable(f"{directory.parent.name}/{directory.name}")
+        title = Text(f"{name}  {run.state}", style="bold")
         table = Table(title=title, title_justify="left", box=SIMPLE, padding=(0, 1, 0, 0))
         for name in COLUMNS:
             table.add_column(name, justify="left" if name in LEFT else "right")
@@ -93,33 +100,34 @@ def row(name: str, training: Training, total: int | None, width: int) -> list[Te
     """
     v = training.values
     total = v.get("num_steps") or total
-    memory = v.get("device", v.get("host", 0))
+    memory, step = v.get("device") or v.get("host"), v.get("step")
     cells = [
         name,
-        f"{v.get('step', '-')}" + (f"/{total}" if total else ""),
+        f"{'-' if step is None else step}" + (f"/{total}" if total else ""),
         number(v.get("loss")),
         sparkline([loss for _, loss in training.curve], width),
         number(v.get("valid_loss")),
         number(v.get("tokens_per_second")),
-        f"{v['utilisation']:.1%}" if is_number(v.get("utilisation")) else "-",
-        decimal(memory) if memory else "-",
-        " ".join(v.get("active", ())),
+        f"{v['utilisation']:.1%}" if v.get("utilisation") is not None else "-",
+        decimal(int(memory)) if memory else "-",
+        " ".join(v.get("active") or ()),
     ]
-    return [Text(cell, style="red" if cell and i == 8 else "") for i, cell in enumerate(cells)]
+    styles = ["red" if i == 8 else "" for i in range(len(cells))]
+    return [Text(printable(cell), style=style) for cell, style in zip(cells, styles, strict=True)]
 
 
 def number(value: Any) -> str:
     """Four digits; a dash for what is not known."""
-    if not is_number(value):
+    if not matches(value, float):
         return "-"
     return f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.4g}"
 
 
 def alarms(name: str, training: Training) -> list[Text]:
     """The messages of the alarms that are raised."""
-    active = training.values.get("active", ())
-    notes = [(kind, training.alarms[kind]) for kind in active if kind in training.alarms]
-    return [Text(f"! {name}, {message}", style="red") for _, message in notes]
+    active = training.values.get("active") or ()
+    notes = [training.alarms[kind] for kind in active if kind in training.alarms]
+    return [Text(printable(f"! {name}, {message}"), style="red") for message in notes]
 
 
 def decision_note(decision: dict[str, Any]) -> Text:
@@ -130,10 +138,13 @@ def decision_note(decision: dict[str, Any]) -> Text:
     said = [str(decision.get("verdict", "decided"))]
     for setting, change in changes.items() if isinstance(changes, dict) else ():
         pair = change if isinstance(change, list) else [change]
-        said.append(f"{setting} {' -> '.join(number(x) if is_number(x) else str(x) for x in pair)}")
+        said.append(
+            f"{setting} {' -> '.join(number(x) if matches(x, float) else str(x) for x in pair)}"
+        )
     reason = f" ({decision['reason']})" if decision.get("reason") else ""
     name = f"{decision['name']}, " if "name" in decision else ""
-    return Text(f"> {name}step {decision.get('step', '-')}: {', '.join(said)}{reason}")
+    step = decision.get("step", "-")
+    return Text(printable(f"> {name}step {step}: {', '.join(said)}{reason}"))
 
 
 def run(config: Config, console: Console | None = None) -> None:
@@ -142,8 +153,10 @@ def run(config: Config, console: Console | None = None) -> None:
     Raises:
       UserError: there is nothing to watch, or something that is no run.
     """
-    if not config.runs or not config.every > 0:
-        raise UserError("give at least one directory of a run, and --every above 0")
+    if not config.runs or not 0 < config.every <= LONGEST_WAIT:
+        raise UserError(
+            f"give at least one directory, and --every above 0 and below {LONGEST_WAIT}"
+        )
     console = console or Console()
     runs = [open_view(directory) for directory in config.runs]
     if config.once or not console.is_terminal:
@@ -166,6 +179,7 @@ def run(config: Config, console: Console | None = None) -> None:
 
 def main() -> None:
     """The command line. On its own, since that of the other experiments imports JAX."""
+    set_up_output()
     try:
         run(tyro.cli(Config, prog="python -m experiments.watch", description=__doc__))
     except UserError as error:

@@ -1,18 +1,40 @@
 """What `experiments.watch` reads: the files of a run, while it writes them."""
 
+import contextlib
 import json
-import math
 import os
 import time
+import typing
 from collections import deque
 from pathlib import Path
 from typing import Any
 
 from metaopt.errors import UserError
+from metaopt.files import local_path, matches, one_line, parse_record
+from metaopt.text import printable
 
 POINTS = 480  # of a loss curve that are kept
 DECISIONS = 5  # of a run that are kept
 QUIET = 60.0  # seconds without a line after which a run is called silent
+
+
+class Shown(typing.TypedDict, total=False):
+    """What is shown of a line of ``monitor.jsonl`` or ``metrics.jsonl``."""
+
+    step: int
+    num_steps: int
+    loss: float
+    valid_loss: float
+    tokens_per_second: float
+    utilisation: float
+    device: float
+    host: float
+    active: list[str]
+    kind: str
+    alarm: dict[str, Any]
+
+
+SHOWN = typing.get_type_hints(Shown)
 
 
 class Tail:
@@ -35,7 +57,7 @@ class Tail:
         except OSError:  # not there yet, or no longer
             return [], False
         self._offset += len(whole) + len(newline)
-        return [r for line in whole.splitlines() if (r := _record(line)) is not None], is_new
+        return [r for line in whole.split(b"\n") if (r := _record(line)) is not None], is_new
 
     def _is_new(self, status: os.stat_result) -> bool:
         file = status.st_dev, status.st_ino
@@ -47,10 +69,9 @@ class Tail:
 
 def _record(line: bytes) -> dict[str, Any] | None:
     try:
-        record = json.loads(line)
+        return parse_record(line)
     except ValueError:
         return None
-    return record if isinstance(record, dict) else None
 
 
 class Training:
@@ -62,22 +83,26 @@ class Training:
         self.curve: deque[tuple[int, float]] = deque(maxlen=POINTS)
 
     def add(self, record: dict[str, Any]) -> None:
-        """Takes one line of ``monitor.jsonl`` or ``metrics.jsonl``."""
-        step, loss, alarm = record.get("step", 0), record.get("loss"), record.get("alarm")
-        while record.get("kind") == "forget" and self.curve and self.curve[-1][0] > step:
+        """Takes one line of ``monitor.jsonl`` or ``metrics.jsonl``.
+
+        What is of another type than it should be is not known.
+        """
+        values = {k: v if matches(v, SHOWN[k]) else None for k, v in record.items() if k in SHOWN}
+        step, loss, alarm = values.get("step") or 0, values.get("loss"), values.get("alarm")
+        while values.get("kind") == "forget" and self.curve and self.curve[-1][0] > step:
             self.curve.pop()
-        if loss is not None and is_number(loss):
+        if loss is not None:
             self.curve.append((step, loss))
         if alarm:
-            self.alarms[alarm["kind"]] = f"step {step}: {alarm['message']}"
-        self.values |= record
+            self.alarms[str(alarm.get("kind"))] = f"step {step}: {alarm.get('message')}"
+        self.values |= values
 
 
 class RunView:
     """One run: all its trainings, by name, and what was decided in it."""
 
     def __init__(self, directory: Path):
-        self.directory, self.total = directory, _num_steps(_config(directory))
+        self.directory, self.total = directory, _total(directory)
         self.decisions: deque[dict[str, Any]] = deque(maxlen=DECISIONS)
         self._files = {f: Tail(directory / f"{f}.jsonl") for f in ("metrics", "monitor")}
         self._found: dict[str, dict[str, Training]] = {file: {} for file in self._files}
@@ -90,7 +115,7 @@ class RunView:
             if is_new:
                 self._found[file] = {}
             for record in records:
-                name = str(record.get("name", ""))
+                name = printable(str(record.get("name", "")))
                 self._found[file].setdefault(name, Training()).add(record)
         decisions, is_new = self._decided.read()
         if is_new:
@@ -115,8 +140,13 @@ class RunView:
         """``finished``, or for how long nothing was written."""
         if (self.directory / "finished").exists():
             return "finished"
-        files = [self.directory, *self.directory.glob("*.jsonl")]
-        quiet = time.time() - max(file.stat().st_mtime for file in files)
+        written = []
+        for file in [self.directory, *self.directory.glob("*.jsonl")]:
+            with contextlib.suppress(OSError):  # it may go at any time
+                written.append(file.stat().st_mtime)
+        if not written:
+            return "gone"
+        quiet = time.time() - max(written)
         return "running" if quiet < QUIET else f"silent for {quiet / 60:.0f} min"
 
 
@@ -126,8 +156,11 @@ def open_view(directory: Path) -> RunView:
     Raises:
       UserError: this is no directory of a run.
     """
+    directory = local_path(directory)
     marks = ("config.json", "metrics.jsonl", "monitor.jsonl")
-    if not any((directory / mark).is_file() for mark in marks):
+    with one_line(directory, "read"):
+        is_run = any((directory / mark).is_file() for mark in marks)
+    if not is_run:
         what = "holds no run" if directory.is_dir() else "is not there"
         raise UserError(
             f"{directory} {what}: give a directory that has one of {', '.join(marks)}, "
@@ -136,10 +169,10 @@ def open_view(directory: Path) -> RunView:
     return RunView(directory)
 
 
-def _config(directory: Path) -> Any:
+def _total(directory: Path) -> int | None:
     try:
-        return json.loads((directory / "config.json").read_text())
-    except (OSError, ValueError):
+        return _num_steps(json.loads((directory / "config.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, RecursionError):
         return None
 
 
@@ -147,11 +180,6 @@ def _num_steps(config: Any) -> int | None:
     """The length of the trainings, from a `TrainConfig` somewhere in the config."""
     if not isinstance(config, dict):
         return None
-    if {"num_steps", "checkpoint_every"} <= config.keys():
+    if {"num_steps", "checkpoint_every"} <= config.keys() and matches(config["num_steps"], int):
         return config["num_steps"]
     return next((n for part in config.values() if (n := _num_steps(part)) is not None), None)
-
-
-def is_number(value: Any) -> bool:
-    """Whether this is a finite number."""
-    return isinstance(value, int | float) and math.isfinite(value)

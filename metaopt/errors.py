@@ -1,9 +1,15 @@
 """The one exception for what a user can put right."""
 
+from metaopt.text import printable
+
 
 class UserError(Exception):
     """Bad input, caught at the start: one line that says what was wrong and what to do.
 
     Command lines print the message alone and leave with exit code 2. It is no
-    `ValueError`, so that no library on the way takes it for one of its own.
+    `ValueError`, so that no library on the way takes it for one of its own. Control
+    characters, which names of files may hold, are escaped.
     """
+
+    def __init__(self, message: str = ""):
+        super().__init__(printable(message))

@@ -1,5 +1,6 @@
 """Figures, drawn without a display and written as PNG."""
 
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -7,6 +8,9 @@ from typing import Literal, NamedTuple
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+
+from metaopt.files import write_bytes
+from metaopt.text import printable
 
 MARKERS = "osD^v<>Ph*"
 
@@ -28,6 +32,26 @@ def new_figure(width: float = 7.0, height: float = 4.4) -> Figure:
     figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG, whole or not at all.
+
+    Raises:
+      UserError: it cannot be written.
+    """
+    drawn = io.BytesIO()
+    figure.savefig(drawn)
+    write_bytes(path, drawn.getvalue())
+
+
+def label(name: str) -> str:
+    """A name from outside as it is.
+
+    Matplotlib would read mathematics into ``$``, and leave out of a legend what begins with ``_``.
+    """
+    shown = printable(name).replace("$", r"\$")
+    return f" {shown}" if shown.startswith("_") else shown
 
 
 def adaptation_curves(
@@ -58,13 +82,13 @@ def adaptation_curves(
     for i, (name, curve) in enumerate(curves.items()):
         style = {"color": f"C{i}", "marker": MARKERS[i % len(MARKERS)], "markersize": 4}
         steps = np.arange(len(curve.mean))
-        left.plot(steps, _finite(curve.mean), label=name, **style)
+        left.plot(steps, _finite(curve.mean), label=label(name), **style)
         if name in differences:
             mean, half = map(_finite, differences[name])
             right.plot(steps, mean, **style)
             right.fill_between(steps, mean - half, mean + half, color=f"C{i}", alpha=0.12, lw=0)
     for dashes, (name, value) in zip(["--", ":", "-."], limits.items(), strict=False):
-        left.axhline(value, color="black", linestyle=dashes, linewidth=1.2, label=name)
+        left.axhline(value, color="black", linestyle=dashes, linewidth=1.2, label=label(name))
     left.set(xlabel="inner steps", ylabel=f"query loss, {unit}", title="Held-out languages")
     right.set(xlabel="inner steps", ylabel=f"{baseline} − row, {unit}", title="Paired gain")
     right.axhline(0, color="black", linewidth=0.8)
@@ -77,7 +101,7 @@ def adaptation_curves(
         axes.grid(alpha=0.25)
     handles, labels = left.get_legend_handles_labels()
     figure.legend(handles, labels, fontsize=8, loc="outside right center", frameon=False)
-    figure.savefig(path)
+    save(figure, path)
 
 
 def lines(
@@ -102,13 +126,14 @@ def lines(
     figure = new_figure()
     axes = figure.subplots()
     for i, (name, y) in enumerate(ys.items()):
-        axes.plot(x, y, label=name, color=f"C{i}", marker=MARKERS[i % len(MARKERS)], markersize=4)
+        marker = MARKERS[i % len(MARKERS)]
+        axes.plot(x, y, label=label(name), color=f"C{i}", marker=marker, markersize=4)
     axes.set(xlabel=x_label, ylabel=y_label, title=title, xscale="log", yscale="log")
     axes.set_xticks(x, [f"{value:g}" for value in x])
     axes.minorticks_off()
     axes.grid(alpha=0.25)
     axes.legend(fontsize=8, frameon=False)
-    figure.savefig(path)
+    save(figure, path)
 
 
 def trajectories(
@@ -137,7 +162,7 @@ def trajectories(
     for i, (name, line) in enumerate(points.items()):
         marker = MARKERS[i % len(MARKERS)]
         (drawn,) = axes.plot(
-            line[:, 0], _finite(line[:, 1]), label=name, marker=marker, markersize=4
+            line[:, 0], _finite(line[:, 1]), label=label(name), marker=marker, markersize=4
         )
         if dashed and name in dashed:
             other, color = dashed[name], drawn.get_color()
@@ -145,7 +170,7 @@ def trajectories(
     axes.set(xlabel=x_label, ylabel=y_label, title=title, yscale=y_scale)
     axes.grid(alpha=0.25)
     axes.legend(fontsize=8, frameon=False)
-    figure.savefig(path)
+    save(figure, path)
 
 
 def _limit(axes, lines: Sequence[np.ndarray], levels: Sequence[float], reach: float) -> None:

@@ -4,17 +4,36 @@ import sys
 import time
 from typing import Self
 
-import jax
 from rich import progress as rich_progress
 from rich.console import Console
+
+from metaopt.text import printable
 
 _SECONDS_BETWEEN_LINES = 10.0
 
 
+def set_up_output() -> None:
+    """Make standard output and error take any text: ``?`` for what their encoding lacks.
+
+    For the start of a command, since Python would raise where a terminal or a file is
+    ASCII or cp1252.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a notebook's has none, and takes any text
+            stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+
+
+def is_first_process() -> bool:
+    """Whether this is the process that writes and talks, of those that train together."""
+    import jax  # late, because results are read and watched without it
+
+    return jax.process_index() == 0
+
+
 def say(line: str) -> None:
     """Print one line to standard error, from the first process only."""
-    if jax.process_index() == 0:
-        print(line, file=sys.stderr, flush=True)
+    if is_first_process():
+        print(printable(line), file=sys.stderr, flush=True)
 
 
 class Progress:
@@ -32,11 +51,12 @@ class Progress:
 
     def __init__(self, description: str, *, total: int, start: int = 0):
         """Show work of ``total`` units, ``start`` of which were done before."""
-        self._description, self._total, self._start, self._done = description, total, start, start
+        self._description, self._total = printable(description), total
+        self._start = self._done = start
         self._numbers = ""
         self._began = self._last_line = time.monotonic()
         console = Console(stderr=True)
-        self._bar = _bar(console) if console.is_terminal and jax.process_index() == 0 else None
+        self._bar = _bar(console) if console.is_terminal and is_first_process() else None
 
     def __enter__(self) -> Self:
         if self._bar is not None:
@@ -77,7 +97,7 @@ def _label(name: str) -> str:
 
 def _bar(console: Console) -> rich_progress.Progress:
     return rich_progress.Progress(
-        rich_progress.TextColumn("{task.description}"),
+        rich_progress.TextColumn("{task.description}", markup=False),
         rich_progress.BarColumn(bar_width=12),
         rich_progress.MofNCompleteColumn(),
         rich_progress.TextColumn("{task.fields[numbers]}"),

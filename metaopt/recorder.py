@@ -1,19 +1,27 @@
 """What a meta-training run says about itself while it goes on, and when it must stop."""
 
+import contextlib
 import math
+import os
+import socket
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import jax
 import numpy as np
 
-from metaopt.progress import Progress
-from metaopt.runs import append_json_line, keep_json_lines, slug
+from metaopt.files import Line, append_json_line, keep_json_lines
+from metaopt.progress import Progress, is_first_process, say
+from metaopt.runs import slug
+from metaopt.text import printable
 from metaopt.types import Metrics
 
 if TYPE_CHECKING:
     from metaopt.train import TrainConfig
+
+SECONDS_BETWEEN_FLUSHES = 30.0  # of TensorBoard's curves, each of which waits for the disk
 
 
 class Diverged(RuntimeError):
@@ -51,9 +59,9 @@ class Recorder:
         self._mark: tuple[int, float] | None = None  # from where on throughput is measured
         self._throughput: dict[str, float] = {}
         self._tensorboard = None
-        if jax.process_index() == 0:
-            keep_json_lines(self._path, lambda x: x["name"] != name or x["step"] <= start)
-            self._tensorboard = _tensorboard(directory / "tensorboard" / slug(name), start)
+        if is_first_process():
+            keep_json_lines(self._path, lambda x: x["name"] != name or x["step"] <= start, Line)
+            self._tensorboard = TensorBoard(directory / "tensorboard" / slug(name), start)
         self._progress = Progress(name, total=config.num_steps, start=start)
 
     def __enter__(self) -> Self:
@@ -95,8 +103,8 @@ class Recorder:
     def diverged(self, step: int, problem: str) -> Diverged:
         """The error to raise."""
         return Diverged(
-            f"{self.name}: diverged at step {step}, {problem}. Try a smaller inner or outer "
-            "learning rate or clip the meta-gradient; the checkpoints are from before"
+            f"{printable(self.name)}: diverged at step {step}, {problem}. Try a smaller inner or "
+            "outer learning rate or clip the meta-gradient; the checkpoints are from before"
         )
 
     def _measure_throughput(self, step: int) -> None:
@@ -117,9 +125,65 @@ class Recorder:
         seconds = time.monotonic() - self._began
         line = {"name": self.name, "step": step} | values | {"seconds": round(seconds, 3)}
         append_json_line(self._path, line)
-        for key, value in values.items():
-            if isinstance(value, int | float):
-                self._tensorboard.add_scalar(key, value, step)
+        self._tensorboard.add_scalars(step, values)
+
+
+class TensorBoard:
+    """Curves for TensorBoard. Where they cannot be written, that is said once, and no more.
+
+    Written from this thread: that of tensorboardX's own writer ends on a full disk, and
+    then the training waits for it.
+    """
+
+    def __init__(self, directory: Path, start: int):
+        """Go on after step ``start``; what was written of later steps is hidden."""
+        from tensorboardX.record_writer import RecordWriter  # late: reading results needs none
+
+        self._directory, self._file, self._flushed = directory, None, time.monotonic()
+        with self._or_without():
+            directory.mkdir(parents=True, exist_ok=True)
+            place = f"{time.time():.0f}.{socket.gethostname()}.{os.getpid()}"
+            self._file = RecordWriter(str(directory / f"events.out.tfevents.{place}"))
+            self._write(file_version="brain.Event:2")
+            if start:
+                self._write(step=start + 1, session_log={"status": "START"})
+
+    def add_scalars(self, step: int, values: Mapping[str, Any]) -> None:
+        """A point on the curve of each value that is a finite number."""
+        from tensorboardX import summary
+
+        with self._or_without():
+            for name, value in values.items():
+                if isinstance(value, int | float) and math.isfinite(value):
+                    self._write(step=step, summary=summary.scalar(name, value))
+            if self._file and time.monotonic() - self._flushed > SECONDS_BETWEEN_FLUSHES:
+                self._file.flush()
+                self._flushed = time.monotonic()
+
+    def close(self) -> None:
+        """Write what is not written yet."""
+        with self._or_without():
+            if self._file:
+                self._file.close()
+        self._file = None
+
+    def _write(self, **event: Any) -> None:
+        from tensorboardX.proto import event_pb2
+
+        if self._file:
+            whole = event_pb2.Event(wall_time=time.time(), **event)  # type: ignore[attr-defined]
+            self._file.write(whole.SerializeToString())
+
+    @contextlib.contextmanager
+    def _or_without(self):
+        try:
+            yield
+        except OSError as error:
+            say(f"warning: no TensorBoard curves in {self._directory} from here on ({error})")
+            if self._file:
+                with contextlib.suppress(OSError):
+                    self._file.close()
+            self._file = None
 
 
 def _what_diverged(metrics: dict[str, np.ndarray], limit: float) -> str | None:
@@ -139,9 +203,3 @@ def _what_diverged(metrics: dict[str, np.ndarray], limit: float) -> str | None:
     if not np.isfinite(metrics["grad_norm"]):
         return f"in the outer update: the norm of the meta-gradient is {metrics['grad_norm']}"
     return None
-
-
-def _tensorboard(directory: Path, start: int):
-    from tensorboardX import SummaryWriter  # late, because reading results needs none
-
-    return SummaryWriter(str(directory), purge_step=start + 1 if start else None)

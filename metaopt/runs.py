@@ -1,29 +1,54 @@
-"""Run directories: where a run writes, what it says about itself, and its JSON-lines files.
+"""Run directories: where a run writes, who writes there, and what it says about itself.
 
 A run lives in ``<root>/<experiment>/<preset>-<time>/`` with ``config.json``,
 ``metrics.jsonl``, ``results.jsonl`` and the checkpoints. It is finished once it holds
 a file named ``finished``; an unfinished one is taken up again by the same command.
+One process at a time has a directory, by a lock that the system releases when it ends.
 This module imports JAX only inside functions, so that tables are read without it.
 """
 
+import contextlib
 import dataclasses
+import errno
 import importlib.metadata
 import json
 import os
 import platform
 import re
+import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Mapping
+import zlib
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
+
+import filelock
 
 from metaopt.errors import UserError
+from metaopt.files import (
+    check_directory,
+    inside,
+    keep_json_lines,
+    local_path,
+    one_line,
+    strict_json,
+    to_json,
+    write_text,
+)
+from metaopt.progress import is_first_process, say
+
+LOCK, HOLDER = ".lock", ".lock-holder"  # the second says in words who has the first
+LONGEST_SLUG = 100  # characters
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A run directory.
+    """A run directory, which no other process may open until this one is closed.
+
+    The same process may open it again, as a notebook does whose cell is run twice. A
+    context manager: leaving it closes the run; so does the end of the process, however it
+    ends, and that of the last `Run` of the directory.
 
     Attributes:
       directory: where everything of the run is written.
@@ -32,6 +57,13 @@ class Run:
 
     directory: Path
     resumed: bool
+    _lock: filelock.BaseFileLock | None = dataclasses.field(default=None, repr=False, compare=False)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
 
     @property
     def results(self) -> Path:
@@ -39,8 +71,23 @@ class Run:
         return self.directory / "results.jsonl"
 
     def finish(self) -> None:
-        """Mark the run as finished; the same command then starts a new one."""
-        (self.directory / "finished").write_text(time.strftime("%Y-%m-%dT%H:%M:%S%z\n"))
+        """Mark the run as finished and close it; the same command then starts a new one."""
+        write_text(self.directory / "finished", time.strftime("%Y-%m-%dT%H:%M:%S%z\n"))
+        self.close()
+
+    def close(self) -> None:
+        """Let other processes open the directory."""
+        if self._lock is not None:
+            self._lock.release(force=True)
+
+
+def check_root(root: Path | str, run_dir: Path | str | None = None) -> None:
+    """Check, before any work is done, that `open_run` can write there. Nothing is written.
+
+    Raises:
+      UserError: the directory is a file or below one, may not be written to, is a URL ...
+    """
+    check_directory(root if run_dir is None else run_dir)
 
 
 def open_run(
@@ -61,18 +108,41 @@ def open_run(
       run_dir: this directory and no other, new or of the same config.
 
     Raises:
-      UserError: ``run_dir`` holds a run of another config or something that is no run,
-        or is missing where several processes must agree on a directory.
+      UserError: the directory cannot be used, another process has it, ``run_dir`` holds a
+        run of another config or something that is no run, or is missing where several
+        processes must agree on a directory.
     """
-    wanted = as_json(config)
+    check_root(root, run_dir)
+    wanted = json.loads(_config_text(config))
     if run_dir is not None:
-        return _open_given(Path(run_dir), wanted)
+        return _open_given(local_path(run_dir), wanted)
     _require_single_process()
-    parent = Path(root) / experiment
+    parent = inside(local_path(root), experiment)
     for directory in _runs_newest_first(parent, preset):
         if not (directory / "finished").exists() and _read_config(directory) == wanted:
-            return _resume(directory)
-    return _create(_new_directory(parent / f"{preset}-{time.strftime('%Y%m%d-%H%M%S')}"), wanted)
+            return _resume(directory, _lock(directory))
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    with one_line(parent, "written"):
+        directory = _new_directory(inside(parent, f"{preset}-{stamp}"))
+    return _create(directory, wanted, _lock(directory))
+
+
+@contextlib.contextmanager
+def lock_directory(directory: Path | str) -> Iterator[None]:
+    """Keep other processes out of a directory for as long as the context lasts.
+
+    This process may lock it again within. Of several processes that train together only
+    the first takes the lock. The directory is made where it is not there.
+
+    Raises:
+      UserError: another process has it, or it cannot be written to.
+    """
+    lock = _lock(check_directory(directory))
+    try:
+        yield
+    finally:
+        if lock is not None:
+            lock.release()
 
 
 def as_json(config: Any) -> Any:
@@ -81,7 +151,7 @@ def as_json(config: Any) -> Any:
     Dataclasses become dicts, tuples lists, paths strings, arrays nested lists. So a
     config can be compared with one that was read from a file.
     """
-    return json.loads(_dumps(config))
+    return json.loads(to_json(config))
 
 
 def differences(saved: Any, now: Any) -> str:
@@ -100,51 +170,15 @@ def differences(saved: Any, now: Any) -> str:
 
 
 def slug(name: str) -> str:
-    """A name as one that any file system takes: ``'Meta-SGD'`` as ``'meta-sgd'``."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "unnamed"
+    """A name as one that any file system takes: ``'Meta-SGD'`` as ``'meta-sgd'``.
 
-
-def append_json_line(path: Path | str, record: Mapping[str, Any]) -> None:
-    """Add one record to a JSON-lines file; it is handed to the system in a single write."""
-    with open(path, "ab", buffering=0) as file:
-        file.write((_dumps(record) + "\n").encode())
-
-
-def read_json_lines(path: Path | str) -> list[dict[str, Any]]:
-    """The records of a JSON-lines file; empty where there is no file.
-
-    A last line without its newline was cut short by a kill and is left out.
-
-    Raises:
-      UserError: another line is not JSON.
+    Names that are long or of other letters are told apart by a checksum at the end.
     """
-    path = Path(path)
-    if not path.exists():
-        return []
-    records = []
-    for number, line in enumerate(path.read_text().split("\n")[:-1], start=1):
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise UserError(
-                f"{path}:{number} is not JSON ({error}); repair or delete the line"
-            ) from error
-    return records
-
-
-def keep_json_lines(path: Path | str, keep: Callable[[dict[str, Any]], bool]) -> None:
-    """Rewrite a JSON-lines file with the records for which ``keep`` is true, atomically.
-
-    Raises:
-      UserError: a line is not JSON; the file is then as it was.
-    """
-    if Path(path).exists():
-        write_json_lines(path, [record for record in read_json_lines(path) if keep(record)])
-
-
-def write_json_lines(path: Path | str, records: Iterable[Mapping[str, Any]]) -> None:
-    """Write a JSON-lines file whole, in place of what was there, atomically."""
-    _write_whole(Path(path), "".join(_dumps(record) + "\n" for record in records))
+    plain = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    if plain and name.isascii() and len(plain) <= LONGEST_SLUG:
+        return plain
+    checksum = zlib.crc32(name.encode(errors="backslashreplace"))
+    return f"{plain[:LONGEST_SLUG] or 'unnamed'}-{checksum:08x}"
 
 
 def versions() -> dict[str, str]:
@@ -156,11 +190,25 @@ def versions() -> dict[str, str]:
 
 
 def git_commit() -> str | None:
-    """The short hash of the commit that this package runs from, or None outside git."""
-    command = ["git", "rev-parse", "--short", "HEAD"]
+    """The short hash of the commit that this package runs from, ``-dirty`` if files differ.
+
+    None where its source is in no git repository, or lies in one that does not track it.
+    """
+    file = Path(__file__)
+    if _git(file.parent, "ls-files", "--error-unmatch", file.name) is None:
+        return None
+    return _git(file.parent, "describe", "--always", "--dirty", "--exclude=*")
+
+
+def _git(directory: Path, *args: str) -> str | None:
     try:
         done = subprocess.run(
-            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+            ["git", "--no-optional-locks", *args],
+            cwd=directory,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            check=True,
         )
     except (OSError, subprocess.CalledProcessError):
         return None
@@ -179,9 +227,21 @@ def device_name() -> str:
 
 
 def _open_given(directory: Path, wanted: Any) -> Run:
-    if not directory.exists() or not any(directory.iterdir()):
-        directory.mkdir(parents=True, exist_ok=True)
-        return _create(directory, wanted)
+    _is_new(directory, wanted)  # what is no run is not even locked
+    if not is_first_process():
+        return Run(directory, resumed=(directory / "config.json").exists())
+    lock = _lock(directory)
+    if _is_new(directory, wanted):  # no other process has made a run of it meanwhile
+        return _create(directory, wanted, lock)
+    return _resume(directory, lock)
+
+
+def _is_new(directory: Path, wanted: Any) -> bool:
+    """Whether a run may be started there, or else that of this config be continued."""
+    with one_line(directory, "read"):
+        names = {path.name for path in directory.iterdir()} if directory.exists() else set()
+    if all(name in (LOCK, HOLDER) or name.endswith(".tmp") for name in names):
+        return True
     saved = _read_config(directory)
     if saved is None:
         raise UserError(f"{directory} is no run (no readable config.json); give a new directory")
@@ -190,18 +250,62 @@ def _open_given(directory: Path, wanted: Any) -> Run:
             f"{directory} is a run of another config ({differences(saved, wanted)}); "
             "go back to that config or give a new directory"
         )
-    return _resume(directory)
+    return False
 
 
-def _create(directory: Path, config: Any) -> Run:
-    _write_whole(directory / "config.json", json.dumps(config, indent=2) + "\n")
-    return Run(directory, resumed=False)
-
-
-def _resume(directory: Path) -> Run:
-    run = Run(directory, resumed=True)
-    keep_json_lines(run.results, lambda record: True)  # drops a last line that was cut short
+def _create(directory: Path, config: Any, lock: filelock.BaseFileLock | None) -> Run:
+    run = Run(directory, False, lock)
+    write_text(directory / "config.json", _config_text(config, indent=2) + "\n")
     return run
+
+
+def _resume(directory: Path, lock: filelock.BaseFileLock | None) -> Run:
+    run = Run(directory, True, lock)
+    for unfinished in directory.glob("*.tmp"):  # by a process that was killed
+        unfinished.unlink()
+    keep_json_lines(run.results, lambda record: True)  # so that damage is found now
+    return run
+
+
+def _config_text(config: Any, indent: int | None = None) -> str:
+    """A config as strict JSON, which has no infinity: it becomes the text "Infinity"."""
+    return strict_json(config, non_finite=str, indent=indent)
+
+
+def _lock(directory: Path) -> filelock.BaseFileLock | None:
+    """The lock of a directory, taken; None where this process needs none or can have none."""
+    if not is_first_process():
+        return None
+    with one_line(directory, "written"):
+        directory.mkdir(parents=True, exist_ok=True)
+    path = directory.resolve() / LOCK  # one lock, however the directory is named
+    lock = filelock.FileLock(path, blocking=False, is_singleton=True, thread_local=False)
+    try:
+        lock.acquire()
+    except filelock.Timeout:
+        with one_line(directory, "written"):
+            path.touch()  # what may not be written to looks as if it were in use
+        raise UserError(
+            f"{directory} is in use by {_holder(directory)}: wait until that ends, or give "
+            "another directory (--run-dir or --root)"
+        ) from None
+    except (NotImplementedError, OSError) as error:
+        if getattr(error, "errno", None) in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC):
+            with one_line(directory, "written"):
+                raise
+        say(f"warning: {directory} cannot be locked ({error}): let no second process use it")
+        return None
+    if lock.lock_counter == 1:
+        write_text(directory / HOLDER, f"process {os.getpid()} on {socket.gethostname()}")
+    return lock
+
+
+def _holder(directory: Path) -> str:
+    """The process that has the lock, in words."""
+    try:
+        return (directory / HOLDER).read_text(encoding="utf-8", errors="replace")[:200]
+    except OSError:
+        return "another process"
 
 
 def _new_directory(path: Path) -> Path:
@@ -226,8 +330,8 @@ def _runs_newest_first(parent: Path, preset: str) -> list[Path]:
 
 def _read_config(directory: Path) -> Any:
     try:
-        return json.loads((directory / "config.json").read_text())
-    except (OSError, ValueError):
+        return json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
         return None
 
 
@@ -245,24 +349,3 @@ def _flatten(tree: Any, name: str = "") -> dict[str, Any]:
     for key, value in tree.items():
         fields |= _flatten(value, f"{name}.{key}" if name else key)
     return fields
-
-
-def _write_whole(path: Path, text: str) -> None:
-    """Write a file so that at every moment either the old or the new one is there, whole."""
-    unfinished = path.with_name(path.name + ".tmp")
-    unfinished.write_text(text)
-    os.replace(unfinished, path)
-
-
-def _dumps(value: Any) -> str:
-    return json.dumps(value, default=_plain)
-
-
-def _plain(value: Any) -> Any:
-    if hasattr(value, "tolist"):  # arrays and their scalars
-        return value.tolist()
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return dataclasses.asdict(value)
-    if isinstance(value, Path):
-        return str(value)
-    raise TypeError(f"{type(value).__name__} cannot be written as JSON")

@@ -6,9 +6,13 @@ that was not run is a dash.
 
 import collections
 import math
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NotRequired, TypedDict
+
+from metaopt.files import read_json_lines, write_text
+from metaopt.text import printable
 
 Record = dict[str, Any]
 DASH = "–"
@@ -17,6 +21,28 @@ LATEX = str.maketrans(
     | {"\\": r"\textbackslash{}", "^": r"\textasciicircum{}", "~": r"\textasciitilde{}"}
     | {"Δ": r"$\Delta$", "×": r"$\times$"}
 )
+MARKDOWN = str.maketrans({"\\": "\\\\", "|": "\\|"})
+
+
+class RecordFields(TypedDict):
+    """What tables read of a record; it may have other fields."""
+
+    table: str
+    row: str
+    column: str
+    value: float | None
+    ci95: NotRequired[float | None]
+    paper: NotRequired[float | None]
+    paper_ci95: NotRequired[float | None]
+    better: NotRequired[str]
+    limit: NotRequired[bool]
+    unit: NotRequired[str]
+    over: NotRequired[str]
+    n: NotRequired[int | None]
+    preset: NotRequired[str]
+    device: NotRequired[str]
+    seeds: NotRequired[list[int]]
+    command: NotRequired[str]
 
 
 class Table(NamedTuple):
@@ -35,10 +61,23 @@ class Table(NamedTuple):
     cells: dict[tuple[str, str], Record]
 
 
+def read_records(path: Path | str) -> list[Record]:
+    """The records of a ``results.jsonl``; none where there is no file.
+
+    Raises:
+      UserError: a line is no record, or holds NaN or inf.
+    """
+    return read_json_lines(path, RecordFields)
+
+
 def arrange(records: Iterable[Record]) -> list[Table]:
-    """One `Table` for each table name among the records, in the order they came."""
+    """One `Table` for each table name among the records, in the order they came.
+
+    Line breaks and control characters in names and other texts are escaped.
+    """
     tables: dict[str, list[Record]] = {}
     for record in records:
+        record = {k: printable(v) if isinstance(v, str) else v for k, v in record.items()}
         tables.setdefault(record["table"], []).append(record)
     return [_arrange_one(name, found) for name, found in tables.items()]
 
@@ -51,13 +90,17 @@ def _arrange_one(name: str, records: Sequence[Record]) -> Table:
 
 def cell_text(record: Record | None, plus_minus: str = " ± ") -> str:
     """``mean ± half-width`` to the digits that the interval gives, or a dash."""
-    if record is None or record["value"] is None:
+    if record is None or not _is_finite(record["value"]):
         return DASH
     value, half = record["value"], record.get("ci95")
-    if half is None or math.isnan(half):  # one task, or a figure that has none
+    if half is None or not _is_finite(half):  # one task, or a figure that has none
         return _plain(value)
     digits = 4 if half < 0.00995 else 3 if half < 0.0995 else 2
     return f"{value:.{digits}f}{plus_minus}{half:.{digits}f}"
+
+
+def _is_finite(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
 
 
 def _plain(value: float) -> str:
@@ -79,7 +122,7 @@ def best_rows(table: Table, column: str) -> set[str]:
     contenders = {
         row: cell
         for row, cell in cells.items()
-        if cell and cell["value"] is not None and not cell.get("limit")
+        if cell and _is_finite(cell["value"]) and not cell.get("limit")
     }
     if len(contenders) < 2:
         return set()
@@ -103,22 +146,27 @@ def _row_texts(
 
 def _published(cell: Record | None, plus_minus: str) -> str:
     """The number of the paper, in brackets."""
-    if cell is None or cell.get("paper") is None:
+    if cell is None or not _is_finite(cell.get("paper")):
         return ""
-    half = cell.get("paper_ci95")
-    return f" (paper {cell['paper']:g}{f'{plus_minus}{half:g}' if half else ''})"
+    half = cell.get("paper_ci95") or math.nan
+    return f" (paper {cell['paper']:g}{f'{plus_minus}{half:g}' if _is_finite(half) else ''})"
 
 
 def to_markdown(table: Table) -> str:
     """A Markdown table with the best of each column in bold and the units in the caption."""
     lines = [
-        "| | " + " | ".join(table.columns) + " |",
+        "| | " + " | ".join(map(_in_markdown, table.columns)) + " |",
         "|---|" + "---:|" * len(table.columns),
     ]
     for row in table.rows:
         texts = _row_texts(table, row, table.columns, "**{}**")
-        lines.append(f"| {row} | " + " | ".join(texts) + " |")
-    return "\n".join([*lines, "", caption(table), ""])
+        lines.append(f"| {_in_markdown(row)} | " + " | ".join(texts) + " |")
+    return "\n".join([*lines, "", caption(table), ""]).replace("<!--", "&lt;!--")
+
+
+def _in_markdown(name: str) -> str:
+    """A name as a cell of a table: what is between ``|`` or after a backslash stays one name."""
+    return name.translate(MARKDOWN)
 
 
 def to_latex(table: Table) -> str:
@@ -138,8 +186,8 @@ def to_latex(table: Table) -> str:
 
 def write(directory: Path, tables: Sequence[Table]) -> None:
     """Writes ``table.md`` and ``table.tex``, the tables one after the other."""
-    (directory / "table.md").write_text("\n".join(map(to_markdown, tables)))
-    (directory / "table.tex").write_text("\n".join(map(to_latex, tables)))
+    write_text(directory / "table.md", "\n".join(map(to_markdown, tables)))
+    write_text(directory / "table.tex", "\n".join(map(to_latex, tables)))
 
 
 def to_rich(table: Table, width: int) -> list:
@@ -148,17 +196,18 @@ def to_rich(table: Table, width: int) -> list:
     Columns that do not fit beside the others go to a further table below.
     """
     from rich.table import Table as RichTable
+    from rich.text import Text
 
     shown = []
     for columns in _column_groups(table, width):
-        part = RichTable(title=table.name if not shown else None, title_justify="left")
+        part = RichTable(title=Text(table.name) if not shown else None, title_justify="left")
         part.add_column("", no_wrap=True)
         for column in columns:
-            part.add_column(column, justify="right", no_wrap=True)
+            part.add_column(Text(column), justify="right", no_wrap=True)
         for row in table.rows:
-            part.add_row(row, *_row_texts(table, row, columns, "[bold]{}[/bold]"))
+            part.add_row(Text(row), *_row_texts(table, row, columns, "[bold]{}[/bold]"))
         shown.append(part)
-    shown[-1].caption = caption(table)
+    shown[-1].caption = Text(caption(table))
     return shown
 
 
@@ -194,7 +243,7 @@ def caption(table: Table) -> str:
         all_of("unit"),
         over,
         f"preset {all_of('preset')}, {all_of('device')}, {_seeds(table)}",
-        f"`{all_of('command')}`",
+        _code(all_of("command")),
     ]
     return "; ".join(part for part in parts if part)
 
@@ -210,5 +259,15 @@ def _seeds(table: Table) -> str:
     return f"seed {most}" + (f" ({'; '.join(others)})" if others else "")
 
 
+def _code(text: str) -> str:
+    """As code in Markdown: between more backticks than follow one another in it."""
+    longest = max(map(len, re.findall("`+", text)), default=0)
+    fence = "`" * (longest + 1)
+    space = " " if longest else ""
+    return f"{fence}{space}{text}{space}{fence}"
+
+
 def _escape(text: str) -> str:
-    return text.translate(LATEX)
+    """For LaTeX, in which a bracket after the end of a row would be its argument."""
+    escaped = text.translate(LATEX)
+    return f"{{}}{escaped}" if escaped.startswith(("[", "*")) else escaped

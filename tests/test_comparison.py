@@ -9,9 +9,9 @@ import quadratic
 from metaopt import learners, meta_gradients
 from metaopt.comparison import Comparison, ComparisonConfig, Problem, Row, select
 from metaopt.errors import UserError
+from metaopt.files import read_json_lines
 from metaopt.inner_loop import InnerLoop
 from metaopt.outer_step import OuterConfig
-from metaopt.runs import read_json_lines
 from metaopt.types import Model, TaskFamily, TaskSplit
 
 CONFIG = ComparisonConfig(

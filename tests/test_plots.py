@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from metaopt.plots import Curve, adaptation_curves, new_figure, trajectories
+from metaopt.plots import Curve, adaptation_curves, lines, new_figure, trajectories
+from metaopt.text import printable
 
 STEPS = np.arange(4.0)
 GOOD = Curve(3 - STEPS / 10, np.full(4, 0.1))
@@ -49,6 +50,17 @@ def test_a_row_that_diverged_does_not_hide_the_others(tmp_path, monkeypatch):
     figure = figure_of(monkeypatch, tmp_path / "curves.png", curves, {}, {"Bayes": 2.5})
     low, high = figure.axes[0].get_ylim()
     assert 1.5 < low < 2.5 and 3 < high < 4
+
+
+def test_any_name_is_in_the_legend_as_it_is(tmp_path, monkeypatch):
+    names = ["$", r"a $\frac$ b", "_private", "a\nb", "\x1b[31m", "\udcff", "%"]
+    figure = figure_of(monkeypatch, tmp_path / "c.png", dict.fromkeys(names, GOOD), {}, {})
+    (legend,) = figure.legends
+    shown = [text.get_text().replace(r"\$", "$").strip() for text in legend.get_texts()]
+    assert shown == [printable(name) for name in names]
+    options = {"x_label": "", "y_label": "", "title": ""}
+    trajectories(tmp_path / "t.png", dict.fromkeys(names, np.ones((2, 2))), **options)
+    lines(tmp_path / "l.png", [1, 2], {name: [1, 2] for name in names}, **options)
 
 
 def test_every_row_and_limit_is_in_the_legend_and_the_baseline_has_no_gain(tmp_path, monkeypatch):

@@ -1,8 +1,13 @@
 import dataclasses
+import math
+import os
 import re
+import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from metaopt import runs
@@ -18,6 +23,7 @@ class Outer:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
     seed: int = 0
+    limit: float = math.inf
     data: Path = Path("texts")
     outer: Outer = Outer()
 
@@ -67,39 +73,141 @@ def test_a_given_directory_that_is_no_run_is_left_alone(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
+OPEN = """
+import sys
+from metaopt import runs
+from metaopt.errors import UserError
+try:
+    run = runs.open_run(sys.argv[1], "toy", "cpu", {"seed": 0}, run_dir=(sys.argv[2:] or [None])[0])
+except UserError as error:
+    sys.exit(f"error: {error}")
+print(run.directory, run.resumed, flush=True)
+input()
+"""
+
+
+def another_process(*args):
+    """A process that opens a run and keeps it until it is told to end, and what it says."""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    command = [sys.executable, "-c", OPEN, *map(str, args)]
+    process = subprocess.Popen(command, encoding="utf-8", **pipes)
+    return process, process.stdout.readline().split()
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_one_process_at_a_time_has_a_run(tmp_path, given):
+    config, args = {"seed": 0}, [tmp_path, tmp_path / "mine"] if given else [tmp_path]
+    first, (directory, _) = another_process(*args)
+    options = {"run_dir": directory} if given else {}
+    before = {path: path.read_bytes() for path in Path(directory).iterdir()}
+    with pytest.raises(UserError, match=f"process {first.pid} on") as error:
+        runs.open_run(tmp_path, "toy", "cpu", config, **options)
+    assert "\n" not in str(error.value) and "--run-dir" in str(error.value)
+    with pytest.raises(UserError), runs.lock_directory(directory):
+        pass
+    assert {path: path.read_bytes() for path in Path(directory).iterdir()} == before
+
+    first.send_signal(signal.SIGKILL)  # however it ends, the next one goes on
+    first.communicate()
+    with runs.open_run(tmp_path, "toy", "cpu", config, **options) as run:
+        assert run.resumed and str(run.directory) == directory
+        again = runs.open_run(tmp_path, "toy", "cpu", config, **options)  # as in a notebook
+        (tmp_path / "link").symlink_to(directory)
+        with runs.lock_directory(directory), runs.lock_directory(tmp_path / "link"):
+            assert again.directory == run.directory
+        second, said = another_process(*args)
+        assert said == [] and f"process {os.getpid()} on" in second.communicate()[1]
+    third, said = another_process(*args)
+    assert said == [directory, "True"]
+    third.communicate("\n")
+
+
+def test_a_finished_or_forgotten_run_is_not_locked(tmp_path):
+    run = runs.open_run(tmp_path, "toy", "cpu", {"seed": 0}, run_dir=tmp_path / "mine")
+    run.finish()
+    del run
+    runs.open_run(tmp_path, "toy", "cpu", {"seed": 0}, run_dir=tmp_path / "other")  # not kept
+    for name in ("mine", "other"):
+        process, said = another_process(tmp_path, tmp_path / name)
+        assert said[1:] == ["True"]
+        process.communicate("\n")
+
+
+def test_a_directory_that_cannot_be_used_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    for root in (tmp_path / "file", tmp_path / "file" / "below", "gs://bucket", "x" * 300):
+        for places in ((root, None), (tmp_path, root)):
+            with pytest.raises(UserError):
+                runs.check_root(*places)
+            with pytest.raises(UserError):
+                runs.open_run(places[0], "toy", "cpu", Config(), run_dir=places[1])
+        with pytest.raises(UserError), runs.lock_directory(root):
+            pass
+    assert [path.name for path in tmp_path.iterdir()] == ["file"] and not Path("gs:").exists()
+
+
+def test_what_a_killed_process_left_is_cleared(tmp_path):
+    run = runs.open_run(tmp_path, "toy", "cpu", Config(), run_dir=tmp_path / "mine")
+    (run.directory / "results.jsonl.123-456.tmp").write_text("half")
+    (run.directory / "results.jsonl").write_text('{"row": 1}\n{"ro')
+    again = runs.open_run(tmp_path, "toy", "cpu", Config(), run_dir=tmp_path / "mine")
+    assert again.resumed and again.results.read_text() == '{"row": 1}\n'
+    assert not list(again.directory.glob("*.tmp"))
+
+
+@pytest.mark.parametrize("text", ["[1]", "{", '{"seed": "\\ud800"}', "[" * 99999, "\0", "NaN"])
+def test_a_damaged_config_is_no_run_of_this_config(tmp_path, text):
+    run = runs.open_run(tmp_path, "toy", "cpu", Config())
+    (run.directory / "config.json").write_text(text)
+    assert not runs.open_run(tmp_path, "toy", "cpu", Config()).resumed
+    with pytest.raises(UserError):
+        runs.open_run(tmp_path, "toy", "cpu", Config(), run_dir=run.directory)
+
+
+def test_names_that_differ_have_folders_that_differ():
+    names = ["MAML", "Meta-SGD", "MAML é", "MAML è", "π", "φ", "", "x" * 300, "x" * 299, "\udcff"]
+    slugs = [runs.slug(name) for name in names]
+    assert slugs[:2] == ["maml", "meta-sgd"] and len({*slugs}) == len(names)
+    assert all(re.fullmatch(r"[a-z0-9-]{1,120}", slug) for slug in slugs)
+
+
 def test_differences_name_absent_fields():
     text = runs.differences({"a": 1, "b": {"c": 2}}, {"a": 1, "b": {"d": None}})
     assert text == "b.c: 2 saved, absent now, b.d: absent saved, null now"
     assert runs.differences(runs.as_json(Config()), runs.as_json(Config())) == ""
 
 
-def test_json_lines_survive_a_write_that_was_cut_short(tmp_path):
-    path = tmp_path / "lines.jsonl"
-    assert runs.read_json_lines(path) == []
-    for step in range(3):
-        runs.append_json_line(path, {"step": step, "losses": np.full(2, step, np.float32)})
-    with path.open("a") as file:
-        file.write('{"step": 3, "lo')
-    assert [line["step"] for line in runs.read_json_lines(path)] == [0, 1, 2]
-    runs.keep_json_lines(path, lambda line: line["step"] != 1)
-    runs.append_json_line(path, {"step": 3})
-    assert runs.read_json_lines(path) == [
-        {"step": 0, "losses": [0.0, 0.0]},
-        {"step": 2, "losses": [2.0, 2.0]},
-        {"step": 3},
-    ]
-
-
-def test_a_damaged_line_is_named_and_the_file_left_alone(tmp_path):
-    path = tmp_path / "lines.jsonl"
-    path.write_text('{"step": 1}\n{"st\n{"step": 3}\n')
-    before = path.read_text()
-    with pytest.raises(UserError, match=r"lines\.jsonl:2"):
-        runs.keep_json_lines(path, lambda line: True)
-    assert path.read_text() == before
-
-
 def test_what_a_result_depends_on():
     assert set(runs.versions()) == {"python", "jax", "flax", "optax", "metaopt"}
     assert re.fullmatch(r"\d+-core CPU", runs.device_name())
-    assert runs.git_commit() is None or re.fullmatch(r"[0-9a-f]{7,}", runs.git_commit() or "")
+
+
+def test_the_commit_is_that_of_the_package_itself(tmp_path):
+    def git(*args):
+        identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        subprocess.run(["git", *identity, *args], cwd=tmp_path, check=True, capture_output=True)
+
+    def found():
+        code = "import metaopt.runs as runs; print(runs.__file__, runs.git_commit())"
+        environment = os.environ | {"PYTHONPATH": str(package)}
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, env=environment, cwd="/", capture_output=True, check=True)
+        file, commit = done.stdout.decode().split()
+        assert file.startswith(str(package))
+        return commit
+
+    package = tmp_path / "env" / "site-packages"
+    package.mkdir(parents=True)
+    shutil.copytree(Path(runs.__file__).parent, package / "metaopt")
+    assert found() == "None"
+    git("init")
+    (tmp_path / "thesis.tex").write_text("...")
+    git("add", "thesis.tex")
+    git("commit", "-m", "a thesis, and metaopt installed beside it")
+    assert found() == "None"
+    git("add", "env")
+    git("commit", "-m", "metaopt itself")
+    clean = found()
+    assert re.fullmatch(r"[0-9a-f]{7,}", clean)
+    (tmp_path / "thesis.tex").write_text("changed")
+    assert found() == f"{clean}-dirty"

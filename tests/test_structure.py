@@ -1,6 +1,7 @@
 """The one-way order of imports, read from the source, so that no import is run to find out."""
 
 import ast
+import re
 import sys
 from pathlib import Path
 
@@ -9,7 +10,9 @@ import pytest
 ROOT = Path(__file__).parents[1] / "metaopt"
 FILES = sorted(ROOT.rglob("*.py"))
 ORDER = [
+    {"text"},
     {"types", "errors"},
+    {"files", "progress"},
     {
         "tasks",
         "models",
@@ -20,7 +23,6 @@ ORDER = [
         "finite_differences",
         "plots",
         "runs",
-        "progress",
     },
     {"pytrees", "rematerialization"},
     {"planned_scan"},
@@ -43,7 +45,7 @@ def unit(path):
 
 def imports(path):
     """The full dotted names of all that a file imports, but for type checking."""
-    tree = ast.parse(path.read_text())
+    tree = ast.parse(path.read_text(encoding="utf-8"))
     typing_only = {
         node
         for block in ast.walk(tree)
@@ -86,14 +88,15 @@ def test_each_library_has_its_place():
     assert {Path(name).parts[0] for name in files_that_import("flax")} == {"models"}
     assert files_that_import("tensorflow_datasets") == {"tasks/text_dataset.py"}
     assert "orbax" in roots(ROOT / "checkpoint.py") and len(files_that_import("orbax")) == 1
-    assert roots(ROOT / "tables.py") <= {*sys.stdlib_module_names, "rich"}
+    for name in ("text", "errors", "files", "tables"):  # read and watch without JAX
+        assert roots(ROOT / f"{name}.py") <= {*sys.stdlib_module_names, "rich", "metaopt"}
 
 
 def test_devices_are_named_in_one_file():
     names = {"devices", "local_devices", "device_count", "local_device_count", "pmap", "shard_map"}
 
     def named(path):
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "jax":
                 yield node.attr
 
@@ -103,3 +106,23 @@ def test_devices_are_named_in_one_file():
         ("parallel.py", "pmap"),
         ("runs.py", "devices"),  # for the name of the device in the results
     }
+
+
+def test_every_text_file_has_its_encoding():
+    """Or it would be that of the machine: cp1252 on some, ASCII on others."""
+    opening = {"open", "read_text", "write_text", "fdopen", "TemporaryFile", "NamedTemporaryFile"}
+
+    def without(path):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Call):
+                continue
+            name, options = ast.unparse(node.func), {keyword.arg for keyword in node.keywords}
+            modes = [arg.value for arg in node.args if isinstance(arg, ast.Constant)]
+            binary = any(re.fullmatch("[rwaxb+]*b[rwaxb+]*", str(mode)) for mode in modes)
+            ours = name in ("read_text", "write_text")  # of metaopt.files, which are UTF-8
+            opens_text = name.split(".")[-1] in opening and not binary and not ours
+            if (opens_text or "text" in options) and "encoding" not in options:
+                yield f"{path}:{node.lineno}"
+
+    files = [*FILES, *(ROOT.parent / "experiments").rglob("*.py")]
+    assert not [place for path in files for place in without(path)]

@@ -1,9 +1,21 @@
 import io
+import math
+import re
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from rich.console import Console
 
-from metaopt.tables import arrange, best_rows, cell_text, to_latex, to_markdown, to_rich
+from metaopt.tables import (
+    arrange,
+    best_rows,
+    cell_text,
+    to_latex,
+    to_markdown,
+    to_rich,
+    write,
+)
 
 
 def cell(row, column, value, ci95=None, table="text", **more):
@@ -118,3 +130,55 @@ def test_the_best_is_the_highest_where_that_is_better_and_ties_share_it():
     (tied,) = arrange([cell(row, "c", value) for row, value in [("a", 1), ("b", 2), ("c", 1)]])
     assert best_rows(tied, "c") == {"a", "c"}
     assert best_rows(TEXT, "5_steps") == set()  # one contender is no contest
+
+
+ODD = st.text(st.characters(), max_size=8) | st.lists(
+    st.sampled_from(["|", "\\", "`", "\n", "\r", "\x1b[2J", "[/bold]", "[red]", "&", "%", "$", "{"])
+    | st.sampled_from(["<!-- end -->", "\u2028", "\udcff", "[", "*", "a", " ", "#", "nan"]),
+    max_size=5,
+).map("".join)
+
+
+@settings(max_examples=200, deadline=None)
+@given(ODD, ODD, ODD, ODD)
+def test_no_name_breaks_a_table(tmp_path_factory, row, column, text, command):
+    more = {"unit": text, "over": text, "device": text, "command": command}
+    (table,) = arrange(
+        [cell(row, column, 1.0, table=text, **more), cell("b", "d", 2.0, table=text)]
+    )
+    markdown = to_markdown(table)
+    assert "<!--" not in markdown and markdown.replace("\n", "").isprintable()
+    lines = markdown.removesuffix("\n").split("\n")
+    size = len(table.rows), len(table.columns)
+    assert len(lines) == 2 + size[0] + 2
+    for line in lines[: 2 + size[0]]:
+        unescaped = re.sub(r"\\.", "", line)
+        assert line.startswith("|") and line.endswith("|") and unescaped.count("|") == 2 + size[1]
+
+    latex = to_latex(table)
+    inside = latex.split("\\midrule\n")[1].split("\\bottomrule")[0].splitlines()
+    assert len(inside) == size[0] and latex.replace("\n", "").isprintable()
+    for line in inside:
+        bare = re.sub(r"\\[a-z]+\{\}|\\.", "", line.removesuffix(r" \\"))
+        assert bare.count("&") == size[1] and not {"%", "#", "_"} & set(bare)
+        assert not line.startswith(("[", "*"))  # the argument of the end of the row before
+
+    console = Console(width=200, file=io.StringIO())
+    console.print(*to_rich(table, 200), sep="\n")
+    directory = tmp_path_factory.mktemp("tables", numbered=True)
+    write(directory, [table])
+    assert (directory / "table.md").read_text(encoding="utf-8") == markdown
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_reaches_no_table(value):
+    records = [
+        cell("a", "c", value, 0.1),
+        cell("b", "c", 1.0, value, paper=value),
+        cell("d", "c", 2),
+    ]
+    records += [cell("e", "c", 1.5, paper=1.25, paper_ci95=value)]
+    (table,) = arrange(records)
+    for text in (to_markdown(table), to_latex(table)):
+        assert not re.search(r"\b(nan|inf)", text, re.IGNORECASE)
+    assert best_rows(table, "c") == {"b"} and cell_text(table.cells["a", "c"]) == "–"

@@ -16,8 +16,8 @@ import pytest
 
 from metaopt.checkpoint import Checkpoints
 from metaopt.errors import UserError
+from metaopt.files import read_json_lines
 from metaopt.progress import Progress
-from metaopt.runs import read_json_lines
 from metaopt.train import (
     Diverged,
     Interrupted,

@@ -39,7 +39,7 @@ class Worker:
         """
         self.report: dict[str, Any] = {}
         self._limit = limit
-        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115, closed by `close`
+        self._errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115, closed by `close`
         arguments = {"peer": peer, "problem": problem, "data": data, "threads": threads}
         flags = [part for name, value in arguments.items() for part in (f"--{name}", str(value))]
         self._process = subprocess.Popen(
@@ -47,7 +47,8 @@ class Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
-            text=True,
+            encoding="utf-8",
+            errors="replace",
             cwd=ROOT,
             env={name: value for name, value in os.environ.items() if name != "XLA_FLAGS"},
         )

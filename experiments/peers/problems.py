@@ -118,7 +118,8 @@ class Data(NamedTuple):
 def save(directory: Path, data: Data) -> None:
     """Writes ``problem.json``, ``params.npz`` and ``episodes.npz``."""
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "problem.json").write_text(json.dumps(dataclasses.asdict(data.problem)))
+    text = json.dumps(dataclasses.asdict(data.problem))
+    (directory / "problem.json").write_text(text, encoding="utf-8")
     np.savez(directory / "params.npz", **data.params)  # type: ignore[arg-type]
     arrays = dict(zip(EPISODE, (*data.support, *data.query), strict=True))
     np.savez(directory / "episodes.npz", **arrays)  # type: ignore[arg-type]
@@ -135,7 +136,7 @@ def load(directory: Path) -> Data:
     """
     if not (directory / "problem.json").exists():
         raise UserError(f"{directory} holds no problem; write one with `problems.save`")
-    problem = Problem(**json.loads((directory / "problem.json").read_text()))
+    problem = Problem(**json.loads((directory / "problem.json").read_text(encoding="utf-8")))
     with np.load(directory / "params.npz") as file:
         params = dict(file)
     with np.load(directory / "episodes.npz") as file:

@@ -14,8 +14,15 @@ from metaopt import parallel
 from metaopt.checkpoint import Checkpoints
 from metaopt.errors import UserError
 from metaopt.evaluate import Interval
+from metaopt.files import (
+    Named,
+    append_json_line,
+    keep_json_lines,
+    read_json_lines,
+    what_is_wrong,
+)
 from metaopt.measure import compile_seconds
-from metaopt.runs import append_json_line, as_json, differences, keep_json_lines, read_json_lines
+from metaopt.runs import as_json, differences
 from metaopt.self_improvement.alarms import Alarm
 from metaopt.self_improvement.assess import Assessment, Measurement, as_record, assess
 from metaopt.self_improvement.trials import Decision
@@ -129,22 +136,30 @@ class Journal:
         found = self._mine("decisions.jsonl")
         num_decisions = min(num_decisions, len(found))
         for line in found[num_decisions:]:
-            if line.get("phase", -1) < 0 or line["examples"] != examples:
+            whole = what_is_wrong(line, Decision) is None
+            if not whole or line["phase"] < 0 or line["examples"] != examples:
                 break
             num_decisions += 1
-        decisions = self._first("decisions.jsonl", num_decisions)
-        self.decisions = [Decision(**_without(line, "name")) for line in decisions]
-        self.curve = [_assessment(x) for x in self._first("metrics.jsonl", num_assessments)]
+        decisions = self._first("decisions.jsonl", num_decisions, Decision)
+        self.decisions = [
+            Decision(**{key: value for key, value in line.items() if key in Decision._fields})
+            for line in decisions
+        ]
+        assessments = self._first("metrics.jsonl", num_assessments, Assessment)
+        self.curve = [_assessment(line) for line in assessments]
 
     def _mine(self, file: str) -> list[dict[str, Any]]:
         """The lines of this training in a file."""
-        lines = read_json_lines(self._directory / file)
+        lines = read_json_lines(self._directory / file, Named)
         return [line for line in lines if line["name"] == self._workload.name]
 
-    def _first(self, file: str, number: int) -> list[dict[str, Any]]:
+    def _first(self, file: str, number: int, schema: type) -> list[dict[str, Any]]:
         """The first lines of this training in a file, the others of it dropped."""
         path, name = self._directory / file, self._workload.name
         mine = self._mine(file)[:number]
+        for line in mine:
+            if problem := what_is_wrong(line, schema):
+                raise UserError(f"{path}: a line of {name!r} is damaged ({problem}); repair it")
         if jax.process_index() == 0:
             numbers = itertools.count()
             keep_json_lines(path, lambda x: x["name"] != name or next(numbers) < number)
@@ -240,7 +255,3 @@ def _assessment(line: Mapping[str, Any]) -> Assessment:
             known = {k: math.nan if v is None else v for k, v in interval.items()}
             fields[name] = Interval(**known)  # type: ignore[arg-type]
     return Assessment(**fields)
-
-
-def _without(line: Mapping[str, Any], name: str) -> dict[str, Any]:
-    return {key: value for key, value in line.items() if key != name}

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from urllib.parse import quote, quote_plus
 
 from metaopt.errors import UserError
+from metaopt.files import local_path
 
 _SECRET = "***"
 _PATIENCE = {  # what drivers call the seconds to wait for a lock or a connection
@@ -68,7 +69,7 @@ def locate(path_or_url: Path | str) -> Location:
     except ImportError as error:
         raise UserError("the memory needs Optuna: pip install 'metaopt[improve]'") from error
     if isinstance(path_or_url, Path) or "://" not in path_or_url:
-        return _file(Path(path_or_url), URL)
+        return _file(local_path(path_or_url), URL)
     try:
         url = make_url(path_or_url)
         dialect = url.get_dialect()

@@ -14,7 +14,9 @@ from typing import Any, Self
 
 import jax
 
-from metaopt.runs import append_json_line, keep_json_lines, slug
+from metaopt.files import Line, append_json_line, keep_json_lines, one_line
+from metaopt.recorder import TensorBoard
+from metaopt.runs import slug
 from metaopt.self_improvement.alarms import Alarm, Alarms
 from metaopt.self_improvement.resources import MemoryUse, memory_use
 from metaopt.self_improvement.symptoms import MonitorConfig
@@ -176,39 +178,22 @@ class _Writer:
     """Lines of ``monitor.jsonl``, and the numbers among them as TensorBoard's curves."""
 
     def __init__(self, directory: Path, name: str, start: int, num_steps: int | None):
-        from tensorboardX import SummaryWriter  # late: not every monitor writes
-
         self._path = directory / "monitor.jsonl"
         self._common = {"name": name} | ({"num_steps": num_steps} if num_steps else {})
         self._began = time.monotonic()
-        directory.mkdir(parents=True, exist_ok=True)
-        keep_json_lines(self._path, lambda x: x["name"] != name or x["step"] <= start)
-        self._tensorboard = SummaryWriter(
-            str(directory / "tensorboard" / f"{slug(name)}-monitor"),
-            purge_step=start + 1 if start else None,
-        )
+        with one_line(directory, "written"):
+            directory.mkdir(parents=True, exist_ok=True)
+        keep_json_lines(self._path, lambda x: x["name"] != name or x["step"] <= start, Line)
+        self._tensorboard = TensorBoard(directory / "tensorboard" / f"{slug(name)}-monitor", start)
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         seconds = round(time.monotonic() - self._began, 3)
-        line = {"kind": kind} | self._common | {"step": step} | _finite(values)
+        line = {"kind": kind} | self._common | {"step": step} | dict(values)
         append_json_line(self._path, line | {"seconds": seconds})
+        curves = {f"monitor/{key}": value for key, value in values.items()}
         if kind == "alarm":
-            alarm = values["alarm"]
-            self._tensorboard.add_scalar(f"alarm/{alarm['kind']}", float(alarm["raised"]), step)
-        for key, value in values.items():
-            if isinstance(value, int | float) and math.isfinite(value):
-                self._tensorboard.add_scalar(f"monitor/{key}", value, step)
+            curves = {f"alarm/{values['alarm']['kind']}": float(values["alarm"]["raised"])}
+        self._tensorboard.add_scalars(step, curves)
 
     def close(self) -> None:
         self._tensorboard.close()
-
-
-def _finite(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The same with None for NaN and infinities, which JSON has no name for."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return _finite(value)
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
-    return {key: plain(value) for key, value in values.items()}

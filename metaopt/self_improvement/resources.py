@@ -51,7 +51,7 @@ def memory_use() -> MemoryUse:
 def host_limit() -> int:
     """Bytes of memory that this process may use: the machine's, or its control group's if lower."""
     try:
-        membership = Path("/proc/self/cgroup").read_text()
+        membership = Path("/proc/self/cgroup").read_text(encoding="utf-8")
     except OSError:  # not Linux
         membership = ""
     return min(psutil.virtual_memory().total, cgroup_limit(membership) or NO_LIMIT)
@@ -81,7 +81,7 @@ def cgroup_limit(membership: str, root: Path = CGROUPS) -> int | None:
 
 def _limit(path: Path) -> int | None:
     try:
-        limit = int(path.read_text())
+        limit = int(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):  # no such group seen from here, or "max"
         return None
     return limit if limit < NO_LIMIT else None

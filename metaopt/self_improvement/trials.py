@@ -75,7 +75,7 @@ class Decision(NamedTuple):
     evidence: list[dict[str, Any]]
     trial_examples: int
     seconds: float
-    left_out: Sequence[int] | None = None
+    left_out: tuple[int, int] | None = None
     size: int = 0
     gained: int = 0
 

@@ -13,7 +13,8 @@ import pytest
 from matplotlib.image import imread
 
 from experiments import adapt_languages, command_line
-from metaopt.runs import open_run, read_json_lines
+from metaopt.files import read_json_lines
+from metaopt.runs import open_run
 from metaopt.tasks import text_sources
 from metaopt.train import Interrupted
 

@@ -15,8 +15,9 @@ from experiments.table_bayes_gap_report import Report, Study, draw
 from metaopt import losses, plots
 from metaopt.comparison import ComparisonConfig, RowResult
 from metaopt.errors import UserError
+from metaopt.files import read_json_lines
 from metaopt.inner_loop import InnerLoop
-from metaopt.runs import open_run, read_json_lines
+from metaopt.runs import open_run
 from metaopt.tasks.markov import MarkovConfig, bayes_loss, number_ngrams
 from metaopt.types import Batch, Episode
 

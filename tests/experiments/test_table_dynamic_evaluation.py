@@ -20,8 +20,8 @@ from experiments.table_dynamic_evaluation_report import PUBLISHED, reduction
 from experiments.table_dynamic_evaluation_tuning import Setting, tune
 from metaopt import models
 from metaopt.errors import UserError
+from metaopt.files import read_json_lines
 from metaopt.inner_loop import InnerLoop
-from metaopt.runs import read_json_lines
 
 ROWS = ("static", "SGD dynamic evaluation", "RMS dynamic evaluation")
 META = "meta-learned initialisation, "

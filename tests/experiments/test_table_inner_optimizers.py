@@ -9,9 +9,9 @@ from matplotlib.image import imread
 from experiments import adapt_languages, command_line, table_inner_optimizers
 from metaopt import models
 from metaopt.comparison import RowResult
+from metaopt.files import read_json_lines
 from metaopt.inner_optimizers import INNER_OPTIMIZERS
 from metaopt.recorder import Diverged
-from metaopt.runs import read_json_lines
 
 SIZES = (
     "--preset smoke --tasks text --num-support 2 --num-query 2 --length 8 --width 4 "

@@ -12,9 +12,10 @@ from experiments.table_omniglot_config import Reptile, Setting, parse_setting
 from experiments.table_omniglot_rows import ABLATIONS, ALL_PARTS, Parts, make_rows, plus_plus
 from metaopt import losses, meta_gradients, parallel
 from metaopt.errors import UserError
+from metaopt.files import read_json_lines
 from metaopt.inner_loop import adapt
 from metaopt.outer_step import init_state, make_meta_step, outer_optimizer
-from metaopt.runs import read_json_lines, slug
+from metaopt.runs import slug
 from metaopt.types import Batch, Episode, Model
 
 QUICKLY = {"xla_backend_optimization_level": 0}

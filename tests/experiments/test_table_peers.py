@@ -9,8 +9,8 @@ import pytest
 from experiments import command_line, table_peers
 from experiments.peers import host, ours, problems, report, worker
 from metaopt.errors import UserError
+from metaopt.files import read_json_lines
 from metaopt.results import cell_maker
-from metaopt.runs import read_json_lines
 
 NAMES = tuple(problems.SMOKE)
 

@@ -12,7 +12,7 @@ from experiments.table_self_improvement_rows import make_rows
 from experiments.table_self_improvement_study import Study, in_turns, ratio
 from experiments.table_self_improvement_workloads import Text, language_model, mnist
 from metaopt.errors import UserError
-from metaopt.runs import read_json_lines
+from metaopt.files import read_json_lines
 from metaopt.self_improvement.loop import Ledger
 
 SMOKE = preset({"preset": "smoke"})

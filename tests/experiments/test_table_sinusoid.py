@@ -13,9 +13,9 @@ from experiments.table_sinusoid_report import PUBLISHED, compared
 from experiments.table_sinusoid_rows import first_rate, make_rows, signed_meta_sgd
 from metaopt import learners, losses, meta_gradients, models
 from metaopt.errors import UserError
+from metaopt.files import read_json_lines
 from metaopt.inner_loop import InnerLoop, adapt
 from metaopt.outer_step import OuterConfig, init_state, make_meta_step, outer_optimizer
-from metaopt.runs import read_json_lines
 from metaopt.tasks.sinusoid import SinusoidConfig, sinusoid
 from metaopt.types import Batch
 

@@ -50,6 +50,10 @@ def test_check_names_all_that_is_amiss(results, tmp_path):
         file.write(json.dumps(RECORD | {"table": "a/second", "command": ""}) + "\n")
     with pytest.raises(UserError, match=r"no config\.json.*lacks command.*--write-readme"):
         tables.check(results, readme)
+    with open(folder / "results.jsonl", "a") as file:
+        file.write('{"value": NaN}\n')
+    with pytest.raises(UserError, match=r"no config\.json.*results\.jsonl:4 is damaged"):
+        tables.check(results, readme)
 
 
 def test_only_finished_runs_are_kept(tmp_path, monkeypatch, results):
@@ -61,6 +65,39 @@ def test_only_finished_runs_are_kept(tmp_path, monkeypatch, results):
     (run / "finished").touch()
     kept = tables.keep(run, "cpu")
     assert {path.name for path in kept.iterdir()} == {"config.json", "results.jsonl"}
+
+
+@pytest.mark.parametrize(
+    ("run", "name"),
+    [
+        *(("runs/a/cpu-1", name) for name in ("../../../name", "..", "", "/etc", "a/b", "a\0b")),
+        *(("runs/a/cpu-1", name) for name in ("x" * 300, "out", "loop")),
+        *(("runs/a/absent", "cpu"), ("runs/a/damaged", "cpu"), ("gs://runs/a", "cpu")),
+    ],
+)
+def test_nothing_is_kept_outside_the_results(tmp_path, monkeypatch, results, run, name):
+    monkeypatch.setattr(tables, "RESULTS", tmp_path / "kept")
+    monkeypatch.chdir(tmp_path)
+    for place in ("cpu-1", "damaged"):
+        shutil.copytree(results / "a" / "cpu", tmp_path / "runs" / "a" / place)
+        (tmp_path / "runs" / "a" / place / "finished").touch()
+    (tmp_path / "runs" / "a" / "damaged" / "results.jsonl").write_text("[1]\n")
+    (tmp_path / "kept" / "a").mkdir(parents=True)
+    (tmp_path / "kept" / "a" / "out").symlink_to(tmp_path)
+    (tmp_path / "kept" / "a" / "loop").symlink_to("loop")
+    before = sorted(tmp_path.rglob("*"))
+    config = tables.Config(keep=(run, name))
+    with pytest.raises(UserError):
+        tables.run(config)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("place", ["../../secret", "a/../../secret", "/etc", "a//cpu", "a/out"])
+def test_a_marker_reads_nothing_outside_the_results(results, tmp_path, place):
+    shutil.copytree(results / "a" / "cpu", tmp_path / "secret")
+    (results / "a" / "out").symlink_to(tmp_path / "secret")
+    with pytest.raises(UserError):
+        tables.with_tables(MARKED.replace("a/cpu", place), results)
 
 
 def test_what_is_done_of_an_unfinished_run_is_kept_with_its_tables(tmp_path, monkeypatch, results):

@@ -10,7 +10,7 @@ from rich.console import Console
 from experiments import watch
 from experiments.watch_runs import POINTS, RunView, Tail, open_view
 from metaopt.errors import UserError
-from metaopt.runs import append_json_line, write_json_lines
+from metaopt.files import append_json_line, write_json_lines
 from metaopt.self_improvement.monitor import Monitor, MonitorConfig
 
 DECISION = {
@@ -187,3 +187,29 @@ def test_the_command_needs_no_jax(run):
     assert "50/90" in done.stdout
     done = subprocess.run([sys.executable, "-c", code, "/nowhere"], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("error: /nowhere is not there")
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
+def test_any_encoding_of_the_terminal_will_do(run, encoding):
+    append_json_line(run / "metrics.jsonl", {"name": "π \x1b[2J \udcff", "step": 1, "loss": 1.0})
+    environment = os.environ | {"PYTHONIOENCODING": encoding, "LANG": "C", "LC_ALL": "C"}
+    command = [sys.executable, "-m", "experiments.watch", str(run), "--once"]
+    done = subprocess.run(command, capture_output=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    shown = done.stdout.decode(encoding)
+    assert "50/90" in shown and "\\x1b[2J \\udcff" in shown and "\x1b" not in shown
+
+
+def test_what_is_no_number_or_too_large_is_passed_over(tmp_path):
+    odd = [
+        *({"step": "3"}, {"loss": [1]}, {"loss": 1e308}, {"loss": -1e308}, {"loss": 10**400}),
+        *({"active": 3}, {"active": ["nan", 4]}, {"alarm": "nan"}, {"alarm": {"kind": 3}}),
+        *({"device": "much"}, {"num_steps": -1.5}, {"utilisation": True}, {"kind": "forget"}),
+    ]
+    for line in odd:
+        append_json_line(
+            tmp_path / "monitor.jsonl", {"name": "loop", "step": 1, "loss": 2.0} | line
+        )
+    (tmp_path / "monitor.jsonl").open("ab").write(b'7\n\xff\n{"step": NaN}\n')
+    write_json_lines(tmp_path / "decisions.jsonl", [{"changes": [1]}, {"reason": "\x1b[2J"}])
+    assert line_with(shown(watch.Config(runs=(tmp_path,))), "loop", "▁")

@@ -12,9 +12,9 @@ from noisy_quadratic import LEAST, RATE, SETTINGS, as_bytes, loss_of, workload
 
 import metaopt.self_improvement as si
 from metaopt.errors import UserError
+from metaopt.files import read_json_lines
 from metaopt.measure import count_flops
 from metaopt.recorder import Diverged
-from metaopt.runs import read_json_lines
 from metaopt.self_improvement.budget import TrialConfig
 from metaopt.self_improvement.journal import Journal
 from metaopt.self_improvement.loop import LoopConfig, run

@@ -6,7 +6,7 @@ import jax
 import pytest
 from tensorboardX.proto import event_pb2
 
-from metaopt.runs import read_json_lines
+from metaopt.files import read_json_lines
 from metaopt.self_improvement.alarms import Alarms
 from metaopt.self_improvement.monitor import Monitor, MonitorConfig
 from metaopt.self_improvement.resources import MemoryUse

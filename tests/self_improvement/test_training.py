@@ -9,11 +9,11 @@ from noisy_quadratic import as_bytes
 
 from metaopt import parallel
 from metaopt.errors import UserError
+from metaopt.files import read_json_lines
 from metaopt.inner_loop import InnerLoop
 from metaopt.learners import maml
 from metaopt.meta_gradients import joint, reverse
 from metaopt.outer_step import OuterConfig, init_state, make_meta_step, outer_optimizer
-from metaopt.runs import read_json_lines
 from metaopt.self_improvement.budget import TrialConfig
 from metaopt.self_improvement.loop import LoopConfig, run
 from metaopt.self_improvement.proposers import descent

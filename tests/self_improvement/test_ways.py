@@ -7,7 +7,7 @@ import pytest
 from noisy_quadratic import SETTINGS, as_bytes, workload
 
 from metaopt.errors import UserError
-from metaopt.runs import read_json_lines
+from metaopt.files import read_json_lines
 from metaopt.self_improvement.attempts import Change
 from metaopt.self_improvement.budget import TrialConfig
 from metaopt.self_improvement.loop import LoopConfig, run
