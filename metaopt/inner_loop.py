@@ -33,7 +33,8 @@ class InnerLoop:
         its ``mean`` over the K steps, which makes every number of steps up to K a good
         one (the multi-step loss of Antoniou et al., 2019, with equal weights), or ``annealed``,
         the sum with the `query_weights` that go from the one to the other as
-        ``hparams['query_annealing']`` goes from 0 to 1.
+        ``hparams['query_annealing']`` goes from 0 to 1: over the whole training, where nothing
+        else is said. Joint pretraining and Reptile have no query loss and do not read it.
       unroll: inner steps laid out one after the other instead of scanned: quicker
         to run on CPU, slower to compile, and larger in memory.
       remat: recompute each inner step in the backward pass instead of keeping its

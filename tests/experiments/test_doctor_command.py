@@ -99,6 +99,6 @@ def test_models_and_learners_fit_one_another(model, learner):
 
 
 def test_options_are_bound_to_the_estimator():
-    config = doctor.Config(estimator="truncated", options=("window=2", "grad_fn=None"))
+    config = doctor.Config(estimator="truncated", options=("window=2",))
     bound = doctor.make_estimator(config)
-    assert bound.func.__name__ == "truncated" and bound.keywords == {"window": 2, "grad_fn": None}
+    assert bound.func.__name__ == "truncated" and bound.keywords == {"window": 2}
