@@ -3,14 +3,14 @@
 Each says in one line what was wrong and what to pass in its place.
 """
 
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.extend import core
 
 from metaopt.errors import UserError
 from metaopt.pytrees import entries
@@ -33,13 +33,20 @@ def check_factory(inner_optimizer: Any) -> None:
         )
 
 
-def check_optimizer(optimizer: Any) -> None:
-    """Raises UserError where what takes inner steps is no optimiser, such as `optax.sgd` itself."""
+def check_adapt(loss_fn: Any, optimizer: Any, params: Params) -> None:
+    """Checks what the inner loop is given.
+
+    Raises:
+      UserError: the loss cannot be called, the optimiser is none (`optax.sgd` itself), or the
+        parameters are not all floating-point.
+    """
+    check_loss(loss_fn)
     if not isinstance(optimizer, optax.GradientTransformation):
         raise UserError(
             "inner steps are taken by an optax.GradientTransformation, not by an object of type "
             f"{type(optimizer).__name__}: give optax.sgd(0.1) rather than optax.sgd"
         )
+    check_parameters(params)
 
 
 def check_loss(loss_fn: Any) -> None:
@@ -146,20 +153,36 @@ def hparam(hparams: Hparams, name: str) -> Array | float:
     )
 
 
-@contextlib.contextmanager
-def forward_mode(what: str) -> Iterator[None]:
-    """Says in one line that a loss has no derivative in forward mode, which ``what`` takes.
+def forward_mode(what: str, derivative: Callable) -> Callable:
+    """A derivative in forward mode, checked when it is traced.
 
-    Raises:
-      UserError: in place of JAX's error on a rule of `jax.custom_vjp`.
+    A rule of `jax.custom_vjp` that is left in it makes JAX raise only when the program is lowered,
+    where nothing of ours can catch it.
+
+    Args:
+      what: the name of the estimator.
+      derivative: a function of arrays that takes one.
+
+    Returns:
+      The same function. It raises UserError where such a rule is left.
     """
-    try:
-        yield
-    except TypeError as error:
-        if "custom_vjp" not in str(error):
-            raise
-        raise UserError(
-            f"{what} takes the derivative of the inner gradient in forward mode, and the loss has a "
-            "rule of jax.custom_vjp that has none: use the estimator reverse, or give the "
-            "function a rule of jax.custom_jvp"
-        ) from None
+
+    def checked(*arguments):
+        program, shapes = jax.make_jaxpr(derivative, return_shape=True)(*arguments)
+        if "custom_lin" in _primitives(program.jaxpr):
+            raise UserError(
+                f"{what} takes the derivative of the inner gradient in forward mode, and the loss "
+                "has a function with a rule of jax.custom_vjp that has none: use the estimator "
+                "reverse, or give the function a rule of jax.custom_jvp"
+            )
+        leaves = core.jaxpr_as_fun(program)(*jax.tree.leaves(arguments))
+        return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
+
+    return checked
+
+
+def _primitives(jaxpr: core.Jaxpr) -> Iterator[str]:
+    for equation in jaxpr.eqns:
+        yield equation.primitive.name
+        for nested in core.jaxprs_in_params(equation.params):
+            yield from _primitives(nested)

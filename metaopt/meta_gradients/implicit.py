@@ -81,8 +81,8 @@ def implicit(
         adapted = adapt(loss_fn, optimizer, start, episode.support, inner)
         loss, outer = jax.value_and_grad(loss_fn)(adapted.params, episode.query)
         inner_gradient = jax.grad(lambda params: loss_fn(params, episode.support))
-        with forward_mode("implicit"):
-            _, hessian_product = jax.linearize(inner_gradient, adapted.params)
+        _, hessian_product = jax.linearize(inner_gradient, adapted.params)
+        hessian_product = forward_mode("implicit", hessian_product)
 
         target, unravel = ravel_pytree(take(outer, learner.adapted))
         zeros = jax.tree.map(jnp.zeros_like, outer)

@@ -67,8 +67,10 @@ def _value_and_grad(pure_loss, params, batch, closed_over):
 
             return jax.grad(loss, argnums=(0, 1))(params, smooth)
 
-        with forward_mode("mixed mode"):
-            first, second = jax.jvp(gradients, (params,), (grad_bar,))
+        def derivative(params, grad_bar):
+            return jax.jvp(gradients, (params,), (grad_bar,))
+
+        first, second = forward_mode("mixed mode", derivative)(params, grad_bar)
         params_bar, smooth_bar = jax.tree.map(lambda a, b: loss_bar * a + b, first, second)
         return params_bar, with_others(smooth_bar, cotangent=True)
 
