@@ -27,8 +27,8 @@ def check_factory(inner_optimizer: Any) -> None:
     """Raises UserError where an optimiser is given in place of what makes one from a rate."""
     if isinstance(inner_optimizer, optax.GradientTransformation) or not callable(inner_optimizer):
         raise UserError(
-            "a learner makes its inner optimizer itself, from the inner learning rate, and "
-            f"takes a function of the rate, not an object of type {type(inner_optimizer).__name__}: "
+            "a learner makes its inner optimizer itself, from the inner learning rate, and takes "
+            f"a function of the rate, not an object of type {type(inner_optimizer).__name__}: "
             "give optax.sgd rather than optax.sgd(0.1), or lambda rate: optax.adam(rate, b1=0.5)"
         )
 
@@ -93,8 +93,8 @@ def check_call(learner: Learner, meta_params: MetaParams, episode: Episode) -> N
         )
     if num_axes := np.ndim(getattr(episode, "task", 0)):
         raise UserError(
-            f"an estimator takes one episode, whose task is a scalar, and this one's has {num_axes} "
-            "axes: take one of the batch, jax.tree.map(lambda x: x[0], episodes), or map over "
+            "an estimator takes one episode, whose task is a scalar, and this one's task has "
+            f"{num_axes} axes: take one of the batch, jax.tree.map(lambda x: x[0], episodes), or map over "
             "them by jax.vmap or metaopt.outer_step.mean_over_tasks"
         )
 
@@ -129,8 +129,8 @@ def check_parameters(params: Params) -> Params:
         raise UserError("there are no parameters to learn: the tree of parameters has no arrays")
     raise UserError(
         f"parameters must be floating-point arrays, and {', '.join(wrong[:3])} "
-        f"{'are' if len(wrong) > 1 else 'is'} not: give the others alone as parameters, and let the "
-        "loss put these back (docs/own_model.md shows how)"
+        f"{'are' if len(wrong) > 1 else 'is'} not: give the others alone as parameters, and let "
+        "the loss put these back (docs/own_model.md shows how)"
     )
 
 

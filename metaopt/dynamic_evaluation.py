@@ -237,8 +237,8 @@ def online(
     check_parts(learner, loss_fn)
     if inner.query_loss != "last":
         raise UserError(
-            "a walk is judged by the mean loss of its segments, each before the step on it, and has "
-            f"no query of which query_loss={inner.query_loss!r} could be: leave it at 'last'"
+            "a walk is judged by the mean loss of its segments, each before the step on it, and "
+            f"has no query of which query_loss={inner.query_loss!r} could be: leave it at 'last'"
         )
 
     def objective(meta_params, hparams, episode):

@@ -30,9 +30,8 @@ def anil(model: Model, inner_optimizer: InnerOptimizer = optax.sgd) -> Learner:
     """
     if not model.head:
         raise UserError(
-            "ANIL adapts the head alone, and this model has none of its own "
-            "(a tied head is the embedding): untie it, name it in Model(init, apply, head=...), or use "
-            "another learner"
+            "ANIL adapts the head alone, and this model has none of its own (a tied head is the "
+            "embedding): untie it, name it in Model(init, apply, head=...), or use another learner"
         )
 
     plain = maml(inner_optimizer)

@@ -55,8 +55,8 @@ def as_model(
         jax.eval_shape(apply, shapes["params"], example)
     except InvalidRngError as error:
         raise UserError(
-            f"{name} draws random numbers ({str(error).split(' (http')[0]}), and a Model has no key "
-            "to draw from: docs/own_model.md shows what to do with dropout"
+            f"{name} draws random numbers ({str(error).split(' (http')[0]}), and a Model has no "
+            "key to draw from: docs/own_model.md shows what to do with dropout"
         ) from None
     discovered = ("head",) if "head" in layers else ()
     return Model(init, apply, head=discovered if head is None else tuple(head))
