@@ -94,8 +94,8 @@ def check_call(learner: Learner, meta_params: MetaParams, episode: Episode) -> N
     if num_axes := np.ndim(getattr(episode, "task", 0)):
         raise UserError(
             "an estimator takes one episode, whose task is a scalar, and this one's task has "
-            f"{num_axes} axes: take one of the batch, jax.tree.map(lambda x: x[0], episodes), or map over "
-            "them by jax.vmap or metaopt.outer_step.mean_over_tasks"
+            f"{num_axes} axes: take one of the batch, jax.tree.map(lambda x: x[0], episodes), or "
+            "map over them by jax.vmap or metaopt.outer_step.mean_over_tasks"
         )
 
 

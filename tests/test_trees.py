@@ -1,4 +1,4 @@
-"""Parameters of any tree: each learner with each estimator is the program that it is with a dict."""
+"""Parameters of any tree: every learner and estimator is the same program as with a dict."""
 
 import dataclasses
 import functools

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from metaopt.checks import check_call, check_parts, hparam
 from metaopt.errors import UserError
@@ -43,7 +44,7 @@ def reptile(learner: Learner, loss_fn: LossFn, inner: InnerLoop) -> MetaGradFn:
         del key
         check_call(learner, meta_params, episode)
         rate = hparam(hparams, "inner_learning_rate")
-        if not isinstance(rate, jax.core.Tracer) and rate == 0:
+        if not isinstance(rate, Tracer) and rate == 0:
             raise UserError(
                 "Reptile's gradient is the distance that the inner loop goes, divided by its "
                 "rate, and inner_learning_rate is 0: give a rate above 0"
