@@ -248,7 +248,7 @@ def load_function(flag: str, name: str, num_arguments: int) -> Callable[..., Any
         raise UserError(f"the module {module_name!r} has no function {function_name!r}")
     try:
         inspect.signature(function).bind(*range(num_arguments))
-    except TypeError:
+    except (TypeError, ValueError):  # ValueError: of what is written in C and has no signature
         raise UserError(f"{name} must be a function of {num_arguments} arguments") from None
     return function
 
