@@ -4,7 +4,7 @@ Each says in one line what was wrong and what to pass in its place.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -23,13 +23,16 @@ HPARAMS = {
 }
 
 
-def check_factory(inner_optimizer: Any) -> None:
-    """Raises UserError where an optimiser is given in place of what makes one from a rate."""
-    if isinstance(inner_optimizer, optax.GradientTransformation) or not callable(inner_optimizer):
+def check_factory(factory: Any, which: Literal["inner", "outer"] = "inner") -> None:
+    """Raises UserError where an optimiser is given in place of what makes one."""
+    if isinstance(factory, optax.GradientTransformation) or not callable(factory):
+        example = {
+            "inner": "optax.sgd, not optax.sgd(0.1), or lambda rate: optax.adam(rate, b1=0.5)",
+            "outer": "outer_optimizer(OuterConfig()), or lambda hparams: optax.adam(1e-3)",
+        }[which]
         raise UserError(
-            "a learner makes its inner optimizer itself, from the inner learning rate, and takes "
-            f"a function of the rate, not an object of type {type(inner_optimizer).__name__}: "
-            "give optax.sgd rather than optax.sgd(0.1), or lambda rate: optax.adam(rate, b1=0.5)"
+            f"the {which} optimizer is made in every step, by a function of its scalars, and this "
+            f"is an object of type {type(factory).__name__}: give {example}"
         )
 
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from metaopt.checks import check_meta_params
+from metaopt.checks import check_factory, check_meta_params
 from metaopt.errors import UserError
 from metaopt.muon import scale_by_muon
 from metaopt.types import (
@@ -179,8 +179,10 @@ def init_state(
       hparams: all scalars that the step reads, ``inner_learning_rate`` among them.
 
     Raises:
-      UserError: the learner refuses the parameters, or learns other entries than it says.
+      UserError: the learner refuses the parameters, or learns other entries than it says; or
+        ``outer_opt`` is an optimiser and not a function that makes one.
     """
+    check_factory(outer_opt, "outer")
     meta_params = learner.init(params)
     check_meta_params(learner, meta_params)
     hparams = {name: jnp.asarray(value, jnp.float32) for name, value in hparams.items()}
@@ -213,6 +215,7 @@ def make_meta_step(
       all tasks: ``loss``, ``inner_losses`` ``[K]``, and the norms ``grad_norm`` and
       ``update_norm``.
     """
+    check_factory(outer_opt, "outer")
 
     def step(state: MetaState, episodes: Episode) -> tuple[MetaState, Metrics]:
         keys = _task_keys(state, episodes, axis_name)

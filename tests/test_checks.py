@@ -10,6 +10,7 @@ import pytest
 import quadratic
 
 from metaopt.errors import UserError
+from metaopt.evaluate import adaptation_curve
 from metaopt.inner_loop import InnerLoop, adapt
 from metaopt.learners import anil, maml, meta_sgd, per_layer_per_step
 from metaopt.meta_gradients import (
@@ -24,7 +25,7 @@ from metaopt.meta_gradients import (
     truncated,
     truncated_windows,
 )
-from metaopt.outer_step import OuterConfig, init_state, outer_optimizer
+from metaopt.outer_step import OuterConfig, init_state, make_meta_step, outer_optimizer
 from metaopt.types import Model
 
 ESTIMATORS = [
@@ -84,6 +85,22 @@ def test_what_an_estimator_is_made_of_by_mistake(estimator):
 def test_an_optimizer_where_a_function_is_meant(make, wrong):
     with refused("optax.sgd"):
         make(wrong)
+
+
+def test_an_outer_optimizer_where_a_function_is_meant():
+    estimate = reverse(maml(), quadratic.loss, INNER)
+    with refused("outer_optimizer"):
+        make_meta_step(estimate, optax.adam(1e-3))
+    with refused("outer_optimizer"):
+        init_state(KEY, quadratic.PARAMS, maml(), optax.adam(1e-3), HPARAMS)
+
+
+def test_what_a_curve_is_called_with_by_mistake():
+    curve = adaptation_curve(maml(), quadratic.loss, INNER, 2)
+    with refused(r"learner.init\(params\)"):
+        curve(quadratic.PARAMS, HPARAMS, EPISODE)
+    with refused("one episode"):
+        curve(META_PARAMS, HPARAMS, quadratic.episodes(2))
 
 
 @pytest.mark.parametrize(
