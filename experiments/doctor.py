@@ -5,12 +5,14 @@
     python -m experiments.doctor --inner-optimizer radam      # NaN, and from which step on
     python -m experiments.doctor --estimator truncated --options window=1
     python -m experiments.doctor --problem my_module:my_problem --estimator mixed_mode
+    python -m experiments.doctor --estimator my_module:my_estimator
 
 The estimator is compared with reverse mode and with finite differences of the objective,
 in float64, which shows how exact it is, and in float32, which shows what it costs.
 
-``--problem`` names a function of no arguments in a module of your own that can be
-imported from here; it is imported and run, and returns a `metaopt.doctor.Problem`.
+``module:function`` names a function in a module of your own that can be imported from here.
+That of ``--problem`` takes no arguments and returns a `metaopt.doctor.Problem`; that of
+``--estimator`` takes ``(learner, loss_fn, inner_loop)`` as those of `metaopt.meta_gradients`.
 """
 
 import ast
@@ -18,9 +20,13 @@ import dataclasses
 import functools
 import importlib
 import inspect
-from typing import Any, Literal, cast, get_args
+import types
+import typing
+from collections.abc import Callable
+from typing import Any, Literal, cast, get_args, get_origin
 
 import jax
+import numpy as np
 import optax
 from rich.console import Console
 from rich.table import Table
@@ -53,13 +59,15 @@ class Config:
     """Examine a meta-gradient.
 
     Attributes:
-      estimator: of the meta-gradient, the one that is examined.
+      estimator: of the meta-gradient, the one that is examined; one of metaopt's, or
+        ``module:function`` of your own.
       options: of the estimator, such as ``window=1``.
       learner: what is meta-learned.
       model: on one Markov language, or one sinusoid for ``mlp``.
       inner_optimizer: one of optax, by name.
       inner_learning_rate: of the inner optimiser.
-      inner: the inner loop.
+      inner: the inner loop. An annealed query loss is examined half way, or where the hparams
+        of ``problem`` say.
       problem: ``module:function`` of your own, in place of the model, learner, inner
         optimiser and their sizes.
       width: of the model.
@@ -74,7 +82,7 @@ class Config:
       seed: of the parameters, the episode and the directions.
     """
 
-    estimator: EstimatorName = "mixed_mode"
+    estimator: EstimatorName | str = "mixed_mode"
     options: tuple[str, ...] = ()
     learner: Literal["maml", "anil", "meta_sgd", "per_layer_per_step"] = "meta_sgd"
     model: Literal["mlp", "bigram", "gru", "lstm", "transformer"] = "transformer"
@@ -98,23 +106,50 @@ def make_estimator(config: Config) -> Estimator:
     """The estimator with its options.
 
     Raises:
-      UserError: an option is not written ``name=value``, or the estimator has none of that name.
+      UserError: there is no such estimator, or it has no such option, or one of another type.
     """
-    estimator = getattr(meta_gradients, config.estimator)
-    known = list(inspect.signature(estimator).parameters)[3:]
+    if config.estimator in get_args(EstimatorName):
+        estimator = getattr(meta_gradients, config.estimator)
+    elif ":" in config.estimator:
+        estimator = load_function("--estimator", config.estimator, num_arguments=3)
+    else:
+        raise UserError(
+            f"no estimator {config.estimator!r}: choose {', '.join(get_args(EstimatorName))}, or "
+            "module:function of your own"
+        )
+    hints = typing.get_type_hints(estimator)
+    known = [
+        name
+        for name in list(inspect.signature(estimator).parameters)[3:]
+        if get_origin(hints.get(name)) is not Callable  # which no text can be
+    ]
     options = {}
     for option in config.options:
-        name, _, value = option.partition("=")
+        name, _, text = option.partition("=")
         if name not in known:
             choices = ", ".join(known) or "no options"
             raise UserError(f"{config.estimator} has no option {name!r}; it takes {choices}")
         try:
-            options[name] = ast.literal_eval(value)
+            options[name] = ast.literal_eval(text)
         except (SyntaxError, ValueError):
-            if not value.isidentifier():
+            if not text.isidentifier():
                 raise UserError(f"--options takes name=value, not {option!r}") from None
-            options[name] = value
+            options[name] = text
+        if not is_of(hint := hints.get(name, Any), options[name]):
+            wanted = inspect.formatannotation(hint)
+            raise UserError(f"{config.estimator} takes {name} as {wanted}, not {text!r}")
     return functools.partial(estimator, **options) if options else estimator
+
+
+def is_of(hint: Any, value: Any) -> bool:
+    """Whether a value written in a command line is of the type of a parameter."""
+    if hint is Any:
+        return True
+    if get_origin(hint) is Literal:
+        return value in get_args(hint)
+    if get_origin(hint) in (typing.Union, types.UnionType):
+        return any(is_of(each, value) for each in get_args(hint))
+    return type(value) is hint or (hint is float and type(value) is int)
 
 
 def make_optimizer(name: str) -> InnerOptimizer:
@@ -187,9 +222,21 @@ def load_problem(name: str) -> Problem:
     Raises:
       UserError: there is no such module or function, or it returns something else.
     """
+    problem = load_function("--problem", name, num_arguments=0)()
+    if not isinstance(problem, Problem):
+        raise UserError(f"{name} must return a metaopt.doctor.Problem, not {type(problem)}")
+    return problem
+
+
+def load_function(flag: str, name: str, num_arguments: int) -> Callable[..., Any]:
+    """The function ``module:function`` of the user's own, by import.
+
+    Raises:
+      UserError: there is none that can be called with so many arguments.
+    """
     module_name, _, function_name = name.partition(":")
-    if not function_name:
-        raise UserError(f"--problem takes module:function, not {name!r}")
+    if not function_name or not all(part.isidentifier() for part in module_name.split(".")):
+        raise UserError(f"{flag} takes module:function, not {name!r}")
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
@@ -199,10 +246,11 @@ def load_problem(name: str) -> Problem:
     function = getattr(module, function_name, None)
     if not callable(function):
         raise UserError(f"the module {module_name!r} has no function {function_name!r}")
-    problem = function()
-    if not isinstance(problem, Problem):
-        raise UserError(f"{name} must return a metaopt.doctor.Problem, not {type(problem)}")
-    return problem
+    try:
+        inspect.signature(function).bind(*range(num_arguments))
+    except (TypeError, ValueError):  # ValueError: of what is written in C and has no signature
+        raise UserError(f"{name} must be a function of {num_arguments} arguments") from None
+    return function
 
 
 def run(config: Config) -> tuple[Report, Report]:
@@ -210,6 +258,8 @@ def run(config: Config) -> tuple[Report, Report]:
     parallel.set_up_backend()
     estimator = make_estimator(config)
     problem = load_problem(config.problem) if config.problem else make_problem(config)
+    if config.inner.query_loss == "annealed":
+        problem = problem._replace(hparams={"query_annealing": 0.5, **problem.hparams})
 
     def report(problem: Problem, rounds: int) -> Report:
         learner, loss_fn, params, episode, hparams = problem
@@ -258,7 +308,7 @@ def rows(report: Report) -> list[tuple[str, str]]:
     for of in get_args(Literal["estimator", "reference", "uncertainty"]):
         label = "of finite differences" if of == "uncertainty" else "from finite differences"
         name = {"estimator": report.names[0], "reference": report.names[1]}.get(of, of)
-        found.append((f"{name} {label}", f"{max(report.errors(of)):.1e}"))
+        found.append((f"{name} {label}", f"{np.max(report.errors(of)):.1e}"))
     for name, cost in zip(report.names, (report.estimator, report.reference), strict=True):
         found.append((f"memory of {name}", measure.human_bytes(cost.temp)))
         timing = cost.seconds

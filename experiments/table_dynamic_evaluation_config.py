@@ -93,6 +93,11 @@ class Config:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.inner.num_steps < 2:
             raise UserError("inner.num_steps is 1; a walk adapts from 2 segments on")
+        if self.inner.query_loss != "last":
+            raise UserError(
+                "a walk has no query: leave inner.query_loss at 'last', not "
+                f"{self.inner.query_loss!r}"
+            )
         if self.context < 0 or not self.segment_lengths or min(self.segment_lengths) < 1:
             raise UserError("context must be 0 or more, and segment_lengths some numbers from 1 on")
         for name in ("sgd_rates", "rms_rates"):

@@ -39,7 +39,6 @@ from experiments.table_omniglot_rows import Row, make_rows
 from metaopt import evaluate, losses, meta_gradients, models, parallel
 from metaopt.comparison import Estimator
 from metaopt.outer_step import (
-    MetaStep,
     check_groups,
     init_state,
     make_meta_step,
@@ -116,17 +115,6 @@ def accuracies(problem: Problem) -> evaluate.MeasureFn:
     return measure
 
 
-def with_annealing(step: MetaStep, num_steps: int) -> MetaStep:
-    """The step with ``hparams['query_annealing']`` going from 0 to 1 over so many steps."""
-
-    def annealed(state, episodes):
-        progress = jnp.minimum(1.0, state.step / num_steps)
-        hparams = state.hparams | {"query_annealing": progress}
-        return step(state._replace(hparams=hparams), episodes)
-
-    return annealed
-
-
 def phases(row: Row, meta_steps: int) -> list[tuple[Estimator, int]]:
     """Estimators with the meta-step up to which each is used, in order."""
     first = [(meta_gradients.first_order, row.first_order_steps)] if row.first_order_steps else []
@@ -139,7 +127,7 @@ def train_row(config: Config, problem: Problem, row: Row, seed: int, directory: 
     init_key, data_key = jax.random.split(jax.random.key(seed))
     learner, outer_opt = row.learner(problem.model), outer_optimizer(row.outer)
     tasks = problem.family(*row.drawings).train
-    hparams = row.outer.hparams() | inner_hparams(row) | {"query_annealing": 0.0}
+    hparams = row.outer.hparams() | inner_hparams(row)
     state = init_state(data_key, problem.model.init(init_key), learner, outer_opt, hparams)
     state = parallel.replicate(state, devices)
 
@@ -154,9 +142,8 @@ def train_row(config: Config, problem: Problem, row: Row, seed: int, directory: 
             outer_opt,
             tasks_at_a_time=config.tasks_at_a_time,
             axis_name=parallel.AXIS,
+            annealing_steps=row.annealing_steps,
         )
-        if row.annealing_steps:
-            step = with_annealing(step, row.annealing_steps)
         return parallel.parallel_step(step, devices)
 
     for estimator, until in phases(row, config.meta_steps):

@@ -166,7 +166,8 @@ class Comparison:
         """Checks the settings and draws the evaluation episodes.
 
         The cosine of the outer rate ends with each training, unless
-        ``outer.decay_steps`` says when. The trainer is `train`, or what takes its place.
+        ``outer.decay_steps`` says when, and so do the weights of an annealed query loss. The
+        trainer is `train`, or what takes its place.
 
         Raises:
           UserError: the meta-batch does not divide by the devices or the groups, or
@@ -282,6 +283,7 @@ class Comparison:
             outer_opt,
             tasks_at_a_time=self.config.tasks_at_a_time,
             axis_name=parallel.AXIS,
+            annealing_steps=len(steps) if self.inner.query_loss == "annealed" else 0,
         )
         hparams = outer.hparams() | {"inner_learning_rate": rate}
         state = init_state(self._data_key, start, row.learner, outer_opt, hparams)

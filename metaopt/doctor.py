@@ -133,12 +133,11 @@ class Report(NamedTuple):
         the cube root of the rounding unit together; they cannot tell where their
         uncertainty is above 0.1.
         """
-        uncertainty = max(self.errors("uncertainty"))
+        uncertainty = np.max(self.errors("uncertainty"))  # NaN if one is, unlike Python's max
         if not uncertainty <= 0.1:
             return None
-        return max(self.errors(of)) <= 10 * uncertainty + float(jnp.finfo(self.dtype).eps) ** (
-            1 / 3
-        )
+        rounding = float(jnp.finfo(self.dtype).eps) ** (1 / 3)
+        return bool(np.max(self.errors(of)) <= 10 * uncertainty + rounding)
 
     def describe(self) -> list[str]:
         """The findings in words, one a line."""
@@ -172,8 +171,8 @@ class Report(NamedTuple):
             )
         return (
             f"{self.names[which]} {'agrees' if verdict else 'disagrees'} with finite differences "
-            f"along {len(self.derivatives)} directions: error {max(self.errors(of)):.1e}, "
-            f"their own uncertainty {max(self.errors('uncertainty')):.1e}"
+            f"along {len(self.derivatives)} directions: error {np.max(self.errors(of)):.1e}, "
+            f"their own uncertainty {np.max(self.errors('uncertainty')):.1e}"
         )
 
     def _of_time(self) -> list[str]:
@@ -226,7 +225,8 @@ def examine(
       `Report`.
 
     Raises:
-      UserError: there are no directions, or the parameters are of several dtypes.
+      UserError: there are no directions, the parameters are of several dtypes, or an estimator
+        gives something else than a meta-gradient.
     """
     dtype = _dtype(params)
     if directions < 1:
@@ -235,13 +235,17 @@ def examine(
     hparams, episode = _cast(hparams, dtype), jax.tree.map(jnp.asarray, episode)
     arguments = (point, hparams, episode, key)
     compiled = [
-        measure.compile_for(e(learner, loss_fn, inner), *arguments) for e in (estimator, reference)
+        measure.compile_for(_bound(e, learner, loss_fn, inner), *arguments)
+        for e in (estimator, reference)
     ]
-    grads, expected = (run(*arguments)[0] for run in compiled)
+    grads, expected = (
+        _gradient(_name(e), run(*arguments), point)
+        for e, run in zip((estimator, reference), compiled, strict=True)
+    )
 
     run = run_inner_loop(learner, loss_fn, inner)
     derivatives = _derivatives(
-        lambda m: run(m, hparams, episode).objective(inner),
+        lambda m: run(m, hparams, episode).objective(inner, hparams),
         point,
         (grads, expected),
         jax.random.split(jax.random.fold_in(key, 1), directions),
@@ -262,6 +266,26 @@ def examine(
         reference=costs[1],
         failure=failure,
     )
+
+
+def _bound(estimator: Estimator, learner: Learner, loss_fn: LossFn, inner: InnerLoop) -> MetaGradFn:
+    estimate = estimator(learner, loss_fn, inner)
+    if not callable(estimate):
+        raise UserError(
+            f"{_name(estimator)} must return a function (meta_params, hparams, episode, key) -> "
+            f"(meta-gradient, metrics), not an object of type {type(estimate).__name__}"
+        )
+    return estimate
+
+
+def _gradient(name: str, found: Any, meta_params: MetaParams) -> MetaParams:
+    shapes = jax.tree.map(jnp.shape, meta_params)
+    if not isinstance(found, tuple) or jax.tree.map(jnp.shape, found[0]) != shapes:
+        raise UserError(
+            f"what {name} gives must be a pair (meta-gradient, metrics), the gradient of the "
+            f"structure and the shapes of the meta-parameters {', '.join(meta_params)}"
+        )
+    return found[0]
 
 
 def to_float64(tree: PyTree) -> PyTree:

@@ -17,6 +17,7 @@ import numpy as np
 import optax
 
 from metaopt import losses
+from metaopt.checks import check_call, check_parts
 from metaopt.errors import UserError
 from metaopt.inner_loop import Adapted, InnerLoop, adapt
 from metaopt.meta_gradients.joint import support_and_query
@@ -227,9 +228,18 @@ def online(
       ``(meta_params, hparams, episode, key) -> (meta-gradient, metrics)``; ``loss`` is the
       score and ``inner_losses`` ``[N]`` its terms.
 
+    Raises:
+      UserError: ``inner.query_loss`` is not left at ``'last'``.
+
     References:
       Finn et al., 2017, arXiv:1703.03400, algorithm 1; Krause et al., 2018, section 3.
     """
+    check_parts(learner, loss_fn)
+    if inner.query_loss != "last":
+        raise UserError(
+            "a walk is judged by the mean loss of its segments, each before the step on it, and "
+            f"has no query of which query_loss={inner.query_loss!r} could be: leave it at 'last'"
+        )
 
     def objective(meta_params, hparams, episode):
         segments = support_and_query(episode)
@@ -242,6 +252,7 @@ def online(
 
     def estimate(meta_params, hparams, episode, key):
         del key
+        check_call(learner, meta_params, episode)
         return jax.grad(objective, has_aux=True)(meta_params, hparams, episode)
 
     return estimate

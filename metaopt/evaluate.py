@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import stats
 
+from metaopt.checks import check_call, check_parts
 from metaopt.inner_loop import InnerLoop, adapt
 from metaopt.parallel import Device, parallel_map
 from metaopt.types import Array, Episode, Hparams, Learner, LossFn, MetaParams, Params
@@ -43,9 +44,12 @@ def adaptation_curve(
       in the unit of the loss or the measure. Every step takes all of the support, also where
       training splits it.
     """
+    check_parts(learner, loss_fn)
     scanned = InnerLoop(num_steps=inner.num_steps, batching="same", unroll=False)
 
     def curve(meta_params: MetaParams, hparams: Hparams, episode: Episode):
+        check_call(learner, meta_params, episode)
+
         def judge(params):
             return loss_fn(params, episode.query) if measure is None else measure(params, episode)
 

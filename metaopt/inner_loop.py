@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import optax
 from jax.ad_checkpoint import checkpoint_name
 
+from metaopt.checks import check_adapt
 from metaopt.errors import UserError
 from metaopt.planned_scan import planned_scan
 from metaopt.types import Array, Batch, InnerGradFn, LossFn, Params
@@ -33,7 +34,8 @@ class InnerLoop:
         its ``mean`` over the K steps, which makes every number of steps up to K a good
         one (the multi-step loss of Antoniou et al., 2019, with equal weights), or ``annealed``,
         the sum with the `query_weights` that go from the one to the other as
-        ``hparams['query_annealing']`` goes from 0 to 1.
+        ``hparams['query_annealing']`` goes from 0 to 1: over the whole training, where nothing
+        else is said. Joint pretraining and Reptile have no query loss and do not read it.
       unroll: inner steps laid out one after the other instead of scanned: quicker
         to run on CPU, slower to compile, and larger in memory.
       remat: recompute each inner step in the backward pass instead of keeping its
@@ -126,7 +128,8 @@ def adapt(
       `Adapted`.
 
     Raises:
-      UserError: S does not divide by K under ``batching='split'``.
+      UserError: S does not divide by K under ``batching='split'``; or a loss, an optimiser or
+        parameters are not what they should be (`metaopt.checks.check_adapt`).
 
     Example:
       >>> adapted = adapt(loss_fn, optax.sgd(0.1), params, episode.support, InnerLoop())
@@ -135,6 +138,7 @@ def adapt(
     References:
       Finn et al., 2017, "Model-Agnostic Meta-Learning", section 2.2.
     """
+    check_adapt(loss_fn, optimizer, params)
     steps = config.num_steps if num_steps is None else num_steps
     value_and_grad = grad_fn(loss_fn)
     batches = split_batches(support, steps) if config.batching == "split" else None

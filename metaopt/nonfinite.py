@@ -6,9 +6,11 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
+from metaopt.checks import hparam
 from metaopt.errors import UserError
-from metaopt.inner_loop import InnerLoop, adapt, split_batches
+from metaopt.inner_loop import InnerLoop, adapt, query_weights, split_batches
 from metaopt.pytrees import partition
 from metaopt.types import (
     Array,
@@ -40,7 +42,7 @@ class Failure(NamedTuple):
     Attributes:
       place: in the order in which they are looked for, of the forward pass: ``inner loss``
         before a step, ``parameters`` after it, ``query loss`` after it (the last, or of
-        every step where the objective is their mean); and where all of these are finite,
+        every step where the objective is over all of them); and where all of these are finite,
         ``query gradient`` after a step, or ``backward``, the derivative of the step.
         ``estimator``: its gradient alone is not finite, and the reference's is.
       steps: the steps that it happens at: of the forward pass the first; for ``backward``
@@ -72,28 +74,48 @@ class Trajectory(NamedTuple):
     finite: Array
     query_losses: Array
 
-    def objective(self, inner: InnerLoop) -> Array:
-        """What the outer loop descends: the last query loss, or the mean."""
-        return self.query_losses.mean() if inner.query_loss == "mean" else self.query_losses[-1]
+    def objective(self, inner: InnerLoop, hparams: Hparams) -> Array:
+        """What the outer loop descends: the last query loss, the mean, or the annealed sum."""
+        if inner.query_loss == "last":
+            return self.query_losses[-1]
+        if inner.query_loss == "mean":
+            return self.query_losses.mean()
+        weights = query_weights(inner.num_steps, hparam(hparams, "query_annealing"))
+        return weights @ self.query_losses
 
 
 def run_inner_loop(
     learner: Learner, loss_fn: LossFn, inner: InnerLoop
 ) -> Callable[[MetaParams, Hparams, Episode], Trajectory]:
-    """The inner loop alone: ``(meta_params, hparams, episode) -> Trajectory``."""
-    plain = InnerLoop(num_steps=inner.num_steps, batching=inner.batching, unroll=False)
+    """The inner loop in plain optax: ``(meta_params, hparams, episode) -> Trajectory``.
+
+    Not by `metaopt.inner_loop.adapt`, so that finite differences of it judge `adapt` too.
+    """
 
     def run(meta_params: MetaParams, hparams: Hparams, episode: Episode) -> Trajectory:
-        def probe(params):
-            return all_finite(params), loss_fn(params, episode.query)
+        optimizer = optax.with_extra_args_support(learner.inner_opt(meta_params, hparams))
 
-        optimizer, start = learner.inner_opt(meta_params, hparams), learner.start(meta_params)
-        adapted = adapt(loss_fn, optimizer, start, episode.support, plain, probe=probe)
-        # The first probe is from before any step, and the last is missing.
-        after = jax.tree.map(
-            lambda before, last: jnp.append(before[1:], last), adapted.probes, probe(adapted.params)
-        )
-        return Trajectory(adapted.losses, *after)
+        def step(carry, batch):
+            params, opt_state = carry
+            batch = episode.support if batch is None else batch
+            loss, grads = jax.value_and_grad(loss_fn)(params, batch)
+            updates, opt_state = optimizer.update(
+                grads,
+                opt_state,
+                params,
+                value=loss,
+                grad=grads,
+                value_fn=lambda params: loss_fn(params, batch),
+            )
+            params = optax.apply_updates(params, updates)
+            found = Trajectory(loss, all_finite(params), loss_fn(params, episode.query))
+            return (params, opt_state), found
+
+        start = learner.start(meta_params)
+        split = inner.batching == "split"
+        batches = split_batches(episode.support, inner.num_steps) if split else None
+        first = (start, optimizer.init(start))
+        return jax.lax.scan(step, first, batches, length=inner.num_steps)[1]
 
     return run
 
@@ -127,7 +149,7 @@ def in_forward(trajectory: Trajectory, inner: InnerLoop) -> Failure | None:
     """The first place of a run that is not finite, or None."""
     inner_losses, finite, query_losses = jax.device_get(trajectory)
     for i in range(inner.num_steps):
-        counts = inner.query_loss == "mean" or i == inner.num_steps - 1
+        counts = inner.query_loss != "last" or i == inner.num_steps - 1
         if not jnp.isfinite(inner_losses[i]):
             return Failure("inner loss", (i + 1,))
         if not finite[i]:
@@ -164,7 +186,7 @@ def _in_backward(learner, loss_fn, inner, meta_params, hparams, episode) -> Fail
         states.append(forward(meta_params, states[-1], batch))
     cotangents, failed = [jnp.zeros_like(leaf) for leaf in partition(states[0])[0]], []
     for k in range(inner.num_steps, 0, -1):
-        if k == inner.num_steps or inner.query_loss == "mean":
+        if k == inner.num_steps or inner.query_loss != "last":
             cotangents, finite = add_query_gradient(states[k], cotangents)
             if not finite:
                 return Failure("query gradient", (k,))

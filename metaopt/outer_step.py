@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from metaopt.checks import check_factory, check_meta_params
 from metaopt.errors import UserError
 from metaopt.muon import scale_by_muon
 from metaopt.types import (
@@ -176,8 +177,14 @@ def init_state(
       learner: what is meta-learned.
       outer_opt: from `outer_optimizer`.
       hparams: all scalars that the step reads, ``inner_learning_rate`` among them.
+
+    Raises:
+      UserError: the learner refuses the parameters, or learns other entries than it says; or
+        ``outer_opt`` is an optimiser and not a function that makes one.
     """
+    check_factory(outer_opt, "outer")
     meta_params = learner.init(params)
+    check_meta_params(learner, meta_params)
     hparams = {name: jnp.asarray(value, jnp.float32) for name, value in hparams.items()}
     opt_state = outer_opt(hparams).init(meta_params)
     # A copy: the step donates its state, and the caller may start other runs from `params`.
@@ -191,6 +198,7 @@ def make_meta_step(
     *,
     tasks_at_a_time: int = 0,
     axis_name: str | None = None,
+    annealing_steps: int = 0,
 ) -> MetaStep:
     """One meta-update as a pure function of one device.
 
@@ -199,17 +207,24 @@ def make_meta_step(
       outer_opt: from `outer_optimizer`.
       tasks_at_a_time: G, see `mean_over_tasks`.
       axis_name: the pmap axis over which gradients and metrics are averaged.
+      annealing_steps: meta-steps over which the estimator's ``hparams['query_annealing']`` goes
+        from 0 to 1, for ``query_loss='annealed'``; 0 leaves the hparams as they are.
 
     Returns:
       ``(state, episodes [T, ...]) -> (state, metrics)``. Metrics are float32 means over
       all tasks: ``loss``, ``inner_losses`` ``[K]``, and the norms ``grad_norm`` and
       ``update_norm``.
     """
+    check_factory(outer_opt, "outer")
 
     def step(state: MetaState, episodes: Episode) -> tuple[MetaState, Metrics]:
         keys = _task_keys(state, episodes, axis_name)
+        hparams = dict(state.hparams)
+        if annealing_steps:
+            # Of the step alone and not in the state, where a search would take it for a rate.
+            hparams["query_annealing"] = jnp.minimum(1.0, state.step / annealing_steps)
         grads, metrics = mean_over_tasks(
-            lambda episode, key: estimate(state.meta_params, state.hparams, episode, key),
+            lambda episode, key: estimate(state.meta_params, hparams, episode, key),
             (episodes, keys),
             tasks_at_a_time,
         )

@@ -1,4 +1,4 @@
-"""Pytrees cut into the leaves that can be differentiated and those that cannot."""
+"""Pytrees cut into parts: what can be differentiated, and the named entries at the top."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from metaopt.errors import UserError
 from metaopt.types import PyTree
 
 
@@ -27,6 +28,42 @@ def partition(tree: PyTree) -> tuple[list[Any], Callable[..., PyTree]]:
         return jax.tree.unflatten(structure, filled)
 
     return [leaf for leaf, s in zip(leaves, is_smooth, strict=True) if s], join
+
+
+def entry(path: tuple) -> str:
+    """The top-level entry of a tree that the path of a leaf begins with, as text.
+
+    A key of a dict, a field of a module, the index of a list; empty for a tree that is a leaf.
+    """
+    return jax.tree_util.keystr(path[:1], simple=True)
+
+
+def entries(tree: PyTree) -> list[str]:
+    """The top-level entries of a tree, each once, in the order of its leaves."""
+    return list(dict.fromkeys(entry(path) for path, _ in jax.tree.leaves_with_path(tree)))
+
+
+def take(tree: PyTree, names: Sequence[str] | None) -> PyTree:
+    """The tree with None for every leaf outside the top-level entries of these names.
+
+    None takes all. What is left has the leaves of those entries alone; `fill` puts them back.
+
+    Raises:
+      UserError: the tree has no entry of one of the names.
+    """
+    if names is None:
+        return tree
+    if missing := [name for name in names if name not in (there := entries(tree))]:
+        raise UserError(
+            f"the parameters have no entry {missing[0]!r} to adapt; their entries are "
+            f"{', '.join(there)}: name those of the head in Model(init, apply, head=...)"
+        )
+    return jax.tree.map_with_path(lambda path, x: x if entry(path) in names else None, tree)
+
+
+def fill(tree: PyTree, taken: PyTree) -> PyTree:
+    """The tree with the leaves of `taken` (see `take`) in place of its own."""
+    return jax.tree.map(lambda own, new: own if new is None else new, tree, taken)
 
 
 def _array(leaf: Any) -> Any:

@@ -22,7 +22,7 @@ Array = jax.Array
 PyTree = Any
 Key = jax.Array
 Params = PyTree
-"""Parameters of a model: nested plain dicts of float32 arrays."""
+"""Parameters of a model: any pytree of floating-point arrays; here, nested dicts of float32."""
 
 MetaParams = dict[str, PyTree]
 """What is meta-learned: always ``{'params': Params, ...}``, and what a learner adds."""

@@ -84,6 +84,34 @@ def test_all_rows_train_on_the_same_new_episodes_and_are_judged_on_the_same_ones
     assert all(result.curves.shape == (6, 4) for result in results.values())
 
 
+def test_an_annealed_query_loss_goes_from_the_mean_to_the_last_in_every_row(tmp_path):
+    """Joint pretraining has none, and is what it is without."""
+
+    def noting(learner, loss_fn, inner):
+        estimate = meta_gradients.reverse(learner, loss_fn, inner)
+
+        def estimator(meta_params, hparams, episode, key):
+            grads, metrics = estimate(meta_params, hparams, episode, key)
+            return grads, metrics | {"annealing": hparams["query_annealing"]}
+
+        return estimator
+
+    found = {}
+    for query_loss in ("annealed", "last"):
+        config = dataclasses.replace(CONFIG, pretrain_steps=0, eval_every=0)
+        inner = dataclasses.replace(INNER, query_loss=query_loss)
+        comparison = make(Recorded().family, config, inner)
+        directory = tmp_path / query_loss
+        found[query_loss] = comparison.run(ROWS[1], comparison.random_init(), directory)
+        if query_loss == "annealed":
+            row = Row("noting", learners.maml(), noting)
+            comparison.run(row, comparison.random_init(), directory)
+            records = read_json_lines(directory / "metrics.jsonl")
+            noted = [record["annealing"] for record in records if "annealing" in record]
+            np.testing.assert_allclose(noted, [0, 1 / 3, 2 / 3], rtol=1e-6)
+    np.testing.assert_array_equal(found["annealed"].curves, found["last"].curves)
+
+
 def after_descent(episodes, rate, num_steps):
     """The query losses after gradient descent by hand from the random initialisation."""
     losses = []

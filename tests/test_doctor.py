@@ -14,7 +14,7 @@ from metaopt.inner_loop import InnerLoop
 from metaopt.learners import maml, meta_sgd
 from metaopt.measure import human_bytes
 from metaopt.meta_gradients import first_order, mixed_mode, reverse
-from metaopt.nonfinite import Failure, find_failure
+from metaopt.nonfinite import Failure, find_failure, run_inner_loop
 
 RATE = 0.3
 HPARAMS = {"inner_learning_rate": RATE}
@@ -22,7 +22,9 @@ EPISODE = quadratic.episode()
 KEY = jax.random.key(0)
 
 
-def examined(estimator, learner=None, *, loss=quadratic.loss, num_steps=3, **options):
+def examined(
+    estimator, learner=None, *, loss=quadratic.loss, num_steps=3, hparams=HPARAMS, **options
+):
     inner = InnerLoop(
         num_steps=num_steps,
         unroll=False,
@@ -30,7 +32,7 @@ def examined(estimator, learner=None, *, loss=quadratic.loss, num_steps=3, **opt
     )
     with jax.enable_x64(True):
         params, episode = to_float64(quadratic.PARAMS), to_float64(EPISODE)
-        arguments = (learner or maml(), loss, inner, params, HPARAMS, episode, KEY)
+        arguments = (learner or maml(), loss, inner, params, hparams, episode, KEY)
         return examine(estimator, *arguments, rounds=2, directions=2, **options)
 
 
@@ -81,6 +83,70 @@ def test_a_wrong_reference_is_found_out():
     np.testing.assert_allclose(report.agreement.error, 1.0, rtol=1e-12)
     np.testing.assert_allclose(report.agreement.cosine, 1.0, rtol=1e-12)
     assert report.confirmed("estimator") and report.confirmed("reference") is False
+
+
+@pytest.mark.parametrize("query_loss", ["last", "mean", "annealed"])
+@pytest.mark.parametrize("batching", ["same", "split"])
+def test_finite_differences_are_of_the_objective_that_is_descended(query_loss, batching):
+    hparams = HPARAMS | {"query_annealing": 0.3}
+    report = examined(
+        mixed_mode,
+        meta_sgd(),
+        num_steps=4,
+        hparams=hparams,
+        query_loss=query_loss,
+        batching=batching,
+    )
+    assert report.agrees() and report.confirmed("estimator") and report.confirmed("reference")
+
+
+def test_finite_differences_are_of_plain_optax():
+    """A parameter that the support does not touch stays, whatever guards the inner loop has."""
+
+    def steep(learning_rate):  # nearly the sign of a gradient
+        return optax.stateless(
+            lambda grads, _: jax.tree.map(lambda g: -learning_rate * jnp.tanh(1e14 * g), grads)
+        )
+
+    def loss(params, batch):
+        is_query = len(batch.inputs) == len(EPISODE.query.inputs)
+        return quadratic.loss(params, batch) + 100 * is_query * params["unused"].sum()
+
+    params = quadratic.PARAMS | {"unused": jnp.array([2.0])}
+    grads = jax.grad(loss)(params, EPISODE.support)
+    updates, _ = steep(RATE).update(grads, optax.EmptyState(), params)
+    after = optax.apply_updates(params, updates)
+    assert after["unused"] == 2.0
+    run = run_inner_loop(maml(steep), loss, InnerLoop(num_steps=1))
+    found = run({"params": params}, HPARAMS, EPISODE).query_losses[0]
+    np.testing.assert_allclose(found, loss(after, EPISODE.query), rtol=1e-6)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_one_derivative_that_is_not_finite_confirms_nothing(first):
+    report = examined(mixed_mode)
+    good, other = report.derivatives
+    bad = other._replace(differences=np.nan, uncertainty=np.nan)
+    found = report._replace(derivatives=(bad, good) if first else (good, bad))
+    assert not found.confirmed("estimator")
+    gradient = other._replace(estimator=np.nan)
+    found = report._replace(derivatives=(gradient, good) if first else (good, gradient))
+    assert found.confirmed("estimator") is False and found.confirmed("reference")
+
+
+def test_what_is_no_meta_gradient_is_refused():
+    def none_at_all(learner, loss_fn, inner):
+        return None
+
+    def of_another_shape(learner, loss_fn, inner):
+        return lambda meta_params, hparams, episode, key: ({"params": jnp.zeros(())}, {})
+
+    def gradient_alone(learner, loss_fn, inner):
+        return lambda meta_params, hparams, episode, key: meta_params
+
+    for estimator in (none_at_all, of_another_shape, gradient_alone):
+        with pytest.raises(UserError, match=estimator.__name__):
+            examined(estimator)
 
 
 def fail(num_steps, learner=None, *, loss=quadratic.loss, **options):

@@ -195,3 +195,9 @@ def test_without_a_rate_it_is_plain_training_on_the_segments():
     static = by_hand(lambda w, g: w)[0]
     np.testing.assert_allclose(metrics["inner_losses"], static, rtol=1e-6)
     np.testing.assert_allclose(metrics["loss"], static.mean(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("query_loss", ["mean", "annealed"])
+def test_a_walk_has_no_query_to_weigh(query_loss):
+    with pytest.raises(UserError, match="query_loss"):
+        online(learners.maml(), half_square, InnerLoop(query_loss=query_loss))

@@ -62,6 +62,22 @@ def test_groups_of_tasks_change_nothing(tasks_at_a_time, one_device):
     assert_close(jax.jit(step)(new_state(), EPISODES), one_device)
 
 
+def test_the_weights_of_the_query_losses_go_to_the_last_with_the_steps():
+    estimate = reverse(LEARNER, quadratic.loss, InnerLoop(num_steps=2, query_loss="annealed"))
+
+    def seen(meta_params, hparams, episode, key):
+        grads, metrics = estimate(meta_params, hparams, episode, key)
+        return grads, metrics | {"annealing": hparams["query_annealing"]}
+
+    step, state = jax.jit(make_meta_step(seen, OUTER_OPT, annealing_steps=2)), new_state()
+    for expected in (0, 0.5, 1, 1):
+        state, metrics = step(state, EPISODES)
+        np.testing.assert_allclose(metrics["annealing"], expected)
+    assert set(state.hparams) == set(HPARAMS)  # nothing that a search would take for a rate
+    with pytest.raises(UserError, match="annealing_steps"):
+        make_meta_step(estimate, OUTER_OPT)(new_state(), EPISODES)
+
+
 @pytest.mark.parametrize("tasks_at_a_time", [0, 1, 2, 6])
 def test_mean_over_tasks_is_the_mean(tasks_at_a_time):
     x = np.random.default_rng(0).normal(size=(6, 2)).astype(np.float32)

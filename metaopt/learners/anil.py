@@ -1,9 +1,12 @@
 """ANIL: the body is learned in the outer loop only; the inner loop adapts the head."""
 
+import jax
+import jax.numpy as jnp
 import optax
 
 from metaopt.errors import UserError
 from metaopt.learners.maml import InnerOptimizer, maml
+from metaopt.pytrees import fill, take
 from metaopt.types import Learner, Model, Params
 
 
@@ -19,22 +22,52 @@ def anil(model: Model, inner_optimizer: InnerOptimizer = optax.sgd) -> Learner:
       inner_optimizer: as for `maml`.
 
     Raises:
-      UserError: the model has no head of its own, as with a tied one.
+      UserError: the model has no head of its own, as with a tied one; or, from ``learner.init``
+        and at the first inner step, the parameters have no entry of that name.
 
     References:
       Raghu et al., 2020, "Rapid Learning or Feature Reuse?", section 4.
     """
     if not model.head:
         raise UserError(
-            "ANIL adapts the head alone, and this model has none of its own "
-            "(a tied head is the embedding): untie it or use another learner"
+            "ANIL adapts the head alone, and this model has none of its own (a tied head is the "
+            "embedding): untie it, name it in Model(init, apply, head=...), or use another learner"
         )
 
-    def labels(params: Params) -> Params:
-        return {name: "head" if name in model.head else "body" for name in params}
+    plain = maml(inner_optimizer)
 
-    def inner_opt(_, hparams):
-        head = inner_optimizer(hparams["inner_learning_rate"])
-        return optax.multi_transform({"head": head, "body": optax.set_to_zero()}, labels)
+    def init(params: Params):
+        take(params, model.head)  # raises where the head is not there
+        return plain.init(params)
 
-    return maml()._replace(inner_opt=inner_opt, adapted=model.head)
+    def inner_opt(meta_params, hparams):
+        return on_entries(plain.inner_opt(meta_params, hparams), model.head)
+
+    return plain._replace(init=init, inner_opt=inner_opt, adapted=model.head)
+
+
+def on_entries(
+    optimizer: optax.GradientTransformation, names: tuple[str, ...]
+) -> optax.GradientTransformationExtraArgs:
+    """The optimiser on the top-level entries of these names; the others do not move.
+
+    It sees the whole tree, with None for every leaf of the others. What a line search is given
+    beside the gradient is cut likewise.
+
+    Raises:
+      UserError: from ``init`` and ``update``: there is no entry of one of the names.
+    """
+    optimizer = optax.with_extra_args_support(optimizer)
+
+    def update(updates, state, params=None, **extra):
+        if "grad" in extra:
+            extra["grad"] = take(extra["grad"], names)
+        if value_fn := extra.get("value_fn"):
+            extra["value_fn"] = lambda head: value_fn(fill(params, head))
+        head = None if params is None else take(params, names)
+        moved, state = optimizer.update(take(updates, names), state, head, **extra)
+        return fill(jax.tree.map(jnp.zeros_like, updates), moved), state
+
+    return optax.GradientTransformationExtraArgs(
+        lambda params: optimizer.init(take(params, names)), update
+    )

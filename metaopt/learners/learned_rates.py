@@ -12,7 +12,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from metaopt.checks import check_factory, check_parameters, hparam
 from metaopt.learners.maml import InnerOptimizer
+from metaopt.pytrees import entries, entry
 from metaopt.types import Array, Learner, Params, PyTree
 
 
@@ -49,7 +51,8 @@ def per_layer_per_step(inner_optimizer: InnerOptimizer = optax.sgd, *, num_steps
     """The initialisation and one learning rate a layer and inner step.
 
     Mathematics: ``θ^l_{k+1} = θ^l_k − α exp(ρ^l_k) ∇_l L(θ_k)``; a layer is a
-    top-level entry of the parameters (``layer_0``, ``embed``, ``head`` ...).
+    top-level entry of the parameters (``layer_0``, ``embed``, ``head`` ...; a field of a module,
+    an item of a list).
 
     Args:
       inner_optimizer: as for `maml`.
@@ -63,10 +66,10 @@ def per_layer_per_step(inner_optimizer: InnerOptimizer = optax.sgd, *, num_steps
     """
     return _learned_rates(
         inner_optimizer,
-        init_rates=lambda params: {name: jnp.zeros((num_steps,)) for name in params},
-        expand=lambda rates, updates: {
-            name: jax.tree.map(lambda _, r=rates[name]: r, updates[name]) for name in updates
-        },
+        init_rates=lambda params: {name: jnp.zeros((num_steps,)) for name in entries(params)},
+        expand=lambda rates, updates: jax.tree.map_with_path(
+            lambda path, _: rates[entry(path)], updates
+        ),
         per_step=True,
     )
 
@@ -77,14 +80,19 @@ def _learned_rates(
     expand: Callable[[PyTree, Params], Params],
     per_step: bool,
 ) -> Learner:
+    check_factory(inner_optimizer)
+
     def inner_opt(meta_params, hparams):
         return optax.chain(
-            inner_optimizer(hparams["inner_learning_rate"]),
+            inner_optimizer(hparam(hparams, "inner_learning_rate")),
             scale_by_log_rates(meta_params["log_rates"], expand, per_step),
         )
 
     return Learner(
-        init=lambda params: {"params": params, "log_rates": init_rates(params)},
+        init=lambda params: {
+            "params": check_parameters(params),
+            "log_rates": init_rates(params),
+        },
         start=lambda meta_params: meta_params["params"],
         inner_opt=inner_opt,
         learned=("log_rates",),

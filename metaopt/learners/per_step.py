@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from metaopt.errors import UserError
+from metaopt.pytrees import entries
 from metaopt.types import Array, Learner, MetaParams, Params, PyTree
 
 
@@ -30,12 +32,21 @@ def per_step_parameters(
       A learner with one more meta-parameter, ``'later'``: γ_1 ... γ_K as a dict of float32
       ``[K, ...]`` by the path of the parameter. γ_0 stays in ``'params'``.
 
+    Raises:
+      UserError: from ``learner.init``: ``which`` chooses nothing, or gives another tree.
+
     References:
       Antoniou et al., 2019, "How to train your MAML", section 4 (BNWB).
     """
 
     def init(params: Params) -> MetaParams:
         flat, chosen = _by_path(params), _by_path(which(params))
+        if set(flat) != set(chosen) or not any(chosen.values()):
+            raise UserError(
+                "per_step_parameters takes parameters -> a tree like them of bools, True for at "
+                "least one, and this one chooses nothing or has another structure; the entries "
+                f"of the parameters are {', '.join(entries(params))}"
+            )
         later = {path: _repeat(flat[path], num_steps) for path in flat if chosen[path]}
         return learner.init(params) | {"later": later}
 
@@ -55,14 +66,15 @@ class ReplaceByStepState(NamedTuple):
 
 def replace_by_step(
     optimizer: optax.GradientTransformation, values: dict[str, Array]
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     """The optimiser, but for parameters that become ``values[path][k]`` in step k."""
+    optimizer = optax.with_extra_args_support(optimizer)
 
     def init(params):
         return ReplaceByStepState(optimizer.init(params), jnp.zeros((), jnp.int32))
 
-    def update(updates, state, params=None):
-        updates, inner = optimizer.update(updates, state.inner, params)
+    def update(updates, state, params=None, **extra):
+        updates, inner = optimizer.update(updates, state.inner, params, **extra)
 
         def replace(path, update, param):
             if (name := _name(path)) not in values:
@@ -72,7 +84,7 @@ def replace_by_step(
         updates = jax.tree.map_with_path(replace, updates, params)
         return updates, ReplaceByStepState(inner, state.count + 1)
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _by_path(tree: PyTree) -> dict[str, PyTree]:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from metaopt.checks import check_call, check_parts
 from metaopt.errors import UserError
 from metaopt.inner_loop import InnerLoop
 from metaopt.meta_gradients.windows import (
@@ -113,12 +114,13 @@ def evolution_windows(
     pairs_at_a_time: int = 0,
 ) -> Windows:
     """`evolution` one window at a time; arguments and errors are its own."""
+    check_parts(learner, loss_fn)
     window = check_window(inner, window)
     _check_options(num_pairs, sigma, pairs_at_a_time)
     loss_of_window = run_window(learner, loss_fn, inner, window)
 
     def init(meta_params, hparams, episode, key):
-        del episode
+        check_call(learner, meta_params, episode)
         run = start_run(learner, meta_params, hparams)
         params, opt_state = jax.tree.map(
             lambda x: jnp.broadcast_to(x, (num_pairs, 2, *jnp.shape(x))),

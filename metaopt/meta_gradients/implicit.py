@@ -9,8 +9,10 @@ import jax.numpy as jnp
 import optax
 from jax.flatten_util import ravel_pytree
 
+from metaopt.checks import check_call, check_parts, forward_mode
 from metaopt.errors import UserError
 from metaopt.inner_loop import InnerLoop, adapt
+from metaopt.pytrees import fill, take
 from metaopt.types import Array, Learner, LossFn, MetaGradFn, Params
 
 Solver = Literal["cg", "neumann"]
@@ -59,38 +61,41 @@ def implicit(
 
     Raises:
       UserError: the learner has other meta-parameters, of which the solution does not depend;
-        the inner loop has no one problem or no one solution; or an option is out of its range.
+        the inner loop has no one problem or no one solution; an option is out of its range; or
+        the loss has a `jax.custom_vjp` whose own rule has no forward derivative.
 
     References:
       Rajeswaran et al., 2019, "Meta-Learning with Implicit Gradients"; Lorraine et al.,
       2020, "Optimizing Millions of Hyperparameters by Implicit Differentiation" (Neumann).
     """
+    check_parts(learner, loss_fn)
     _check_options(learner, inner, regularization, solver, num_solver_steps)
     solve = {"cg": conjugate_gradients, "neumann": neumann_series}[solver]
     regularized = proximal(learner, regularization)
 
     def estimate(meta_params, hparams, episode, key):
         del key
+        check_call(learner, meta_params, episode)
         start, to_meta_params = jax.vjp(learner.start, meta_params)
         optimizer = regularized.inner_opt(meta_params, hparams)
         adapted = adapt(loss_fn, optimizer, start, episode.support, inner)
         loss, outer = jax.value_and_grad(loss_fn)(adapted.params, episode.query)
         inner_gradient = jax.grad(lambda params: loss_fn(params, episode.support))
         _, hessian_product = jax.linearize(inner_gradient, adapted.params)
+        hessian_product = forward_mode("implicit", hessian_product)
 
-        moved, kept = _partition(outer, learner.adapted)
-        target, unravel = ravel_pytree(moved)
+        target, unravel = ravel_pytree(take(outer, learner.adapted))
+        zeros = jax.tree.map(jnp.zeros_like, outer)
 
         def product(w: Array) -> tuple[Array, Params]:
-            """``A w``, and ``∇²_bh L_S w / λ``."""
-            direction = unravel(w) | jax.tree.map(jnp.zeros_like, kept)
-            scaled = jax.tree.map(lambda h: h / regularization, hessian_product(direction))
-            of_moved, of_kept = _partition(scaled, learner.adapted)
-            return w + ravel_pytree(of_moved)[0], of_kept
+            """``A w``, and ``∇² L_S w / λ`` of all entries."""
+            image = hessian_product(fill(zeros, unravel(w)))
+            scaled = jax.tree.map(lambda h: h / regularization, image)
+            return w + ravel_pytree(take(scaled, learner.adapted))[0], scaled
 
         w = solve(lambda w: product(w)[0], target, num_solver_steps)
-        image, of_kept = product(w)
-        (grads,) = to_meta_params(unravel(w) | jax.tree.map(jnp.subtract, kept, of_kept))
+        image, scaled = product(w)
+        (grads,) = to_meta_params(fill(jax.tree.map(jnp.subtract, outer, scaled), unravel(w)))
         return grads, {
             "loss": loss,
             "inner_losses": adapted.losses,
@@ -172,12 +177,6 @@ def neumann_series(matrix: Matrix, target: Array, num_steps: int) -> Array:
         return target + w - matrix(w), None
 
     return jax.lax.scan(step, target, length=num_steps)[0]
-
-
-def _partition(params: Params, adapted: tuple[str, ...] | None) -> tuple[Params, Params]:
-    """The top-level entries that the inner loop moves, and those that it keeps."""
-    moved = {name: p for name, p in params.items() if adapted is None or name in adapted}
-    return moved, {name: p for name, p in params.items() if name not in moved}
 
 
 def _ratio(part: Array, whole: Array) -> Array:

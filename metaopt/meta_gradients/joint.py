@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from metaopt.checks import check_call, check_parts
 from metaopt.errors import UserError
 from metaopt.inner_loop import InnerLoop
 from metaopt.types import Batch, Episode, Learner, LossFn, MetaGradFn
@@ -17,7 +18,8 @@ def joint(learner: Learner, loss_fn: LossFn, inner: InnerLoop | None = None) -> 
     Args:
       learner: must meta-learn nothing beside the initialisation.
       loss_fn: the loss.
-      inner: not used; it is here so that all estimators have one signature.
+      inner: not used, its ``query_loss`` neither; it is here so that all estimators have one
+        signature.
 
     Returns:
       ``(meta_params, hparams, episode, key) -> (meta-gradient, metrics)``, where the
@@ -27,10 +29,12 @@ def joint(learner: Learner, loss_fn: LossFn, inner: InnerLoop | None = None) -> 
       UserError: the learner has meta-parameters that this gradient does not reach.
     """
     del inner
+    check_parts(learner, loss_fn)
     require_initialisation_only(learner, "joint pretraining")
 
     def estimate(meta_params, hparams, episode, key):
         del hparams, key
+        check_call(learner, meta_params, episode)
         loss, grads = jax.value_and_grad(
             lambda meta_params: loss_fn(learner.start(meta_params), support_and_query(episode))
         )(meta_params)

@@ -2,6 +2,7 @@
 
 import jax
 
+from metaopt.checks import forward_mode
 from metaopt.inner_loop import InnerLoop
 from metaopt.meta_gradients.reverse import reverse
 from metaopt.pytrees import partition
@@ -19,6 +20,10 @@ def mixed_mode(learner: Learner, loss_fn: LossFn, inner: InnerLoop) -> MetaGradF
 
     Returns:
       ``(meta_params, hparams, episode, key) -> (meta-gradient, metrics)``.
+
+    Raises:
+      UserError: as for `reverse`; or the loss has a `jax.custom_vjp` whose own rule has no
+        forward derivative, as when the rule calls another one.
 
     References:
       Kemaev et al., 2025, "Scalable Meta-Learning via Mixed-Mode Differentiation"
@@ -62,7 +67,10 @@ def _value_and_grad(pure_loss, params, batch, closed_over):
 
             return jax.grad(loss, argnums=(0, 1))(params, smooth)
 
-        first, second = jax.jvp(gradients, (params,), (grad_bar,))
+        def derivative(params, grad_bar):
+            return jax.jvp(gradients, (params,), (grad_bar,))
+
+        first, second = forward_mode("mixed mode", derivative)(params, grad_bar)
         params_bar, smooth_bar = jax.tree.map(lambda a, b: loss_bar * a + b, first, second)
         return params_bar, with_others(smooth_bar, cotangent=True)
 

@@ -1,7 +1,11 @@
 """Reptile: the way from the start to the adapted parameters, taken as a gradient."""
 
 import jax
+import jax.numpy as jnp
+from jax.core import Tracer
 
+from metaopt.checks import check_call, check_parts, hparam
+from metaopt.errors import UserError
 from metaopt.inner_loop import InnerLoop, adapt
 from metaopt.meta_gradients.joint import require_initialisation_only, support_and_query
 from metaopt.types import Learner, LossFn, MetaGradFn
@@ -18,27 +22,38 @@ def reptile(learner: Learner, loss_fn: LossFn, inner: InnerLoop) -> MetaGradFn:
       learner: must meta-learn nothing beside the initialisation. What its inner
         loop does not move (the body, for ANIL) gets a gradient of zero.
       loss_fn: the inner loss; there is no outer one.
-      inner: the inner loop; with ``batching='split'`` each step sees fresh examples.
+      inner: the inner loop; with ``batching='split'`` each step sees fresh examples. Its
+        ``query_loss`` is not used.
 
     Returns:
       ``(meta_params, hparams, episode, key) -> (meta-gradient, metrics)``, where the
       metric ``loss`` is that of the adapted parameters on the query, which they have seen.
 
     Raises:
-      UserError: the learner has meta-parameters that this gradient does not reach.
+      UserError: the learner has meta-parameters that this gradient does not reach; or the
+        rate α is 0. A rate that is traced cannot be looked at: at 0 nothing moves, and the
+        gradient is zero.
 
     References:
       Nichol et al., 2018, "On First-Order Meta-Learning Algorithms", algorithm 1.
     """
+    check_parts(learner, loss_fn)
     require_initialisation_only(learner, "Reptile")
 
     def estimate(meta_params, hparams, episode, key):
         del key
+        check_call(learner, meta_params, episode)
+        rate = hparam(hparams, "inner_learning_rate")
+        if not isinstance(rate, Tracer) and rate == 0:
+            raise UserError(
+                "Reptile's gradient is the distance that the inner loop goes, divided by its "
+                "rate, and inner_learning_rate is 0: give a rate above 0"
+            )
         start = learner.start(meta_params)
         optimizer = learner.inner_opt(meta_params, hparams)
         adapted = adapt(loss_fn, optimizer, start, support_and_query(episode), inner)
-        distance = hparams["inner_learning_rate"] * inner.num_steps
-        grads = jax.tree.map(lambda a, b: (a - b) / distance, start, adapted.params)
+        scale = jnp.where(rate == 0, 1, rate) * inner.num_steps
+        grads = jax.tree.map(lambda a, b: ((a - b) / scale).astype(a.dtype), start, adapted.params)
         loss = loss_fn(adapted.params, episode.query)
         return {"params": grads}, {"loss": loss, "inner_losses": adapted.losses}
 

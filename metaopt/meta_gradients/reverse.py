@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from metaopt.checks import check_call, check_parts, hparam
 from metaopt.inner_loop import InnerLoop, adapt, query_weights
 from metaopt.types import InnerGradFn, Learner, LossFn, MetaGradFn
 
@@ -33,10 +34,15 @@ def reverse(
       ``(meta_params, hparams, episode, key) -> (meta-gradient, metrics)``; the key is
       not used.
 
+    Raises:
+      UserError: the learner is no `Learner` or the loss no function; and when called, what
+        `metaopt.checks.check_call` refuses, or ``'annealed'`` has no scalar in the hparams.
+
     References:
       Finn et al., 2017, "Model-Agnostic Meta-Learning", algorithm 1; Antoniou et al.,
       2019, "How to train your MAML" (the multi-step loss).
     """
+    check_parts(learner, loss_fn)
 
     def objective(meta_params, hparams, episode):
         optimizer = learner.inner_opt(meta_params, hparams)
@@ -62,11 +68,12 @@ def reverse(
         losses = jnp.append(adapted.probes[1:], last)
         if inner.query_loss == "mean":
             return losses.mean(), metrics
-        weights = query_weights(inner.num_steps, hparams["query_annealing"])
+        weights = query_weights(inner.num_steps, hparam(hparams, "query_annealing"))
         return weights @ losses, metrics
 
     def estimate(meta_params, hparams, episode, key):
         del key
+        check_call(learner, meta_params, episode)
         return jax.grad(objective, has_aux=True)(meta_params, hparams, episode)
 
     return estimate

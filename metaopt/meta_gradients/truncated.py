@@ -2,6 +2,7 @@
 
 import jax
 
+from metaopt.checks import check_call, check_parts
 from metaopt.errors import UserError
 from metaopt.inner_loop import InnerLoop
 from metaopt.meta_gradients.windows import (
@@ -70,6 +71,7 @@ def truncated_windows(
       Metz et al., 2019, "Understanding and Correcting Pathologies in the Training of
       Learned Optimizers" (outer updates within an inner run).
     """
+    check_parts(learner, loss_fn)
     window = check_window(inner, window)
     if window < inner.num_steps and not learner.learned:
         raise UserError(
@@ -80,7 +82,8 @@ def truncated_windows(
     loss_of_window = run_window(learner, loss_fn, inner, window, grad_fn=grad_fn)
 
     def init(meta_params, hparams, episode, key):
-        del episode, key
+        del key
+        check_call(learner, meta_params, episode)
         return start_run(learner, meta_params, hparams)
 
     def step(meta_params, hparams, episode, run):

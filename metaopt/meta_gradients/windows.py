@@ -193,8 +193,8 @@ def mean_over_windows(windows: Windows, inner: InnerLoop, window: int) -> MetaGr
             grads, metrics, run = windows.step(meta_params, hparams, episode, run)
             return (jax.tree.map(jnp.add, total, grads), run), metrics
 
-        zeros = jax.tree.map(jnp.zeros_like, meta_params)
-        start = (zeros, windows.init(meta_params, hparams, episode, key))
+        run = windows.init(meta_params, hparams, episode, key)
+        start = (jax.tree.map(jnp.zeros_like, meta_params), run)
         (total, _), metrics = jax.lax.scan(
             next_window, start, length=num_windows, unroll=inner.unroll
         )

@@ -173,7 +173,12 @@ def conv(
 
 def is_normalisation(params: Params) -> Params:
     """Which parameters of `conv` are batch norm's scale and bias: a bool in place of each."""
-    return {
-        layer: {name: "scale" in of_layer and name in ("scale", "bias") for name in of_layer}
-        for layer, of_layer in params.items()
-    }
+
+    def name(path: tuple) -> str:
+        return jax.tree_util.keystr(path[-1:], simple=True)
+
+    leaves = jax.tree.leaves_with_path(params)
+    layers = {path[:-1] for path, _ in leaves if name(path) == "scale"}
+    return jax.tree.map_with_path(
+        lambda path, _: path[:-1] in layers and name(path) in ("scale", "bias"), params
+    )

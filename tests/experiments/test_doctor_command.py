@@ -9,6 +9,7 @@ from experiments import command_line, doctor
 from metaopt.doctor import Problem
 from metaopt.inner_loop import InnerLoop
 from metaopt.learners import maml
+from metaopt.meta_gradients import reverse
 
 SMALL = doctor.Config(
     model="bigram",
@@ -50,6 +51,37 @@ def no_problem():
     return 3
 
 
+def my_estimator(learner, loss_fn, inner, *, scale: float = 1.0):
+    estimate = reverse(learner, loss_fn, inner)
+
+    def scaled(*arguments):
+        grads, metrics = estimate(*arguments)
+        return jax.tree.map(lambda g: scale * g, grads), metrics
+
+    return scaled
+
+
+def of_one_argument(learner):
+    return learner
+
+
+def test_an_estimator_of_ones_own(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "of_my_own", sys.modules[__name__])
+    args = ["--estimator", "of_my_own:my_estimator", "--problem", "of_my_own:my_problem"]
+    main([*args, "--rounds", "0"])
+    assert "my_estimator agrees with reverse" in capsys.readouterr().out
+    main([*args, "--rounds", "0", "--options", "scale=2"])
+    assert "my_estimator differs from reverse" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("args", [[], ["--problem", "of_my_own:my_problem"]])
+def test_an_annealed_query_loss_is_examined(args, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "of_my_own", sys.modules[__name__])
+    main(["--inner.query-loss", "annealed", "--rounds", "0", *args])
+    shown = capsys.readouterr().out
+    assert "mixed_mode agrees with finite differences" in shown and "disagrees" not in shown
+
+
 def test_a_problem_of_ones_own(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "of_my_own", sys.modules[__name__])
     main(["--problem", "of_my_own:my_problem", "--estimator", "reptile", "--rounds", "0"])
@@ -67,6 +99,19 @@ def test_a_problem_of_ones_own(capsys, monkeypatch):
         (["--inner-optimizer", "chain"], "chain"),
         (["--estimator", "truncated", "--options", "window"], "name=value"),
         (["--options", "no_such_option=1"], "no_such_option"),
+        (["--estimator", "truncated", "--options", "window=two"], "window"),
+        (["--estimator", "truncated", "--options", "window=1.5"], "window"),
+        (["--estimator", "truncated", "--options", "grad_fn=None"], "grad_fn"),
+        (["--estimator", "implicit", "--options", "solver=lu"], "solver"),
+        (["--estimator", "evolution", "--options", "reuse_noise=2"], "reuse_noise"),
+        (["--estimator", "nonsense"], "module:function"),
+        (["--estimator", "no_such_module:estimator"], "no_such_module"),
+        (["--estimator", "of_my_own:missing"], "missing"),
+        (["--estimator", "of_my_own:of_one_argument"], "3 arguments"),
+        (["--estimator", "of_my_own:my_estimator", "--options", "scale=no"], "scale"),
+        (["--problem", ":my_problem"], "module:function"),
+        (["--problem", "..of_my_own:my_problem"], "module:function"),
+        (["--problem", "of_my_own:of_one_argument"], "0 arguments"),
         (["--learner", "meta_sgd", "--estimator", "reptile"], "log_rates"),
     ],
 )
@@ -99,6 +144,6 @@ def test_models_and_learners_fit_one_another(model, learner):
 
 
 def test_options_are_bound_to_the_estimator():
-    config = doctor.Config(estimator="truncated", options=("window=2", "grad_fn=None"))
+    config = doctor.Config(estimator="truncated", options=("window=2",))
     bound = doctor.make_estimator(config)
-    assert bound.func.__name__ == "truncated" and bound.keywords == {"window": 2, "grad_fn": None}
+    assert bound.func.__name__ == "truncated" and bound.keywords == {"window": 2}

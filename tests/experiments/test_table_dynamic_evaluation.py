@@ -203,6 +203,7 @@ def test_text_that_will_not_do(folder, tmp_path, args, message, capsys):
     [
         ({"meta_steps": 0}, "meta_steps"),
         ({"inner": InnerLoop(num_steps=1)}, "inner.num_steps"),
+        ({"inner": InnerLoop(query_loss="annealed")}, "query_loss"),
         ({"segment_lengths": ()}, "segment_lengths"),
         ({"context": -1}, "context"),
         ({"sgd_rates": (0.0,)}, "sgd_rates"),

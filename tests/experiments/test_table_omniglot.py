@@ -187,28 +187,6 @@ def test_annealing_of_the_order_goes_on_from_the_state_of_first_order(problem, f
     assert np.abs(found - by_hand(0)).max() > 1e-4
 
 
-def test_the_weight_of_the_query_losses_goes_to_the_last_with_the_steps():
-    seen = []
-
-    def step(state, episodes):
-        seen.append(float(state.hparams["query_annealing"]))
-        return state._replace(step=state.step + 1), {}
-
-    optimizer = outer_optimizer(table_omniglot.Config().outer)
-    learner = plus_plus("row", table_omniglot.Config(), ONE_SHOT, Parts()).learner(linear())
-    state = init_state(
-        jax.random.key(0),
-        linear().init(jax.random.key(0)),
-        learner,
-        optimizer,
-        table_omniglot.Config().outer.hparams() | {"query_annealing": 0.0},
-    )
-    annealed = table_omniglot.with_annealing(step, 2)
-    for _ in range(4):
-        state, _ = annealed(state, None)  # type: ignore[arg-type]
-    np.testing.assert_allclose(seen, [0, 0.5, 1, 1])
-
-
 def test_rows_are_the_published_protocols():
     config = table_omniglot.preset({"preset": "gpu"})
     few = {row.name: row for row in make_rows(config, ONE_SHOT)}

@@ -8,6 +8,7 @@ import quadratic
 from metaopt.errors import UserError
 from metaopt.inner_loop import InnerLoop, adapt
 from metaopt.learners import anil, maml, meta_sgd, per_layer_per_step, per_step_parameters
+from metaopt.learners.anil import on_entries
 from metaopt.losses import regression
 from metaopt.meta_gradients import reverse
 from metaopt.models import TransformerConfig, mlp, transformer
@@ -173,3 +174,31 @@ def test_anil_adapts_the_head_alone_and_learns_the_body_outside():
 def test_anil_refuses_a_tied_head():
     with pytest.raises(UserError, match="untie it"):
         anil(transformer(TransformerConfig(vocab_size=5, width=4, num_heads=2, tie_head=True)))
+
+
+@pytest.mark.parametrize("optimizer", [optax.lbfgs(), optax.polyak_sgd(), optax.adamw(0.1)])
+def test_an_optimizer_on_some_entries_is_the_same_as_on_these_alone(optimizer):
+    # A line search is given the value, the gradient and the function, of the head alone.
+    loss = regression(MLP)
+
+    def whole(params):
+        return loss(params, columns(SUPPORT))
+
+    def steps(optimizer, loss, params):
+        optimizer, state = optax.with_extra_args_support(optimizer), optimizer.init(params)
+        for _ in range(2):
+            value, grad = jax.value_and_grad(loss)(params)
+            updates, state = optimizer.update(
+                grad, state, params, value=value, grad=grad, value_fn=loss
+            )
+            params = optax.apply_updates(params, updates)
+        return params
+
+    body = {"layer_0": MLP_PARAMS["layer_0"]}
+    head = {"head": MLP_PARAMS["head"]}
+    found = jax.jit(lambda: steps(on_entries(optimizer, ("head",)), whole, MLP_PARAMS))()
+    expected = jax.jit(lambda: steps(optimizer, lambda h: whole(body | h), head))()
+    jax.tree.map(np.testing.assert_array_equal, found["layer_0"], MLP_PARAMS["layer_0"])
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), found["head"], expected["head"]
+    )

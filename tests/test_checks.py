@@ -1,0 +1,183 @@
+"""What users pass by mistake: one line, when a learner or an estimator is made or first traced."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import quadratic
+
+from metaopt.errors import UserError
+from metaopt.evaluate import adaptation_curve
+from metaopt.inner_loop import InnerLoop, adapt
+from metaopt.learners import anil, maml, meta_sgd, per_layer_per_step
+from metaopt.meta_gradients import (
+    evolution,
+    evolution_windows,
+    first_order,
+    implicit,
+    joint,
+    mixed_mode,
+    reptile,
+    reverse,
+    truncated,
+    truncated_windows,
+)
+from metaopt.outer_step import OuterConfig, init_state, make_meta_step, outer_optimizer
+from metaopt.types import Model
+
+ESTIMATORS = [
+    reverse,
+    mixed_mode,
+    first_order,
+    reptile,
+    joint,
+    truncated,
+    implicit,
+    functools.partial(evolution, num_pairs=1),
+]
+INNER = InnerLoop(num_steps=2)
+HPARAMS = {"inner_learning_rate": 0.1}
+EPISODE = quadratic.episode()
+KEY = jax.random.key(0)
+MODEL = Model(lambda key: quadratic.PARAMS, lambda params, x: x @ params["head"])
+META_PARAMS = {"params": quadratic.PARAMS}
+
+
+def refused(match):
+    return pytest.raises(UserError, match=match)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_what_an_estimator_is_called_with_by_mistake(estimator, compiled):
+    estimate = estimator(maml(), quadratic.loss, INNER)
+    run = jax.jit(estimate) if compiled else estimate
+    rates = {"log_rates": quadratic.PARAMS}
+    with refused("mean_over_tasks"):
+        run(META_PARAMS, HPARAMS, quadratic.episodes(2), KEY)
+    with refused("Episode"):
+        run(META_PARAMS, HPARAMS, EPISODE.support, KEY)
+    with refused(r"learner.init\(params\)"):
+        run(quadratic.PARAMS, HPARAMS, EPISODE, KEY)
+    with refused("log_rates"):
+        run(META_PARAMS | rates, HPARAMS, EPISODE, KEY)
+    if estimator is not joint:
+        with refused("inner_learning_rate"):
+            run(META_PARAMS, {"learning_rate": 0.1}, EPISODE, KEY)
+
+
+@pytest.mark.parametrize("estimator", [*ESTIMATORS, truncated_windows, evolution_windows])
+def test_what_an_estimator_is_made_of_by_mistake(estimator):
+    with refused("function"):
+        estimator(maml, quadratic.loss, INNER)
+    with refused("losses.next_token"):
+        estimator(maml(), MODEL, INNER)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [maml, meta_sgd, functools.partial(per_layer_per_step, num_steps=2), lambda o: anil(MODEL, o)],
+)
+@pytest.mark.parametrize("wrong", [optax.sgd(0.1), optax.adam(0.1), "sgd", 0.1])
+def test_an_optimizer_where_a_function_is_meant(make, wrong):
+    with refused("optax.sgd"):
+        make(wrong)
+
+
+def test_an_outer_optimizer_where_a_function_is_meant():
+    estimate = reverse(maml(), quadratic.loss, INNER)
+    with refused("outer_optimizer"):
+        make_meta_step(estimate, optax.adam(1e-3))
+    with refused("outer_optimizer"):
+        init_state(KEY, quadratic.PARAMS, maml(), optax.adam(1e-3), HPARAMS)
+
+
+def test_what_a_curve_is_called_with_by_mistake():
+    curve = adaptation_curve(maml(), quadratic.loss, INNER, 2)
+    with refused(r"learner.init\(params\)"):
+        curve(quadratic.PARAMS, HPARAMS, EPISODE)
+    with refused("one episode"):
+        curve(META_PARAMS, HPARAMS, quadratic.episodes(2))
+
+
+@pytest.mark.parametrize(
+    ("loss_fn", "optimizer", "params", "match"),
+    [
+        (quadratic.loss, optax.sgd, quadratic.PARAMS, r"optax.sgd\(0.1\)"),
+        (MODEL, optax.sgd(0.1), quadratic.PARAMS, "losses.next_token"),
+        (quadratic.loss, optax.sgd(0.1), {"head": np.arange(3)}, "floating-point"),
+    ],
+)
+def test_what_adapt_is_given_by_mistake(loss_fn, optimizer, params, match):
+    with refused(match):
+        adapt(loss_fn, optimizer, params, EPISODE.support, INNER)
+
+
+def test_a_learner_that_learns_other_entries_than_it_says():
+    learner = maml()._replace(learned=("rates",))
+    outer = outer_optimizer(OuterConfig())
+    with refused("rates"):
+        init_state(KEY, quadratic.PARAMS, learner, outer, OuterConfig().hparams())
+
+
+@pytest.mark.parametrize("rate", [0, 0.0, np.float32(0), jnp.float32(0)])
+def test_reptile_at_a_rate_of_zero(rate):
+    estimate = reptile(maml(), quadratic.loss, INNER)
+    with refused("above 0"):
+        estimate(META_PARAMS, {"inner_learning_rate": rate}, EPISODE, KEY)
+    grads, metrics = jax.jit(estimate)(META_PARAMS, {"inner_learning_rate": rate}, EPISODE, KEY)
+    assert not np.any(grads["params"]["head"])  # it has not moved
+    assert np.isfinite(metrics["loss"])
+
+
+@jax.custom_vjp
+def cosine(x):
+    return jnp.cos(x)
+
+
+cosine.defvjp(lambda x: (jnp.cos(x), x), lambda x, g: (-g * jnp.sin(x),))
+
+
+@jax.custom_vjp
+def sine(x):
+    return jnp.sin(x)
+
+
+# Its rule calls another function with a rule of its own, as fused kernels do.
+sine.defvjp(lambda x: (jnp.sin(x), x), lambda x, g: (g * cosine(x),))
+
+
+@jax.custom_jvp
+def forward_sine(x):
+    return jnp.sin(x)
+
+
+forward_sine.defjvp(lambda x, t: (jnp.sin(x[0]), t[0] * jnp.cos(x[0])))
+
+
+def loss_through(function):
+    return lambda params, batch: quadratic.loss({"head": function(params["head"])}, batch)
+
+
+@pytest.mark.parametrize("estimator", [mixed_mode, implicit])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_rule_without_a_forward_derivative_is_said_to_need_reverse(estimator, compiled):
+    estimate = estimator(maml(), loss_through(sine), INNER)
+    with refused("reverse"):
+        (jax.jit(estimate) if compiled else estimate)(META_PARAMS, HPARAMS, EPISODE, KEY)
+    for function in (cosine, forward_sine):  # whose rules are differentiable in either mode
+        estimate = estimator(maml(), loss_through(function), INNER)
+        jax.eval_shape(estimate, META_PARAMS, HPARAMS, EPISODE, KEY)
+    estimate = reverse(maml(), loss_through(sine), INNER)
+    jax.eval_shape(estimate, META_PARAMS, HPARAMS, EPISODE, KEY)
+
+
+def test_other_errors_of_forward_mode_are_those_of_jax():
+    def broken(params, batch):
+        raise TypeError("of the loss itself")
+
+    with pytest.raises(TypeError, match="of the loss itself"):
+        mixed_mode(maml(), broken, INNER)(META_PARAMS, HPARAMS, EPISODE, KEY)
