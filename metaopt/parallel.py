@@ -5,6 +5,7 @@ with ``in_axes=None``; episodes get a leading device axis. The step is a functio
 one device that ends in a `pmean`; forgetting that is silent under pmap.
 """
 
+import functools
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -87,6 +88,13 @@ def split_over_devices(tree: Any, num_devices: int) -> Any:
 def parallel_step(step: Callable, devices: Sequence[Device]) -> Callable:
     """``(state, episodes [N, T, ...]) -> (state, metrics)`` over the devices.
 
+    On several CPU devices it returns when the step is done. A collective there needs a thread of
+    the client for each device, and there are as many threads as cores. Each device also lets only
+    32 computations be in flight, and a launch that waits for one of them to end holds such a
+    thread. Steps that are dispatched ahead, or the copy of a state leaf by leaf behind them,
+    can so take the thread that the second half of a collective needs: a deadlock. With no step
+    in flight there is none.
+
     Args:
       step: a step of one device that averages over the axis `AXIS`.
       devices: where it runs.
@@ -94,7 +102,7 @@ def parallel_step(step: Callable, devices: Sequence[Device]) -> Callable:
     Returns:
       The compiled step. It donates its state: the one passed in is gone afterwards.
     """
-    return jax.pmap(
+    compiled = jax.pmap(
         step,
         axis_name=AXIS,
         in_axes=(None, 0),
@@ -102,6 +110,14 @@ def parallel_step(step: Callable, devices: Sequence[Device]) -> Callable:
         donate_argnums=(0,),
         devices=devices,
     )
+    if len(devices) == 1 or devices[0].platform != "cpu":
+        return compiled
+
+    @functools.wraps(compiled)
+    def finished(state, episodes):
+        return jax.block_until_ready(compiled(state, episodes))
+
+    return finished
 
 
 def parallel_members(

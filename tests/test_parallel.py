@@ -10,9 +10,11 @@ import pytest
 
 from metaopt.errors import UserError
 from metaopt.parallel import (
+    AXIS,
     check_divides,
     default_devices,
     parallel_map,
+    parallel_step,
     replicate,
     split_over_devices,
 )
@@ -84,3 +86,20 @@ print(len(default_devices()), jax.config.jax_compilation_cache_dir)
     assert run(XDG_CACHE_HOME=str(tmp_path)) == [str(os.cpu_count()), cache]
     kept = run(JAX_NUM_CPU_DEVICES="3", JAX_COMPILATION_CACHE_DIR=str(tmp_path))
     assert kept == ["3", str(tmp_path)]
+
+
+def test_a_step_on_several_cpu_devices_is_done_when_it_returns():
+    """Else more than 32 computations dispatched behind it can deadlock its collective."""
+
+    def step(state, x):
+        hidden = x
+        for _ in range(200):
+            hidden = jnp.tanh(hidden @ state)
+        return state + jax.lax.pmean(hidden, AXIS)[: len(state)], jnp.zeros(())
+
+    devices = default_devices(2)
+    state = replicate(jnp.eye(64), devices)
+    run = parallel_step(step, devices)
+    for _ in range(3):  # the first call compiles
+        state, metric = run(state, jnp.ones((2, 4096, 64)))
+        assert state.is_ready() and metric.is_ready()
