@@ -144,7 +144,7 @@ def test_an_assessment_is_strict_json_also_where_it_diverged():
     broken = first._replace(step=2, seconds=2.0, losses=np.array([np.nan] + [np.inf] * 49))
     record = as_record(assess(broken, first))
     assert json.loads(json.dumps(record, allow_nan=False)) == record
-    assert record["loss"] == {"mean": None, "ci95": None, "n": 50}
+    assert record["loss"] == {"mean": None, "ci95": None, "n": 50, "method": "Student t"}
     assert record["improvement"]["mean"] is record["per_second"] is None
     assert record["per_cost"] == 1.0
     nested = {"array": np.array([1.0, np.nan], np.float32), "flag": np.bool_(True), 3: (1, "a")}
