@@ -14,7 +14,7 @@ from jax.extend import core
 
 from metaopt.errors import UserError
 from metaopt.pytrees import entries
-from metaopt.types import Array, Episode, Hparams, Learner, MetaParams, Model, Params
+from metaopt.types import Array, Batch, Episode, Hparams, Learner, MetaParams, Model, Params
 
 HPARAMS = {
     "inner_learning_rate": "the learning rate of the inner optimizer",
@@ -36,12 +36,15 @@ def check_factory(factory: Any, which: Literal["inner", "outer"] = "inner") -> N
         )
 
 
-def check_adapt(loss_fn: Any, optimizer: Any, params: Params) -> None:
+def check_adapt(
+    loss_fn: Any, optimizer: Any, params: Params, support: Batch, num_steps: int
+) -> None:
     """Checks what the inner loop is given.
 
     Raises:
-      UserError: the loss cannot be called, the optimiser is none (`optax.sgd` itself), or the
-        parameters are not all floating-point.
+      UserError: the loss cannot be called, the optimiser is none (`optax.sgd` itself), the
+        parameters are not all floating-point or are float16, the support has no examples, or
+        there are no steps.
     """
     check_loss(loss_fn)
     if not isinstance(optimizer, optax.GradientTransformation):
@@ -50,6 +53,17 @@ def check_adapt(loss_fn: Any, optimizer: Any, params: Params) -> None:
             f"{type(optimizer).__name__}: give optax.sgd(0.1) rather than optax.sgd"
         )
     check_parameters(params)
+    if any(0 in np.shape(leaf) for leaf in jax.tree.leaves(support)):
+        shapes = ", ".join(str(np.shape(leaf)) for leaf in jax.tree.leaves(support))
+        raise UserError(
+            f"the support has no examples to adapt on, its arrays are {shapes}: give at least one, "
+            "or use the parameters as they are"
+        )
+    if num_steps < 1:
+        raise UserError(
+            f"num_steps is {num_steps}: adapt takes at least 1 step; without one, use the "
+            "parameters as they are"
+        )
 
 
 def check_loss(loss_fn: Any) -> None:
@@ -117,9 +131,15 @@ def check_parameters(params: Params) -> Params:
     """The parameters themselves, if all their leaves are floating-point arrays.
 
     Raises:
-      UserError: some are not (a step counter, a key, a function), or there are none.
+      UserError: some are not (a step counter, a key, a function), or there are none, or some are
+        float16, in which the square of a gradient is soon zero or infinite.
     """
     leaves = jax.tree.leaves(params)
+    if any(getattr(leaf, "dtype", None) == jnp.float16 for leaf in leaves):
+        raise UserError(
+            "parameters are float16, whose range is too small for inner steps and their "
+            "derivatives: use bfloat16 or float32"
+        )
     if leaves and all(map(_is_floating, leaves)):
         return params
     wrong = [

@@ -2,10 +2,11 @@
 
 Every estimator is this loop with another inner-gradient function: reverse mode
 differentiates through `jax.value_and_grad`; first order puts a stop-gradient
-behind it; a mixed-mode rule would replace its transpose.
+behind it; mixed mode has a rule for its derivative.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -15,9 +16,10 @@ import optax
 from jax.ad_checkpoint import checkpoint_name
 
 from metaopt.checks import check_adapt
+from metaopt.eager import compile_once
 from metaopt.errors import UserError
 from metaopt.planned_scan import planned_scan
-from metaopt.types import Array, Batch, InnerGradFn, LossFn, Params
+from metaopt.types import Array, Batch, InnerGradFn, LossFn, Params, PyTree
 
 INNER_GRADIENTS = "inner_gradients"  # what a recomputed step may keep
 
@@ -108,9 +110,14 @@ def adapt(
 ) -> Adapted:
     """Takes K inner steps, ``θ_{k+1} = θ_k + u_k(∇L(θ_k))``, differentiably.
 
-    Any optax transformation serves whose own derivative is finite (that of `optax.radam`
-    is NaN from the third step on). Adam's is NaN at a gradient of zero, through the
-    square root of its second moment; `away_from_zero` closes that trap.
+    Any optax transformation serves, and steps as it does alone: what optax offers beside the
+    gradient (``value``, ``grad``, ``value_fn``) is passed to those that ask for it. Its own
+    derivative must be finite (that of `optax.radam` is NaN from the third step on). Adam's is
+    NaN at a gradient of zero, through the square root of its second moment: that trap is
+    closed, see `away_from_zero`. The state keeps the dtypes of its start.
+
+    Called outside `jax.jit`, it is compiled once for equal functions and shapes
+    (`metaopt.eager`).
 
     Args:
       loss_fn: the loss that is stepped on.
@@ -119,7 +126,7 @@ def adapt(
       support: examples ``[S, ...]``.
       config: see `InnerLoop`.
       num_steps: takes the place of ``config.num_steps``, for an evaluation that goes
-        on past the trained number of steps (only with ``batching='same'``).
+        on past the trained number of steps (only with ``batching='same'``); at least 1.
       opt_state: of the inner optimiser, where an earlier run is gone on with; None starts anew.
       grad_fn: turns the loss into ``(params, batch) -> (loss, gradient)``.
       probe: what else to measure at the parameters before each step.
@@ -128,8 +135,9 @@ def adapt(
       `Adapted`.
 
     Raises:
-      UserError: S does not divide by K under ``batching='split'``; or a loss, an optimiser or
-        parameters are not what they should be (`metaopt.checks.check_adapt`).
+      UserError: S does not divide by K under ``batching='split'``, or is 0; there are no steps;
+        or a loss, an optimiser or parameters are not what they should be
+        (`metaopt.checks.check_adapt`).
 
     Example:
       >>> adapted = adapt(loss_fn, optax.sgd(0.1), params, episode.support, InnerLoop())
@@ -138,22 +146,78 @@ def adapt(
     References:
       Finn et al., 2017, "Model-Agnostic Meta-Learning", section 2.2.
     """
-    check_adapt(loss_fn, optimizer, params)
     steps = config.num_steps if num_steps is None else num_steps
+    check_adapt(loss_fn, optimizer, params, support, steps)
+    run = functools.partial(_adapt, loss_fn, optimizer, config, steps, grad_fn, probe)
+    return compile_once(run)(params, support, opt_state)
+
+
+def _adapt(loss_fn, optimizer, config, steps, grad_fn, probe, params, support, opt_state):
     value_and_grad = grad_fn(loss_fn)
     batches = split_batches(support, steps) if config.batching == "split" else None
 
     def step(carry, batch):
         params, opt_state = carry
-        loss, grads = value_and_grad(params, support if batch is None else batch)
-        grads = checkpoint_name(away_from_zero(grads), INNER_GRADIENTS)
-        updates, opt_state = optimizer.update(grads, opt_state, params)
+        batch = support if batch is None else batch
+        loss, grads = value_and_grad(params, batch)
+        grads = checkpoint_name(grads, INNER_GRADIENTS)
+        updates, opt_state = _update(
+            optimizer, grads, opt_state, params, loss, lambda params: loss_fn(params, batch)
+        )
         measured = None if probe is None else probe(params)
         return (optax.apply_updates(params, updates), opt_state), (loss, measured)
 
     start = (params, optimizer.init(params) if opt_state is None else opt_state)
     (params, last_state), (losses, probes) = _scan(config, step, start, batches, steps)
     return Adapted(params, losses, last_state, probes)
+
+
+def _update(
+    optimizer: optax.GradientTransformation,
+    grads: Params,
+    state: optax.OptState,
+    params: Params,
+    loss: Array,
+    value_fn: Callable[[Params], Array],
+) -> tuple[Params, optax.OptState]:
+    """What the optimiser gives, with the derivative that it has away from zero gradients."""
+    optimizer = optax.with_extra_args_support(optimizer)
+
+    def update(grads, state, params, loss):
+        updates, new_state = optimizer.update(
+            grads, state, params, value=loss, grad=grads, value_fn=value_fn
+        )
+        return updates, jax.tree.map(_keep_dtype, new_state, state)
+
+    values = update(*jax.lax.stop_gradient((grads, state, params, loss)))
+    moved = away_from_zero(grads), away_from_zero(state, squared=True)
+    derivatives = update(*moved, params, loss)
+    return jax.tree.map(_with_derivative_of, values, derivatives)
+
+
+def _keep_dtype(new: Any, old: Any) -> Any:
+    """``new`` in the dtype of ``old``: lars and schedule_free follow that of the rate."""
+    return jnp.asarray(new, jnp.result_type(old)) if _is_smooth(old) else new
+
+
+def _with_derivative_of(value: Any, other: Any) -> Any:
+    return _first_as_second(value, other) if _is_smooth(value) else value
+
+
+@jax.custom_jvp
+def _first_as_second(value: Array, other: Array) -> Array:
+    """The value of the one, with the derivative of the other, in both modes and any order."""
+    del other
+    return value
+
+
+@_first_as_second.defjvp
+def _derivative_of_second(primals, tangents):
+    return _first_as_second(*primals), tangents[1]
+
+
+def _is_smooth(leaf: Any) -> bool:
+    return jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
 
 
 def _scan(config: InnerLoop, step: Callable, start: Any, batches: Batch | None, num_steps: int):
@@ -199,23 +263,28 @@ def check_split(num_examples: int, num_steps: int) -> None:
         )
 
 
-def away_from_zero(grads: Params) -> Params:
-    """Moves gradients too small to be squared away from zero, by about 1e-16 in float32.
+def away_from_zero(tree: PyTree, *, squared: bool = False) -> PyTree:
+    """Moves numbers too small to be squared away from zero, by about 1e-16 in float32.
 
-    A second moment is a square, and the derivative of its square root at zero is
-    infinite; infinity times the zero derivative of the square is NaN. What is moved is
-    the value alone: the derivative of the gradient, which at a stationary point is
-    not zero, goes through. For an entry that the batch does not touch (an absent
-    symbol, a dead unit) it is zero, and so is what comes of it.
+    A second moment is a square, and the derivative of its square root at zero is infinite;
+    infinity times the zero derivative of the square is NaN. `adapt` takes an optimiser's
+    derivative at gradients and at a state moved so, and its values at both as they are. The
+    derivative of the gradient itself, which at a stationary point is not zero, goes through.
+    For an entry that the batch does not touch (an absent symbol, a dead unit) it is zero, and
+    so is what comes of it.
 
-    The floor is far below the eps of Adam and its kin, so the updates stay nil; but an
-    optimiser that sees only the sign of a gradient (Lion, sign descent), or only the
-    direction of a whole layer's (LARS, LAMB), takes the floor for a gradient.
+    Args:
+      tree: gradients, or the state of an optimiser; what is not floating-point is left alone.
+        float16 has no such numbers: there they would be moved by 8.
+      squared: they are, or may be, squares: moved by the square of the distance.
     """
 
-    def guard(g):
+    def guard(x):
+        if not _is_smooth(x):
+            return x
         # 1e3: so that (1 - β2) floor² is still a normal number.
-        floor = 1e3 * float(jnp.finfo(g.dtype).tiny) ** 0.5
-        return g + jnp.where(jnp.abs(g) < floor, jnp.where(g < 0, -floor, floor), 0.0)
+        floor = 1e3 * float(jnp.finfo(jnp.result_type(x)).tiny) ** 0.5
+        floor = floor**2 if squared else floor
+        return x + jnp.where(jnp.abs(x) < floor, jnp.where(x < 0, -floor, floor), 0.0)
 
-    return jax.tree.map(guard, grads)
+    return jax.tree.map(guard, tree)

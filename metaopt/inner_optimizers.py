@@ -7,34 +7,18 @@ beside the rate are the published ones, but for those that a derivative needs:
   whose derivative is zero, save near zero, where it is huge.
 - Adagrad starts from a small accumulator, on the scale of squared inner gradients; optax's 0.1
   would make its first steps those of gradient descent.
-- What sees only a direction or a sign (LARS, LAMB, Lion) gets the zeros back that
-  `metaopt.inner_loop.away_from_zero` has moved, so that what a support does not touch
-  stays where it is. None has weight decay.
+- None has weight decay, so that what a support does not touch stays where it is.
 """
 
 import functools
 from collections.abc import Callable
 from typing import Literal
 
-import jax
-import jax.numpy as jnp
 import optax
 
 OptimizerName = Literal[
     "sgd", "momentum", "nesterov", "adagrad", "rmsprop", "adam", "lars", "lamb", "lion"
 ]
-
-TINY = 1e-15
-"""A gradient smaller than this is zero, moved by `metaopt.inner_loop.away_from_zero`."""
-
-
-def restore_zeros() -> optax.GradientTransformation:
-    """Makes gradients smaller than `TINY` zero again; their derivative goes through."""
-
-    def restored(g):
-        return g - jax.lax.stop_gradient(jnp.where(jnp.abs(g) < TINY, g, 0.0))
-
-    return optax.stateless(lambda grads, _: jax.tree.map(restored, grads))
 
 
 def lars(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
@@ -47,9 +31,7 @@ def lars(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
       You et al., 2017, "Large Batch Training of Convolutional Networks", section 4. Its
       trust coefficient is part of the rate here.
     """
-    return optax.chain(
-        restore_zeros(), optax.lars(learning_rate, trust_coefficient=1.0, momentum=0.9, eps=1e-6)
-    )
+    return optax.lars(learning_rate, trust_coefficient=1.0, momentum=0.9, eps=1e-6)
 
 
 def lamb(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
@@ -61,7 +43,6 @@ def lamb(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
       You et al., 2020, "Large Batch Optimization for Deep Learning", algorithm 2.
     """
     return optax.chain(
-        restore_zeros(),
         optax.scale_by_adam(eps=1e-6, eps_root=1e-8),
         optax.scale_by_trust_ratio(eps=1e-6),
         optax.scale_by_learning_rate(learning_rate),
@@ -76,7 +57,7 @@ def lion(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
     References:
       Chen et al., 2023, "Symbolic Discovery of Optimization Algorithms", algorithm 2.
     """
-    return optax.chain(restore_zeros(), optax.lion(learning_rate, weight_decay=0.0))
+    return optax.lion(learning_rate, weight_decay=0.0)
 
 
 INNER_OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {

@@ -142,7 +142,7 @@ def test_meta_gradients_are_finite_at_zero_gradients(name):
     grads, rate_grad = jax.jit(jax.grad(objective, argnums=(0, 1)))(STILL, 0.1)
     assert np.isfinite(grads["w"]).all() and np.isfinite(rate_grad)
     # What the support does not touch stays, and so does its derivative (but for LARS,
-    # which steps along the whole layer).
+    # whose steps grow with the norm of the layer).
     np.testing.assert_allclose(grads["w"][2], 2 * 5.0, rtol=1e-3 if name == "lars" else 1e-4)
 
 
@@ -195,3 +195,19 @@ def test_what_makes_no_sense_is_refused():
     config = InnerLoop(num_steps=3, batching="split")
     with pytest.raises(UserError, match="8 support examples cannot be split into 3"):
         adapt(quadratic.loss, optax.sgd(RATE), quadratic.PARAMS, SUPPORT, config)
+    for num_steps in (0, -1):
+        with pytest.raises(UserError, match=f"num_steps is {num_steps}"):
+            adapt(
+                quadratic.loss,
+                optax.sgd(RATE),
+                quadratic.PARAMS,
+                SUPPORT,
+                InnerLoop(),
+                num_steps=num_steps,
+            )
+    with pytest.raises(UserError, match="no examples"):
+        nothing = jax.tree.map(lambda x: x[:0], SUPPORT)
+        adapt(quadratic.loss, optax.sgd(RATE), quadratic.PARAMS, nothing, InnerLoop())
+    half = jax.tree.map(lambda x: x.astype(jnp.float16), quadratic.PARAMS)
+    with pytest.raises(UserError, match="bfloat16"):
+        adapt(quadratic.loss, optax.sgd(RATE), half, SUPPORT, InnerLoop())

@@ -25,7 +25,7 @@ ORDER = [
         "runs",
     },
     {"pytrees", "rematerialization"},
-    {"planned_scan", "checks"},
+    {"planned_scan", "checks", "eager"},
     {"inner_loop", "checkpoint", "recorder"},
     {"learners", "meta_gradients", "nonfinite", "inner_optimizers", "muon"},
     {"outer_step", "doctor", "dynamic_evaluation"},

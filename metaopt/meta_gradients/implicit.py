@@ -10,6 +10,7 @@ import optax
 from jax.flatten_util import ravel_pytree
 
 from metaopt.checks import check_call, check_parts, forward_mode
+from metaopt.eager import compile_once
 from metaopt.errors import UserError
 from metaopt.inner_loop import InnerLoop, adapt
 from metaopt.pytrees import fill, take
@@ -73,9 +74,7 @@ def implicit(
     solve = {"cg": conjugate_gradients, "neumann": neumann_series}[solver]
     regularized = proximal(learner, regularization)
 
-    def estimate(meta_params, hparams, episode, key):
-        del key
-        check_call(learner, meta_params, episode)
+    def gradient(meta_params, hparams, episode):
         start, to_meta_params = jax.vjp(learner.start, meta_params)
         optimizer = regularized.inner_opt(meta_params, hparams)
         adapted = adapt(loss_fn, optimizer, start, episode.support, inner)
@@ -101,6 +100,13 @@ def implicit(
             "inner_losses": adapted.losses,
             "residual": _ratio(jnp.linalg.norm(image - target), jnp.linalg.norm(target)),
         }
+
+    gradient = compile_once(gradient)
+
+    def estimate(meta_params, hparams, episode, key):
+        del key
+        check_call(learner, meta_params, episode)
+        return gradient(meta_params, hparams, episode)
 
     return estimate
 

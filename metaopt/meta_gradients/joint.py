@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from metaopt.checks import check_call, check_parts
+from metaopt.eager import compile_once
 from metaopt.errors import UserError
 from metaopt.inner_loop import InnerLoop
 from metaopt.types import Batch, Episode, Learner, LossFn, MetaGradFn
@@ -32,12 +33,15 @@ def joint(learner: Learner, loss_fn: LossFn, inner: InnerLoop | None = None) -> 
     check_parts(learner, loss_fn)
     require_initialisation_only(learner, "joint pretraining")
 
+    def objective(meta_params, episode):
+        return loss_fn(learner.start(meta_params), support_and_query(episode))
+
+    value_and_gradient = compile_once(jax.value_and_grad(objective))
+
     def estimate(meta_params, hparams, episode, key):
         del hparams, key
         check_call(learner, meta_params, episode)
-        loss, grads = jax.value_and_grad(
-            lambda meta_params: loss_fn(learner.start(meta_params), support_and_query(episode))
-        )(meta_params)
+        loss, grads = value_and_gradient(meta_params, episode)
         return grads, {"loss": loss, "inner_losses": jnp.zeros((0,), loss.dtype)}
 
     return estimate

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from metaopt.checks import check_call, check_parts, hparam
+from metaopt.eager import compile_once
 from metaopt.errors import UserError
 from metaopt.inner_loop import InnerLoop, adapt
 from metaopt.meta_gradients.joint import require_initialisation_only, support_and_query
@@ -40,6 +41,18 @@ def reptile(learner: Learner, loss_fn: LossFn, inner: InnerLoop) -> MetaGradFn:
     check_parts(learner, loss_fn)
     require_initialisation_only(learner, "Reptile")
 
+    def gradient(meta_params, hparams, episode):
+        rate = hparam(hparams, "inner_learning_rate")
+        start = learner.start(meta_params)
+        optimizer = learner.inner_opt(meta_params, hparams)
+        adapted = adapt(loss_fn, optimizer, start, support_and_query(episode), inner)
+        scale = jnp.where(rate == 0, 1, rate) * inner.num_steps
+        grads = jax.tree.map(lambda a, b: ((a - b) / scale).astype(a.dtype), start, adapted.params)
+        loss = loss_fn(adapted.params, episode.query)
+        return {"params": grads}, {"loss": loss, "inner_losses": adapted.losses}
+
+    gradient = compile_once(gradient)
+
     def estimate(meta_params, hparams, episode, key):
         del key
         check_call(learner, meta_params, episode)
@@ -49,12 +62,6 @@ def reptile(learner: Learner, loss_fn: LossFn, inner: InnerLoop) -> MetaGradFn:
                 "Reptile's gradient is the distance that the inner loop goes, divided by its "
                 "rate, and inner_learning_rate is 0: give a rate above 0"
             )
-        start = learner.start(meta_params)
-        optimizer = learner.inner_opt(meta_params, hparams)
-        adapted = adapt(loss_fn, optimizer, start, support_and_query(episode), inner)
-        scale = jnp.where(rate == 0, 1, rate) * inner.num_steps
-        grads = jax.tree.map(lambda a, b: ((a - b) / scale).astype(a.dtype), start, adapted.params)
-        loss = loss_fn(adapted.params, episode.query)
-        return {"params": grads}, {"loss": loss, "inner_losses": adapted.losses}
+        return gradient(meta_params, hparams, episode)
 
     return estimate

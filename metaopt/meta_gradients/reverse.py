@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from metaopt.checks import check_call, check_parts, hparam
+from metaopt.eager import compile_once
 from metaopt.inner_loop import InnerLoop, adapt, query_weights
 from metaopt.types import InnerGradFn, Learner, LossFn, MetaGradFn
 
@@ -71,9 +72,11 @@ def reverse(
         weights = query_weights(inner.num_steps, hparam(hparams, "query_annealing"))
         return weights @ losses, metrics
 
+    gradient = compile_once(jax.grad(objective, has_aux=True))
+
     def estimate(meta_params, hparams, episode, key):
         del key
         check_call(learner, meta_params, episode)
-        return jax.grad(objective, has_aux=True)(meta_params, hparams, episode)
+        return gradient(meta_params, hparams, episode)
 
     return estimate

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from metaopt.eager import compile_once
 from metaopt.errors import UserError
 from metaopt.inner_loop import InnerLoop, adapt, check_split
 from metaopt.types import (
@@ -187,13 +188,12 @@ def mean_over_windows(windows: Windows, inner: InnerLoop, window: int) -> MetaGr
     """
     num_windows = inner.num_steps // window
 
-    def estimate(meta_params, hparams, episode, key):
+    def gradient(meta_params, hparams, episode, run):
         def next_window(carry, _):
             total, run = carry
             grads, metrics, run = windows.step(meta_params, hparams, episode, run)
             return (jax.tree.map(jnp.add, total, grads), run), metrics
 
-        run = windows.init(meta_params, hparams, episode, key)
         start = (jax.tree.map(jnp.zeros_like, meta_params), run)
         (total, _), metrics = jax.lax.scan(
             next_window, start, length=num_windows, unroll=inner.unroll
@@ -202,5 +202,11 @@ def mean_over_windows(windows: Windows, inner: InnerLoop, window: int) -> MetaGr
             "loss": metrics["loss"][-1],
             "inner_losses": metrics["inner_losses"].reshape(inner.num_steps),
         }
+
+    gradient = compile_once(gradient)
+
+    def estimate(meta_params, hparams, episode, key):
+        run = windows.init(meta_params, hparams, episode, key)
+        return gradient(meta_params, hparams, episode, run)
 
     return estimate
