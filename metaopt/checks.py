@@ -44,7 +44,7 @@ def check_adapt(
     Raises:
       UserError: the loss cannot be called, the optimiser is none (`optax.sgd` itself), the
         parameters are not all floating-point or are float16, the support has no examples, or
-        there are no steps.
+        the number of steps is negative.
     """
     check_loss(loss_fn)
     if not isinstance(optimizer, optax.GradientTransformation):
@@ -59,11 +59,8 @@ def check_adapt(
             f"the support has no examples to adapt on, its arrays are {shapes}: give at least one, "
             "or use the parameters as they are"
         )
-    if num_steps < 1:
-        raise UserError(
-            f"num_steps is {num_steps}: adapt takes at least 1 step; without one, use the "
-            "parameters as they are"
-        )
+    if num_steps < 0:
+        raise UserError(f"num_steps is {num_steps}: give the number of inner steps, 0 or more")
 
 
 def check_loss(loss_fn: Any) -> None:

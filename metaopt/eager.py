@@ -18,7 +18,9 @@ from pathlib import Path
 from typing import Any, Generic, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 MOST_KEPT = 64
 """Compiled functions that are kept; the one used longest ago makes room."""
@@ -30,7 +32,10 @@ _lock = threading.Lock()
 _ATOMS = (bool, int, str, bytes, type(None), type(Ellipsis), enum.Enum, np.dtype, types.CodeType)
 _LIBRARIES = tuple(
     str(path.resolve())
-    for path in (*map(Path, map(sysconfig.get_path, ("stdlib", "purelib"))), Path(__file__).parent)
+    for path in (
+        *map(Path, map(sysconfig.get_path, ("stdlib", "purelib", "platlib"))),
+        Path(__file__).parent,
+    )
 )
 
 
@@ -50,7 +55,7 @@ def compile_once(function: Callable) -> Callable:
     @functools.wraps(function)
     def call(*arguments):
         leaves = jax.tree.leaves(arguments)
-        if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+        if any(isinstance(leaf, Tracer) for leaf in leaves):
             return function(*arguments)
         try:
             key = _Parts().of(function)
@@ -124,7 +129,7 @@ class _Parts:
         return self._taken_apart(value)
 
     def _taken_apart(self, value: Any) -> Hashable:
-        if isinstance(value, jax.core.Tracer):
+        if isinstance(value, Tracer):
             raise _Unknown
         if isinstance(value, jax.Array | np.ndarray):
             return self._array(value)
@@ -140,8 +145,8 @@ class _Parts:
             return type(value), tuple((self.of(k), self.of(v)) for k, v in value.items())
         if isinstance(value, list | tuple):
             return type(value), tuple(map(self.of, value))
-        if isinstance(value, classmethod | staticmethod | functools.cached_property):
-            return type(value), self.of(vars(value).get("func") or value.__func__)
+        if isinstance(value, classmethod | staticmethod):
+            return type(value), self.of(value.__func__)
         if isinstance(value, property):
             return "property", self.of(value.fget)
         if isinstance(value, type):
@@ -151,7 +156,7 @@ class _Parts:
                 return _Same(value)
             functions = {n: v for n, v in vars(value).items() if n[0] != "_" or n == "__wrapped__"}
             return type(value), self.of(functions)
-        if _is_python(type(value)):
+        if hasattr(value, "__dict__") and _is_python(type(value)):
             return self.of(type(value)), self.of(vars(value))
         raise _Unknown
 
@@ -164,7 +169,7 @@ class _Parts:
 
     def _array(self, value: Any) -> Hashable:
         if isinstance(value, jax.Array):
-            if jax.dtypes.issubdtype(value.dtype, jax.dtypes.extended) or value.size > 4096:
+            if jnp.issubdtype(value.dtype, jax.dtypes.extended) or value.size > 4096:
                 return _Same(value)  # which cannot change
             value = np.asarray(value)
         if value.dtype.hasobject:
@@ -190,16 +195,13 @@ class _Parts:
         if _is_library(function):
             return None
         names = sorted(_names(function.__code__))
-        parts, modules = [], [function.__globals__]
-        while modules:
-            module = modules.pop()
-            for name in names:
-                if name not in module:
-                    continue
-                parts.append((name, self.of(module[name])))
-                inside = module[name]
-                if isinstance(inside, types.ModuleType) and not _in_library(inside.__name__):
-                    modules.append(vars(inside))
+        parts, spaces = [], [function.__globals__]
+        for space in spaces:  # which grows on the way
+            for name, value in ((n, space[n]) for n in names if n in space):
+                parts.append((name, self.of(value)))
+                is_users = isinstance(value, types.ModuleType) and not _in_library(value.__name__)
+                if is_users and not any(vars(value) is known for known in spaces):
+                    spaces.append(vars(value))
         return tuple(parts)
 
 
@@ -217,12 +219,10 @@ def _made_by_jax(value: Any) -> bool:
 
 
 def _is_python(kind: type) -> bool:
-    """Whether all that objects of a class hold is in their ``__dict__``."""
+    """Whether a class and its bases are written in Python, and hide nothing in slots."""
     heap = 1 << 9  # Py_TPFLAGS_HEAPTYPE, of classes that are written in Python
     bases = [base for base in kind.__mro__ if base not in (object, Generic, Protocol)]
-    return hasattr(kind, "__dict__") and all(
-        base.__flags__ & heap and not vars(base).get("__slots__") for base in bases
-    )
+    return all(base.__flags__ & heap and not vars(base).get("__slots__") for base in bases)
 
 
 def _is_library(value: Any) -> bool:

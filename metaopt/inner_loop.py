@@ -126,7 +126,7 @@ def adapt(
       support: examples ``[S, ...]``.
       config: see `InnerLoop`.
       num_steps: takes the place of ``config.num_steps``, for an evaluation that goes
-        on past the trained number of steps (only with ``batching='same'``); at least 1.
+        on past the trained number of steps (only with ``batching='same'``); 0 takes none.
       opt_state: of the inner optimiser, where an earlier run is gone on with; None starts anew.
       grad_fn: turns the loss into ``(params, batch) -> (loss, gradient)``.
       probe: what else to measure at the parameters before each step.
@@ -135,8 +135,8 @@ def adapt(
       `Adapted`.
 
     Raises:
-      UserError: S does not divide by K under ``batching='split'``, or is 0; there are no steps;
-        or a loss, an optimiser or parameters are not what they should be
+      UserError: S does not divide by K under ``batching='split'``, or is 0; K is negative; or
+        a loss, an optimiser or parameters are not what they should be
         (`metaopt.checks.check_adapt`).
 
     Example:
@@ -256,7 +256,7 @@ def split_batches(support: Batch, num_steps: int) -> Batch:
 
 def check_split(num_examples: int, num_steps: int) -> None:
     """Raises UserError where K does not divide S."""
-    if num_examples % num_steps:
+    if num_steps < 1 or num_examples % num_steps:
         raise UserError(
             f"{num_examples} support examples cannot be split into {num_steps} equal batches; "
             "make the support a multiple of the inner steps or use batching='same'"

@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -30,9 +32,6 @@ Counter.__module__ = "metaopt.counter"
 
 @pytest.fixture
 def traces(monkeypatch):
-    import sys
-    import types
-
     module = types.ModuleType("metaopt.counter")
     module.__file__ = dataclasses.__file__
     monkeypatch.setitem(sys.modules, "metaopt.counter", module)
@@ -122,6 +121,16 @@ def test_what_changes_under_a_function_is_seen(monkeypatch, traces):
     monkeypatch.setitem(globals(), "SCALE", 3.0)
     for function in (mutable, plain.method, of_array, reads_a_global):
         np.testing.assert_array_equal(compile_once(function)(X), 3 * X)
+
+
+def test_what_modules_hold_that_import_each_other_is_seen(monkeypatch):
+    first, second = types.ModuleType("first"), types.ModuleType("second")
+    first.second, second.first, second.SCALE = second, first, 2.0
+    monkeypatch.setitem(globals(), "first", first)
+    function = eval("lambda x: x * first.second.SCALE", globals())
+    np.testing.assert_array_equal(compile_once(function)(X), 2 * X)
+    second.SCALE = 3.0
+    np.testing.assert_array_equal(compile_once(function)(X), 3 * X)
 
 
 def test_an_object_that_cannot_be_looked_into_is_asked_each_time():

@@ -195,16 +195,11 @@ def test_what_makes_no_sense_is_refused():
     config = InnerLoop(num_steps=3, batching="split")
     with pytest.raises(UserError, match="8 support examples cannot be split into 3"):
         adapt(quadratic.loss, optax.sgd(RATE), quadratic.PARAMS, SUPPORT, config)
-    for num_steps in (0, -1):
-        with pytest.raises(UserError, match=f"num_steps is {num_steps}"):
-            adapt(
-                quadratic.loss,
-                optax.sgd(RATE),
-                quadratic.PARAMS,
-                SUPPORT,
-                InnerLoop(),
-                num_steps=num_steps,
-            )
+    same = InnerLoop()
+    with pytest.raises(UserError, match="num_steps is -1"):
+        adapt(quadratic.loss, optax.sgd(RATE), quadratic.PARAMS, SUPPORT, same, num_steps=-1)
+    with pytest.raises(UserError, match="split into 0"):
+        adapt(quadratic.loss, optax.sgd(RATE), quadratic.PARAMS, SUPPORT, config, num_steps=0)
     with pytest.raises(UserError, match="no examples"):
         nothing = jax.tree.map(lambda x: x[:0], SUPPORT)
         adapt(quadratic.loss, optax.sgd(RATE), quadratic.PARAMS, nothing, InnerLoop())
