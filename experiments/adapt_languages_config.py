@@ -20,7 +20,7 @@ class Config:
     """Meta-learn a language model and adapt it to languages that it has never seen.
 
     Attributes:
-      preset: smoke (seconds), cpu or gpu; the defaults of all the rest follow it.
+      preset: smoke (tiny: a minute or two), cpu or gpu; the defaults of all the rest follow it.
       tasks: markov, text (with --folder), stdlib or tfds:NAME.
       folder: of text, one file a domain.
       model: bigram, rnn, gru, lstm or transformer.

@@ -113,7 +113,7 @@ class Config:
     one learner, and where it differs from the n-gram table, at orders above 1.
 
     Attributes:
-      preset: smoke (seconds), cpu or gpu; the defaults of all the rest follow it.
+      preset: smoke (tiny: a minute or two), cpu or gpu; the defaults of all the rest follow it.
       models: those to run.
       tables: training of the tables of logits.
       networks: training of GRU and transformer.

@@ -21,6 +21,13 @@ UNIT = "nats/token"
 TABLES = {"bayes_gap": False, "bayes_gap_prefix": True}
 """By the name of the table: whether the earlier tokens of the query are evidence too."""
 LINE_STYLES = {"n-gram table": "-", "bigram table": ":", "GRU": "--", "transformer": "-."}
+READ_THE_QUERY = ("GRU", "transformer")
+"""Models that see the query so far, and so are judged by the limit that does."""
+
+
+def table_of(model: str) -> str:
+    """The table that a model's rows are in: that of the limit which reads what the model reads."""
+    return "bayes_gap_prefix" if model in READ_THE_QUERY else "bayes_gap"
 
 
 class Study(NamedTuple):
@@ -70,17 +77,17 @@ class Report:
         """What is added from now on is of this study; ``directory`` has its metrics."""
         self._study, self._directory = study, directory
         self._groups = np.asarray(study.comparison.test.task)
-        self._limits = [self._limit(table, use_prefix) for table, use_prefix in TABLES.items()]
-        for limit in self._limits:
-            self._references.setdefault((limit.table, study.setting), self._scale(limit))
+        self._limit = self._exact_limit(table_of(study.model))
+        key = self._limit.table, study.setting
+        self._references.setdefault(key, self._scale(self._limit))
 
     def add(self, result: RowResult) -> None:
-        """Adds the gaps of a trained row to both limits, and writes the results anew."""
-        found = [self._gap_record(result, limit) for limit in self._limits]
-        self._gaps += found
+        """Adds the gap of a trained row, and writes the results anew."""
+        found = self._gap_record(result, self._limit)
+        self._gaps.append(found)
         write_json_lines(self._run.results, self._records())
         Console().print(
-            f"{self._study.setting}, {found[0]['row']}: gap {tables.cell_text(found[0])} {UNIT} "
+            f"{self._study.setting}, {found['row']}: gap {tables.cell_text(found)} {UNIT} "
             f"({result.seconds:.0f} s)",
             markup=False,
             highlight=False,
@@ -102,10 +109,10 @@ class Report:
             console.print(*tables.to_rich(table, console.width), sep="\n")
         console.print(f"written to {directory}", markup=False, highlight=False)
 
-    def _limit(self, table: str, use_prefix: bool) -> Limit:
+    def _exact_limit(self, table: str) -> Limit:
         languages, comparison = self._study.languages, self._study.comparison
         test, valid = (
-            np.asarray(bayes_loss(languages, episodes, use_prefix=use_prefix), np.float64)
+            np.asarray(bayes_loss(languages, episodes, use_prefix=TABLES[table]), np.float64)
             for episodes in (comparison.test, comparison.valid)
         )
         cell = cell_maker(
@@ -159,16 +166,15 @@ def finite_list(values: np.ndarray) -> list[float | None]:
 
 
 def draw(path: Path, records: Sequence[dict[str, Any]]) -> None:
-    """Gaps to the support-only limit against inner steps, meta-steps and settings.
+    """Gaps against inner steps, meta-steps and settings, each to its model's own limit.
 
     The first two are of the setting that came first. Axes are logarithmic above 0.001
-    and linear below it, where a network that reads the query may be below zero.
+    and linear below it.
 
     Args:
       path: of the PNG file.
       records: of gaps, from `Report`.
     """
-    records = [record for record in records if record["table"] == "bayes_gap"]
     settings = list(dict.fromkeys(record["column"] for record in records))
     learners = list(dict.fromkeys(record["learner"] for record in records))
     figure = plots.new_figure(17.0, 4.8)

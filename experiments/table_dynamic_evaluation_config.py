@@ -20,7 +20,7 @@ class Config:
     """Dynamic evaluation of a byte model, with and without a meta-learned initialisation.
 
     Attributes:
-      preset: smoke (seconds), cpu or gpu; the defaults of all the rest follow it.
+      preset: smoke (tiny: a minute or two), cpu or gpu; the defaults of all the rest follow it.
       train: folders of training text, one file a domain; the standard library of Python,
         but for the streams, if none.
       exclude: names of files in them that are left out, as they overlap with the streams.

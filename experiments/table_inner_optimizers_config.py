@@ -21,7 +21,7 @@ class Config:
     """Inner optimisers beside one another, for several learners.
 
     Attributes:
-      preset: smoke (seconds), cpu or gpu; the defaults of all the rest follow it.
+      preset: smoke (tiny: a minute or two), cpu or gpu; the defaults of all the rest follow it.
       tasks: stdlib (the source of Python's library), text (with --folder) or tfds:NAME.
       folder: of text, one file a domain.
       optimizers: the rows; the others are compared with sgd, where it is among them.

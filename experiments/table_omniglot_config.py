@@ -70,7 +70,7 @@ class Config:
     """Few-shot classification of Omniglot's characters: MAML, its relatives and MAML++.
 
     Attributes:
-      preset: smoke (seconds), cpu or gpu; the defaults of all the rest follow it.
+      preset: smoke (tiny: a minute or two), cpu or gpu; the defaults of all the rest follow it.
       source: tfds:omniglot, or a folder of npz files.
       image_size: height and width, in pixels.
       num_train_characters: characters for training.

@@ -88,7 +88,7 @@ class Config:
     """Runs with bad starts under the closed loop, against tuned and untreated ones.
 
     Attributes:
-      preset: smoke (seconds), cpu or gpu; the defaults of all the rest follow it.
+      preset: smoke (tiny: a minute or two), cpu or gpu; the defaults of all the rest follow it.
       rows: names of the rows to run; all if none.
       folder: of text, one file a domain; Python's own sources without it.
       num_trials: of Optuna, for what a run is compared with.

@@ -16,7 +16,7 @@ class Config:
     """Sinusoid regression: the published learners, and better ones beside them.
 
     Attributes:
-      preset: smoke (seconds), cpu or gpu; the defaults of all the rest follow it.
+      preset: smoke (tiny: a minute or two), cpu or gpu; the defaults of all the rest follow it.
       protocol: li, a table over the shots of the test (Li et al., 2017), or finn, curves
         over the inner steps of the test (Finn et al., 2017).
       rows: names of the rows to run; all if none.

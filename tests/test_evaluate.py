@@ -5,7 +5,7 @@ import pytest
 import quadratic
 from scipy import stats
 
-from metaopt.evaluate import interval, make_curves, tuned_curves
+from metaopt.evaluate import interval, make_curves, t_interval, tuned_curves
 from metaopt.inner_loop import InnerLoop
 from metaopt.learners import maml
 
@@ -136,3 +136,30 @@ def test_rates_are_tried_beyond_the_grid_until_the_best_is_inside():
     assert tuned.losses.max() <= 1.0
     alone = tuned_curves(curves, {}, {}, (0.4,), VALID, EPISODES)
     np.testing.assert_array_equal(alone.rates, [0.4, 0.4, 0.4])
+
+
+def covered(found, mean):
+    return abs(found.mean - mean) <= found.ci95
+
+
+def test_the_interval_of_few_tasks_covers_skewed_values_more_often_than_students():
+    draws = np.random.default_rng(0).exponential(size=(400, 10))
+    tasks = np.arange(10)
+    bootstrap = np.mean([covered(interval(x, tasks), 1.0) for x in draws])
+    student = np.mean([covered(t_interval(x, tasks), 1.0) for x in draws])
+    assert student < 0.91 < bootstrap < 0.96
+
+
+@pytest.mark.parametrize(
+    ("n", "method"),
+    [(7, "Student t"), (8, "bootstrap t"), (256, "bootstrap t"), (257, "Student t")],
+)
+def test_the_method_of_an_interval_is_named_and_depends_on_the_number_of_tasks(n, method):
+    values = np.random.default_rng(1).normal(size=2 * n)
+    groups = np.repeat(np.arange(n), 2)
+    found, student = interval(values, groups), t_interval(values, groups)
+    assert found.method == method and student.method == "Student t"
+    assert (found == student) == (method == "Student t")
+    assert found[::2] == student[::2] and interval(values, groups) == found  # from a fixed seed
+    if n == 256:  # where both agree
+        np.testing.assert_allclose(found.ci95, student.ci95, rtol=0.05)

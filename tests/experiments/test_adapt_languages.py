@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -13,6 +14,10 @@ import pytest
 from matplotlib.image import imread
 
 from experiments import adapt_languages, command_line
+from experiments.adapt_languages_report import Report
+from metaopt import learners
+from metaopt.comparison import Row, RowResult
+from metaopt.evaluate import interval
 from metaopt.files import read_json_lines
 from metaopt.runs import open_run
 from metaopt.tasks import text_sources
@@ -309,3 +314,35 @@ def test_the_directory_of_another_config_is_left_alone(markov_run, capsys):
     assert stop.value.code == 2 and error.count("\n") == 1
     assert "is a run of another config (comparison.seed: 0 saved, 1 now)" in error
     assert {path: path.stat().st_mtime_ns for path in markov_run.rglob("*")} == before
+
+
+def test_a_row_of_several_seeds_is_their_mean_with_an_interval_over_tasks(tmp_path):
+    comparison = SimpleNamespace(
+        test=SimpleNamespace(task=np.repeat(np.arange(8), 2)),
+        inner=SimpleNamespace(num_steps=1),
+        config=SimpleNamespace(max_inner_steps=1),
+    )
+    run = open_run(tmp_path, "adapt_languages", "smoke", {})
+    report = Report(
+        run,
+        comparison,
+        tasks="markov",
+        preset="smoke",
+        command="COMMAND",
+        seeds=(3, 5),
+        reads_prefix=False,
+    )
+    curves = np.random.default_rng(0).uniform(1, 2, size=(2, 2, 16, 2))  # [row, seed, E, steps]
+    for name, of_row in zip(("joint pretraining", "MAML"), curves, strict=True):
+        row = Row(name, learners.maml(), None)
+        rates = np.full(2, 0.1)
+        report.add([RowResult(row, {"params": {}}, {}, of_seed, rates, 1.0) for of_seed in of_row])
+    records = {(r["row"], r["column"]): r for r in read_json_lines(run.results)}
+    means = curves.mean(axis=1)[..., 1].reshape(2, 8, 2).mean(axis=2)  # over seeds, then episodes
+    for record, values in [
+        (records["MAML", "1 step"], means[1]),
+        (records["MAML", "Δ 1 step"], means[0] - means[1]),  # paired
+    ]:
+        expected = interval(values, np.arange(8))
+        assert (record["value"], record["ci95"]) == pytest.approx(expected[:2])
+        assert record["seeds"] == [3, 5] and record["n"] == 8

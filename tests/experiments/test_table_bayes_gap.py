@@ -102,16 +102,21 @@ def test_the_learner_that_counts_is_the_limit_in_the_n_gram_table(order):
     np.testing.assert_allclose(found, bayes_loss(languages, episodes)[0], rtol=1e-5)
 
 
-def test_gaps_are_paired_and_to_either_limit(tmp_path):
-    """A learner that is the same distance from the limit on every episode."""
-    study = make_study()
+@pytest.mark.parametrize(
+    ("model", "table", "use_prefix"),
+    [("n-gram table", "bayes_gap", False), ("transformer", "bayes_gap_prefix", True)],
+)
+def test_gaps_are_paired_and_to_the_limit_that_reads_what_the_model_reads(
+    tmp_path, model, table, use_prefix
+):
+    """A learner that is the same distance from its limit on every episode."""
+    study = make_study()._replace(model=model)
     comparison, languages = study.comparison, study.languages
-    limits = {
-        use_prefix: np.asarray(bayes_loss(languages, comparison.test, use_prefix=use_prefix))
-        for use_prefix in (False, True)
-    }
+    limit = np.asarray(bayes_loss(languages, comparison.test, use_prefix=use_prefix))
+    other = np.asarray(bayes_loss(languages, comparison.test, use_prefix=not use_prefix))
+    assert abs((limit - other).mean()) > 0.01
     steps = comparison.config.max_inner_steps + 1
-    curves = limits[False][:, None] + np.linspace(1.0, 0.0, steps)
+    curves = limit[:, None] + np.linspace(1.0, 0.0, steps)
     curves[:, -1] = np.inf  # diverged
     row = study.rows[0]
     result = RowResult(row, {"params": {}}, {}, curves, np.full(steps, 0.5), 1.0)
@@ -121,44 +126,34 @@ def test_gaps_are_paired_and_to_either_limit(tmp_path):
     report = Report(run, "smoke", "COMMAND")
     report.begin(study, tmp_path)
     report.add(result)
-    support, prefix, *scale = read_json_lines(run.results)
+    gap, *scale = read_json_lines(run.results)
     num_steps = comparison.inner.num_steps
-    expected = 1 - num_steps / (steps - 1)
-    assert support["value"] == pytest.approx(expected) and support["ci95"] < 1e-6
-    between = (limits[False] - limits[True]).mean()
-    assert abs(between) > 0.01 and prefix["value"] == pytest.approx(expected + between)
-    assert prefix["ci95"] > 1e-3
-    assert [r["table"] for r in (support, prefix)] == ["bayes_gap", "bayes_gap_prefix"]
-    assert support["gap_by_inner_steps"][num_steps] == support["value"]
-    assert support["gap_by_inner_steps"][-1] is None
-    valid = np.mean(bayes_loss(languages, comparison.valid))
-    assert support["gap_by_meta_steps"] == {"30": pytest.approx(2 - valid)}
-    assert support["n"] == len(limits[False]) and support["row"] == "random init, n-gram table"
-    uniform, limit = (record["value"] for record in scale[:2])
-    assert limit == pytest.approx(limits[False].mean())
-    assert uniform + limit == pytest.approx(math.log(3)) and all(r["limit"] for r in scale)
+    assert gap["value"] == pytest.approx(1 - num_steps / (steps - 1)) and gap["ci95"] < 1e-6
+    assert gap["table"] == table and {record["table"] for record in scale} == {table}
+    assert gap["gap_by_inner_steps"][num_steps] == gap["value"]
+    assert gap["gap_by_inner_steps"][-1] is None
+    valid = np.mean(bayes_loss(languages, comparison.valid, use_prefix=use_prefix))
+    assert gap["gap_by_meta_steps"] == {"30": pytest.approx(2 - valid)}
+    assert gap["n"] == len(limit) and gap["row"] == f"random init, {model}"
+    uniform, of_limit = (record["value"] for record in scale)
+    assert of_limit == pytest.approx(limit.mean())
+    assert uniform + of_limit == pytest.approx(math.log(3)) and all(r["limit"] for r in scale)
 
 
-def test_a_run_leaves_both_tables_and_the_figure(finished_run):
+def test_a_run_leaves_the_table_and_the_figure(finished_run):
     records = read_json_lines(finished_run / "results.jsonl")
     column = "order 2, 3 symbols, 0.5, 1x8"  # at order 1 the bigram table is the n-gram table
     names = ["Meta-SGD on Adagrad, bigram table", "gap of the uniform prediction"]
     names.append("loss of the limit itself")
-    tables = ("bayes_gap", "bayes_gap_prefix")
-    found = {(r["table"], r["row"], r["column"]): r["value"] for r in records}
-    assert list(found) == [
-        *((t, names[0], column) for t in tables),
-        *((t, name, column) for t in tables for name in names[1:]),
-    ]
-    loss = {found[t, names[0], column] + found[t, names[2], column] for t in tables}
-    assert max(loss) == pytest.approx(min(loss))  # one loss behind both gaps
+    found = [(r["table"], r["row"], r["column"]) for r in records]
+    assert found == [("bayes_gap", name, column) for name in names]
     assert list(records[0]["gap_by_meta_steps"]) == ["2", "4"]
     assert len(records[0]["gap_by_inner_steps"]) == 3
     again = shlex.split(records[0]["command"])
     assert parse(*again[3:]) == parse(*RUN, "--root", str(finished_run.parents[1]))
     text = (finished_run / "table.md").read_text()
-    assert "### bayes_gap\n" in text and "### bayes_gap_prefix\n" in text and column in text
-    assert (finished_run / "table.tex").read_text().count(r"\begin{tabular}") == 2
+    assert "### bayes_gap\n" in text and column in text
+    assert (finished_run / "table.tex").read_text().count(r"\begin{tabular}") == 1
     assert imread(finished_run / "curves.png").std() > 0.01
 
 
@@ -174,7 +169,7 @@ def test_the_figure_shows_the_first_setting_and_all(tmp_path, monkeypatch):
     made = []
     real = plots.new_figure
     monkeypatch.setattr(plots, "new_figure", lambda *size: made.append(real(*size)) or made[0])
-    shared = {"table": "bayes_gap", "learner": "MAML", "num_inner_steps": 1}
+    shared = {"table": "bayes_gap_prefix", "learner": "MAML", "num_inner_steps": 1}
     records = [
         shared
         | {"row": f"MAML, {model}", "model": model, "column": column, "value": value}
@@ -185,7 +180,6 @@ def test_the_figure_shows_the_first_setting_and_all(tmp_path, monkeypatch):
             ("transformer", "b", 3),
         ]
     ]
-    records.append(records[0] | {"table": "bayes_gap_prefix", "value": 9})
     draw(tmp_path / "curves.png", records)
     by_inner, by_meta, by_setting = made[0].axes
 
