@@ -27,10 +27,9 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from experiments import command_line
 from experiments.watch_runs import RunView, Training, open_view
-from metaopt.errors import UserError
 from metaopt.files import matches
-from metaopt.progress import set_up_output
 from metaopt.ranges import Checked, Range, Several
 from metaopt.text import printable
 
@@ -174,13 +173,9 @@ def run(config: Config, console: Console | None = None) -> None:
 
 
 def main() -> None:
-    """The command line. On its own, since that of the other experiments imports JAX."""
-    set_up_output()
-    try:
+    """The command line."""
+    with command_line.one_line_exits(sys.argv[1:]):
         run(tyro.cli(Config, prog="python -m experiments.watch", description=__doc__))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
 
 
 if __name__ == "__main__":
