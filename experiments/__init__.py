@@ -1,1 +1,8 @@
 """Experiments: each module is a config with presets, the rows of a table, and a call."""
+
+import sys
+
+if sys.argv[:1] == ["-m"]:  # so it is while `python -m experiments.MODULE` imports, for seconds
+    from experiments.stopping import listen
+
+    listen()

@@ -2,13 +2,15 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
 
 from metaopt.comparison import ComparisonConfig
 from metaopt.errors import UserError
 from metaopt.inner_loop import InnerLoop
 from metaopt.inner_optimizers import OptimizerName
 from metaopt.outer_step import OuterConfig
+from metaopt.ranges import Checked, Count, Heads, Layers, Length, Seed, Several, Width
+from metaopt.tasks.markov import Concentration, Order, Symbols
 
 ModelName = Literal["bigram", "rnn", "gru", "lstm", "transformer"]
 CHOSEN_BY = ("preset", "tasks", "model")
@@ -16,7 +18,7 @@ CHOSEN_BY = ("preset", "tasks", "model")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Checked):
     """Meta-learn a language model and adapt it to languages that it has never seen.
 
     Attributes:
@@ -52,21 +54,21 @@ class Config:
     tasks: str = "markov"
     folder: str | None = None
     model: ModelName = "bigram"
-    width: int = 64
-    num_layers: int = 2
-    num_heads: int = 2
-    num_support: int = 4
-    num_query: int = 8
-    length: int = 32
-    vocab_size: int = 16
-    order: int = 1
-    concentration: float = 0.3
-    num_valid_domains: int = 8
-    num_test_domains: int = 10
-    split_seed: int = 0
+    width: Width = 64
+    num_layers: Layers = 2
+    num_heads: Heads = 2
+    num_support: Count = 4
+    num_query: Count = 8
+    length: Length = 32
+    vocab_size: Symbols = 16
+    order: Order = 1
+    concentration: Concentration = 0.3
+    num_valid_domains: Count = 8
+    num_test_domains: Count = 10
+    split_seed: Seed = 0
     inner_optimizer: OptimizerName = "sgd"
     rows: tuple[str, ...] = ()
-    seeds: tuple[int, ...] = ()
+    seeds: Annotated[tuple[Seed, ...], Several(0, different=True)] = ()
     inner: InnerLoop = dataclasses.field(default_factory=InnerLoop)
     outer: OuterConfig = dataclasses.field(default_factory=OuterConfig)
     comparison: ComparisonConfig = dataclasses.field(default_factory=ComparisonConfig)

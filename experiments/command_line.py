@@ -1,19 +1,27 @@
 """What the command lines of all experiments share."""
 
+import contextlib
 import dataclasses
+import errno
 import os
 import shlex
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NoReturn, TypeVar
 
 import tyro
 
-from metaopt.errors import UserError
-from metaopt.recorder import Diverged
-from metaopt.runs import as_json
+from experiments import stopping
+from metaopt.errors import Diverged, UserError
+from metaopt.progress import set_up_output
+from metaopt.ranges import OutOfRange
+from metaopt.runs import as_json, check_root
+from metaopt.text import printable
 
 Config = TypeVar("Config")
+SIGPIPE = 13  # which Windows does not have
+DENIALS = {getattr(errno, name, -1) for name in ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EIO")}
+DENIALS |= {errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE}
 
 
 def main(
@@ -36,28 +44,86 @@ def main(
       description: shown by ``--help``.
       args: the command line; that of the process by default.
 
-    Exits with code 2 and one line where the input is wrong, with 1 where the run diverged.
+    Exits as `one_line_exits` says. Where a run would be written is checked before it begins.
     """
     if args is None:
         restart_with_huge_pages()
     args = sys.argv[1:] if args is None else list(args)
-    try:
+    with one_line_exits(args, resumes="root" in config_type.__dataclass_fields__):
         flags = {name: _flag(args, name) for name in chosen_by}
         default = preset({name: value for name, value in flags.items() if value is not None})
-        config = tyro.cli(
+        config: Any = tyro.cli(
             config_type,
             args=args,
             default=default,
             prog=f"python -m experiments.{module}",
             description=description,
         )
+        if "root" in config_type.__dataclass_fields__:
+            check_root(config.root, config.run_dir)
         run(config)
+
+
+@contextlib.contextmanager
+def one_line_exits(args: Sequence[str], *, resumes: bool = False) -> Iterator[None]:
+    """The whole of a command: what ends it too early is one line and an exit code.
+
+    That is 2 where the input is wrong, or a file or device denies its service; 1 where a run
+    diverged or memory is short; 128 and the signal after Ctrl-C and SIGTERM. A bug has
+    its traceback.
+
+    Args:
+      args: the command line.
+      resumes: whether the same command goes on with what it has done.
+    """
+    set_up_output()
+    stopping.stop_in_order()
+    try:
+        yield
+        sys.stdout.flush()
+    except OutOfRange as error:
+        _leave(2, f"error: {_flag_of(args, error.field)} {error.problem}")
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        _leave(2, f"error: {error}")
     except Diverged as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
+        _leave(1, f"error: {error}")
+    except KeyboardInterrupt as interrupt:
+        signum = stopping.signal_of(interrupt)
+        more = "; run the same command again to go on" if resumes else ""
+        _leave(128 + signum, f"stopped by {signum.name}{more}")
+    except BrokenPipeError:
+        with contextlib.suppress(OSError, ValueError), open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())  # or Python fails again at its end
+        _leave(128 + SIGPIPE, "error: the output was closed before its end")
+    except OSError as error:
+        if error.errno not in DENIALS:
+            raise
+        place = f"{error.filename}: " if error.filename else ""
+        _leave(2, f"error: {place}{error.strerror}: put that right and run the command again")
+    except Exception as error:
+        if not _is_out_of_memory(error):
+            raise
+        _leave(1, "error: out of memory: lower the sizes, or how many tasks are at once")
+    finally:
+        stopping.stop_at_once()
+
+
+def _leave(code: int, line: str) -> NoReturn:
+    with contextlib.suppress(OSError, ValueError):  # standard error may be closed too
+        print(printable(line), file=sys.stderr, flush=True)
+    raise SystemExit(code) from None
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    from_device = type(error).__name__ == "JaxRuntimeError" and "RESOURCE_EXHAUSTED" in str(error)
+    return from_device or isinstance(error, MemoryError)
+
+
+def _flag_of(args: Sequence[str], field: str) -> str:
+    """The flags that can have set a field of a nested config, or else its name."""
+    names = [arg.split("=", 1)[0].replace("_", "-") for arg in args if arg.startswith("--")]
+    found = [name for name in names if name[2:].split(".")[-1] == field.replace("_", "-")]
+    return " or ".join(dict.fromkeys(found)) or field
 
 
 def restart_with_huge_pages() -> None:

@@ -23,7 +23,7 @@ import inspect
 import types
 import typing
 from collections.abc import Callable
-from typing import Any, Literal, cast, get_args, get_origin
+from typing import Annotated, Any, Literal, cast, get_args, get_origin
 
 import jax
 import numpy as np
@@ -38,7 +38,19 @@ from metaopt.doctor import Estimator, Problem, Report, examine, to_float64
 from metaopt.errors import UserError
 from metaopt.inner_loop import InnerLoop
 from metaopt.learners.maml import InnerOptimizer
-from metaopt.tasks.markov import MarkovConfig, markov
+from metaopt.ranges import (
+    Checked,
+    Count,
+    CountOr0,
+    Heads,
+    Layers,
+    Length,
+    Range,
+    RateOr0,
+    Seed,
+    Width,
+)
+from metaopt.tasks.markov import MarkovConfig, Symbols, markov
 from metaopt.tasks.sinusoid import SinusoidConfig, sinusoid
 from metaopt.types import Learner, Model
 
@@ -55,7 +67,7 @@ EstimatorName = Literal[
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Checked):
     """Examine a meta-gradient.
 
     Attributes:
@@ -87,19 +99,19 @@ class Config:
     learner: Literal["maml", "anil", "meta_sgd", "per_layer_per_step"] = "meta_sgd"
     model: Literal["mlp", "bigram", "gru", "lstm", "transformer"] = "transformer"
     inner_optimizer: str = "adam"
-    inner_learning_rate: float = 0.01
+    inner_learning_rate: RateOr0 = 0.01
     inner: InnerLoop = InnerLoop(num_steps=5, unroll=False, remat=True)  # noqa: RUF009
     problem: str | None = None
-    width: int = 32
-    num_layers: int = 1
-    num_heads: int = 2
-    vocab_size: int = 16
-    num_support: int = 4
-    num_query: int = 4
-    length: int = 16
-    directions: int = 4
-    rounds: int = 10
-    seed: int = 0
+    width: Width = 32
+    num_layers: Layers = 1
+    num_heads: Heads = 2
+    vocab_size: Symbols = 16
+    num_support: Count = 4
+    num_query: Count = 4
+    length: Length = 16
+    directions: Annotated[int, Range(1, 10_000)] = 4
+    rounds: CountOr0 = 10
+    seed: Seed = 0
 
 
 def make_estimator(config: Config) -> Estimator:

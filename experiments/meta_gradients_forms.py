@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ import optax
 from metaopt import learners, losses, meta_gradients, models
 from metaopt.inner_loop import InnerLoop, adapt
 from metaopt.measure import Flops, count_flops
+from metaopt.ranges import Checked, Count, InnerSteps, Layers, Length, Width
 from metaopt.types import Batch, Episode
 
 VOCAB_SIZE = 256  # bytes
@@ -22,7 +23,7 @@ INNER_OPTIMIZER = functools.partial(optax.adam, eps_root=1e-8)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Size:
+class Size(Checked):
     """A transformer, the sequences it reads and the number of inner steps.
 
     Attributes:
@@ -35,13 +36,13 @@ class Size:
       compute_dtype: of the layers.
     """
 
-    width: int = 128
-    layers: int = 4
-    length: int = 256
-    steps: int = 8
-    sequences: int = 4
-    head_size: int = 32
-    compute_dtype: str = "float32"
+    width: Width = 128
+    layers: Layers = 4
+    length: Length = 256
+    steps: InnerSteps = 8
+    sequences: Count = 4
+    head_size: Width = 32
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __str__(self) -> str:
         return f"d{self.width} L{self.layers} S{self.length} K{self.steps}"

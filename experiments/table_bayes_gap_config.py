@@ -2,12 +2,14 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Literal, NamedTuple, get_args
+from typing import Annotated, Literal, NamedTuple, get_args
 
 from metaopt.comparison import ComparisonConfig
 from metaopt.errors import UserError
 from metaopt.inner_loop import InnerLoop
 from metaopt.outer_step import OuterConfig
+from metaopt.ranges import Checked, Count, Heads, Layers, Length, Several, Width
+from metaopt.tasks.markov import Concentration, Order, Symbols
 
 CHOSEN_BY = ("preset",)
 """The flags that the defaults of all others depend on."""
@@ -55,7 +57,7 @@ SETTINGS = (
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Training:
+class Training(Checked):
     """How the learners of one kind of model are trained, and where.
 
     Attributes:
@@ -65,14 +67,12 @@ class Training:
       comparison: how long, on how much, judged on what.
     """
 
-    settings: tuple[tuple[int, int, float, int], ...]
+    settings: Annotated[
+        tuple[tuple[Order, Symbols, Concentration, Count], ...], Several(0, different=True)
+    ]
     learners: tuple[str, ...] = ()
     outer: OuterConfig
     comparison: ComparisonConfig
-
-    def __post_init__(self):
-        if len(set(self.settings)) < len(self.settings):
-            raise UserError(f"settings {self.settings} must all be different")
 
 
 TABLES = Training(
@@ -106,7 +106,7 @@ NETWORKS = Training(
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Checked):
     """The distance of learners to the exact Bayes limits on Markov languages.
 
     The bigram table stands for what cannot represent the language: it runs with
@@ -129,22 +129,18 @@ class Config:
     """
 
     preset: Literal["smoke", "cpu", "gpu"] = "cpu"
-    models: tuple[ModelName, ...] = MODELS
+    models: Annotated[tuple[ModelName, ...], Several(different=True)] = MODELS
     tables: Training = TABLES
     networks: Training = NETWORKS
-    length: int = 32
-    num_query: int = 8
-    width: int = 32
-    num_layers: int = 1
-    num_heads: int = 2
+    length: Length = 32
+    num_query: Count = 8
+    width: Width = 32
+    num_layers: Layers = 1
+    num_heads: Heads = 2
     inner: InnerLoop = dataclasses.field(default_factory=lambda: InnerLoop(unroll=False))
     improve: bool = False
     root: str = "runs"
     run_dir: str | None = None
-
-    def __post_init__(self):
-        if not self.models or len(set(self.models)) < len(self.models):
-            raise UserError(f"models {self.models} must be at least one and all different")
 
 
 def preset(flags: Mapping[str, str]) -> Config:

@@ -2,21 +2,39 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Literal
+from typing import Annotated, Literal
 
 from metaopt.errors import UserError
 from metaopt.inner_loop import InnerLoop
 from metaopt.models import TransformerConfig
 from metaopt.outer_step import OuterConfig
+from metaopt.ranges import (
+    Checked,
+    Count,
+    CountOr0,
+    Heads,
+    Layers,
+    Length,
+    Positive,
+    Range,
+    Rate,
+    Seed,
+    Several,
+    Share,
+    Steps,
+    Width,
+)
 
 CHOSEN_BY = ("preset",)
 PRETRAIN = OuterConfig(learning_rate=4e-3, warmup_steps=50)
 INNER = InnerLoop(num_steps=8, batching="split")
 OUTER = OuterConfig(learning_rate=1e-3, warmup_steps=20)
+Rates = Annotated[tuple[Rate, ...], Several()]
+Bytes = Annotated[int, Range(1, 2**30)]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Checked):
     """Dynamic evaluation of a byte model, with and without a meta-learned initialisation.
 
     Attributes:
@@ -60,37 +78,34 @@ class Config:
     train: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ("tiny_shakespeare.txt", "shakespeare_xml.txt", "wiki_qa_en.txt")
     streams: tuple[str, ...] = ()
-    width: int = 64
-    num_layers: int = 2
-    num_heads: int = 4
-    context: int = 64
-    segment_lengths: tuple[int, ...] = (32, 64)
+    width: Width = 64
+    num_layers: Layers = 2
+    num_heads: Heads = 4
+    context: Annotated[int, Range(0, 2**20)] = 64
+    segment_lengths: Annotated[tuple[Length, ...], Several(different=True)] = (32, 64)
     inner: InnerLoop = INNER
-    tasks_per_step: int = 8
-    tasks_at_a_time: int = 1
-    pretrain_steps: int = 3500
-    meta_steps: int = 400
+    tasks_per_step: Count = 8
+    tasks_at_a_time: CountOr0 = 1
+    pretrain_steps: Steps = 3500
+    meta_steps: Steps = 400
     pretrain: OuterConfig = PRETRAIN
     outer: OuterConfig = OUTER
-    statistics_segments: int = 512
-    sgd_rates: tuple[float, ...] = (0.02, 0.04, 0.08)
-    rms_rates: tuple[float, ...] = (0.0005, 0.001, 0.002)
-    decays: tuple[float, ...] = (0.0, 0.001, 0.004)
-    epsilon: float = 0.1
-    valid_bytes: int = 16_384
-    test_bytes: int = 131_072
-    block: int = 64
-    seed: int = 0
-    eval_seed: int = 1234
+    statistics_segments: Count = 512
+    sgd_rates: Rates = (0.02, 0.04, 0.08)
+    rms_rates: Rates = (0.0005, 0.001, 0.002)
+    decays: Annotated[tuple[Share, ...], Several()] = (0.0, 0.001, 0.004)
+    epsilon: Positive = 0.1
+    valid_bytes: Bytes = 16_384
+    test_bytes: Bytes = 131_072
+    block: Count = 64
+    seed: Seed = 0
+    eval_seed: Seed = 1234
     improve: bool = False
     root: str = "runs"
     run_dir: str | None = None
 
     def __post_init__(self):
-        counts = ("tasks_per_step", "pretrain_steps", "meta_steps", "statistics_segments", "block")
-        for name in counts:
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        super().__post_init__()
         if self.inner.num_steps < 2:
             raise UserError("inner.num_steps is 1; a walk adapts from 2 segments on")
         if self.inner.query_loss != "last":
@@ -98,15 +113,6 @@ class Config:
                 "a walk has no query: leave inner.query_loss at 'last', not "
                 f"{self.inner.query_loss!r}"
             )
-        if self.context < 0 or not self.segment_lengths or min(self.segment_lengths) < 1:
-            raise UserError("context must be 0 or more, and segment_lengths some numbers from 1 on")
-        for name in ("sgd_rates", "rms_rates"):
-            if not getattr(self, name) or not min(getattr(self, name)) > 0:
-                raise UserError(f"{name} {getattr(self, name)} must be some numbers above 0")
-        if not self.decays or not 0 <= min(self.decays) <= max(self.decays) <= 1:
-            raise UserError(f"decays {self.decays} must be some numbers from 0 to 1")
-        if not self.epsilon > 0:
-            raise UserError(f"epsilon is {self.epsilon}; it must be above 0")
         for name, segments in (("valid_bytes", 1), ("test_bytes", self.block)):
             needed = self.window + (segments - 1) * max(self.segment_lengths) + 1
             if getattr(self, name) < needed:

@@ -2,13 +2,14 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Literal
+from typing import Annotated, Literal
 
 from metaopt.comparison import ComparisonConfig
 from metaopt.errors import UserError
 from metaopt.inner_loop import InnerLoop
 from metaopt.inner_optimizers import OptimizerName
 from metaopt.outer_step import OuterConfig
+from metaopt.ranges import Checked, Count, Heads, Layers, Length, Seed, Several, Width
 
 CHOSEN_BY = ("preset",)
 """The flags that the defaults of all others depend on."""
@@ -17,7 +18,7 @@ LearnerName = Literal["joint", "fomaml", "maml", "meta_sgd"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Checked):
     """Inner optimisers beside one another, for several learners.
 
     Attributes:
@@ -46,7 +47,7 @@ class Config:
     preset: Literal["smoke", "cpu", "gpu"] = "cpu"
     tasks: str = "stdlib"
     folder: str | None = None
-    optimizers: tuple[OptimizerName, ...] = (
+    optimizers: Annotated[tuple[OptimizerName, ...], Several(different=True)] = (
         "sgd",
         "momentum",
         "nesterov",
@@ -56,16 +57,21 @@ class Config:
         "lars",
         "lion",
     )
-    learners: tuple[LearnerName, ...] = ("joint", "fomaml", "maml", "meta_sgd")
-    width: int = 32
-    num_layers: int = 2
-    num_heads: int = 2
-    num_support: int = 4
-    num_query: int = 4
-    length: int = 64
-    num_valid_domains: int = 8
-    num_test_domains: int = 10
-    split_seed: int = 0
+    learners: Annotated[tuple[LearnerName, ...], Several(different=True)] = (
+        "joint",
+        "fomaml",
+        "maml",
+        "meta_sgd",
+    )
+    width: Width = 32
+    num_layers: Layers = 2
+    num_heads: Heads = 2
+    num_support: Count = 4
+    num_query: Count = 4
+    length: Length = 64
+    num_valid_domains: Count = 8
+    num_test_domains: Count = 10
+    split_seed: Seed = 0
     inner: InnerLoop = dataclasses.field(
         # A scan: of so many programs, compiling them takes longer than what unrolling saves.
         default_factory=lambda: InnerLoop(query_loss="mean", unroll=False)
@@ -90,13 +96,6 @@ class Config:
     improve: bool = False
     root: str = "runs"
     run_dir: str | None = None
-
-    def __post_init__(self):
-        if not self.optimizers or not self.learners:
-            raise UserError("give at least one of --optimizers and one of --learners")
-        for name in ("optimizers", "learners"):
-            if len(set(getattr(self, name))) < len(getattr(self, name)):
-                raise UserError(f"{name} {getattr(self, name)} has one of them twice")
 
 
 def preset(flags: Mapping[str, str]) -> Config:

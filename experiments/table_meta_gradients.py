@@ -15,7 +15,7 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import numpy as np
@@ -28,6 +28,7 @@ from metaopt import measure, parallel, plots, tables
 from metaopt.evaluate import Interval
 from metaopt.files import write_json_lines, write_text
 from metaopt.progress import Progress, say
+from metaopt.ranges import Checked, Count, CountOr0, InnerSteps, Range, Seed, Several
 from metaopt.rematerialization import least_extra_steps, plan_for
 from metaopt.results import cell_maker
 from metaopt.runs import Run, open_run
@@ -50,7 +51,7 @@ SIZES = (
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Checked):
     """What a meta-gradient costs, in its exact forms side by side.
 
     Attributes:
@@ -70,15 +71,15 @@ class Config:
     """
 
     preset: Literal["smoke", "reference", "gpu"] = "reference"
-    sizes: tuple[Size, ...] = SIZES
+    sizes: Annotated[tuple[Size, ...], Several()] = SIZES
     time_size: Size = SHORT
     utilisation_sizes: tuple[Size, ...] = WIDER
     exact_size: Size = SMALL
-    growth_steps: tuple[int, ...] = (8, 32, 128)
-    growth_budgets: tuple[float, ...] = (1.25, 2.0)
-    ratio_sizes: int = 2
-    rounds: int = 9
-    seed: int = 0
+    growth_steps: Annotated[tuple[InnerSteps, ...], Several(different=True)] = (8, 32, 128)
+    growth_budgets: tuple[Annotated[float, Range(1, 1e6)], ...] = (1.25, 2.0)
+    ratio_sizes: CountOr0 = 2
+    rounds: Count = 9
+    seed: Seed = 0
     root: str = "runs"
     run_dir: str | None = None
 

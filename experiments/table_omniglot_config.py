@@ -3,10 +3,24 @@
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 from metaopt.errors import UserError
 from metaopt.outer_step import OuterConfig
+from metaopt.ranges import (
+    Checked,
+    Count,
+    CountOr0,
+    ImageSize,
+    InnerSteps,
+    Range,
+    Rate,
+    Seed,
+    Seeds,
+    Several,
+    Steps,
+    Width,
+)
 
 CHOSEN_BY = ("preset",)
 """The flags that the defaults of all others depend on."""
@@ -32,7 +46,7 @@ def parse_setting(name: SettingName) -> Setting:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Reptile:
+class Reptile(Checked):
     """How the row Reptile is trained and tested; by default for a few thousand meta-steps.
 
     Attributes:
@@ -45,19 +59,14 @@ class Reptile:
     """
 
     adam: bool = False
-    inner_rate: float = 0.3
-    num_steps: int = 5
-    drawings: int = 10
-    tasks_per_step: int = 10
-    tested: int = 5
+    inner_rate: Rate = 0.3
+    num_steps: InnerSteps = 5
+    drawings: Annotated[int, Range(2, 10**6)] = 10
+    tasks_per_step: Count = 10
+    tested: InnerSteps = 5
 
     def __post_init__(self):
-        counts = (self.num_steps, self.tasks_per_step, self.tested)
-        if min(counts) < 1 or self.drawings < 2 or not 0 < self.inner_rate < math.inf:
-            raise UserError(
-                f"reptile: num_steps, tasks_per_step and tested {counts} must be at least 1, "
-                f"drawings={self.drawings} at least 2, and inner_rate={self.inner_rate} above 0"
-            )
+        super().__post_init__()
         if 5 * self.drawings % self.num_steps:
             raise UserError(
                 f"reptile: 5 ways of {self.drawings} drawings cannot be cut into {self.num_steps} "
@@ -66,7 +75,7 @@ class Reptile:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Checked):
     """Few-shot classification of Omniglot's characters: MAML, its relatives and MAML++.
 
     Attributes:
@@ -105,51 +114,36 @@ class Config:
 
     preset: Literal["smoke", "cpu", "gpu"] = "cpu"
     source: str = "tfds:omniglot"
-    image_size: int = 28
-    num_train_characters: int = 1100
-    num_valid_characters: int = 100
-    settings: tuple[SettingName, ...] = ("5-way-1-shot",)
+    image_size: ImageSize = 28
+    num_train_characters: Count = 1100
+    num_valid_characters: Count = 100
+    settings: Annotated[tuple[SettingName, ...], Several(different=True)] = ("5-way-1-shot",)
     rows: tuple[str, ...] = ()
-    seeds: tuple[int, ...] = (0,)
-    filters: int = 32
-    meta_steps: int = 2500
+    seeds: Seeds = (0,)
+    filters: Width = 32
+    meta_steps: Steps = 2500
     outer: OuterConfig = dataclasses.field(
         default_factory=lambda: OuterConfig(
             learning_rate=5e-3, rates_learning_rate=1e-2, clip_norm=10.0, warmup_steps=50
         )
     )
     cosine: bool = True
-    query_shots: int = 3
-    tasks_per_step: int = 0
-    plus_plus_tasks: int = 16
+    query_shots: CountOr0 = 3
+    tasks_per_step: CountOr0 = 0
+    plus_plus_tasks: Count = 16
     reptile: Reptile = dataclasses.field(default_factory=Reptile)
-    implicit_tasks: int = 8
-    implicit_steps: int = 8
+    implicit_tasks: Count = 8
+    implicit_steps: InnerSteps = 8
     unroll: bool = True
-    tasks_at_a_time: int = 1
-    num_devices: int = 0
-    max_inner_steps: int = 10
-    test_episodes: int = 1000
-    eval_seed: int = 1234
-    checkpoint_every: int = 500
+    tasks_at_a_time: CountOr0 = 1
+    num_devices: CountOr0 = 0
+    max_inner_steps: Annotated[int, Range(5, 10**5)] = 10  # rows are judged after up to 5
+    test_episodes: Count = 1000
+    eval_seed: Seed = 1234
+    checkpoint_every: Steps = 500
     improve: bool = False
     root: str = "runs"
     run_dir: str | None = None
-
-    def __post_init__(self):
-        tasks = ("plus_plus_tasks", "implicit_tasks", "implicit_steps")
-        counts = ("meta_steps", "filters", *tasks)
-        for name in (*counts, "max_inner_steps", "test_episodes", "checkpoint_every"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if self.max_inner_steps < 5:
-            raise UserError(
-                f"max_inner_steps is {self.max_inner_steps}: rows are judged after up to 5 steps"
-            )
-        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
-            raise UserError(f"seeds {self.seeds} must be at least one and all different")
-        if not self.settings or len(set(self.settings)) < len(self.settings):
-            raise UserError(f"settings {self.settings} must be at least one and all different")
 
 
 def preset(flags: Mapping[str, str]) -> Config:

@@ -16,7 +16,7 @@ import importlib.util
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from rich.console import Console
 
@@ -28,6 +28,7 @@ from metaopt import parallel, tables
 from metaopt.errors import UserError
 from metaopt.files import write_json_lines
 from metaopt.progress import say
+from metaopt.ranges import Checked, Count, Range, Seed, Several
 from metaopt.results import RecordCell, cell_maker
 from metaopt.runs import open_run
 
@@ -37,7 +38,7 @@ CHOSEN_BY = ("preset",)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Checked):
     """The time of one MAML meta-step, ours beside that of PyTorch libraries.
 
     Attributes:
@@ -55,24 +56,19 @@ class Config:
     """
 
     preset: Literal["smoke", "reference"] = "reference"
-    problems: tuple[Name, ...] = ("sinusoid", "lm", "omniglot")
+    problems: Annotated[tuple[Name, ...], Several(different=True)] = (
+        "sinusoid",
+        "lm",
+        "omniglot",
+    )
     peers: tuple[PeerName, ...] = ("torch_func", "torchopt", "higher")
-    threads: int = 2
-    rounds: int = 9
-    turn_seconds: float = 0.3
-    ready_seconds: float = 600.0
-    seed: int = 0
+    threads: Annotated[int, Range(1, 4096)] = 2
+    rounds: Count = 9
+    turn_seconds: Annotated[float, Range(0, 1e5)] = 0.3
+    ready_seconds: Annotated[float, Range(0.1, 1e5)] = 600.0
+    seed: Seed = 0
     root: str = "runs"
     run_dir: str | None = None
-
-    def __post_init__(self):
-        for name in ("threads", "rounds"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if not self.ready_seconds > 0:
-            raise UserError(f"ready_seconds is {self.ready_seconds}; it must be above 0")
-        if not self.problems:
-            raise UserError(f"no problems; give some of {', '.join(REFERENCE)}")
 
 
 def preset(flags: Mapping[str, str]) -> Config:

@@ -2,18 +2,34 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Literal
+from typing import Annotated, Literal
 
 from metaopt.errors import UserError
 from metaopt.outer_step import Optimizer
+from metaopt.ranges import (
+    Checked,
+    Count,
+    Heads,
+    InnerSteps,
+    Layers,
+    Length,
+    Range,
+    Rate,
+    Seconds,
+    Seed,
+    Several,
+    Steps,
+    Width,
+)
 from metaopt.self_improvement.loop import LoopConfig
 
 CHOSEN_BY = ("preset",)
 """The flag that the defaults of all others depend on."""
+PartOfRun = Annotated[float, Range(1e-6, 1)]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LanguageModel:
+class LanguageModel(Checked):
     """A byte transformer, trained plainly on sequences of all domains of a text.
 
     Attributes:
@@ -28,19 +44,19 @@ class LanguageModel:
       num_test: sequences that are reported on.
     """
 
-    width: int = 32
-    num_layers: int = 2
-    num_heads: int = 2
-    length: int = 32
-    num_examples: int = 24_000
-    batches: tuple[int, ...] = (16, 32, 64)
+    width: Width = 32
+    num_layers: Layers = 2
+    num_heads: Heads = 2
+    length: Length = 32
+    num_examples: Steps = 24_000
+    batches: Annotated[tuple[Count, ...], Several(different=True)] = (16, 32, 64)
     optimizers: tuple[Optimizer, ...] = ("adam", "muon", "lion", "rmsprop")
-    num_held_out: int = 128
-    num_test: int = 1024
+    num_held_out: Count = 128
+    num_test: Count = 1024
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Markov:
+class Markov(Checked):
     """MAML of a bigram table on random Markov languages.
 
     Attributes:
@@ -51,15 +67,15 @@ class Markov:
       num_test: tasks that are reported on.
     """
 
-    num_examples: int = 9600
-    tasks_per_step: int = 32
-    num_inner_steps: int = 5
-    num_held_out: int = 256
-    num_test: int = 1000
+    num_examples: Steps = 9600
+    tasks_per_step: Count = 32
+    num_inner_steps: InnerSteps = 5
+    num_held_out: Count = 256
+    num_test: Count = 1000
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Mnist:
+class Mnist(Checked):
     """A convolutional network on MNIST, by stochastic gradient descent.
 
     Attributes:
@@ -74,17 +90,17 @@ class Mnist:
     """
 
     path: str | None = None
-    filters: int = 8
-    batch_size: int = 64
-    num_epochs: int = 4
-    num_train: int = 12_000
-    num_seeds: int = 5
-    start_rate: float = 0.003
-    rates: tuple[float, ...] = (0.03, 0.1, 0.3, 1.0)
+    filters: Width = 8
+    batch_size: Count = 64
+    num_epochs: Count = 4
+    num_train: Count = 12_000
+    num_seeds: Count = 5
+    start_rate: Rate = 0.003
+    rates: Annotated[tuple[Rate, ...], Several()] = (0.03, 0.1, 0.3, 1.0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Checked):
     """Runs with bad starts under the closed loop, against tuned and untreated ones.
 
     Attributes:
@@ -109,32 +125,23 @@ class Config:
     preset: Literal["smoke", "cpu", "gpu"] = "cpu"
     rows: tuple[str, ...] = ()
     folder: str | None = None
-    num_trials: int = 32
-    seed: int = 0
+    num_trials: Count = 32
+    seed: Seed = 0
     lm: LanguageModel = dataclasses.field(default_factory=LanguageModel)
     markov: Markov = dataclasses.field(default_factory=Markov)
     mnist: Mnist = dataclasses.field(default_factory=Mnist)
     loop: LoopConfig = dataclasses.field(default_factory=LoopConfig)
-    second_runs: tuple[float, ...] = (0.6, 0.7, 0.8, 0.9, 1.0)
-    population: int = 4
-    resources_seconds: float = 120.0
-    resources_rounds: int = 24
+    second_runs: Annotated[tuple[PartOfRun, ...], Several()] = (0.6, 0.7, 0.8, 0.9, 1.0)
+    population: Count = 4
+    resources_seconds: Seconds = 120.0
+    resources_rounds: Count = 24
     root: str = "runs"
     run_dir: str | None = None
 
     def __post_init__(self):
-        if self.num_trials < 1:
-            raise UserError(f"num_trials is {self.num_trials}; tuning takes at least 1")
-        if not self.lm.batches or min(self.lm.batches) < 1:
-            raise UserError(f"lm.batches {self.lm.batches} must be some numbers from 1 on")
+        super().__post_init__()
         if "adam" not in self.lm.optimizers:
             raise UserError(f"lm.optimizers {self.lm.optimizers} must have adam among them")
-        if self.mnist.num_seeds < 1 or min(self.mnist.rates, default=0.0) <= 0:
-            raise UserError("mnist.num_seeds must be at least 1, and mnist.rates some above 0")
-        if not self.second_runs or not all(0 < share <= 1 for share in self.second_runs):
-            raise UserError(f"second_runs {self.second_runs} must be some shares, up to 1")
-        if self.population < 1 or self.resources_rounds < 1:
-            raise UserError("population and resources_rounds must be at least 1")
 
 
 def preset(flags: Mapping[str, str]) -> Config:

@@ -2,17 +2,29 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Literal
+from typing import Annotated, Literal
 
 from metaopt.errors import UserError
 from metaopt.outer_step import OuterConfig
+from metaopt.ranges import (
+    Checked,
+    Count,
+    InnerSteps,
+    Range,
+    Rate,
+    RateOr0,
+    Seed,
+    Seeds,
+    Several,
+    Steps,
+)
 
 CHOSEN_BY = ("preset", "protocol")
 """The flags that the defaults of all others depend on."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Checked):
     """Sinusoid regression: the published learners, and better ones beside them.
 
     Attributes:
@@ -47,52 +59,43 @@ class Config:
     preset: Literal["smoke", "cpu", "gpu"] = "cpu"
     protocol: Literal["li", "finn"] = "li"
     rows: tuple[str, ...] = ()
-    seeds: tuple[int, ...] = (0, 1, 2)
-    meta_steps: int = 60_000
-    steps_per_call: int = 1000
-    tasks_per_step: int = 4
-    num_support: int = 5
-    num_query: int = 10
-    test_shots: tuple[int, ...] = (5, 10, 20)
-    max_inner_steps: int = 10
-    inner_rate: float = 0.01
-    first_rates: tuple[float, float] = (0.005, 0.1)
-    learning_rate: float = 1e-3
-    weight_std: float = 0.01
+    seeds: Seeds = (0, 1, 2)
+    meta_steps: Steps = 60_000
+    steps_per_call: Count = 1000
+    tasks_per_step: Count = 4
+    num_support: Count = 5
+    num_query: Count = 10
+    test_shots: Annotated[tuple[Count, ...], Several(different=True)] = (5, 10, 20)
+    max_inner_steps: InnerSteps = 10
+    inner_rate: Rate = 0.01
+    first_rates: tuple[Rate, Rate] = (0.005, 0.1)
+    learning_rate: RateOr0 = 1e-3
+    weight_std: Annotated[float, Range(1e-12, 1e4)] = 0.01
     better: OuterConfig = dataclasses.field(
         default_factory=lambda: OuterConfig(
             learning_rate=1e-3, rates_learning_rate=1e-2, clip_norm=10.0, warmup_steps=100
         )
     )
-    test_curves: int = 1000
-    supports_per_curve: int = 10
-    test_points: int = 100
-    eval_seed: int = 1234
+    test_curves: Count = 1000
+    supports_per_curve: Count = 10
+    test_points: Annotated[int, Range(2, 10**6)] = 100  # 2 span the inputs
+    eval_seed: Seed = 1234
     improve: bool = False
     root: str = "runs"
     run_dir: str | None = None
 
     def __post_init__(self):
-        counts = ("meta_steps", "steps_per_call", "tasks_per_step", "num_support", "num_query")
-        for name in (*counts, "max_inner_steps", "test_curves", "supports_per_curve"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if self.test_points < 2:
-            raise UserError(f"test_points is {self.test_points}; it takes 2 to span the inputs")
+        super().__post_init__()
         if self.meta_steps % self.steps_per_call:
             raise UserError(
                 f"{self.meta_steps} meta-steps cannot be cut into calls of {self.steps_per_call}; "
                 "make steps_per_call a divisor of meta_steps"
             )
-        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
-            raise UserError(f"seeds {self.seeds} must be at least one and all different")
-        if not self.test_shots or min(self.test_shots) < 1:
-            raise UserError(f"test_shots {self.test_shots} must be some numbers from 1 on")
         if self.protocol == "finn" and len(self.test_shots) > 1:
             raise UserError("the curves of finn are of one number of shots: give one test_shots")
         low, high = self.first_rates
-        if not 0 < low <= high or not self.inner_rate > 0 or not self.weight_std > 0:
-            raise UserError("inner_rate, weight_std and first_rates (low, high) must be above 0")
+        if low > high:
+            raise UserError(f"first_rates {self.first_rates} must be the lower one and the higher")
 
 
 def preset(flags: Mapping[str, str]) -> Config:

@@ -25,6 +25,7 @@ from metaopt.files import (
     write_bytes,
     write_text,
 )
+from metaopt.ranges import Checked
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "experiments" / "results"
@@ -42,7 +43,7 @@ KEPT = (
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Checked):
     """Gather the committed results into tables.
 
     Attributes:

@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import tyro
 from rich.box import SIMPLE
@@ -27,16 +27,15 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from experiments import command_line
 from experiments.watch_runs import RunView, Training, open_view
-from metaopt.errors import UserError
 from metaopt.files import matches
-from metaopt.progress import set_up_output
+from metaopt.ranges import Checked, Range, Several
 from metaopt.text import printable
 
 BARS = "▁▂▃▄▅▆▇█"
 CURVE = 24  # characters
 PLAIN_WIDTH = 160
-LONGEST_WAIT = 1_000_000  # seconds
 LEFT = ("training", "alarms", "loss curve")
 COLUMNS = (
     *("training", "step", "loss", "loss curve", "held out", "tokens/s"),
@@ -45,7 +44,7 @@ COLUMNS = (
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Checked):
     """Watch trainings while they run.
 
     Attributes:
@@ -54,8 +53,8 @@ class Config:
       once: print one view and leave.
     """
 
-    runs: tyro.conf.Positional[tuple[Path, ...]]
-    every: float = 1.0
+    runs: tyro.conf.Positional[Annotated[tuple[Path, ...], Several()]]
+    every: Annotated[float, Range(1e-3, 1e6)] = 1.0
     once: bool = False
 
 
@@ -153,10 +152,6 @@ def run(config: Config, console: Console | None = None) -> None:
     Raises:
       UserError: there is nothing to watch, or something that is no run.
     """
-    if not config.runs or not 0 < config.every <= LONGEST_WAIT:
-        raise UserError(
-            f"give at least one directory, and --every above 0 and below {LONGEST_WAIT}"
-        )
     console = console or Console()
     runs = [open_view(directory) for directory in config.runs]
     if config.once or not console.is_terminal:
@@ -178,13 +173,9 @@ def run(config: Config, console: Console | None = None) -> None:
 
 
 def main() -> None:
-    """The command line. On its own, since that of the other experiments imports JAX."""
-    set_up_output()
-    try:
+    """The command line."""
+    with command_line.one_line_exits(sys.argv[1:]):
         run(tyro.cli(Config, prog="python -m experiments.watch", description=__doc__))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
 
 
 if __name__ == "__main__":

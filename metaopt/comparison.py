@@ -7,11 +7,10 @@ paired. Rates that are not learned are tuned on validation tasks, alike for all 
 """
 
 import dataclasses
-import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 import numpy as np
@@ -31,6 +30,17 @@ from metaopt.outer_step import (
     outer_optimizer,
 )
 from metaopt.progress import say
+from metaopt.ranges import (
+    Checked,
+    Count,
+    CountOr0,
+    InnerSteps,
+    Rate,
+    Seed,
+    Several,
+    Steps,
+    StepsOr0,
+)
 from metaopt.runs import as_json
 from metaopt.train import TrainConfig, TrainFn, checkpoint_directory, train
 from metaopt.types import (
@@ -82,7 +92,7 @@ class Row(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ComparisonConfig:
+class ComparisonConfig(Checked):
     """How long, on how much, and judged on what.
 
     Attributes:
@@ -103,30 +113,19 @@ class ComparisonConfig:
       eval_seed: of both; fixed, so that two runs are comparable line by line.
     """
 
-    seed: int = 0
-    num_devices: int = 0
-    tasks_per_step: int = 8
-    tasks_at_a_time: int = 0
-    pretrain_steps: int = 0
-    meta_steps: int = 1000
-    max_inner_steps: int = 10
-    inner_rates: tuple[float, ...] = (0.003, 0.01, 0.03, 0.1, 0.3)
-    eval_every: int = 0
-    checkpoint_every: int = 200
-    valid_episodes: int = 64
-    test_episodes: int = 600
-    eval_seed: int = 1234
-
-    def __post_init__(self):
-        at_least_1 = ("tasks_per_step", "meta_steps", "checkpoint_every")
-        for name in (*at_least_1, "valid_episodes", "test_episodes"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("pretrain_steps", "eval_every"):
-            if getattr(self, name) < 0:
-                raise UserError(f"{name} is {getattr(self, name)}; 0 is the least")
-        if not self.inner_rates or not all(0 < rate < math.inf for rate in self.inner_rates):
-            raise UserError(f"inner_rates {self.inner_rates} must be some positive numbers")
+    seed: Seed = 0
+    num_devices: CountOr0 = 0
+    tasks_per_step: Count = 8
+    tasks_at_a_time: CountOr0 = 0
+    pretrain_steps: StepsOr0 = 0
+    meta_steps: Steps = 1000
+    max_inner_steps: InnerSteps = 10
+    inner_rates: Annotated[tuple[Rate, ...], Several()] = (0.003, 0.01, 0.03, 0.1, 0.3)
+    eval_every: StepsOr0 = 0
+    checkpoint_every: Steps = 200
+    valid_episodes: Count = 64
+    test_episodes: Count = 600
+    eval_seed: Seed = 1234
 
 
 class RowResult(NamedTuple):

@@ -1,4 +1,4 @@
-"""The one exception for what a user can put right."""
+"""The exceptions that end a command in one line."""
 
 from metaopt.text import printable
 
@@ -13,3 +13,7 @@ class UserError(Exception):
 
     def __init__(self, message: str = ""):
         super().__init__(printable(message))
+
+
+class Diverged(RuntimeError):
+    """The loss exploded or is no longer a number; the message says when, where, what to try."""

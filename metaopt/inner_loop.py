@@ -19,13 +19,15 @@ from metaopt.checks import check_adapt
 from metaopt.eager import compile_once
 from metaopt.errors import UserError
 from metaopt.planned_scan import planned_scan
+from metaopt.ranges import Checked, InnerSteps
 from metaopt.types import Array, Batch, InnerGradFn, LossFn, Params, PyTree
 
 INNER_GRADIENTS = "inner_gradients"  # what a recomputed step may keep
+MOST_UNROLLED = 200  # steps
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class InnerLoop:
+class InnerLoop(Checked):
     """How an episode is adapted to.
 
     Attributes:
@@ -51,33 +53,26 @@ class InnerLoop:
         all K.
     """
 
-    num_steps: int = 5
+    num_steps: InnerSteps = 5
     batching: Literal["same", "split"] = "same"
     query_loss: Literal["last", "mean", "annealed"] = "last"
     unroll: bool = True
     remat: bool = False
     save_gradients: bool = False
-    kept_states: int | None = None
+    kept_states: InnerSteps | None = None
 
     def __post_init__(self):
-        if self.num_steps < 1:
-            raise UserError(
-                f"the inner loop needs at least 1 step, not num_steps={self.num_steps}; "
-                "for training without one use the joint estimator"
-            )
-        if self.batching not in ("same", "split"):
-            raise UserError(f"batching is {self.batching!r}: choose 'same' or 'split'")
-        if self.query_loss not in ("last", "mean", "annealed"):
-            raise UserError(
-                f"query_loss is {self.query_loss!r}: choose 'last', 'mean' or 'annealed'"
-            )
+        super().__post_init__()
         if self.save_gradients and (not self.remat or self.kept_states is not None):
             raise UserError(
                 "save_gradients says what a recomputed step keeps: it takes remat=True, and "
                 "with kept_states there is nothing that it could keep"
             )
-        if self.kept_states is not None and self.kept_states < 1:
-            raise UserError(f"kept_states is {self.kept_states}; the first state is always kept")
+        if self.unroll and self.kept_states is None and self.num_steps > MOST_UNROLLED:
+            raise UserError(
+                f"{self.num_steps} inner steps laid out one after the other would compile for "
+                "hours: give unroll=False (--inner.no-unroll), which scans them"
+            )
 
 
 class Adapted(NamedTuple):

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ import optax
 from metaopt.checks import check_factory, check_meta_params
 from metaopt.errors import UserError
 from metaopt.muon import scale_by_muon
+from metaopt.ranges import Checked, Range, RateOr0, Share, StepsOr0
 from metaopt.types import (
     Episode,
     Hparams,
@@ -29,7 +30,7 @@ Optimizer = Literal["adam", "sgd", "momentum", "rmsprop", "adagrad", "lars", "li
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class OuterConfig:
+class OuterConfig(Checked):
     """The outer optimiser, AdamW if not another, with clipping, warm-up and cosine decay.
 
     Attributes:
@@ -40,7 +41,7 @@ class OuterConfig:
         parameters; ``hparams['rates_learning_rate']``.
       weight_decay: decoupled, on the parameters alone; ``hparams['weight_decay']``.
       momentum: of momentum and lars; ``hparams['momentum']``.
-      clip_norm: largest global norm of the meta-gradient; ``hparams['clip_norm']``.
+      clip_norm: largest global norm of the meta-gradient, inf for any; ``hparams['clip_norm']``.
       warmup_steps: meta-steps, W, of which the first takes ``1 / (W + 1)`` of the
         peak, rising linearly to all of it in the step after them.
       decay_steps: the meta-step at which the cosine, which begins after the warm-up,
@@ -49,29 +50,17 @@ class OuterConfig:
     """
 
     optimizer: Optimizer = "adam"
-    learning_rate: float = 1e-3
-    rates_learning_rate: float = 1e-2
-    weight_decay: float = 0.0
-    momentum: float = 0.9
-    clip_norm: float = 1.0
-    warmup_steps: int = 0
-    decay_steps: int = 0
-    final_fraction: float = 0.0
+    learning_rate: RateOr0 = 1e-3
+    rates_learning_rate: RateOr0 = 1e-2
+    weight_decay: RateOr0 = 0.0
+    momentum: Annotated[float, Range(0, 0.9999)] = 0.9
+    clip_norm: Annotated[float, Range(1e-12, math.inf)] = 1.0
+    warmup_steps: StepsOr0 = 0
+    decay_steps: StepsOr0 = 0
+    final_fraction: Share = 0.0
 
     def __post_init__(self):
-        for name in ("learning_rate", "rates_learning_rate", "weight_decay"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be a number from 0 on")
-        if self.optimizer not in get_args(Optimizer):
-            raise UserError(
-                f"optimizer is {self.optimizer!r}: choose one of {', '.join(get_args(Optimizer))}"
-            )
-        if not 0 <= self.momentum < 1:
-            raise UserError(f"momentum is {self.momentum}; it must be from 0 on and below 1")
-        if not self.clip_norm > 0:
-            raise UserError(f"clip_norm is {self.clip_norm}; it must be above 0 (inf never clips)")
-        if self.warmup_steps < 0:
-            raise UserError(f"warmup_steps is {self.warmup_steps}; 0 is the least")
+        super().__post_init__()
         if self.decay_steps and self.decay_steps <= self.warmup_steps:
             raise UserError(
                 f"decay_steps={self.decay_steps} must exceed warmup_steps={self.warmup_steps}"

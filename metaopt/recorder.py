@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Self
 import jax
 import numpy as np
 
+from metaopt.errors import Diverged
 from metaopt.files import Line, append_json_line, keep_json_lines
 from metaopt.progress import Progress, is_first_process, say
 from metaopt.runs import slug
@@ -22,10 +23,6 @@ if TYPE_CHECKING:
     from metaopt.train import TrainConfig
 
 SECONDS_BETWEEN_FLUSHES = 30.0  # of TensorBoard's curves, each of which waits for the disk
-
-
-class Diverged(RuntimeError):
-    """The loss exploded or is no longer a number; the message says when, where, what to try."""
 
 
 def is_due(step: int, every: int) -> bool:

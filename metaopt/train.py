@@ -16,13 +16,13 @@ from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, Self
+from typing import Annotated, Any, NamedTuple, NoReturn, Self
 
 import numpy as np
 
 from metaopt.checkpoint import Checkpoints
-from metaopt.errors import UserError
 from metaopt.progress import say
+from metaopt.ranges import Checked, Count, Range, Steps, StepsOr0
 from metaopt.recorder import Diverged, Recorder, is_due
 from metaopt.runs import slug
 from metaopt.types import Episode, MetaState, Metrics
@@ -44,7 +44,7 @@ Evaluate = Callable[[MetaState], float | np.ndarray]
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
+class TrainConfig(Checked):
     """How long a run is and how often it does what. All but the last count meta-updates.
 
     Attributes:
@@ -57,21 +57,12 @@ class TrainConfig:
         times the first one; infinity never stops it on that account.
     """
 
-    num_steps: int
-    log_every: int = 10
-    eval_every: int = 0
-    checkpoint_every: int = 100
-    keep_last: int = 3
-    divergence_factor: float = 5.0
-
-    def __post_init__(self):
-        for name in ("num_steps", "log_every", "checkpoint_every", "keep_last"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if self.eval_every < 0:
-            raise UserError(f"eval_every is {self.eval_every}; give 0 to never evaluate")
-        if not self.divergence_factor > 1:
-            raise UserError(f"divergence_factor is {self.divergence_factor}; it must exceed 1")
+    num_steps: Steps
+    log_every: Steps = 10
+    eval_every: StepsOr0 = 0
+    checkpoint_every: Steps = 100
+    keep_last: Count = 3
+    divergence_factor: Annotated[float, Range(1.001, math.inf)] = 5.0
 
 
 def checkpoint_directory(directory: Path | str, name: str) -> Path:

@@ -188,7 +188,7 @@ def test_at_a_stationary_point_the_derivative_is_that_of_the_closed_form():
 
 
 def test_what_makes_no_sense_is_refused():
-    with pytest.raises(UserError, match="num_steps=0"):
+    with pytest.raises(UserError, match="num_steps is 0"):
         InnerLoop(num_steps=0)
     with pytest.raises(UserError, match="'halves'"):
         InnerLoop(batching="halves")  # pyright: ignore[reportArgumentType]

@@ -9,6 +9,17 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from metaopt.errors import UserError
+from metaopt.ranges import (
+    Checked,
+    Count,
+    Heads,
+    ImageSize,
+    InnerSteps,
+    Layers,
+    Length,
+    RateOr0,
+    Width,
+)
 
 VOCAB_SIZE = 256
 NUM_CLASSES = 5
@@ -16,7 +27,7 @@ Name = Literal["sinusoid", "lm", "omniglot"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Problem:
+class Problem(Checked):
     """Sizes of a meta-step: K inner SGD steps on each of T tasks, then one outer Adam step.
 
     Attributes:
@@ -37,17 +48,17 @@ class Problem:
     """
 
     name: Name
-    num_tasks: int
-    num_support: int
-    num_query: int
-    width: int
-    inner_learning_rate: float
-    outer_learning_rate: float = 1e-3
-    num_inner_steps: int = 5
-    num_layers: int = 4
-    num_heads: int = 4
-    length: int = 64
-    image_size: int = 28
+    num_tasks: Count
+    num_support: Count
+    num_query: Count
+    width: Width
+    inner_learning_rate: RateOr0
+    outer_learning_rate: RateOr0 = 1e-3
+    num_inner_steps: InnerSteps = 5
+    num_layers: Layers = 4
+    num_heads: Heads = 4
+    length: Length = 64
+    image_size: ImageSize = 28
 
 
 REFERENCE = {

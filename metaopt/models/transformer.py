@@ -9,7 +9,7 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import flax.linen as nn
 import jax
@@ -18,14 +18,18 @@ import jax.numpy as jnp
 from metaopt.errors import UserError
 from metaopt.models.attention import causal_attention, rope
 from metaopt.models.linen import apply_module
+from metaopt.ranges import Checked, Heads, Layers, Length, Range, Width
 from metaopt.types import Array, Key, Model, Params
 
 COMPUTE_DTYPES = {"float32": None, "bfloat16": jnp.bfloat16}  # None: as the parameters are
 
 
 @dataclass(frozen=True, kw_only=True)
-class TransformerConfig:
+class TransformerConfig(Checked):
     """Shape of a transformer, and how it is computed.
+
+    Raises UserError where a field is out of range, or ``width`` does not divide into
+    ``num_heads`` heads of an even size.
 
     Attributes:
       vocab_size: V, at least 2.
@@ -54,19 +58,29 @@ class TransformerConfig:
       tie_head: use the embedding as the head; the model then has no head for ANIL.
     """
 
-    vocab_size: int
-    width: int = 64
-    num_layers: int = 2
-    num_heads: int = 4
-    mlp_width: int | None = None
+    vocab_size: Annotated[int, Range(2, 10**7)]
+    width: Width = 64
+    num_layers: Layers = 2
+    num_heads: Heads = 4
+    mlp_width: Annotated[int, Range(1, 2**20)] | None = None
     activation: Literal["gelu", "swiglu"] = "gelu"
-    window: int | None = None
-    attention_block: int | None = None
+    window: Length | None = None
+    attention_block: Length | None = None
     flatten: bool = True
     scan_layers: bool = False
     remat: bool = False
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     tie_head: bool = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.width % self.num_heads:
+            raise UserError(f"width {self.width} is not divisible by num_heads {self.num_heads}")
+        if self.width // self.num_heads % 2:
+            raise UserError(
+                f"width {self.width} / num_heads {self.num_heads} gives heads of an odd size, "
+                f"{self.width // self.num_heads}: rotary positions need an even one"
+            )
 
 
 def _over_tokens(function: Callable[[Array], Array]) -> Callable[[Array], Array]:
@@ -131,28 +145,6 @@ def mlp_width(config: TransformerConfig) -> int:
     return 8 * math.ceil(config.width / 3) if config.activation == "swiglu" else 4 * config.width
 
 
-def _check(config: TransformerConfig) -> None:
-    """Raises a `UserError` on the first field that cannot be."""
-    c = config
-    if c.vocab_size < 2:
-        raise UserError(f"vocab_size is {c.vocab_size}: a language model needs at least 2 tokens")
-    for name in ("width", "num_layers", "num_heads", "mlp_width", "window", "attention_block"):
-        value = getattr(c, name)
-        if value is not None and value < 1:
-            raise UserError(f"{name} is {value}: it must be at least 1")
-    if c.width % c.num_heads:
-        raise UserError(f"width {c.width} is not divisible by num_heads {c.num_heads}")
-    if c.width // c.num_heads % 2:
-        raise UserError(
-            f"width {c.width} / num_heads {c.num_heads} gives heads of an odd size, "
-            f"{c.width // c.num_heads}: rotary positions need an even one"
-        )
-    if c.activation not in ("gelu", "swiglu"):
-        raise UserError(f"activation is {c.activation!r}: choose 'gelu' or 'swiglu'")
-    if c.compute_dtype not in COMPUTE_DTYPES:
-        raise UserError(f"compute_dtype is {c.compute_dtype!r}: choose 'float32' or 'bfloat16'")
-
-
 def _init(config: TransformerConfig, key: Key) -> Params:
     """Parameters at the start, drawn layer by layer however the layers are run."""
     embed_key, head_key, norm_key, *layer_keys = jax.random.split(key, config.num_layers + 3)
@@ -201,12 +193,7 @@ def transformer(config: TransformerConfig) -> Model:
     Returns:
       A model from int32 ``[S, L]`` to float32 logits ``[S, L, V]``. A token outside
       the vocabulary gives NaN.
-
-    Raises:
-      UserError: if a field of ``config`` is out of range, or ``width`` does not
-        divide into ``num_heads`` heads of an even size.
     """
-    _check(config)
     run_layers = _run_layers(config)
 
     def apply(params: Params, tokens_SxL: Array) -> Array:

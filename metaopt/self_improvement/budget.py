@@ -2,14 +2,17 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Annotated
 
-from metaopt.errors import UserError
+from metaopt.ranges import Checked, Range, Share, Steps
 from metaopt.self_improvement.attempts import Change
 from metaopt.self_improvement.workload import Settings, Snapshot, Workload
 
+Margin = Annotated[float, Range(0, 0.999)]
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TrialConfig:
+class TrialConfig(Checked):
     """How changes are tried.
 
     Attributes:
@@ -24,22 +27,11 @@ class TrialConfig:
         of which it would have fewer is not tried.
     """
 
-    examples: float = 0.01
-    longer: float = 4.0
-    anneal: float = 0.33
-    margin: float = 0.002
-    least_steps: int = 4
-
-    def __post_init__(self):
-        if not 0 < self.examples < 1 or not 0 <= self.anneal <= 1 or not 0 <= self.margin < 1:
-            raise UserError(
-                f"a trial's examples={self.examples} must be a fraction of the run, anneal="
-                f"{self.anneal} one of the trial, and margin={self.margin} one of the score"
-            )
-        if self.least_steps < 1 or not self.longer >= 1:
-            raise UserError(
-                f"least_steps={self.least_steps} and longer={self.longer} must be at least 1"
-            )
+    examples: Annotated[float, Range(1e-9, 0.999)] = 0.01
+    longer: Annotated[float, Range(1, 1000)] = 4.0
+    anneal: Share = 0.33
+    margin: Margin = 0.002
+    least_steps: Steps = 4
 
     def size(self, workload: Workload, settings: Settings, level: int = 0) -> int:
         """Examples of a trial, without those to anneal."""

@@ -2,12 +2,13 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 from metaopt.errors import UserError
+from metaopt.ranges import Checked, Range, Seconds, Steps, StepsOr0
 from metaopt.self_improvement.alarms import Alarm
 from metaopt.self_improvement.assess import Assessment
-from metaopt.self_improvement.budget import TrialConfig
+from metaopt.self_improvement.budget import Margin, TrialConfig
 from metaopt.self_improvement.journal import Ledger
 from metaopt.self_improvement.symptoms import MonitorConfig
 from metaopt.self_improvement.trials import Decision
@@ -15,7 +16,7 @@ from metaopt.self_improvement.workload import Snapshot
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LoopConfig:
+class LoopConfig(Checked):
     """When the loop does what; fractions are of the examples of the run.
 
     Attributes:
@@ -39,19 +40,20 @@ class LoopConfig:
       monitor: thresholds of the alarms.
     """
 
-    phases: tuple[float, ...] = (0.0, 0.35)
-    shares: tuple[float, ...] = (0.2, 0.03)
-    margins: tuple[float, ...] = (0.002, 0.1)
+    phases: tuple[Annotated[float, Range(0, 0.999)], ...] = (0.0, 0.35)
+    shares: tuple[Annotated[float, Range(0, 1000)], ...] = (0.2, 0.03)
+    margins: tuple[Margin, ...] = (0.002, 0.1)
     trials: TrialConfig = dataclasses.field(default_factory=TrialConfig)
-    ways_seconds: float = 60.0
-    memory_budget: float = 0.8
-    assess_every: float = 0.1
-    keep_every: int = 20
-    max_roll_backs: int = 5
+    ways_seconds: Seconds = 60.0
+    memory_budget: Annotated[float, Range(1e-6, 1e15)] = 0.8
+    assess_every: Annotated[float, Range(1e-6, 1)] = 0.1
+    keep_every: Steps = 20
+    max_roll_backs: StepsOr0 = 5
     count_flops: bool = True
     monitor: MonitorConfig = dataclasses.field(default_factory=MonitorConfig)
 
     def __post_init__(self):
+        super().__post_init__()
         if len(self.margins) < len(self.phases) or len(self.shares) != len(self.phases):
             raise UserError(
                 f"phases {self.phases} need a share each, not {self.shares}, and a margin each, "
@@ -59,14 +61,6 @@ class LoopConfig:
             )
         if list(self.phases) != sorted(self.phases):
             raise UserError(f"phases {self.phases} must ascend")
-        if not all(0 <= phase < 1 for phase in self.phases) or not 0 < self.assess_every <= 1:
-            raise UserError("phases must be from 0 on and below 1, and assess_every in (0, 1]")
-        if not all(share >= 0 for share in self.shares):
-            raise UserError(f"shares {self.shares} must not be negative")
-        if self.ways_seconds < 0 or self.memory_budget <= 0:
-            raise UserError("ways_seconds must not be negative, and memory_budget must be above 0")
-        if self.keep_every < 1 or self.max_roll_backs < 0:
-            raise UserError("keep_every must be at least 1 and max_roll_backs at least 0")
 
 
 class Outcome(NamedTuple):

@@ -5,7 +5,6 @@ steps and how much it listens to each domain of its data.
 """
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -17,6 +16,7 @@ from metaopt.errors import UserError
 from metaopt.inner_loop import InnerLoop
 from metaopt.meta_gradients.windows import InnerRun, go_on, start_run
 from metaopt.nonfinite import all_finite
+from metaopt.ranges import Checked, CountOr0, Positive, Rate, Steps
 from metaopt.self_improvement.hyperparameters import (
     Scope,
     check_factors,
@@ -34,7 +34,7 @@ from metaopt.types import Array, Episode, InnerGradFn, Learner, LossFn, Metrics,
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class OnlineConfig:
+class OnlineConfig(Checked):
     """What is learned online, and how.
 
     Attributes:
@@ -50,23 +50,19 @@ class OnlineConfig:
 
     learned: tuple[str, ...] = ("learning_rate",)
     scope: Scope = "scalar"
-    num_domains: int = 0
+    num_domains: CountOr0 = 0
     window: InnerLoop = dataclasses.field(
         default_factory=lambda: InnerLoop(num_steps=10, batching="split")
     )
-    every: int = 1
-    meta_rate: float = 0.05
-    max_step_factor: float = 1.5
-    max_factor: float = 1e3
+    every: Steps = 1
+    meta_rate: Rate = 0.05
+    max_step_factor: Positive = 1.5
+    max_factor: Positive = 1e3
 
     def __post_init__(self):
+        super().__post_init__()
         check_scope(self.scope)
         check_factors(self.max_step_factor, self.max_factor)
-        if self.every < 1 or self.num_domains < 0:
-            raise UserError(
-                f"every is {self.every} and num_domains {self.num_domains}; "
-                "they must be at least 1 and 0"
-            )
         if self.num_domains == 1:
             raise UserError("a single domain has no weight to learn: give num_domains 2 or more")
         if not self.learned and not self.num_domains:
@@ -76,8 +72,6 @@ class OnlineConfig:
                 "a window of training needs InnerLoop(batching='split'), one batch a step, "
                 "and query_loss 'last' or 'mean'"
             )
-        if not 0 < self.meta_rate < math.inf:
-            raise UserError(f"meta_rate is {self.meta_rate}; it must be a number above 0")
 
 
 class OnlineState(NamedTuple):

@@ -9,17 +9,21 @@ import math
 import statistics
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Annotated, NamedTuple
 
 from metaopt.errors import UserError
+from metaopt.ranges import Checked, Count, Positive, Range, Seconds, Steps
 
 TINY = 1e-6
 """What a loss may rise in any case: at a loss of 0 any rounding is infinitely much more."""
 
+Factor = Annotated[float, Range(1.001, 1e12)]
+PartOf = Annotated[float, Range(1e-9, 0.999)]
+
 
 @dataclass(frozen=True, kw_only=True)
-class MonitorConfig:
+class MonitorConfig(Checked):
     """Thresholds of the alarms, and how often what is done.
 
     Attributes:
@@ -43,34 +47,25 @@ class MonitorConfig:
         over this time; 0 is a line a step.
     """
 
-    window: int = 32
-    history: int = 512
-    min_history: int = 8
-    divergence_factor: float = 1.5
-    divergence_spreads: float = 3.0
-    plateau_window: int = 400
-    plateau_errors: float = 2.0
-    slow_factor: float = 1.5
-    memory_share: float = 0.9
-    starved_share: float = 0.5
-    idle_utilisation: float = 0.01
-    at_once: float = 10.0
-    clear_share: float = 0.8
-    clear_looks: int = 5
-    memory_every: int = 2
-    seconds_between_lines: float = 1.0
+    window: Count = 32
+    history: Count = 512
+    min_history: Count = 8
+    divergence_factor: Factor = 1.5
+    divergence_spreads: Positive = 3.0
+    plateau_window: Count = 400
+    plateau_errors: Positive = 2.0
+    slow_factor: Factor = 1.5
+    memory_share: PartOf = 0.9
+    starved_share: PartOf = 0.5
+    idle_utilisation: PartOf = 0.01
+    at_once: Positive = 10.0
+    clear_share: PartOf = 0.8
+    clear_looks: Steps = 5
+    memory_every: Steps = 2
+    seconds_between_lines: Seconds = 1.0
 
     def __post_init__(self):
-        for field in fields(self):
-            least = 0.0 if field.name == "seconds_between_lines" else 1e-9
-            if not getattr(self, field.name) >= least:
-                raise UserError(f"{field.name} is {getattr(self, field.name)}; it must be positive")
-        for name in ("memory_share", "starved_share", "clear_share", "idle_utilisation"):
-            if getattr(self, name) >= 1:
-                raise UserError(f"{name} is {getattr(self, name)}; a share must be below 1")
-        for name in ("divergence_factor", "slow_factor"):
-            if not getattr(self, name) > 1:
-                raise UserError(f"{name} is {getattr(self, name)}; it must exceed 1")
+        super().__post_init__()
         if not self.min_history <= self.window <= self.history >= self.plateau_window:
             raise UserError(
                 f"min_history {self.min_history} must not exceed window {self.window}, nor "

@@ -26,12 +26,14 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from metaopt.errors import UserError
+from metaopt.ranges import Checked, Count, ImageSize, Range, Seed
 from metaopt.tasks import image_sources
 from metaopt.tasks.image_sources import Characters
 from metaopt.types import Array, Batch, Episode, Key, TaskFamily, TaskSplit
@@ -40,7 +42,7 @@ _TFDS = "tfds:"
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImagesConfig:
+class ImagesConfig(Checked):
     """Which drawings, how they make an episode, and which characters are held out.
 
     Attributes:
@@ -65,29 +67,16 @@ class ImagesConfig:
     """
 
     source: str = "tfds:omniglot"
-    ways: int = 5
-    shots: int = 1
-    query_shots: int = 1
+    ways: Annotated[int, Range(2, 10_000)] = 5
+    shots: Count = 1
+    query_shots: Count = 1
     rotations: bool = True
     rotate_held_out: bool = True
-    image_size: int = 28
-    num_train_characters: int = 1100
-    num_valid_characters: int = 100
-    split_seed: int = 0
+    image_size: ImageSize = 28
+    num_train_characters: Count = 1100
+    num_valid_characters: Count = 100
+    split_seed: Seed = 0
     data_dir: str | None = None
-
-    def __post_init__(self):
-        if self.ways < 2:
-            raise UserError(f"ways is {self.ways}: an episode needs at least 2 characters")
-        for name in (
-            "shots",
-            "query_shots",
-            "image_size",
-            "num_train_characters",
-            "num_valid_characters",
-        ):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1")
 
 
 def images(config: ImagesConfig) -> TaskFamily:

@@ -2,34 +2,27 @@
 
 import dataclasses
 import functools
-import math
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 
-from metaopt.errors import UserError
+from metaopt.ranges import Checked, Count, Range, Width
 from metaopt.tasks.fresh import fresh_tasks
 from metaopt.types import Array, Batch, Episode, Key, TaskFamily
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LinearConfig:
+class LinearConfig(Checked):
     """Sizes of an episode, and the standard deviation of the noise on the targets.
 
     Raises UserError on sizes below 1 and on negative noise.
     """
 
-    dim: int = 4
-    num_support: int = 8
-    num_query: int = 8
-    noise: float = 0.1
-
-    def __post_init__(self):
-        for field in ("dim", "num_support", "num_query"):
-            if getattr(self, field) < 1:
-                raise UserError(f"{field} must be at least 1, not {getattr(self, field)}")
-        if not 0 <= self.noise < math.inf:
-            raise UserError(f"noise must be 0 or more and finite, not {self.noise}")
+    dim: Width = 4
+    num_support: Count = 8
+    num_query: Count = 8
+    noise: Annotated[float, Range(0, 1e6)] = 0.1
 
 
 def linear(config: LinearConfig) -> TaskFamily:

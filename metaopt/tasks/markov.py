@@ -9,40 +9,43 @@ independently, and follows the chain from there.
 import dataclasses
 import functools
 import math
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 
 from metaopt.errors import UserError
+from metaopt.ranges import Checked, Count, Length, Range
 from metaopt.tasks.fresh import fresh_tasks
 from metaopt.types import Array, Batch, Episode, Key, TaskFamily
 
 _MAX_TABLE = 2**24
 
+Order = Annotated[int, Range(1, 24)]
+Symbols = Annotated[int, Range(2, 4096)]
+Concentration = Annotated[float, Range(1e-3, 1e4)]
+"""Of the Dirichlet prior: below, every language is one word repeated; above, it is noise."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MarkovConfig:
+class MarkovConfig(Checked):
     """Size and prior of the languages, and sizes of an episode in sequences and tokens.
 
     Raises UserError on values that contradict each other or have no meaning, and
     where a language's table of V^(m+1) probabilities would pass 64 MiB.
     """
 
-    vocab_size: int = 16
-    order: int = 1
-    concentration: float = 0.3
-    num_support: int = 4
-    num_query: int = 4
-    length: int = 32
+    vocab_size: Symbols = 16
+    order: Order = 1
+    concentration: Concentration = 0.3
+    num_support: Count = 4
+    num_query: Count = 4
+    length: Length = 32
 
     def __post_init__(self):
-        for field, least in (("vocab_size", 2), ("order", 1), ("num_support", 1), ("num_query", 1)):
-            if getattr(self, field) < least:
-                raise UserError(f"{field} must be at least {least}, not {getattr(self, field)}")
+        super().__post_init__()
         if self.length < self.order:
             raise UserError(f"length ({self.length}) must be at least the order ({self.order})")
-        if not 0 < self.concentration < math.inf:
-            raise UserError(f"concentration must be above 0, not {self.concentration}")
         if self.vocab_size ** (self.order + 1) > _MAX_TABLE:
             raise UserError(
                 f"vocab_size {self.vocab_size} with order {self.order} makes more than "

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from metaopt.errors import UserError
+from metaopt.ranges import Checked, Count
 from metaopt.tasks.fresh import fresh_tasks
 from metaopt.types import Array, Batch, Episode, Key, TaskFamily
 
@@ -24,21 +25,16 @@ INPUTS = (-5.0, 5.0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SinusoidConfig:
+class SinusoidConfig(Checked):
     """Sizes of an episode, and which of the two papers' tasks.
 
     Without ``vary_frequency`` the tasks are those of Finn et al., and with it those of
     Li et al. Raises UserError on sizes below 1.
     """
 
-    num_support: int = 5
-    num_query: int = 10
+    num_support: Count = 5
+    num_query: Count = 10
     vary_frequency: bool = False
-
-    def __post_init__(self):
-        for field in ("num_support", "num_query"):
-            if getattr(self, field) < 1:
-                raise UserError(f"{field} must be at least 1, not {getattr(self, field)}")
 
 
 def sinusoid(config: SinusoidConfig) -> TaskFamily:

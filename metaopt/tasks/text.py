@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from metaopt.errors import UserError
+from metaopt.ranges import Checked, Count, Length, Seed
 from metaopt.tasks import text_sources
 from metaopt.tasks.text_sources import Domain
 from metaopt.types import Batch, Episode, Key, TaskFamily, TaskSplit
@@ -24,7 +25,7 @@ _TFDS = "tfds:"
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextConfig:
+class TextConfig(Checked):
     """Which text, how it is cut into episodes, and which domains are held out.
 
     Attributes:
@@ -45,13 +46,13 @@ class TextConfig:
     """
 
     source: str = "stdlib"
-    num_support: int = 8
-    num_query: int = 8
-    length: int = 64
-    num_valid_domains: int = 4
-    num_test_domains: int = 8
+    num_support: Count = 8
+    num_query: Count = 8
+    length: Length = 64
+    num_valid_domains: Count = 4
+    num_test_domains: Count = 8
     test_domains: tuple[str, ...] = ()
-    split_seed: int = 0
+    split_seed: Seed = 0
     text_feature: str = "text"
     domain_feature: str = "label"
     data_dir: str | None = None
@@ -66,11 +67,10 @@ def text(config: TextConfig) -> TaskFamily:
     ``data_dir``; see `metaopt.tasks.text_sources.store`.
 
     Raises:
-      UserError: a number in ``config`` is too small; the source is missing, empty or
+      UserError: the source is missing, empty or
         unreadable; a domain is shorter than an episode; or there are too few domains
         for the splits. Nothing has been written then, unless the source is ``tfds:``.
     """
-    _check_numbers(config)
     data_dir = Path(config.data_dir or os.environ.get("METAOPT_DATA") or "data").expanduser()
     domains = _find_domains(config, data_dir)
     _check_sizes(domains, config)
@@ -149,12 +149,6 @@ def _find_domains(config: TextConfig, data_dir: Path) -> tuple[Domain, ...]:
             config.source.removeprefix(_TFDS), config.text_feature, config.domain_feature, data_dir
         )
     return text_sources.folder_domains(Path(config.source).expanduser())
-
-
-def _check_numbers(config: TextConfig) -> None:
-    for name in ("num_support", "num_query", "length", "num_valid_domains", "num_test_domains"):
-        if getattr(config, name) < 1:
-            raise UserError(f"{name} is {getattr(config, name)}: it must be at least 1")
 
 
 def _check_sizes(domains: Sequence[Domain], config: TextConfig) -> None:

@@ -164,7 +164,7 @@ WRONG = [
     ("--tasks markov", "the table is of text"),
     ("--tasks novels", "unknown tasks 'novels'"),
     ("--tasks text", "needs --folder"),
-    ("--optimizers sgd adam sgd", "one of them twice"),
+    ("--optimizers sgd adam sgd", "must be different"),
     ("--inner.batching split", "4 support examples cannot be split into 5"),
 ]
 

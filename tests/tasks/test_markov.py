@@ -162,8 +162,8 @@ def test_no_other_smoothing_is_better_on_average(other, use_prefix):
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        ({"vocab_size": 1}, "vocab_size must be at least 2"),
-        ({"order": 0}, "order must be at least 1"),
+        ({"vocab_size": 1}, "vocab_size is 1"),
+        ({"order": 0}, "order is 0"),
         ({"num_support": 0}, "num_support"),
         ({"num_query": 0}, "num_query"),
         ({"length": 2, "order": 3}, r"length \(2\) must be at least the order \(3\)"),

@@ -1,0 +1,102 @@
+"""Ctrl-C and SIGTERM at any moment of a command: the first stops it in order, a second at once.
+
+Python handles a signal when the main thread is next in Python code, which in a long compilation
+may be in a minute. A thread is told at once, through `signal.set_wakeup_fd`: it says that the
+signal was heard, and ends the process where a second one comes. What the handler raises may be
+lost, in a bare ``except`` of a library or a callback of the garbage collector: then it is raised
+again.
+"""
+
+import contextlib
+import os
+import signal
+import socket
+import sys
+import threading
+from types import FrameType
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+PATIENCE = 1.0  # seconds before it is said that stopping takes a while
+_in_order, _raised = threading.Event(), threading.Event()
+
+
+def listen() -> None:
+    """From now on a signal ends the process at once, in one line, as nothing is done yet."""
+    heard = [s for s in SIGNALS if signal.getsignal(s) is not signal.SIG_IGN]  # as nohup sets it
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+    threading.Thread(target=_attend, args=(reader, writer), name="signals", daemon=True).start()
+    signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+    for signum in heard:
+        signal.signal(signum, _interrupt)
+
+
+def stop_in_order() -> None:
+    """From now on the first signal is a `KeyboardInterrupt`, wherever the main thread is."""
+    _in_order.set()
+
+
+def stop_at_once() -> None:
+    """From now on a signal ends the process as if it had no handler: all that can be is saved."""
+    for signum in SIGNALS:
+        if signal.getsignal(signum) is _interrupt:
+            signal.signal(signum, signal.SIG_DFL)
+
+
+def signal_of(interrupt: KeyboardInterrupt) -> signal.Signals:
+    """The signal behind an interrupt; Ctrl-C if it does not say."""
+    given = interrupt.args[0] if interrupt.args else signal.SIGINT
+    return given if isinstance(given, signal.Signals) else signal.SIGINT
+
+
+def _interrupt(signum: int, _frame: FrameType | None) -> None:
+    if _in_order.is_set() and not _is_on_its_way():
+        _raised.set()
+        raise KeyboardInterrupt(signal.Signals(signum))
+
+
+def _is_on_its_way() -> bool:
+    """Whether the main thread is cleaning up after an interrupt: closing files, saving."""
+    handled = sys.exception()
+    while handled is not None and not isinstance(handled, KeyboardInterrupt):
+        handled = handled.__context__
+    return handled is not None
+
+
+def _attend(reader: socket.socket, writer: socket.socket) -> None:
+    """Waits for signals, whose numbers arrive as bytes. ``writer`` is kept from being closed."""
+    del writer
+    first = _next_signal(reader)
+    if not _in_order.is_set():
+        _end(first, f"stopped by {first.name} at the start; run the same command again")
+    reader.settimeout(PATIENCE)
+    main = threading.main_thread().ident or 0
+    notice = f"{first.name}: stopping after what is being computed; once more stops at once"
+    while True:
+        try:
+            second = _next_signal(reader)
+            _end(second, f"stopped at once by a second signal, {second.name}")
+        except TimeoutError:
+            if notice:
+                _say(notice)
+            notice = ""
+        if _raised.is_set() and hasattr(signal, "pthread_kill"):  # it has arrived, or was lost
+            signal.pthread_kill(main, first)
+            reader.recv(1)  # of that
+
+
+def _next_signal(reader: socket.socket) -> signal.Signals:
+    while True:
+        number = reader.recv(1)[0]
+        if number in SIGNALS:
+            return signal.Signals(number)
+
+
+def _end(signum: signal.Signals, line: str) -> None:
+    _say(line)
+    os._exit(128 + signum)
+
+
+def _say(line: str) -> None:
+    with contextlib.suppress(OSError, ValueError):
+        print(line, file=sys.stderr, flush=True)
