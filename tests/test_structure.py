@@ -23,6 +23,8 @@ ORDER = [
         "finite_differences",
         "plots",
         "runs",
+        "manifest",
+        "host_leaves",
     },
     {"pytrees", "rematerialization"},
     {"planned_scan", "checks"},
