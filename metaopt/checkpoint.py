@@ -8,8 +8,11 @@ no damage passes unseen; older ones go only after that.
 """
 
 import contextlib
+import logging
 import math
 import os
+import re
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -307,11 +310,34 @@ class Checkpoints:
         try:
             yield
         except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or str(error).partition("\n")[0][:200]
+            code = re.search(r"os_error_code='(\d+)'", str(error))
+            number = int(code[1]) if code else getattr(error, "errno", None)
+            reason = os.strerror(number) if number else str(error).partition("\n")[0][:200]
             raise UserError(
                 f"the checkpoints in {self._directory} cannot be {what} ({reason}); put that right "
                 "and run again: it goes on from the last one that is whole"
             ) from error
+
+
+def _keep_orbax_quiet() -> None:
+    """Orbax raises an error, and logs it as well with its traceback, several times over.
+
+    It also closes its event loop at the first one, at which every other array that is being
+    read or written just then complains.
+    """
+
+    def is_not_of_orbax(record: logging.LogRecord) -> bool:
+        return record.levelno < logging.WARNING or f"{os.sep}orbax{os.sep}" not in record.pathname
+
+    def unraisable(found: Any) -> None:
+        if str(found.exc_value) != "Event loop is closed":
+            before(found)
+
+    logging.getLogger("absl").addFilter(is_not_of_orbax)
+    before, sys.unraisablehook = sys.unraisablehook, unraisable
+
+
+_keep_orbax_quiet()
 
 
 class _Damaged(Exception):

@@ -1,4 +1,5 @@
 import re
+import resource
 import shutil
 
 import jax
@@ -210,7 +211,7 @@ def test_any_flipped_bit_is_seen_and_the_checkpoint_before_used(tmp_path, capfd)
     save(whole, 1, 2, notes={"rate": 0.125})
     files = [path for path in sorted((whole / "2").rglob("*")) if path.is_file()]
     found = []
-    for path in [*files, *[whole / "2" / "host" / "metadata"] * len(files)] * 2:
+    for path in [*files, *[whole / "2" / "host" / "metadata"] * len(files)]:
         shutil.copytree(whole, damaged)
         target = damaged / path.relative_to(whole)
         data = bytearray(target.read_bytes())
@@ -304,3 +305,31 @@ def test_the_notes_may_say_what_the_state_is_like(tmp_path):
         assert_bitwise_equal(restored.state, make_state(1, width=5))
         with pytest.raises(UserError, match="hold another state"):
             checkpoints.restore_latest(make_state(0))
+
+
+def test_what_cannot_be_written_is_one_line_and_the_last_good_step_stays(tmp_path, capfd):
+    def large(step):
+        noise = jax.random.normal(jax.random.key(step), (50_000,))
+        return make_state(step)._replace(meta_params={"params": noise, "more": noise[::-1]})
+
+    def save_all(*steps):
+        with open_checkpoints(tmp_path) as checkpoints:
+            for step in steps:
+                checkpoints.save(large(step))
+
+    save_all(1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(UserError, match=r"cannot be written \(File too large\)") as caught:
+            save_all(2, 3)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "\n" not in str(caught.value) and "Traceback" not in capfd.readouterr().err
+    with open_checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.steps == [1]
+        restored = checkpoints.restore_latest(large(0))
+    assert restored is not None
+    assert_bitwise_equal(restored.state, large(1))
+    save_all(2)
+    assert not list(tmp_path.glob("*tmp*")), "what was begun is taken away"
