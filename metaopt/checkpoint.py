@@ -271,7 +271,7 @@ class Checkpoints:
         before = record.get("devices")
         if before is None or devices is None:
             return
-        alike = before["platform"] == devices["platform"]
+        alike = all(before[name] == devices[name] for name in ("platform", "machine"))
         if alike and record["versions"]["jax"] == versions()["jax"]:
             both = record["digests"].keys() & self._digests.keys()
             if before != devices:
@@ -279,8 +279,9 @@ class Checkpoints:
             changed = sorted(n for n in both if record["digests"][n] != self._digests[n])
             if changed:
                 raise UserError(
-                    f"the checkpoints in {self._directory} are of another training (its "
-                    f"{', '.join(changed)} differ); go back to it, or give a new directory"
+                    f"the checkpoints in {self._directory} are of another training, of other "
+                    f"data, model, loss or learner (what differs: {', '.join(changed)}); go back "
+                    "to it, or give a new directory"
                 )
         if before != devices:
             say(

@@ -1,5 +1,6 @@
 """The leaves of a `MetaState` on the host, by path, and the way back to devices."""
 
+import platform
 import zlib
 from typing import Any
 
@@ -65,9 +66,10 @@ def crc32(leaves: dict[str, np.ndarray]) -> int:
 
 
 def devices_of(state: MetaState) -> dict[str, Any] | None:
-    """The ``platform`` and ``num_devices`` that a state is on; None for the mere shapes of one."""
+    """Platform, machine and number of devices that a state is on; None for mere shapes."""
     sharding = getattr(state.step, "sharding", None)
     if sharding is None:
         return None
     devices = sharding.device_set
-    return {"platform": next(iter(devices)).platform, "num_devices": len(devices)}
+    kind = {"platform": next(iter(devices)).platform, "machine": platform.machine()}
+    return kind | {"num_devices": len(devices)}

@@ -25,6 +25,7 @@ ORDER = [
         "runs",
         "manifest",
         "host_leaves",
+        "fingerprint",
     },
     {"pytrees", "rematerialization"},
     {"planned_scan", "checks"},

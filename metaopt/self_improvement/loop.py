@@ -14,6 +14,7 @@ import jax
 
 from metaopt.checkpoint import Checkpoints
 from metaopt.errors import UserError
+from metaopt.fingerprint import of_training
 from metaopt.measure import count_flops
 from metaopt.self_improvement.course import Course
 from metaopt.self_improvement.journal import Journal, Ledger
@@ -75,7 +76,10 @@ def run(
     options = _per_example(monitor or {}, workload.examples_per_step(settings))
     if config.count_flops and "flops_per_example" not in options:
         options = _counted(workload, first) | options
-    with Checkpoints(path, fingerprint=fingerprint or {}) as checkpoints, StopSignals() as stop:
+    batch = workload.sample(settings, 0)
+    digests = of_training(workload.step(settings), first.state, batch)
+    saved = Checkpoints(path, fingerprint=fingerprint or {}, digests=digests)
+    with saved as checkpoints, StopSignals() as stop:
         identity = _identity(workload, settings, config, interventions)
         flops = options.get("flops_per_example")
         journal = Journal(workload, directory, checkpoints, identity, flops)

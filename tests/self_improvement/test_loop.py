@@ -316,7 +316,7 @@ def test_a_run_that_is_at_its_end_returns_at_once(tmp_path):
     def must_not(*_):
         raise AssertionError
 
-    problem = workload(400, sample=must_not, evaluate=must_not)
+    problem = workload(400, evaluate=must_not)
     again = improved(tmp_path, problem=problem, config=PLAIN)
     assert as_bytes(again.snapshot.state) == as_bytes(first.snapshot.state)
     assert [p.loss for p in again.curve] == [p.loss for p in first.curve]
@@ -324,13 +324,16 @@ def test_a_run_that_is_at_its_end_returns_at_once(tmp_path):
 
 def test_a_run_of_another_config_is_refused(tmp_path):
     improved(tmp_path, 400, config=PLAIN)
+    drawn, start, other_key = workload(400).sample, workload(400).start, jax.random.key(99)
     for other in (
         {"settings": SETTINGS | {"outer_learning_rate": 0.1}},
         {"config": dataclasses.replace(PLAIN, keep_every=7)},
         {"num_examples": 500},
         {"fingerprint": {"seed": 1}},
+        {"problem": workload(400, sample=lambda settings, position: 2 * drawn(settings, position))},
+        {"problem": workload(400, start=lambda settings: start(settings)._replace(key=other_key))},
     ):
-        with pytest.raises(UserError, match=r"another (run|config)"):
+        with pytest.raises(UserError, match=r"another (run|config|training)"):
             improved(tmp_path, **({"num_examples": 400, "config": PLAIN} | other))
 
 
