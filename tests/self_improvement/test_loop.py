@@ -32,7 +32,7 @@ IMPROVING = LoopConfig(
     trials=TrialConfig(examples=0.04, anneal=0.33, margin=0.002, least_steps=4),
 )
 SLOW = SETTINGS | {"outer_learning_rate": 0.02}
-TIMES = ("seconds", "per_second", "per_cost")
+TIMES = ("seconds", "per_second", "per_cost", "checksum")
 
 
 def improved(directory, num_examples=800, settings=SETTINGS, config=IMPROVING, **options):
@@ -282,6 +282,24 @@ def test_a_search_that_is_stopped_again_and_again_comes_to_its_end(tmp_path, str
     assert as_bytes(resumed.snapshot.state) == state
     assert [lines(tmp_path, file) for file in LOOKED_AT] == written
     assert resumed.ledger.trial_examples == outcome.ledger.trial_examples
+
+
+@pytest.mark.parametrize(
+    ("at", "file", "redone"),
+    [(9, "decisions.jsonl", True), (76, "decisions.jsonl", False), (120, "metrics.jsonl", False)],
+)
+def test_a_digit_that_changed_in_a_line_is_seen(tmp_path, straight, capsys, at, file, redone):
+    """A decision from after the checkpoint is made again; other lines are not believed."""
+    with pytest.raises(Interrupted):
+        improved(tmp_path, problem=workload(600, step=stopping(at)), **STOPPED)
+    before, dot, digits = (tmp_path / file).read_text().rpartition("0.")
+    (tmp_path / file).write_text(before + dot + str((int(digits[0]) + 1) % 10) + digits[1:])
+    if redone:
+        assert as_bytes(improved(tmp_path, 600, **STOPPED).snapshot.state) == straight[0]
+        assert "a decision is damaged (its checksum does not match)" in capsys.readouterr().err
+    else:
+        with pytest.raises(UserError, match=f"{file}: a line of 'quadratic' is damaged"):
+            improved(tmp_path, 600, **STOPPED)
 
 
 def test_what_was_done_from_outside_is_not_done_again(tmp_path):
