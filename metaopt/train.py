@@ -25,7 +25,7 @@ from metaopt.errors import UserError
 from metaopt.fingerprint import of_training
 from metaopt.progress import say
 from metaopt.recorder import Diverged, Recorder, is_due
-from metaopt.runs import slug
+from metaopt.runs import lock_directory, slug
 from metaopt.types import Episode, MetaState, Metrics
 
 __all__ = [
@@ -126,17 +126,20 @@ def train(
 
     Raises:
       UserError: the checkpoints are of another config, training or state, or cannot be read
-        or written.
+        or written, or another process has the directory.
       Diverged: the loss is not finite or too large. The checkpoints stay as they were.
       Interrupted: after Ctrl-C or SIGTERM, with everything saved.
     """
     directory = Path(directory)
-    with Checkpoints(
-        checkpoint_directory(directory, name),
-        fingerprint=fingerprint,
-        digests=of_training(step_fn, state, sample(0)),
-        keep_last=config.keep_last,
-    ) as checkpoints:
+    with (
+        lock_directory(directory),
+        Checkpoints(
+            checkpoint_directory(directory, name),
+            fingerprint=fingerprint,
+            digests=of_training(step_fn, state, sample(0)),
+            keep_last=config.keep_last,
+        ) as checkpoints,
+    ):
         restored = checkpoints.restore_latest(state)
         state, notes = (restored.state, restored.notes) if restored else (state, {})
         start = int(state.step)

@@ -154,6 +154,8 @@ def test_sigterm_in_a_process_saves_and_another_goes_on(tmp_path, straight):
     deadline = time.monotonic() + 60
     while len(logged_steps(tmp_path)) < 4 and time.monotonic() < deadline:
         time.sleep(0.02)
+    with pytest.raises(UserError, match=f"in use by process {process.pid}"):
+        run(tmp_path)
     process.send_signal(signal.SIGTERM)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 143, stderr

@@ -2,6 +2,8 @@ import dataclasses
 import functools
 import itertools
 import signal
+import subprocess
+import sys
 import time
 
 import jax
@@ -15,6 +17,7 @@ from metaopt.errors import UserError
 from metaopt.files import read_json_lines
 from metaopt.measure import count_flops
 from metaopt.recorder import Diverged
+from metaopt.runs import lock_directory
 from metaopt.self_improvement.budget import TrialConfig
 from metaopt.self_improvement.journal import Journal
 from metaopt.self_improvement.loop import LoopConfig, run
@@ -353,6 +356,18 @@ def test_a_run_of_another_config_is_refused(tmp_path):
     ):
         with pytest.raises(UserError, match=r"another (run|config|training)"):
             improved(tmp_path, **({"num_examples": 400, "config": PLAIN} | other))
+
+
+def test_another_process_may_not_have_the_directory_at_the_same_time(tmp_path):
+    waits = "import sys, metaopt.runs as r\nwith r.lock_directory(sys.argv[1]): print(), input()"
+    command, pipes = [sys.executable, "-uc", waits, str(tmp_path)], subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipes, stdout=pipes, encoding="utf-8") as other:
+        assert other.stdout is not None and other.stdout.readline()
+        with pytest.raises(UserError, match=f"in use by process {other.pid}"):
+            improved(tmp_path, 400, config=PLAIN)
+        other.communicate("\n")
+    with lock_directory(tmp_path):  # by this one it may
+        improved(tmp_path, 400, config=PLAIN)
 
 
 def test_trials_keep_to_their_budget_and_settings_to_their_bounds(tmp_path):
