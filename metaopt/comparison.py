@@ -19,6 +19,7 @@ import optax
 from metaopt import evaluate, parallel
 from metaopt.checkpoint import Checkpoints
 from metaopt.errors import UserError
+from metaopt.fingerprint import of_arrays
 from metaopt.inner_loop import InnerLoop
 from metaopt.learners import maml
 from metaopt.meta_gradients import joint
@@ -186,7 +187,7 @@ class Comparison:
         self.valid = problem.family.valid.sample(valid_key, config.valid_episodes)
         self.test = problem.family.test.sample(test_key, config.test_episodes)
         self._init_key, self._data_key = jax.random.split(jax.random.key(config.seed))
-        self._tuned: dict[Callable, float] = {}
+        self._tuned: dict[tuple[Callable, str], float] = {}
 
     def random_init(self) -> Params:
         """The initial parameters that every row shares."""
@@ -250,10 +251,11 @@ class Comparison:
 
     def _training_rate(self, row: Row, start: Params) -> float:
         """The rate best on the validation tasks after K steps from where training starts."""
-        if row.inner_optimizer not in self._tuned:
+        alike = row.inner_optimizer, of_arrays(start)
+        if alike not in self._tuned:
             learner = maml(row.inner_optimizer)
-            self._tuned[row.inner_optimizer] = self._best_rate(learner, learner.init(start))
-        return self._tuned[row.inner_optimizer]
+            self._tuned[alike] = self._best_rate(learner, learner.init(start))
+        return self._tuned[alike]
 
     def _best_rate(self, learner: Learner, meta_params: MetaParams) -> float:
         """The rate best on the validation tasks after the trained number of steps."""

@@ -21,10 +21,12 @@ from typing import Annotated, Any, NamedTuple, NoReturn, Self
 import numpy as np
 
 from metaopt.checkpoint import Checkpoints
+from metaopt.errors import UserError
+from metaopt.fingerprint import of_training
 from metaopt.progress import say
 from metaopt.ranges import Checked, Count, Range, Steps, StepsOr0
 from metaopt.recorder import Diverged, Recorder, is_due
-from metaopt.runs import slug
+from metaopt.runs import lock_directory, slug
 from metaopt.types import Episode, MetaState, Metrics
 
 __all__ = [
@@ -107,21 +109,29 @@ def train(
       name: of this training in it.
       tasks_per_step: on all devices together.
       tokens_per_task: support and query together.
-      fingerprint: the config that decides the states; a checkpoint of another is refused.
+      fingerprint: the config that decides the states; a checkpoint of another is refused, and
+        so is one of another start, other first tasks or another step (`metaopt.fingerprint`).
       evaluate: what the best checkpoint is chosen by; it must not donate the state.
 
     Returns:
       The state after ``num_steps`` updates, or the restored one if it is there already.
 
     Raises:
-      UserError: the checkpoints are of another config or state, or cannot be read.
+      UserError: the checkpoints are of another config, training or state, or cannot be read
+        or written, or another process has the directory.
       Diverged: the loss is not finite or too large. The checkpoints stay as they were.
       Interrupted: after Ctrl-C or SIGTERM, with everything saved.
     """
     directory = Path(directory)
-    with Checkpoints(
-        checkpoint_directory(directory, name), fingerprint=fingerprint, keep_last=config.keep_last
-    ) as checkpoints:
+    with (
+        lock_directory(directory),
+        Checkpoints(
+            checkpoint_directory(directory, name),
+            fingerprint=fingerprint,
+            digests=of_training(step_fn, state, sample(0)),
+            keep_last=config.keep_last,
+        ) as checkpoints,
+    ):
         restored = checkpoints.restore_latest(state)
         state, notes = (restored.state, restored.notes) if restored else (state, {})
         start = int(state.step)

@@ -1,3 +1,5 @@
+import re
+import resource
 import shutil
 
 import jax
@@ -9,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from metaopt.checkpoint import Checkpoints
 from metaopt.errors import UserError
+from metaopt.manifest import MANIFEST
 from metaopt.types import MetaState
 
 FINGERPRINT = {"seed": 0, "outer": {"learning_rate": 0.1, "betas": (0.9, 0.99)}}
@@ -41,10 +44,10 @@ def open_checkpoints(directory, fingerprint=None, keep_last=3):
     return Checkpoints(directory, fingerprint=fingerprint or FINGERPRINT, keep_last=keep_last)
 
 
-def save(directory, *steps, **options):
+def save(directory, *steps, notes=None, **options):
     with open_checkpoints(directory, **options) as checkpoints:
         for step in steps:
-            checkpoints.save(make_state(step))
+            checkpoints.save(make_state(step), notes=notes)
 
 
 @pytest.mark.parametrize("impl", ["threefry2x32", "rbg"])
@@ -177,7 +180,7 @@ def test_falls_back_from_a_damaged_checkpoint(tmp_path, capsys, damage):
         restored = checkpoints.restore_latest(make_state(0))
         assert restored is not None
         assert_bitwise_equal(restored.state, make_state(1))
-        assert "warning: the checkpoint of step 2 is damaged" in capsys.readouterr().err
+        assert "warning: step 2 is damaged" in capsys.readouterr().err
         assert list(tmp_path.glob("damaged-2-*")), "it is set aside, not deleted"
         checkpoints.save(make_state(2))  # the step can be saved again
         checkpoints.wait()
@@ -186,16 +189,76 @@ def test_falls_back_from_a_damaged_checkpoint(tmp_path, capsys, damage):
     assert_bitwise_equal(again.state, make_state(2))
 
 
-def test_a_changed_value_that_storage_does_not_notice_is_damage_too(tmp_path, capsys):
+def test_a_changed_value_that_storage_does_not_notice_is_damage_too(tmp_path):
+    """Also in a checkpoint from before there were manifests, by the checksum of its arrays."""
     noise = jax.random.normal(jax.random.key(0), (30_000,))  # not compressible: stored as it is
     state = make_state(1)._replace(meta_params={"params": noise})
     with open_checkpoints(tmp_path) as checkpoints:
         checkpoints.save(state)
         checkpoints.wait()
+        (tmp_path / "1" / MANIFEST).unlink()
+        restored = checkpoints.restore_latest(state)
+        assert restored is not None
+        assert_bitwise_equal(restored.state, state)
         flip_a_bit(tmp_path / "1")
-        with pytest.raises(UserError, match="none of the checkpoints"):
+        with pytest.raises(UserError, match=r"none of the checkpoints .* checksum of its arrays"):
             checkpoints.restore_latest(state)
-    assert "its checksum does not match" in capsys.readouterr().err
+
+
+def test_any_flipped_bit_is_seen_and_the_checkpoint_before_used(tmp_path, capfd):
+    """In every file of the newest; half of the flips in what was noted beside the arrays."""
+    rng, whole, damaged = np.random.default_rng(0), tmp_path / "whole", tmp_path / "damaged"
+    save(whole, 1, 2, notes={"rate": 0.125})
+    files = [path for path in sorted((whole / "2").rglob("*")) if path.is_file()]
+    found = []
+    for path in [*files, *[whole / "2" / "host" / "metadata"] * len(files)]:
+        shutil.copytree(whole, damaged)
+        target = damaged / path.relative_to(whole)
+        data = bytearray(target.read_bytes())
+        data[rng.integers(len(data))] ^= 1 << int(rng.integers(8))
+        target.write_bytes(data)
+        capfd.readouterr()
+        with open_checkpoints(damaged) as checkpoints:
+            restored = checkpoints.restore_latest(make_state(0))
+        said = [x for x in capfd.readouterr().err.splitlines() if not re.match(".*:absl:", x)]
+        assert restored is not None and restored.notes == {"rate": 0.125}
+        found.append(int(restored.state.step))
+        assert_bitwise_equal(restored.state, make_state(found[-1]))
+        if found[-1] == 2:
+            assert not said and target.parent.name == "2", "what orbax notes beside decides nothing"
+        else:
+            assert len(said) == 1 and "step 2 is damaged" in said[0] and "step 1 is used" in said[0]
+        shutil.rmtree(damaged)
+    assert found.count(1) > 0.7 * len(found)
+
+
+def test_a_damaged_record_may_have_been_the_best(tmp_path, capsys):
+    with open_checkpoints(tmp_path) as checkpoints:
+        for step, loss in ((1, 0.5), (2, 0.1), (3, 0.9)):
+            checkpoints.save(make_state(step), valid_loss=loss)
+    garble_the_host_file(tmp_path / "2")
+    with open_checkpoints(tmp_path) as checkpoints:
+        latest, best = (
+            f(make_state(0)) for f in (checkpoints.restore_latest, checkpoints.restore_best)
+        )
+    assert latest is not None and int(latest.state.step) == 3
+    assert best is not None and int(best.state.step) == 1
+    assert "step 2 is damaged" in capsys.readouterr().err
+
+
+def test_goes_on_with_another_number_of_devices_and_says_so(tmp_path, capsys):
+    def on(number):
+        mesh = Mesh(np.array(jax.devices()[:number]), ("devices",))
+        return jax.device_put(make_state(number), NamedSharding(mesh, PartitionSpec()))
+
+    for number, lines in ((2, 0), (2, 0), (4, 1)):
+        config = FINGERPRINT | {"comparison": {"num_devices": number}}
+        with open_checkpoints(tmp_path, config) as checkpoints:
+            checkpoints.restore_latest(on(number))
+            checkpoints.save(on(2))
+        said = capsys.readouterr().err.splitlines()
+        assert len(said) == lines
+    assert "2 cpu devices and goes on with 4 cpu devices: sums differ in the last digits" in said[0]
 
 
 def test_says_so_when_none_can_be_read(tmp_path):
@@ -242,3 +305,31 @@ def test_the_notes_may_say_what_the_state_is_like(tmp_path):
         assert_bitwise_equal(restored.state, make_state(1, width=5))
         with pytest.raises(UserError, match="hold another state"):
             checkpoints.restore_latest(make_state(0))
+
+
+def test_what_cannot_be_written_is_one_line_and_the_last_good_step_stays(tmp_path, capfd):
+    def large(step):
+        noise = jax.random.normal(jax.random.key(step), (50_000,))
+        return make_state(step)._replace(meta_params={"params": noise, "more": noise[::-1]})
+
+    def save_all(*steps):
+        with open_checkpoints(tmp_path) as checkpoints:
+            for step in steps:
+                checkpoints.save(large(step))
+
+    save_all(1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(UserError, match=r"cannot be written \(File too large\)") as caught:
+            save_all(2, 3)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "\n" not in str(caught.value) and "Traceback" not in capfd.readouterr().err
+    with open_checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.steps == [1]
+        restored = checkpoints.restore_latest(large(0))
+    assert restored is not None
+    assert_bitwise_equal(restored.state, large(1))
+    save_all(2)
+    assert not list(tmp_path.glob("*tmp*")), "what was begun is taken away"

@@ -55,6 +55,10 @@ def make(family, config=CONFIG, inner=INNER):
     return Comparison(problem, inner, OuterConfig(learning_rate=0.05), config)
 
 
+def shifted(key, num_tasks):
+    return quadratic.episodes(num_tasks, seed=int(jax.random.key_data(key)[-1]) // 2)
+
+
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory):
     """A comparison, its results by row, and the seeds that each training asked for."""
@@ -65,7 +69,7 @@ def compared(tmp_path_factory):
     def noted(name, train):
         before = len(recorded.seeds["train"])
         result = train()
-        seeds[name] = recorded.seeds["train"][before:]
+        seeds[name] = list(dict.fromkeys(recorded.seeds["train"][before:]))
         return result
 
     start = noted("pretraining", lambda: comparison.pretrain(directory))
@@ -159,8 +163,45 @@ def test_a_row_that_is_done_is_not_trained_again(compared):
     comparison, results, _, recorded, directory, start = compared
     before = len(recorded.seeds["train"])
     again = comparison.run(ROWS[1], start, directory)
-    assert len(recorded.seeds["train"]) == before
+    assert len(recorded.seeds["train"]) == before + 1, "by which it is known"
     np.testing.assert_array_equal(again.curves, results["joint pretraining"].curves)
+
+
+def scaled_loss(params, batch):
+    return 2 * quadratic.loss(params, batch)
+
+
+@pytest.mark.parametrize(
+    ("other", "differs"),
+    [
+        ({"family": TaskFamily("quadratic", *(TaskSplit(shifted),) * 3)}, "first tasks"),
+        ({"start": {"head": quadratic.PARAMS["head"] + 1}}, "start"),
+        ({"loss_fn": scaled_loss}, "step"),
+        ({"row": {"learner": learners.meta_sgd(optax.adagrad, num_steps=2)}}, "step"),
+        ({"row": {"estimator": meta_gradients.first_order}}, "step"),
+    ],
+    ids=["family", "start", "loss", "learner", "estimator"],
+)
+def test_a_directory_of_another_training_is_refused(compared, other, differs):
+    """Its name and its config are the same: only what it computes, or on what, is not."""
+    comparison, *_, directory, start = compared
+    problem = comparison.problem._replace(
+        family=other.get("family", comparison.problem.family),
+        loss_fn=other.get("loss_fn", quadratic.loss),
+    )
+    changed = Comparison(problem, INNER, comparison.outer, CONFIG)
+    row = ROWS[2]._replace(**other.get("row", {}))
+    with pytest.raises(UserError, match=f"another training.*{differs}.*give a new directory"):
+        changed.run(row, other.get("start", start), directory)
+
+
+def test_the_training_rate_is_tuned_for_each_start(compared):
+    comparison, *_, start = compared
+    row, elsewhere = ROWS[1], {"head": start["head"] + 100}
+    fresh = Comparison(comparison.problem, INNER, comparison.outer, CONFIG)
+    expected = [fresh._training_rate(row, elsewhere), fresh._training_rate(row, start)]
+    assert len(fresh._tuned) == 2
+    assert expected[1] == comparison._training_rate(row, start)
 
 
 def test_one_rate_is_the_best_after_the_trained_number_of_steps(compared):

@@ -1,8 +1,13 @@
-"""What a run under the loop leaves on disk, and where another process takes it up again."""
+"""What a run under the loop leaves on disk, and where another process takes it up again.
+
+A line of ``decisions.jsonl`` or ``metrics.jsonl`` has a checksum, since a resumed run believes it.
+"""
 
 import itertools
+import json
 import math
 import time
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,9 +24,11 @@ from metaopt.files import (
     append_json_line,
     keep_json_lines,
     read_json_lines,
+    strict_json,
     what_is_wrong,
 )
 from metaopt.measure import compile_seconds
+from metaopt.progress import say
 from metaopt.runs import as_json, differences
 from metaopt.self_improvement.alarms import Alarm
 from metaopt.self_improvement.assess import Assessment, Measurement, as_record, assess
@@ -136,8 +143,9 @@ class Journal:
         found = self._mine("decisions.jsonl")
         num_decisions = min(num_decisions, len(found))
         for line in found[num_decisions:]:
-            whole = what_is_wrong(line, Decision) is None
-            if not whole or line["phase"] < 0 or line["examples"] != examples:
+            if problem := _damage(line, Decision):
+                say(f"{self._workload.name}: a decision is damaged ({problem}); it is made again")
+            if problem or line["phase"] < 0 or line["examples"] != examples:
                 break
             num_decisions += 1
         decisions = self._first("decisions.jsonl", num_decisions, Decision)
@@ -158,8 +166,11 @@ class Journal:
         path, name = self._directory / file, self._workload.name
         mine = self._mine(file)[:number]
         for line in mine:
-            if problem := what_is_wrong(line, schema):
-                raise UserError(f"{path}: a line of {name!r} is damaged ({problem}); repair it")
+            if problem := _damage(line, schema):
+                raise UserError(
+                    f"{path}: a line of {name!r} is damaged ({problem}); put back a good copy, or "
+                    "give a new directory"
+                )
         if jax.process_index() == 0:
             numbers = itertools.count()
             keep_json_lines(path, lambda x: x["name"] != name or next(numbers) < number)
@@ -202,9 +213,8 @@ class Journal:
 
     def _write(self, file: str, line: Mapping[str, Any]) -> None:
         if jax.process_index() == 0:
-            append_json_line(
-                self._directory / file, as_record({"name": self._workload.name, **line})
-            )
+            record = as_record({"name": self._workload.name, **line})
+            append_json_line(self._directory / file, {**record, "checksum": _checksum(record)})
 
     def save(self, snapshot: Snapshot, **notes: Any) -> None:
         """Saves a snapshot, and what of the notes a resumed run is to be given back.
@@ -244,6 +254,20 @@ class Journal:
             self._spent.seconds + seconds,
             self._spent.compile_seconds + compiling,
         )
+
+
+def _checksum(record: Mapping[str, Any]) -> str:
+    """Of a line as it is read back, where NaN has become null."""
+    plain = json.loads(strict_json(record, lambda _: None))
+    return f"{zlib.crc32(json.dumps(plain, sort_keys=True).encode()):08x}"
+
+
+def _damage(line: Mapping[str, Any], schema: type) -> str | None:
+    """What is wrong with a line, in words; one from before there were checksums has none."""
+    record = dict(line)
+    if record.pop("checksum", None) not in (None, _checksum(record)):
+        return "its checksum does not match"
+    return what_is_wrong(record, schema)
 
 
 def _assessment(line: Mapping[str, Any]) -> Assessment:

@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import re
 import sqlite3
 import time
 from pathlib import Path
@@ -107,7 +108,19 @@ def _secrets(url) -> tuple[str, ...]:
 
 
 class Damaged(Exception):
-    """A file that was a database of SQLite no longer, or never."""
+    """A file that is a database of SQLite no longer, or never was, or whose tables are garbled."""
+
+
+_GARBLED = "no such (column|table)|has no column|malformed|unsupported file format"
+
+
+def is_damage(error: BaseException | None) -> bool:
+    """Whether SQLite says, at whatever depth of causes, that a file or its tables are damaged."""
+    if isinstance(error, sqlite3.DatabaseError):
+        code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+        damaged = code in (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT)
+        return damaged or re.search(_GARBLED, str(error)) is not None
+    return error is not None and is_damage(error.__cause__)
 
 
 def check_file(path: Path, patience: float, *, writing: bool = False) -> bool:
@@ -130,8 +143,7 @@ def check_file(path: Path, patience: float, *, writing: bool = False) -> bool:
         with contextlib.closing(sqlite3.connect(uri, uri=True, timeout=patience)) as connection:
             return _check(connection, writing)
     except sqlite3.DatabaseError as error:
-        code = getattr(error, "sqlite_errorcode", 0) & 0xFF
-        if code in (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT):
+        if is_damage(error):
             raise Damaged(f"damaged ({error})") from None
         raise
 
@@ -139,7 +151,7 @@ def check_file(path: Path, patience: float, *, writing: bool = False) -> bool:
 def _check(connection: sqlite3.Connection, writing: bool) -> bool:
     if writing:
         connection.execute("BEGIN IMMEDIATE").execute("ROLLBACK")
-    found = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
+    found = connection.execute("PRAGMA integrity_check(1)").fetchone()[0]
     if found != "ok":
         raise Damaged(f"damaged ({found})")
     if not connection.execute("SELECT 1 FROM sqlite_master").fetchone():
@@ -147,7 +159,7 @@ def _check(connection: sqlite3.Connection, writing: bool) -> bool:
     try:
         connection.execute("SELECT study_id, study_name FROM studies LIMIT 0")
     except sqlite3.OperationalError as error:
-        raise ValueError(f"a database of another program ({error})") from None
+        raise ValueError(f"a database of another program ({error}): give another path") from None
     return True
 
 

@@ -14,7 +14,9 @@ import jax
 
 from metaopt.checkpoint import Checkpoints
 from metaopt.errors import UserError
+from metaopt.fingerprint import of_training
 from metaopt.measure import count_flops
+from metaopt.runs import lock_directory
 from metaopt.self_improvement.course import Course
 from metaopt.self_improvement.journal import Journal, Ledger
 from metaopt.self_improvement.kinship import RunRecord
@@ -63,7 +65,8 @@ def run(
       `Outcome`.
 
     Raises:
-      UserError: a setting is missing or out of bounds; the checkpoints are of another run.
+      UserError: a setting is missing or out of bounds; the checkpoints are of another run;
+        another process has the directory.
       Diverged: going back did not help.
       Interrupted: after Ctrl-C or SIGTERM, with everything saved.
     """
@@ -73,9 +76,17 @@ def run(
     first, interventions = begin(workload, settings), sorted(interventions, key=lambda e: e[0])
     directory, path = Path(directory), checkpoint_directory(directory, workload.name)
     options = _per_example(monitor or {}, workload.examples_per_step(settings))
-    if config.count_flops and "flops_per_example" not in options:
-        options = _counted(workload, first) | options
-    with Checkpoints(path, fingerprint=fingerprint or {}) as checkpoints, StopSignals() as stop:
+    with (
+        lock_directory(directory),
+        Checkpoints(
+            path,
+            fingerprint=fingerprint or {},
+            digests=of_training(workload.step(settings), first.state, workload.sample(settings, 0)),
+        ) as checkpoints,
+        StopSignals() as stop,
+    ):
+        if config.count_flops and "flops_per_example" not in options:
+            options = _counted(workload, first) | options
         identity = _identity(workload, settings, config, interventions)
         flops = options.get("flops_per_example")
         journal = Journal(workload, directory, checkpoints, identity, flops)

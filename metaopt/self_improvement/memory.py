@@ -22,7 +22,7 @@ import numpy as np
 from metaopt.progress import say
 from metaopt.self_improvement.assess import as_record
 from metaopt.self_improvement.kinship import LIKE, NEAR, Proposal, RunRecord, choose, distance
-from metaopt.self_improvement.location import Damaged, check_file, locate, set_aside
+from metaopt.self_improvement.location import Damaged, check_file, is_damage, locate, set_aside
 from metaopt.self_improvement.standing import Curve
 
 STUDY = "metaopt"
@@ -71,8 +71,15 @@ class Memory:
         try:
             trial = _as_trial(record)
             self._prepare_to_write()
-            with self._study(create=True) as study:
-                study.add_trial(trial)
+            try:
+                self._add(trial)
+            except Exception as error:
+                if self._location.path is None or not is_damage(error):
+                    raise
+                self._set_aside(
+                    error
+                )  # SQLite found nothing amiss, but Optuna's tables are garbled
+                self._add(trial)
         except Exception as error:  # a run is not lost for its diary, whatever this is
             self._say(error, "this run is not remembered")
             return False
@@ -109,6 +116,10 @@ class Memory:
         like = [run for run in self.records() if distance(here, run.task) <= within]
         return [run.curve for run in like if run.curve]
 
+    def _add(self, trial) -> None:
+        with self._study(create=True) as study:
+            study.add_trial(trial)
+
     def _prepare_to_write(self) -> None:
         path = self._location.path
         if path is None:
@@ -117,7 +128,11 @@ class Memory:
         try:
             check_file(path, self._patience, writing=True)
         except Damaged as error:
-            self._say(error, f"it is set aside as {set_aside(path).name}, and a new one begun")
+            self._set_aside(error)
+
+    def _set_aside(self, error: Exception) -> None:
+        aside = set_aside(self._location.path)
+        self._say(error, f"it is set aside as {aside.name}, and a new one begun")
 
     @contextlib.contextmanager
     def _study(self, *, create: bool) -> Iterator[Any]:
@@ -159,6 +174,7 @@ class Memory:
         """Warn in one line without secrets, once for each reason."""
         cause = str(error.__cause__ or error).strip() or type(error).__name__
         cause = self._location.masked(cause).split("\n")[0]
+        cause = f"damaged ({cause})" if is_damage(error) else cause
         line = f"memory {self.where}: {cause}; {consequence}"
         if line not in self._said:
             self._said.add(line)

@@ -2,6 +2,8 @@ import dataclasses
 import functools
 import itertools
 import signal
+import subprocess
+import sys
 import time
 
 import jax
@@ -15,6 +17,7 @@ from metaopt.errors import UserError
 from metaopt.files import read_json_lines
 from metaopt.measure import count_flops
 from metaopt.recorder import Diverged
+from metaopt.runs import lock_directory
 from metaopt.self_improvement.budget import TrialConfig
 from metaopt.self_improvement.journal import Journal
 from metaopt.self_improvement.loop import LoopConfig, run
@@ -32,7 +35,7 @@ IMPROVING = LoopConfig(
     trials=TrialConfig(examples=0.04, anneal=0.33, margin=0.002, least_steps=4),
 )
 SLOW = SETTINGS | {"outer_learning_rate": 0.02}
-TIMES = ("seconds", "per_second", "per_cost")
+TIMES = ("seconds", "per_second", "per_cost", "checksum")
 
 
 def improved(directory, num_examples=800, settings=SETTINGS, config=IMPROVING, **options):
@@ -284,6 +287,24 @@ def test_a_search_that_is_stopped_again_and_again_comes_to_its_end(tmp_path, str
     assert resumed.ledger.trial_examples == outcome.ledger.trial_examples
 
 
+@pytest.mark.parametrize(
+    ("at", "file", "redone"),
+    [(9, "decisions.jsonl", True), (76, "decisions.jsonl", False), (120, "metrics.jsonl", False)],
+)
+def test_a_digit_that_changed_in_a_line_is_seen(tmp_path, straight, capsys, at, file, redone):
+    """A decision from after the checkpoint is made again; other lines are not believed."""
+    with pytest.raises(Interrupted):
+        improved(tmp_path, problem=workload(600, step=stopping(at)), **STOPPED)
+    before, dot, digits = (tmp_path / file).read_text().rpartition("0.")
+    (tmp_path / file).write_text(before + dot + str((int(digits[0]) + 1) % 10) + digits[1:])
+    if redone:
+        assert as_bytes(improved(tmp_path, 600, **STOPPED).snapshot.state) == straight[0]
+        assert "a decision is damaged (its checksum does not match)" in capsys.readouterr().err
+    else:
+        with pytest.raises(UserError, match=f"{file}: a line of 'quadratic' is damaged"):
+            improved(tmp_path, 600, **STOPPED)
+
+
 def test_what_was_done_from_outside_is_not_done_again(tmp_path):
     options = {"config": PLAIN, "interventions": [(402, {"outer_learning_rate": 500.0})]}
     with pytest.raises(Interrupted):
@@ -316,7 +337,7 @@ def test_a_run_that_is_at_its_end_returns_at_once(tmp_path):
     def must_not(*_):
         raise AssertionError
 
-    problem = workload(400, sample=must_not, evaluate=must_not)
+    problem = workload(400, evaluate=must_not)
     again = improved(tmp_path, problem=problem, config=PLAIN)
     assert as_bytes(again.snapshot.state) == as_bytes(first.snapshot.state)
     assert [p.loss for p in again.curve] == [p.loss for p in first.curve]
@@ -324,14 +345,29 @@ def test_a_run_that_is_at_its_end_returns_at_once(tmp_path):
 
 def test_a_run_of_another_config_is_refused(tmp_path):
     improved(tmp_path, 400, config=PLAIN)
+    drawn, start, other_key = workload(400).sample, workload(400).start, jax.random.key(99)
     for other in (
         {"settings": SETTINGS | {"outer_learning_rate": 0.1}},
         {"config": dataclasses.replace(PLAIN, keep_every=7)},
         {"num_examples": 500},
         {"fingerprint": {"seed": 1}},
+        {"problem": workload(400, sample=lambda settings, position: 2 * drawn(settings, position))},
+        {"problem": workload(400, start=lambda settings: start(settings)._replace(key=other_key))},
     ):
-        with pytest.raises(UserError, match=r"another (run|config)"):
+        with pytest.raises(UserError, match=r"another (run|config|training)"):
             improved(tmp_path, **({"num_examples": 400, "config": PLAIN} | other))
+
+
+def test_another_process_may_not_have_the_directory_at_the_same_time(tmp_path):
+    waits = "import sys, metaopt.runs as r\nwith r.lock_directory(sys.argv[1]): print(), input()"
+    command, pipes = [sys.executable, "-uc", waits, str(tmp_path)], subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipes, stdout=pipes, encoding="utf-8") as other:
+        assert other.stdout is not None and other.stdout.readline()
+        with pytest.raises(UserError, match=f"in use by process {other.pid}"):
+            improved(tmp_path, 400, config=PLAIN)
+        other.communicate("\n")
+    with lock_directory(tmp_path):  # by this one it may
+        improved(tmp_path, 400, config=PLAIN)
 
 
 def test_trials_keep_to_their_budget_and_settings_to_their_bounds(tmp_path):

@@ -171,7 +171,13 @@ def _scribbled(path):
     path.write_bytes(content)
 
 
-@pytest.mark.parametrize("damage", [_random, _truncated, _scribbled])
+def _garbled(path):
+    """Whole for SQLite, and no table of Optuna's."""
+    with sqlite3.connect(path) as connection:
+        connection.execute("ALTER TABLE trials RENAME COLUMN number TO nunber")
+
+
+@pytest.mark.parametrize("damage", [_random, _truncated, _scribbled, _garbled])
 def test_a_damaged_file_is_set_aside_and_none_of_it_lost(filled, damage, capsys):
     damage(filled)
     before, memory = filled.read_bytes(), Memory(filled)
