@@ -12,7 +12,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 ORDER = [
     {"text"},
     {"types", "errors"},
-    {"files", "progress"},
+    {"files", "progress", "indices"},
     {
         "tasks",
         "models",
