@@ -26,6 +26,7 @@ from metaopt.self_improvement.training import (
 from metaopt.self_improvement.workload import Choice, Scale, Setting, Space, Workload
 from metaopt.tasks import text_sources
 from metaopt.tasks.markov import MarkovConfig, bayes_loss, markov
+from metaopt.tasks.text_checks import check_text
 from metaopt.types import Batch, LossFn, MetaState, Model
 
 RATE = Scale(low=1e-6, high=100.0)
@@ -67,6 +68,7 @@ class Text:
         """Reads the domains; raises UserError where one is too short."""
         found = text_sources.folder_domains(Path(folder)) if folder else None
         domains = found or text_sources.stdlib_domains()
+        check_text(domains)
         self.length, self.seed = length, seed
         self.domains = [np.asarray(domain.read(0, domain.size)) for domain in domains]
         shortest = min(len(domain) for domain in self.domains)
@@ -202,7 +204,7 @@ def read_mnist(config: Config) -> tuple[dict[str, np.ndarray], dict[str, np.ndar
     """
     path, sizes = config.mnist.path, config.mnist
     if path is None:
-        raise UserError("the row mnist needs --mnist.path, an npz file with x_train ...")
+        raise UserError("no MNIST: give --mnist.path, an npz file with x_train ...")
     forms = {f"x_{split}": Form(np.uint8, (split, 28, 28)) for split in SPLITS}
     forms |= {f"y_{split}": Form(np.integer, (split,)) for split in SPLITS}
     found = read_npz(local_path(path), forms)
