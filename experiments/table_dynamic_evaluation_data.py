@@ -10,10 +10,12 @@ import numpy as np
 from experiments.table_dynamic_evaluation_config import Config
 from metaopt.dynamic_evaluation import cut_segments
 from metaopt.errors import UserError
-from metaopt.tasks.text_sources import Domain, file_domain, folder_domains, stdlib_domains
+from metaopt.tasks.text_checks import check_text
+from metaopt.tasks.text_sources import Domain, file_domain, folder_domains, join, stdlib_domains
 from metaopt.types import Batch, Episode, Key
 
 STDLIB_STREAMS = ("asyncio", "email")
+PARTS = ("valid", "test")
 
 
 class Stream(NamedTuple):
@@ -35,7 +37,8 @@ def find_text(config: Config) -> Text:
     """The text that the config names, checked to be long enough.
 
     Raises:
-      UserError: a file or a folder is missing, or too short for what is asked of it.
+      UserError: a file or a folder is missing, no text, or too short for what is asked of it; or
+        two are identical.
     """
     domains = [d for folder in config.train for d in folder_domains(Path(folder).expanduser())]
     library = stdlib_domains()
@@ -55,7 +58,13 @@ def find_text(config: Config) -> Text:
             f"training text must have {needed} bytes a file, and {short[0] if short else 'none'} "
             "has not: leave it out by --exclude, or lower inner.num_steps, context or lengths"
         )
+    walked = [_whole(f"{s.name} {part}", getattr(s, part)) for s in streams for part in PARTS]
+    check_text([*train, *walked], lambda i: "(training)" if i < len(train) else "(stream)")
     return Text(tuple(train), tuple(streams))
+
+
+def _whole(name: str, data: np.ndarray) -> Domain:
+    return join(name, [len(data)], lambda _, start, length: data[start : start + length])
 
 
 def stretch_bytes(config: Config) -> int:

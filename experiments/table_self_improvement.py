@@ -22,6 +22,7 @@ from experiments.table_self_improvement_config import CHOSEN_BY, Config, preset
 from experiments.table_self_improvement_report import BASELINES, Report
 from experiments.table_self_improvement_rows import baselines, make_rows
 from experiments.table_self_improvement_study import Study
+from experiments.table_self_improvement_workloads import read_mnist
 from metaopt import parallel
 from metaopt.errors import UserError
 from metaopt.progress import say
@@ -31,6 +32,8 @@ from metaopt.runs import open_run
 def run(config: Config) -> None:
     """Runs the rows that are not there yet, and writes tables and figure."""
     parallel.set_up_backend()
+    if config.mnist.path is not None and (not config.rows or "mnist" in config.rows):
+        read_mnist(config)  # now, and not after the other rows, is the time to refuse it
     place = open_run(
         config.root,
         "table_self_improvement",

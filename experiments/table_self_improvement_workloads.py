@@ -11,7 +11,10 @@ import numpy as np
 from experiments.table_self_improvement_config import Config, LanguageModel
 from metaopt import evaluate, learners, losses, meta_gradients, models, parallel
 from metaopt.errors import UserError
+from metaopt.files import local_path
+from metaopt.indices import check_range
 from metaopt.inner_loop import InnerLoop
+from metaopt.npz import Form, read_npz
 from metaopt.outer_step import MetaStep, OuterConfig, make_meta_step, outer_optimizer
 from metaopt.self_improvement.training import (
     constant,
@@ -23,6 +26,7 @@ from metaopt.self_improvement.training import (
 from metaopt.self_improvement.workload import Choice, Scale, Setting, Space, Workload
 from metaopt.tasks import text_sources
 from metaopt.tasks.markov import MarkovConfig, bayes_loss, markov
+from metaopt.tasks.text_checks import check_text
 from metaopt.types import Batch, LossFn, MetaState, Model
 
 RATE = Scale(low=1e-6, high=100.0)
@@ -64,6 +68,7 @@ class Text:
         """Reads the domains; raises UserError where one is too short."""
         found = text_sources.folder_domains(Path(folder)) if folder else None
         domains = found or text_sources.stdlib_domains()
+        check_text(domains)
         self.length, self.seed = length, seed
         self.domains = [np.asarray(domain.read(0, domain.size)) for domain in domains]
         shortest = min(len(domain) for domain in self.domains)
@@ -190,6 +195,33 @@ def markov_languages(config: Config) -> Languages:
     return Languages(Problem(workload, settings, losses_on(test), loss_fn), limit)
 
 
+def read_mnist(config: Config) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Images, float32 ``[N, 28, 28, 1]`` in [0, 1], and labels, int32 ``[N]``, by split.
+
+    Raises:
+      UserError: the file of the config is missing or no npz file of this form, has fewer images
+        than the config asks for, or a label that is no digit.
+    """
+    path, sizes = config.mnist.path, config.mnist
+    if path is None:
+        raise UserError("no MNIST: give --mnist.path, an npz file with x_train ...")
+    forms = {f"x_{split}": Form(np.uint8, (split, 28, 28)) for split in SPLITS}
+    forms |= {f"y_{split}": Form(np.integer, (split,)) for split in SPLITS}
+    found = read_npz(local_path(path), forms)
+    labels = {split: found[f"y_{split}"] for split in SPLITS}
+    for split in SPLITS:
+        check_range(f"y_{split} of {path}", labels[split], 10)
+    num_train, num_test = (len(labels[split]) for split in SPLITS)
+    if num_train < sizes.num_train + NUM_HELD_OUT or num_test < 100 or num_test % 100:
+        raise UserError(
+            f"{path} has {num_train} images to train on and {num_test} to test on: "
+            f"mnist.num_train {sizes.num_train} needs {sizes.num_train + NUM_HELD_OUT}, and the "
+            "test a multiple of 100"
+        )
+    images = {split: found[f"x_{split}"][..., None] / np.float32(255) for split in SPLITS}
+    return images, {split: labels[split].astype(np.int32) for split in SPLITS}
+
+
 class Digits(NamedTuple):
     """MNIST: the training, and what its accuracy is measured on."""
 
@@ -204,17 +236,13 @@ def mnist(config: Config, schedule: str) -> Digits:
     Its batch norm takes the statistics of the batch, in the test of 100 images at a time.
 
     Raises:
-      UserError: there is no such file.
+      UserError: as `read_mnist` does.
     """
     sizes = config.mnist
-    if sizes.path is None or not Path(sizes.path).exists():
-        raise UserError(f"no MNIST at {sizes.path}: give --mnist.path a npz file with x_train ...")
-    with np.load(sizes.path, allow_pickle=False) as found:
-        images = {name: found[f"x_{name}"][..., None] / np.float32(255) for name in SPLITS}
-        labels = {name: found[f"y_{name}"].astype(np.int32) for name in SPLITS}
+    images, labels = read_mnist(config)
     model = models.conv((28, 28, 1), 10, filters=sizes.filters)
     loss_fn = losses.classification(model)
-    held_out = Batch(images["train"][-1000:], labels["train"][-1000:])
+    held_out = Batch(images["train"][-NUM_HELD_OUT:], labels["train"][-NUM_HELD_OUT:])
     test = Batch(images["test"], labels["test"])
 
     def draw(position: int, number: int) -> Batch:
@@ -254,3 +282,4 @@ def mnist(config: Config, schedule: str) -> Digits:
 
 
 SPLITS = ("train", "test")
+NUM_HELD_OUT = 1000

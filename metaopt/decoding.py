@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from metaopt.errors import UserError
+from metaopt.indices import check_range
 from metaopt.types import Array, Key, Model, Params
 
 
@@ -54,14 +55,9 @@ def _checked_prompt(model: Model, params: Params, prompt: np.ndarray) -> Array:
         raise UserError(
             f"the prompt must be a vector of integers, not {prompt.dtype}{list(prompt.shape)}"
         )
-    tokens = jnp.asarray(prompt, jnp.int32)
-    vocab_size = jax.eval_shape(model.apply, params, tokens[None]).shape[-1]
-    if prompt.min() < 0 or prompt.max() >= vocab_size:
-        raise UserError(
-            f"the prompt holds tokens from {prompt.min()} to {prompt.max()}, "
-            f"but the model knows 0 to {vocab_size - 1}"
-        )
-    return tokens
+    one = jax.ShapeDtypeStruct((1, prompt.size), jnp.int32)
+    check_range("the prompt's tokens", prompt, jax.eval_shape(model.apply, params, one).shape[-1])
+    return jnp.asarray(prompt, jnp.int32)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "num_tokens"))

@@ -19,6 +19,7 @@ import optax
 from metaopt import losses
 from metaopt.checks import check_call, check_parts
 from metaopt.errors import UserError
+from metaopt.indices import NO_INDEX, as_tokens, check_range
 from metaopt.inner_loop import Adapted, InnerLoop, adapt
 from metaopt.meta_gradients.joint import support_and_query
 from metaopt.types import Array, Batch, InnerGradFn, Learner, LossFn, MetaGradFn, Model, Params
@@ -31,7 +32,7 @@ def cut_segments(tokens: np.ndarray, length: int, context: int = 0) -> Batch:
     but for what is left over at the end and makes no whole segment.
 
     Args:
-      tokens: integers ``[n]``.
+      tokens: integers ``[n]`` of any dtype, none negative: every token of a stream is read.
       length: L, tokens to predict in a segment.
       context: C, tokens that the model reads before the first that counts.
 
@@ -39,8 +40,15 @@ def cut_segments(tokens: np.ndarray, length: int, context: int = 0) -> Batch:
       int32 inputs ``[N, C + L]`` and targets ``[N, L]``.
 
     Raises:
-      UserError: the stream is shorter than one segment, or a number is too small.
+      UserError: the stream is shorter than one segment or no list of tokens, or a number is
+        too small.
     """
+    tokens = np.asarray(tokens)
+    if tokens.ndim != 1 or not np.issubdtype(tokens.dtype, np.integer):
+        raise UserError(
+            f"a stream is a list of integers, not {tokens.dtype} of the shape {tokens.shape}"
+        )
+    check_range("the tokens of a stream", tokens, NO_INDEX)
     if length < 1 or context < 0:
         raise UserError(f"a segment needs length 1 or more and context 0, not {length}, {context}")
     count = (len(tokens) - 1 - context) // length
@@ -55,18 +63,23 @@ def cut_segments(tokens: np.ndarray, length: int, context: int = 0) -> Batch:
     return Batch(inputs, stream[starts + context + 1 + np.arange(length)])
 
 
-def segment_loss(model: Model) -> LossFn:
+def segment_loss(model: Model, ignore_index: int | None = losses.IGNORED) -> LossFn:
     """Mean cross-entropy of the last tokens, in nats a token.
 
+    Args:
+      model: integers ``[S, L]`` to logits ``[S, L, V]``.
+      ignore_index: the target that is not counted; see `metaopt.losses`.
+
     Returns:
-      A loss of int32 ``inputs [S, C + L]`` and ``targets [S, L]``: the context is read
+      A loss of integers ``inputs [S, C + L]`` and ``targets [S, L]``: the context is read
       and not scored. With ``C = 0`` it is `metaopt.losses.next_token`.
     """
 
     def loss(params: Params, batch: Batch) -> Array:
         length = batch.targets.shape[-1]
         scored = model._replace(apply=lambda p, x: model.apply(p, x)[:, -length:])
-        return losses.classification(scored)(params, batch)
+        batch = batch._replace(inputs=as_tokens("inputs", batch.inputs))
+        return losses.classification(scored, ignore_index)(params, batch)
 
     return loss
 

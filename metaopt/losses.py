@@ -2,6 +2,13 @@
 
 Each is the mean over everything in the batch. Low-precision outputs are
 accumulated in float32; float64 stays float64.
+
+Targets that are classes or tokens may be of any integer dtype. One that is `IGNORED`, such as
+that of padding, is not counted: the mean is over the others, and is 0 with a gradient of 0
+where there are none. (Where a batch is cut up, over steps, devices or microbatches, each part
+has a mean of its own.) One that is no class is an error, never another class's score: a
+UserError where its value is known, and in a compiled function, where it is not, a loss and a
+gradient of NaN.
 """
 
 import math
@@ -9,27 +16,36 @@ import math
 import jax.numpy as jnp
 import optax
 
+from metaopt.errors import UserError
+from metaopt.indices import as_int32, as_tokens, check_range
 from metaopt.types import Array, Batch, LossFn, Model, Params
 
 NATS_TO_BITS = 1 / math.log(2)
 """Multiplies a loss in nats to give it in bits; nats a byte become bits a byte."""
 
+IGNORED = -100
+"""The target that is not counted, as in PyTorch."""
 
-def next_token(model: Model) -> LossFn:
+
+def next_token(model: Model, ignore_index: int | None = IGNORED) -> LossFn:
     """Mean cross-entropy of the next token, in nats a token.
 
     Args:
       model: int32 ``[S, L]`` to logits ``[S, L, V]``.
+      ignore_index: the target that is not counted; a token of the vocabulary will do, such as
+        that of padding. None counts all.
 
     Returns:
-      A loss of a batch of int32 ``inputs`` and ``targets``, both ``[S, L]``. It
-      raises ValueError, when traced, if they differ in shape or are no integers.
+      A loss of a batch of integers ``inputs`` and ``targets``, both ``[S, L]``. Inputs are
+      tokens everywhere, also where the target is not counted; the model gets them as int32,
+      negative ones as `metaopt.indices.NO_INDEX`, for which the models here give NaN. It
+      raises UserError, when traced, if they differ in shape or are no integers.
     """
 
     def loss(params: Params, batch: Batch) -> Array:
-        _require_integers("inputs", batch.inputs)
-        _require_shape("targets", batch.targets, batch.inputs.shape)
-        return _cross_entropy(model.apply(params, batch.inputs), batch.targets)
+        inputs = as_tokens("inputs", batch.inputs)
+        _require_shape("targets", batch.targets, inputs.shape)
+        return _cross_entropy(model.apply(params, inputs), batch.targets, ignore_index)
 
     return loss
 
@@ -42,7 +58,7 @@ def regression(model: Model) -> LossFn:
 
     Returns:
       A loss of a batch of ``inputs [S, D_in]`` and ``targets [S, D_out]``. It raises
-      ValueError, when traced, if predictions and targets differ in shape.
+      UserError, when traced, if predictions and targets differ in shape.
     """
 
     def loss(params: Params, batch: Batch) -> Array:
@@ -53,64 +69,76 @@ def regression(model: Model) -> LossFn:
     return loss
 
 
-def classification(model: Model) -> LossFn:
+def classification(model: Model, ignore_index: int | None = IGNORED) -> LossFn:
     """Mean cross-entropy of the class, in nats an example.
 
     Args:
-      model: inputs ``[S, ...]`` to logits ``[S, V]``.
+      model: inputs ``[S, ...]`` to logits ``[S, ..., V]``.
+      ignore_index: the target that is not counted; None counts all.
 
     Returns:
-      A loss of a batch of inputs and int32 ``targets [S]``. It raises ValueError,
+      A loss of a batch of inputs and integer ``targets [S, ...]``. It raises UserError,
       when traced, if the targets are not integers or not of that shape.
     """
 
     def loss(params: Params, batch: Batch) -> Array:
-        return _cross_entropy(model.apply(params, batch.inputs), batch.targets)
+        return _cross_entropy(model.apply(params, batch.inputs), batch.targets, ignore_index)
 
     return loss
 
 
-def accuracy(model: Model) -> LossFn:
+def accuracy(model: Model, ignore_index: int | None = IGNORED) -> LossFn:
     """Share of the examples (or tokens) whose largest logit is the target's, in [0, 1].
 
     Its signature is a loss's, but it is flat almost everywhere: for evaluation only.
 
     Args:
       model: inputs ``[S, ...]`` to logits ``[S, ..., V]``.
+      ignore_index: the target that is not counted; None counts all.
 
     Returns:
-      A function of params and a batch with int32 ``targets [S, ...]``. It raises
-      ValueError, when traced, if the targets are not integers or not of that shape.
+      A function of params and a batch with integer ``targets [S, ...]``. It raises
+      UserError, when traced, if the targets are not integers or not of that shape.
     """
 
     def share_correct(params: Params, batch: Batch) -> Array:
         logits = model.apply(params, batch.inputs)
-        _require_labels(batch.targets, logits)
-        return jnp.mean(logits.argmax(-1) == batch.targets, dtype=jnp.float32)
+        labels = _labels(batch.targets, logits, ignore_index)
+        correct = (logits.argmax(-1) == labels).astype(jnp.float32)
+        return _mean_of_counted(correct, labels, logits.shape[-1], ignore_index)
 
     return share_correct
 
 
-def _cross_entropy(logits: Array, labels: Array) -> Array:
-    _require_labels(labels, logits)
-    losses = optax.softmax_cross_entropy_with_integer_labels(_at_least_float32(logits), labels)
-    return losses.mean()
+def _cross_entropy(logits: Array, targets: Array, ignore_index: int | None) -> Array:
+    labels = _labels(targets, logits, ignore_index)
+    classes = jnp.clip(labels, 0, logits.shape[-1] - 1)  # what that changes is not counted below
+    losses = optax.softmax_cross_entropy_with_integer_labels(_at_least_float32(logits), classes)
+    return _mean_of_counted(losses, labels, logits.shape[-1], ignore_index)
+
+
+def _labels(targets: Array, logits: Array, ignore_index: int | None) -> Array:
+    labels = as_int32("targets", targets)
+    _require_shape("targets", labels, logits.shape[:-1])
+    check_range("targets", targets, logits.shape[-1], ignore_index)
+    return labels
+
+
+def _mean_of_counted(
+    values: Array, labels: Array, num_classes: int, ignore_index: int | None
+) -> Array:
+    """The mean where labels are not ignored; it and its gradient are NaN where one is no class."""
+    is_class = (labels >= 0) & (labels < num_classes)
+    counted = jnp.ones_like(is_class) if ignore_index is None else labels != ignore_index
+    total = jnp.where(counted, values, 0.0).sum()
+    mean = total / jnp.maximum(counted.sum(), 1)
+    return mean * jnp.where((is_class | ~counted).all(), 1.0, jnp.nan).astype(mean.dtype)
 
 
 def _at_least_float32(x: Array) -> Array:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
-def _require_labels(labels: Array, logits: Array) -> None:
-    _require_integers("targets", labels)
-    _require_shape("targets", labels, logits.shape[:-1])
-
-
-def _require_integers(name: str, x: Array) -> None:
-    if not jnp.issubdtype(x.dtype, jnp.integer):
-        raise ValueError(f"{name} must be integers, but their dtype is {x.dtype}")
-
-
 def _require_shape(name: str, x: Array, expected: tuple[int, ...]) -> None:
     if x.shape != expected:
-        raise ValueError(f"{name} must have the shape {expected}, but have {x.shape}")
+        raise UserError(f"{name} must have the shape {expected}, but have {x.shape}")

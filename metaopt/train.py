@@ -21,7 +21,6 @@ from typing import Annotated, Any, NamedTuple, NoReturn, Self
 import numpy as np
 
 from metaopt.checkpoint import Checkpoints
-from metaopt.errors import UserError
 from metaopt.fingerprint import of_training
 from metaopt.progress import say
 from metaopt.ranges import Checked, Count, Range, Steps, StepsOr0

@@ -37,9 +37,9 @@ class Batch(NamedTuple):
     """Inputs and what is to be predicted from them, examples first.
 
     For a language model both are int32 ``[S, L]`` and ``targets`` is ``inputs``
-    one token later; for regression they are float32 ``[S, D_in]`` and
-    ``[S, D_out]``; for classification float32 ``[S, height, width, channels]``
-    and int32 ``[S]``.
+    one token later, or -100 where none is to be scored; for regression they are float32
+    ``[S, D_in]`` and ``[S, D_out]``; for classification float32
+    ``[S, height, width, channels]`` and int32 ``[S]``.
     """
 
     inputs: Array

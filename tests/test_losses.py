@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from metaopt import losses
+from metaopt.errors import UserError
 from metaopt.types import Batch, Model
 
 PARAMS_ARE_OUTPUTS = Model(init=lambda key: jnp.zeros(()), apply=lambda params, inputs: params)
@@ -69,5 +70,5 @@ def test_regression_is_the_mean_squared_error():
     ],
 )
 def test_wrong_batches_raise_when_traced(make, outputs, batch, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         jax.eval_shape(make(PARAMS_ARE_OUTPUTS), outputs, batch)

@@ -12,7 +12,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 ORDER = [
     {"text"},
     {"types", "errors"},
-    {"files", "progress", "ranges"},
+    {"files", "progress", "ranges", "indices", "npz"},
     {
         "tasks",
         "models",
@@ -95,6 +95,14 @@ def test_each_library_has_its_place():
         assert roots(ROOT / f"{name}.py") <= {*sys.stdlib_module_names, "rich", "metaopt"}
 
 
+def test_arrays_are_read_by_one_reader():
+    files = [*FILES, *(ROOT.parent / "experiments").rglob("*.py")]
+    loading = [
+        str(p) for p in files if re.search(r"\b(np|numpy|jnp)\.load\(", p.read_text("utf-8"))
+    ]
+    assert not loading, "metaopt.npz reads arrays"
+
+
 def test_devices_are_named_in_one_file():
     names = {"devices", "local_devices", "device_count", "local_device_count", "pmap", "shard_map"}
 
@@ -123,6 +131,7 @@ def test_every_text_file_has_its_encoding():
             modes = [arg.value for arg in node.args if isinstance(arg, ast.Constant)]
             binary = any(re.fullmatch("[rwaxb+]*b[rwaxb+]*", str(mode)) for mode in modes)
             ours = name in ("read_text", "write_text")  # of metaopt.files, which are UTF-8
+            binary |= name == "archive.open"  # of a zip, whose members are bytes
             opens_text = name.split(".")[-1] in opening and not binary and not ours
             if (opens_text or "text" in options) and "encoding" not in options:
                 yield f"{path}:{node.lineno}"

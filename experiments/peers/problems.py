@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from metaopt.errors import UserError
+from metaopt.npz import Form, read_npz
 from metaopt.ranges import (
     Checked,
     Count,
@@ -148,10 +149,9 @@ def load(directory: Path) -> Data:
     if not (directory / "problem.json").exists():
         raise UserError(f"{directory} holds no problem; write one with `problems.save`")
     problem = Problem(**json.loads((directory / "problem.json").read_text(encoding="utf-8")))
-    with np.load(directory / "params.npz") as file:
-        params = dict(file)
-    with np.load(directory / "episodes.npz") as file:
-        arrays = [file[name] for name in EPISODE]
+    params = read_npz(directory / "params.npz")
+    episodes = read_npz(directory / "episodes.npz", {name: Form(np.number) for name in EPISODE})
+    arrays = [episodes[name] for name in EPISODE]
     return Data(problem, params, (arrays[0], arrays[1]), (arrays[2], arrays[3]))
 
 

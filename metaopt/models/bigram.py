@@ -3,13 +3,15 @@
 import jax.numpy as jnp
 
 from metaopt.errors import UserError
+from metaopt.indices import NO_INDEX, as_tokens
 from metaopt.types import Array, Key, Model, Params
 
 
 def bigram(vocab_size: int) -> Model:
     """A table of logits, one row for each last token; `ngram` of order 1.
 
-    ``logits[s, t] = table[inputs[s, t]]``. A token outside the vocabulary gives NaN.
+    ``logits[s, t] = table[inputs[s, t]]``. A token outside the vocabulary gives NaN, or a
+    UserError where its value is known.
     """
     return ngram(vocab_size, 1)
 
@@ -28,8 +30,9 @@ def ngram(vocab_size: int, order: int) -> Model:
       order: m, tokens in a context, at least 1.
 
     Returns:
-      A model from int32 ``[S, L]`` to float32 logits ``[S, L, V]`` with params
-      ``{'head': {'table': [V^m, V]}}``. Tokens must be of the vocabulary.
+      A model from integers ``[S, L]`` to float32 logits ``[S, L, V]`` with params
+      ``{'head': {'table': [V^m, V]}}``. A token outside the vocabulary gives NaN in every
+      context that it is in, or a UserError where its value is known.
 
     Raises:
       UserError: if ``vocab_size`` is less than 2 or ``order`` less than 1.
@@ -44,10 +47,15 @@ def ngram(vocab_size: int, order: int) -> Model:
         return {"head": {"table": jnp.zeros((vocab_size**order, vocab_size), jnp.float32)}}
 
     def apply(params: Params, tokens_SxL: Array) -> Array:
+        tokens_SxL = as_tokens("tokens", tokens_SxL, vocab_size)
         length = tokens_SxL.shape[1]
         padded = jnp.pad(tokens_SxL, ((0, 0), (order - 1, 0)))
-        digits = [padded[:, i : i + length] * vocab_size ** (order - 1 - i) for i in range(order)]
-        logits_SxLxV = jnp.take(params["head"]["table"], sum(digits), axis=0)
+        contexts_SxL = jnp.zeros_like(tokens_SxL)
+        for i in range(order):
+            digits = padded[:, i : i + length]
+            known = (digits < vocab_size) & (contexts_SxL < NO_INDEX)
+            contexts_SxL = jnp.where(known, contexts_SxL * vocab_size + digits, NO_INDEX)
+        logits_SxLxV = jnp.take(params["head"]["table"], contexts_SxL, axis=0)
         whole = jnp.arange(length) >= order - 1
         return jnp.where(whole[None, :, None], logits_SxLxV, 0.0)
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from metaopt.errors import UserError
+from metaopt.indices import as_tokens
 from metaopt.models.linen import as_model
 from metaopt.types import Array, Model
 
@@ -24,7 +25,8 @@ class Recurrent(nn.Module):
 
     @nn.compact
     def __call__(self, tokens_SxL: Array) -> Array:
-        """Maps int32 ``[S, L]`` to logits ``[S, L, V]``."""
+        """Maps integers ``[S, L]`` to logits ``[S, L, V]``."""
+        tokens_SxL = as_tokens("tokens", tokens_SxL, self.vocab_size)
         x: Any = nn.Embed(self.vocab_size, self.width, name="embed")(tokens_SxL)
         for i in range(self.num_layers):
             cell = self.cell(self.width, name=f"layer_{i}")
@@ -54,7 +56,8 @@ def recurrent(
       num_layers: layers one above the other.
 
     Returns:
-      A model from int32 ``[S, L]`` to float32 logits ``[S, L, V]``.
+      A model from integers ``[S, L]`` to float32 logits ``[S, L, V]``. A token outside the
+      vocabulary gives NaN from there on, or a UserError where its value is known.
 
     Raises:
       UserError: if ``cell`` is unknown, ``vocab_size`` is less than 2, or ``width``

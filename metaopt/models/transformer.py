@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from metaopt.errors import UserError
+from metaopt.indices import as_tokens
 from metaopt.models.attention import causal_attention, rope
 from metaopt.models.linen import apply_module
 from metaopt.ranges import Checked, Heads, Layers, Length, Range, Width
@@ -191,13 +192,14 @@ def transformer(config: TransformerConfig) -> Model:
       config: shape and mode of computation.
 
     Returns:
-      A model from int32 ``[S, L]`` to float32 logits ``[S, L, V]``. A token outside
-      the vocabulary gives NaN.
+      A model from integers ``[S, L]`` to float32 logits ``[S, L, V]``. A token outside
+      the vocabulary gives NaN, or a UserError where its value is known.
     """
     run_layers = _run_layers(config)
 
     def apply(params: Params, tokens_SxL: Array) -> Array:
         embedding_VxD = params["embed"]["embedding"]
+        tokens_SxL = as_tokens("tokens", tokens_SxL, config.vocab_size)
         x_SxLxD = jnp.take(embedding_VxD, tokens_SxL, axis=0)
         x_SxLxD = x_SxLxD.astype(COMPUTE_DTYPES[config.compute_dtype] or embedding_VxD.dtype)
         x_SxLxD = run_layers([params[f"layer_{i}"] for i in range(config.num_layers)], x_SxLxD)

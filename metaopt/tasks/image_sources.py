@@ -6,7 +6,6 @@ same array, and one seed the same split and the same episodes. Nothing here impo
 TensorFlow Datasets until it is used.
 """
 
-import zipfile
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,6 +14,8 @@ from typing import NamedTuple
 import numpy as np
 
 from metaopt.errors import UserError
+from metaopt.indices import check_range
+from metaopt.npz import Form, read_npz
 from metaopt.tasks import text_sources
 
 _TFDS_FEATURES = ("image", "alphabet", "alphabet_char_id")
@@ -69,28 +70,15 @@ def folder_characters(folder: Path, size: int) -> Characters:
 
 def _read_npz(path: Path, size: int) -> tuple[list[str], np.ndarray]:
     """The name of the character of each drawing, and the drawings ``[N, size, size]``."""
-    try:
-        with np.load(path) as arrays:
-            images, characters, names = (
-                arrays[key] for key in ("images", "character", "character_names")
-            )
-    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
-        raise UserError(
-            f"cannot read {path}: {error}; it must be an npz file with the arrays images, "
-            "character and character_names"
-        ) from error
-    integers = characters.ndim == 1 and np.issubdtype(characters.dtype, np.integer)
-    if not integers or not np.isin(characters, np.arange(len(names))).all():
-        raise UserError(
-            f"character in {path} must be a list of integers from 0 to {len(names) - 1}, which "
-            "index character_names"
-        )
-    if images.dtype != np.uint8 or images.shape != (len(characters), size, size):
-        raise UserError(
-            f"the images of {path} are {images.dtype} {list(images.shape)}: they must be uint8 "
-            f"[{len(characters)}, {size}, {size}], as many as there are entries in character"
-        )
-    return names[characters].tolist(), images
+    forms = {
+        "images": Form(np.uint8, ("N", size, size)),
+        "character": Form(np.integer, ("N",)),
+        "character_names": Form(np.str_, ("C",)),
+    }
+    found = read_npz(path, forms)
+    names, characters = found["character_names"], found["character"]
+    check_range(f"the entries of character in {path}", characters, len(names))
+    return names[characters].tolist(), found["images"]
 
 
 def dataset_characters(name: str, size: int, data_dir: Path) -> Characters:

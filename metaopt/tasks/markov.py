@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from metaopt.errors import UserError
+from metaopt.indices import as_int32
 from metaopt.ranges import Checked, Count, Length, Range
 from metaopt.tasks.fresh import fresh_tasks
 from metaopt.types import Array, Batch, Episode, Key, TaskFamily
@@ -99,12 +100,13 @@ def number_ngrams(config: MarkovConfig, tokens: Array, n: int) -> Array:
 
     Args:
       config: gives V.
-      tokens: int32 ``[..., L]`` with L at least n.
+      tokens: integers from 0 to V - 1, ``[..., L]`` with L at least n.
       n: tokens in a run.
 
     Returns:
       int32 ``[..., L - n + 1]``.
     """
+    tokens = as_int32("tokens", tokens)
     num_ngrams = tokens.shape[-1] - n + 1
     numbers = jnp.zeros((*tokens.shape[:-1], num_ngrams), jnp.int32)
     for i in range(n):
@@ -127,17 +129,19 @@ def bayes_loss(
 
     Args:
       config: the config that the episode was drawn with; static.
-      episode: T tasks from `markov`.
+      episode: T tasks from `markov`, of tokens of any integer dtype.
       use_support: the support is evidence, as for a learner that adapts on it.
       use_prefix: so are the earlier tokens of the same query sequence, as for a model
         that learns in context. With neither, the loss is log V.
 
     Returns:
-      float32 ``[T]``.
+      float32 ``[T]``; NaN for a task with a token that is not of the vocabulary.
     """
 
     def loss(batches: tuple[Batch, Batch]) -> Array:
-        support, query = (_transitions(config, batch) for batch in batches)
+        sequences = [_sequences(batch) for batch in batches]
+        known = [((tokens >= 0) & (tokens < config.vocab_size)).all() for tokens in sequences]
+        support, query = (number_ngrams(config, s, config.order + 1) for s in sequences)
         counts = jnp.zeros((2, *query.shape), jnp.int32)
         if use_support:
             counts += _count(config, query, support.reshape(1, -1), visible=True)
@@ -148,14 +152,16 @@ def bayes_loss(
         alpha, vocab_size = config.concentration, config.vocab_size
         log_probs = jnp.log((followed + alpha) / (in_context + vocab_size * alpha))
         num_uniform = batches[1].targets.size - query.size
-        return (num_uniform * math.log(vocab_size) - log_probs.sum()) / batches[1].targets.size
+        mean = (num_uniform * math.log(vocab_size) - log_probs.sum()) / batches[1].targets.size
+        return jnp.where(known[0] & known[1], mean, jnp.nan)
 
     return jax.lax.map(loss, (episode.support, episode.query))
 
 
-def _transitions(config: MarkovConfig, batch: Batch) -> Array:
-    tokens = jnp.concatenate([batch.inputs, batch.targets[:, -1:]], axis=1)
-    return number_ngrams(config, tokens, config.order + 1)
+def _sequences(batch: Batch) -> Array:
+    """Inputs and the last target, int32 ``[S, L + 1]``."""
+    inputs, targets = as_int32("inputs", batch.inputs), as_int32("targets", batch.targets)
+    return jnp.concatenate([inputs, targets[:, -1:]], axis=1)
 
 
 def _count(

@@ -17,6 +17,7 @@ import numpy as np
 from metaopt.errors import UserError
 from metaopt.ranges import Checked, Count, Length, Seed
 from metaopt.tasks import text_sources
+from metaopt.tasks.text_checks import check_text
 from metaopt.tasks.text_sources import Domain
 from metaopt.types import Batch, Episode, Key, TaskFamily, TaskSplit
 
@@ -67,14 +68,16 @@ def text(config: TextConfig) -> TaskFamily:
     ``data_dir``; see `metaopt.tasks.text_sources.store`.
 
     Raises:
-      UserError: the source is missing, empty or
-        unreadable; a domain is shorter than an episode; or there are too few domains
-        for the splits. Nothing has been written then, unless the source is ``tfds:``.
+      UserError: the source is missing, empty or unreadable; a domain is shorter than an
+        episode, no text, or another once more; or there are too few domains for the splits.
+        Nothing has been written then, unless the source is ``tfds:``.
     """
     data_dir = Path(config.data_dir or os.environ.get("METAOPT_DATA") or "data").expanduser()
     domains = _find_domains(config, data_dir)
-    _check_sizes(domains, config)
     splits = split_domains([domain.name for domain in domains], config)
+    named = dict(zip(("(training)", "(validation)", "(test)"), splits, strict=True))
+    check_text(domains, lambda i: next(name for name, split in named.items() if i in split))
+    _check_sizes(domains, config)
     if not config.source.startswith(_TFDS):
         domains = text_sources.store(Path(config.source).resolve().name, domains, data_dir)
     train, valid, test = ([domains[i] for i in split] for split in splits)
@@ -101,7 +104,8 @@ def split_domains(
     chosen = [names.index(name) for name in dict.fromkeys(config.test_domains)]
     test = chosen or order[: config.num_test_domains]
     rest = [i for i in order if i not in test]
-    if len(rest) <= config.num_valid_domains or len(names) < config.num_test_domains:
+    too_few = not chosen and len(names) < config.num_test_domains
+    if too_few or len(rest) <= config.num_valid_domains:
         raise UserError(
             f"{config.source} has {len(names)} domains, too few for {config.num_valid_domains} to "
             f"validate, {len(chosen) or config.num_test_domains} to test and at least 1 to train "
