@@ -57,7 +57,7 @@ from metaopt.outer_step import (
 )
 from metaopt.progress import say
 from metaopt.runs import open_run
-from metaopt.self_improvement.training import trainer
+from metaopt.self_improvement.drop_in import trainer
 from metaopt.train import TrainConfig
 from metaopt.types import Batch, Episode, Key, MetaGradFn, Params
 

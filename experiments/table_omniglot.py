@@ -45,7 +45,7 @@ from metaopt.outer_step import (
     outer_optimizer,
 )
 from metaopt.runs import open_run
-from metaopt.self_improvement.training import trainer
+from metaopt.self_improvement.drop_in import trainer
 from metaopt.tasks.images import ImagesConfig, images
 from metaopt.train import TrainConfig
 from metaopt.types import Array, Episode, LossFn, MetaParams, Model, Params, TaskFamily

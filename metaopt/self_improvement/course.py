@@ -18,7 +18,9 @@ from metaopt.self_improvement.loop_config import Outcome
 from metaopt.self_improvement.memory import Memory
 from metaopt.self_improvement.proposers import pattern_search
 from metaopt.self_improvement.races import is_closed, races
+from metaopt.self_improvement.searched import searched_space
 from metaopt.self_improvement.sentinel import Damage, Sentinel
+from metaopt.self_improvement.space import Space
 from metaopt.self_improvement.trials import (
     Decision,
     Ground,
@@ -47,7 +49,7 @@ class Course:
 
     def __init__(self, workload, config, proposer, journal, stop, interventions):
         self.workload, self.config, self.journal, self.stop = workload, config, journal, stop
-        self.proposer = proposer or pattern_search(workload.space)
+        self.proposer, self._spaces = proposer, {}
         self.interventions, self.intervened = interventions, 0
         self.roll_backs, self.earlier = 0, []
 
@@ -73,11 +75,13 @@ class Course:
         if proposal is None:
             return first
         workload = self.workload
-        known = known_settings(workload.space, proposal.settings)
+        space = self._searched(first)
+        known = known_settings(space, proposal.settings)
         say(f"{workload.name}: {proposal.reason}")
         # What it had decided holds where all is as it was there, but for how a step is computed.
         here, there = as_record(first.settings | known), as_record(proposal.settings)
-        if all(there.get(name) == here[name] for name in here.keys() - workload.ways.keys()):
+        of_no_account = workload.ways.keys() | (workload.space.keys() - space.keys())
+        if all(there.get(name) == here[name] for name in here.keys() - of_no_account):
             self.earlier = known_decisions(proposal.decisions)
         return changed(workload, first, known)
 
@@ -155,11 +159,9 @@ class Course:
         ground: Ground | None = None
         try:
             for ground, decision in races(
-                self.workload,
+                self.workload._replace(space=self._searched(snapshot)),
                 snapshot,
-                lambda now, decisions, phase: self.proposer(
-                    now, [*self.earlier, *decisions], phase
-                ),
+                self._propose,
                 dataclasses.replace(self.config.trials, margin=self.config.margins[phase]),
                 self.config.shares[phase],
                 phase,
@@ -174,6 +176,25 @@ class Course:
             return self._roll_back(snapshot, self._damage(snapshot, str(error)))
         decided = [d for d in decisions if d.phase == phase and d.examples == snapshot.examples]
         return self._arrived(ground.reached if ground else snapshot, decided)
+
+    def _propose(self, snapshot: Snapshot, decisions: Sequence[Decision], phase: int):
+        """What is proposed, but for scalars that the updates from here do not read."""
+        space = self._searched(snapshot)
+        propose = self.proposer or pattern_search(space)
+        left_out = self.workload.space.keys() - space.keys()
+        changes = propose(snapshot, [*self.earlier, *decisions], phase)
+        return [change for change in changes if change.setting not in left_out]
+
+    def _searched(self, snapshot: Snapshot) -> Space:
+        """`searched_space`, once for all settings that have the same step."""
+        scalars = snapshot.state.hparams.keys()
+        chosen = frozenset((k, v) for k, v in snapshot.settings.items() if k not in scalars)
+        if chosen not in self._spaces:
+            self._spaces[chosen] = space = searched_space(self.workload, snapshot)
+            if left_out := sorted(self.workload.space.keys() - space.keys()):
+                names = ", ".join(left_out)
+                say(f"{self.workload.name}: not searched, since no update reads it: {names}")
+        return self._spaces[chosen]
 
     def _arrived(self, reached: Snapshot, decided: Sequence[Decision]) -> Snapshot:
         """Where a search has come to, in the way that is the quickest for its batch."""
@@ -283,7 +304,8 @@ class Course:
         if bad:
             reason += "; the batch is left out"
         elif self.roll_backs > 1:
-            after = lowered(self.workload, good, 0.25 ** (self.roll_backs - 1))
+            within = self.workload._replace(space=self._searched(good))
+            after = lowered(within, good, 0.25 ** (self.roll_backs - 1))
             reason += "; the rates are lowered"
         say(f"{self.workload.name}: back to step {int(good.state.step)}; {reason}")
         self.journal.decided(

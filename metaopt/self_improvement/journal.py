@@ -39,15 +39,18 @@ class Ledger(NamedTuple):
 
     Attributes:
       examples: gone through by the training itself.
-      trial_examples: gone through by trials that were not gone on with, or taken back.
+      trial_examples: gone through by trials that were not gone on with, or taken back, and
+        what it cost to evaluate them (`Workload.evaluation_examples`).
       seconds: in all, without compiling; of all processes that it was resumed in.
       compile_seconds: of tracing and compiling.
+      assessment_examples: what the assessments cost, `Workload.evaluation_examples` each.
     """
 
     examples: int = 0
     trial_examples: int = 0
     seconds: float = 0.0
     compile_seconds: float = 0.0
+    assessment_examples: float = 0.0
 
 
 class Journal:
@@ -175,7 +178,7 @@ class Journal:
         workload = self._workload
         ledger = self.ledger(snapshot)
         tokens = snapshot.examples * workload.tokens_per_example
-        examples = ledger.examples + ledger.trial_examples
+        examples = ledger.examples + ledger.trial_examples + ledger.assessment_examples
         flops = None if self._flops is None else self._flops * examples
         now = Measurement(int(snapshot.state.step), tokens, ledger.seconds, losses, flops)
         last = None
@@ -243,6 +246,7 @@ class Journal:
             sum(decision.trial_examples for decision in self.decisions),
             self._spent.seconds + seconds,
             self._spent.compile_seconds + compiling,
+            len(self.curve) * self._workload.evaluation_examples,
         )
 
 

@@ -76,7 +76,7 @@ class Race:
         """
         self.before, self.unchanged, self.margin = before, unchanged, margin
         self.best: Trial | None = None
-        self.spent = 0
+        self.spent = self.evaluated = 0
         self._alone: dict[str, tuple[float, Change]] = {}
         self._entries: list[tuple[Change, dict[str, Any]]] = []
 
@@ -87,6 +87,7 @@ class Race:
         verdict = judge(self.before, self.unchanged, trial, self.margin)
         self._entries.append((change, _evidence(trial, verdict)))
         self.spent += trial.examples
+        self.evaluated += not trial.error
         tie = verdict.outcome == "noise" and change.level > 0 and change.way < 0
         if verdict.outcome != "better" and not tie:
             return

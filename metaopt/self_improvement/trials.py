@@ -59,7 +59,8 @@ class Decision(NamedTuple):
       reason: in words.
       evidence: one entry a change that was tried: its settings, the difference to changing
         nothing with its 95 % interval, the verdict, and whether it was accepted.
-      trial_examples: spent on what is not gone on with, if this decision is the last of its search.
+      trial_examples: spent on what is not gone on with, if this decision is the last of its
+        search, and on evaluations (`Workload.evaluation_examples`).
       seconds: that it took.
       left_out: a stretch of the data that is not trained on from now on, ``(first, end)``.
       size: examples of each of its trials, those to anneal aside.
@@ -171,6 +172,8 @@ def decide(
     # A run that was stopped after the last race tries its winner once more, at no account.
     gained, held = end.ground.reached.examples - snapshot.examples, last.gained if last else 0
     again = 0 if last is not None and last.size == size else unchanged.examples - held
+    # At the ground, of the trial without a change, and of all that could be run.
+    evaluations = (last is None) + (again > 0) + race.evaluated
     return end.ground, Decision(
         step=int(snapshot.state.step),
         examples=snapshot.examples,
@@ -179,7 +182,11 @@ def decide(
         changes=differences(snapshot.settings, end.ground.snapshot.settings),
         reason=end.reason,
         evidence=race.evidence(),
-        trial_examples=race.spent + again - gained + held,
+        trial_examples=race.spent
+        + again
+        - gained
+        + held
+        + math.ceil(evaluations * workload.evaluation_examples),
         seconds=time.perf_counter() - began,
         left_out=end.left_out,
         size=size,

@@ -83,7 +83,9 @@ def resume(run):
     notes |= {"num_decisions": 2, "num_assessments": 1}
     restored = types.SimpleNamespace(notes=notes, state=None)
     checkpoints = types.SimpleNamespace(restore_latest=lambda example: restored)
-    workload = types.SimpleNamespace(name="loop", tokens_per_example=8)
+    workload = types.SimpleNamespace(
+        name="loop", tokens_per_example=8, evaluation_examples=0.0
+    )
     journal = Journal(workload, run, checkpoints, {})  # type: ignore[arg-type]
     snapshot, _ = journal.resume(None)  # type: ignore[arg-type]
     assert str([journal.ledger(snapshot), journal.assessed_at, journal.left_out])
