@@ -14,6 +14,7 @@ from metaopt.recorder import Diverged
 from metaopt.self_improvement.alarms import Alarm
 from metaopt.self_improvement.assess import as_record
 from metaopt.self_improvement.attempts import is_bad
+from metaopt.self_improvement.evidence import known_decisions
 from metaopt.self_improvement.loop_config import Outcome
 from metaopt.self_improvement.memory import Memory
 from metaopt.self_improvement.proposers import pattern_search
@@ -25,7 +26,6 @@ from metaopt.self_improvement.trials import (
     Decision,
     Ground,
     differences,
-    known_decisions,
     lowered,
 )
 from metaopt.self_improvement.ways import quickest_way
@@ -83,6 +83,8 @@ class Course:
         of_no_account = workload.ways.keys() | (workload.space.keys() - space.keys())
         if all(there.get(name) == here[name] for name in here.keys() - of_no_account):
             self.earlier = known_decisions(proposal.decisions)
+            if proposal.decisions and not self.earlier:
+                say(f"{workload.name}: what {proposal.run} decided cannot be read; searched anew")
         return changed(workload, first, known)
 
     @contextlib.contextmanager
