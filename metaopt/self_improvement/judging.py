@@ -173,7 +173,7 @@ class Race:
         elif outcome == "better":
             rule = f"loss {measured} beyond the margin of {least:.2g}"
         else:
-            rule = f"loss {measured} within noise or the margin of {least:.2g}: the smaller of equals"
+            rule = f"loss {measured}, noise or within the margin of {least:.2g}: the smaller wins"
         return f"{change.reason}: {rule}"
 
     def evidence(self) -> list[dict[str, Any]]:
