@@ -254,6 +254,7 @@ def add_rows(
 def run(config: Config) -> None:
     """Trains both initialisations, walks along the streams, and writes tables and figure."""
     parallel.set_up_backend()
+    trainer(config.improve)  # or its memory is found wrong when rows are trained
     text = find_text(config)
     num_devices = len(parallel.default_devices())
     parallel.check_divides(config.tasks_per_step, num_devices)

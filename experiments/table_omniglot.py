@@ -205,6 +205,7 @@ def check_devices(config: Config, rows: list[Row]) -> None:
 def run(config: Config) -> None:
     """Trains and tests the rows in every setting, and writes the table."""
     parallel.set_up_backend()
+    trainer(config.improve)  # or its memory is found wrong when rows are trained
     settings = [parse_setting(name) for name in config.settings]
     for setting in settings:  # all that can be wrong, before anything is written
         check_devices(config, make_rows(config, setting))

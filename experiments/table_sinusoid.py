@@ -172,6 +172,7 @@ def losses_of_row(
 def run(config: Config) -> None:
     """Trains and tests the rows with every seed, and writes the table."""
     parallel.set_up_backend()
+    trainer(config.improve)  # or its memory is found wrong when rows are trained
     rows = make_rows(config)
     place = open_run(
         config.root,
