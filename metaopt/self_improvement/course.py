@@ -49,7 +49,7 @@ class Course:
 
     def __init__(self, workload, config, proposer, journal, stop, interventions):
         self.workload, self.config, self.journal, self.stop = workload, config, journal, stop
-        self.proposer, self._spaces = proposer, {}
+        self.proposer, self._spaces, self._told = proposer, {}, set()
         self.interventions, self.intervened = interventions, 0
         self.roll_backs, self.earlier = 0, []
 
@@ -57,10 +57,8 @@ class Course:
         """Where the run begins or goes on, and whether there is anything left to do."""
         snapshot, notes = self.journal.resume(first)
         if notes:
-            self.intervened, self.earlier = (
-                notes["intervened"],
-                known_decisions(notes.get("earlier", [])),
-            )
+            self.intervened = notes["intervened"]
+            self.earlier = known_decisions(notes.get("earlier", []))
             say(f"{self.workload.name}: going on from {snapshot.examples} examples")
         elif memory is not None:
             snapshot = self._recall(first, memory)
@@ -126,10 +124,8 @@ class Course:
         for examples, settings in self.interventions[self.intervened :]:
             if examples > snapshot.examples:
                 break
-            snapshot, self.intervened = (
-                changed(self.workload, snapshot, settings),
-                1 + self.intervened,
-            )
+            snapshot = changed(self.workload, snapshot, settings)
+            self.intervened += 1
             self.sentinel.new_work(snapshot)
         return snapshot
 
@@ -176,6 +172,8 @@ class Course:
             self._leave(ground.snapshot if ground else snapshot)
         except FloatingPointError as error:
             return self._roll_back(snapshot, self._damage(snapshot, str(error)))
+        if ground is None and phase not in self._told | {d.phase for d in decisions}:
+            self._tell_of_nothing(snapshot, phase)
         decided = [d for d in decisions if d.phase == phase and d.examples == snapshot.examples]
         return self._arrived(ground.reached if ground else snapshot, decided)
 
@@ -186,6 +184,16 @@ class Course:
         left_out = self.workload.space.keys() - space.keys()
         changes = propose(snapshot, [*self.earlier, *decisions], phase)
         return [change for change in changes if change.setting not in left_out]
+
+    def _tell_of_nothing(self, snapshot: Snapshot, phase: int) -> None:
+        """Says, once a phase, that its search tries nothing though something is proposed."""
+        self._told.add(phase)
+        if self._propose(snapshot, self.journal.decisions, phase):
+            share, done = self.config.shares[phase], snapshot.examples / self.workload.num_examples
+            say(
+                f"{self.workload.name}: nothing is tried from {done:.0%} of the run on: a trial "
+                f"takes more than the {share:.0%} that this search may cost, or than is left"
+            )
 
     def _searched(self, snapshot: Snapshot) -> Space:
         """`searched_space`, once for all settings that have the same step."""

@@ -1,5 +1,6 @@
 import dataclasses
 import math
+import signal
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from metaopt.self_improvement.budget import TrialConfig
 from metaopt.self_improvement.drop_in import HELD_OUT_BATCHES, improving_train, reported_losses
 from metaopt.self_improvement.loop import LoopConfig, run
 from metaopt.self_improvement.symptoms import MonitorConfig
-from metaopt.train import TrainConfig
+from metaopt.train import Interrupted, TrainConfig
 
 LOOP = LoopConfig(
     phases=(0.0,),
@@ -121,9 +122,12 @@ def test_what_it_costs_to_judge_by_steps_counts_as_examples_of_training(tmp_path
     assert counted.curve[-1].flops == pytest.approx(spent * step)
 
 
-def test_a_search_that_evaluations_would_take_past_its_budget_tries_nothing(tmp_path):
+def test_a_search_that_evaluations_would_take_past_its_budget_tries_nothing(tmp_path, capfd):
     train(tmp_path / "1", loop=dataclasses.replace(LOOP, shares=(0.25,)))
+    said = "drop-in: nothing is tried from 0% of the run on: a trial takes more than the 25% that"
+    assert capfd.readouterr().err.count(said) == 1
     train(tmp_path / "2", loop=LOOP)
+    assert "nothing is tried" not in capfd.readouterr().err
     assert not read_json_lines(tmp_path / "1" / "decisions.jsonl")
     assert read_json_lines(tmp_path / "2" / "decisions.jsonl")
 
@@ -157,3 +161,26 @@ def test_a_step_that_cannot_be_judged_without_an_update_is_refused(tmp_path):
     with pytest.raises(UserError, match="the step of 'drop-in' cannot be traced"):
         train(tmp_path, step=step)
     assert not list(tmp_path.iterdir())
+
+
+def timeless(directory):
+    lines = read_json_lines(directory / "decisions.jsonl")
+    return [{k: v for k, v in d.items() if k not in ("seconds", "evidence")} for d in lines]
+
+
+@pytest.mark.parametrize("at", [3, 20, 40])
+def test_a_run_that_is_judged_by_steps_and_stopped_goes_on_as_if_it_were_not(tmp_path, at):
+    """In a race, and in training."""
+    left = [at]
+
+    def stopping(i):
+        if [i] == left:
+            left.clear()
+            signal.raise_signal(signal.SIGTERM)
+        return sample(i)
+
+    straight = train(tmp_path / "1")
+    with pytest.raises(Interrupted):
+        train(tmp_path / "2", sample=stopping)
+    assert as_bytes(train(tmp_path / "2")) == as_bytes(straight)
+    assert timeless(tmp_path / "2") == timeless(tmp_path / "1") != []
