@@ -23,7 +23,7 @@ from metaopt.errors import UserError
 from metaopt.inner_loop import check_split
 from metaopt.inner_optimizers import INNER_OPTIMIZERS
 from metaopt.runs import open_run
-from metaopt.self_improvement.training import trainer
+from metaopt.self_improvement.drop_in import trainer
 from metaopt.tasks import text
 from metaopt.tasks.markov import MarkovConfig, bayes_loss, markov
 from metaopt.types import Learner, Model, TaskFamily

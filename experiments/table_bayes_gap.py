@@ -46,7 +46,7 @@ from metaopt.errors import UserError
 from metaopt.inner_loop import check_split
 from metaopt.inner_optimizers import INNER_OPTIMIZERS
 from metaopt.runs import open_run, slug
-from metaopt.self_improvement.training import trainer
+from metaopt.self_improvement.drop_in import trainer
 from metaopt.tasks.markov import MarkovConfig, markov
 from metaopt.types import Model
 

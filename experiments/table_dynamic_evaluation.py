@@ -59,7 +59,7 @@ from metaopt.outer_step import (
 )
 from metaopt.progress import say
 from metaopt.runs import open_run
-from metaopt.self_improvement.training import trainer
+from metaopt.self_improvement.drop_in import trainer
 from metaopt.train import TrainConfig
 from metaopt.types import Batch, Episode, Key, MetaGradFn, Params
 
@@ -256,6 +256,7 @@ def add_rows(
 def run(config: Config) -> None:
     """Trains both initialisations, walks along the streams, and writes tables and figure."""
     parallel.set_up_backend()
+    trainer(config.improve)  # or its memory is found wrong when rows are trained
     text = find_text(config)
     num_devices = len(parallel.default_devices())
     parallel.check_divides(config.tasks_per_step, num_devices)

@@ -29,7 +29,7 @@ from metaopt.inner_loop import check_split
 from metaopt.inner_optimizers import INNER_OPTIMIZERS, OptimizerName
 from metaopt.recorder import Diverged
 from metaopt.runs import open_run
-from metaopt.self_improvement.training import trainer
+from metaopt.self_improvement.drop_in import trainer
 
 ESTIMATORS = {
     "joint": meta_gradients.joint,

@@ -45,7 +45,7 @@ from metaopt.outer_step import (
     outer_optimizer,
 )
 from metaopt.runs import open_run
-from metaopt.self_improvement.training import trainer
+from metaopt.self_improvement.drop_in import trainer
 from metaopt.tasks.images import ImagesConfig, images
 from metaopt.train import TrainConfig
 from metaopt.types import Array, Episode, LossFn, MetaParams, Model, Params, TaskFamily
@@ -205,6 +205,7 @@ def check_devices(config: Config, rows: list[Row]) -> None:
 def run(config: Config) -> None:
     """Trains and tests the rows in every setting, and writes the table."""
     parallel.set_up_backend()
+    trainer(config.improve)  # or its memory is found wrong when rows are trained
     settings = [parse_setting(name) for name in config.settings]
     for setting in settings:  # all that can be wrong, before anything is written
         check_devices(config, make_rows(config, setting))

@@ -37,11 +37,12 @@ from experiments.table_sinusoid_rows import Row, inner_hparams, make_rows
 from metaopt import evaluate, losses, meta_gradients, models, parallel
 from metaopt.outer_step import MetaStep, init_state, make_meta_step, outer_optimizer
 from metaopt.runs import open_run
-from metaopt.self_improvement.training import trainer
+from metaopt.self_improvement.drop_in import reported_losses, trainer
 from metaopt.tasks.sinusoid import SinusoidConfig, evaluation_episodes, sinusoid
 from metaopt.train import StepFn, TrainConfig
 from metaopt.types import Episode, Key, LossFn, MetaParams, Model, Params
 
+HELD_OUT_BATCHES = 64
 RATES_TRIED = (0.001, 0.003, 0.01, 0.03)  # for the row that is not trained to adapt
 
 
@@ -107,13 +108,14 @@ def train_row(config: Config, problem: Problem, row: Row, seed: int, directory: 
     state = init_state(data_key, start, learner, outer_opt, hparams)
     step = make_meta_step(row.estimator(learner, problem.loss_fn, row.inner), outer_opt)
     num_calls = config.meta_steps // config.steps_per_call
+
+    def sample(key: Key) -> Episode:
+        return family.train.sample(key, config.tasks_per_step)
+
+    held_out = jax.random.split(jax.random.fold_in(data_key, num_calls), HELD_OUT_BATCHES)
     state = trainer(config.improve)(
         state,
-        many_steps(
-            step,
-            lambda key: family.train.sample(key, config.tasks_per_step),
-            config.steps_per_call,
-        ),
+        many_steps(step, sample, config.steps_per_call),
         lambda call: jax.random.fold_in(data_key, call),  # type: ignore[arg-type]
         config=TrainConfig(num_steps=num_calls, log_every=1, checkpoint_every=20, keep_last=1),
         directory=directory,
@@ -121,6 +123,8 @@ def train_row(config: Config, problem: Problem, row: Row, seed: int, directory: 
         tasks_per_step=config.tasks_per_step * config.steps_per_call,
         tokens_per_task=config.num_support + config.num_query,
         fingerprint=command_line.as_saved(config) | {"rows": row.name, "seeds": seed},
+        # For the closed loop: the loss of a call is of what it trains on the way.
+        evaluate=reported_losses(many_steps(step, sample, 1), lambda i: held_out[i], len(held_out)),
     )
     return state.meta_params
 
@@ -168,6 +172,7 @@ def losses_of_row(
 def run(config: Config) -> None:
     """Trains and tests the rows with every seed, and writes the table."""
     parallel.set_up_backend()
+    trainer(config.improve)  # or its memory is found wrong when rows are trained
     rows = make_rows(config)
     place = open_run(
         config.root,

@@ -325,7 +325,7 @@ def matches(value: Any, hint: Any) -> bool:
         return number and not isinstance(value, bool) and abs(value) <= sys.float_info.max
     if hasattr(hint, "_fields"):  # a NamedTuple of numbers; NaN was written as null
         return isinstance(value, dict) and all(
-            name in value and matches(value[name], of_field | None)
+            matches(value[name], of_field | None) if name in value else name in hint._field_defaults
             for name, of_field in _hints(hint).items()
         )
     return isinstance(value, hint)

@@ -26,6 +26,12 @@ from metaopt.types import (
 )
 
 MetaStep = Callable[[MetaState, Episode], tuple[MetaState, Metrics]]
+RATES = ("inner_learning_rate", "outer_learning_rate", "rates_learning_rate", "weight_decay")
+"""The scalars of a state that a search may move by factors, where an update reads them.
+
+All others are set by whoever trains: limits such as ``clip_norm``, schedules such as
+``query_annealing``, and those of a step of one's own unless it names them.
+"""
 Optimizer = Literal["adam", "sgd", "momentum", "rmsprop", "adagrad", "lars", "lion", "muon"]
 
 

@@ -87,7 +87,8 @@ def affordable(
     def affords(number: int) -> float:
         """The size of so many trials beside one without a change, the best gone on with."""
         trials = number + 1 + _is_merged(found[:number])
-        return min(wanted, room, budget / (each * trials - 1))
+        left = budget - (trials + 1) * workload.evaluation_examples  # one is of where all start
+        return min(wanted, room, left / (each * trials - 1))
 
     if size != wanted:
         for number in range(len(found), 0, -1):
@@ -99,7 +100,8 @@ def affordable(
     if not 0 < size <= room:
         return [], size
     found = [c for c in found if config.judges(workload, settings, c, size)]
-    while found and each * size * (len(found) + _is_merged(found)) > budget:
+    one = each * size + workload.evaluation_examples
+    while found and one * (len(found) + _is_merged(found)) > budget:
         found = found[:-1]
     return found, size
 

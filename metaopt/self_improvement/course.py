@@ -14,16 +14,18 @@ from metaopt.recorder import Diverged
 from metaopt.self_improvement.alarms import Alarm
 from metaopt.self_improvement.assess import as_record
 from metaopt.self_improvement.attempts import is_bad
+from metaopt.self_improvement.evidence import known_decisions
 from metaopt.self_improvement.loop_config import Outcome
 from metaopt.self_improvement.memory import Memory
 from metaopt.self_improvement.proposers import pattern_search
 from metaopt.self_improvement.races import is_closed, races
+from metaopt.self_improvement.searched import searched_space
 from metaopt.self_improvement.sentinel import Damage, Sentinel
+from metaopt.self_improvement.space import Space
 from metaopt.self_improvement.trials import (
     Decision,
     Ground,
     differences,
-    known_decisions,
     lowered,
 )
 from metaopt.self_improvement.ways import quickest_way
@@ -47,7 +49,7 @@ class Course:
 
     def __init__(self, workload, config, proposer, journal, stop, interventions):
         self.workload, self.config, self.journal, self.stop = workload, config, journal, stop
-        self.proposer = proposer or pattern_search(workload.space)
+        self.proposer, self._spaces, self._told = proposer, {}, set()
         self.interventions, self.intervened = interventions, 0
         self.roll_backs, self.earlier = 0, []
 
@@ -55,10 +57,8 @@ class Course:
         """Where the run begins or goes on, and whether there is anything left to do."""
         snapshot, notes = self.journal.resume(first)
         if notes:
-            self.intervened, self.earlier = (
-                notes["intervened"],
-                known_decisions(notes.get("earlier", [])),
-            )
+            self.intervened = notes["intervened"]
+            self.earlier = known_decisions(notes.get("earlier", []))
             say(f"{self.workload.name}: going on from {snapshot.examples} examples")
         elif memory is not None:
             snapshot = self._recall(first, memory)
@@ -73,12 +73,16 @@ class Course:
         if proposal is None:
             return first
         workload = self.workload
-        known = known_settings(workload.space, proposal.settings)
+        space = self._searched(first)
+        known = known_settings(space, proposal.settings)
         say(f"{workload.name}: {proposal.reason}")
         # What it had decided holds where all is as it was there, but for how a step is computed.
         here, there = as_record(first.settings | known), as_record(proposal.settings)
-        if all(there.get(name) == here[name] for name in here.keys() - workload.ways.keys()):
+        of_no_account = workload.ways.keys() | (workload.space.keys() - space.keys())
+        if all(there.get(name) == here[name] for name in here.keys() - of_no_account):
             self.earlier = known_decisions(proposal.decisions)
+            if proposal.decisions and not self.earlier:
+                say(f"{workload.name}: what {proposal.run} decided cannot be read; searched anew")
         return changed(workload, first, known)
 
     @contextlib.contextmanager
@@ -120,10 +124,8 @@ class Course:
         for examples, settings in self.interventions[self.intervened :]:
             if examples > snapshot.examples:
                 break
-            snapshot, self.intervened = (
-                changed(self.workload, snapshot, settings),
-                1 + self.intervened,
-            )
+            snapshot = changed(self.workload, snapshot, settings)
+            self.intervened += 1
             self.sentinel.new_work(snapshot)
         return snapshot
 
@@ -155,11 +157,9 @@ class Course:
         ground: Ground | None = None
         try:
             for ground, decision in races(
-                self.workload,
+                self.workload._replace(space=self._searched(snapshot)),
                 snapshot,
-                lambda now, decisions, phase: self.proposer(
-                    now, [*self.earlier, *decisions], phase
-                ),
+                self._propose,
                 dataclasses.replace(self.config.trials, margin=self.config.margins[phase]),
                 self.config.shares[phase],
                 phase,
@@ -172,8 +172,39 @@ class Course:
             self._leave(ground.snapshot if ground else snapshot)
         except FloatingPointError as error:
             return self._roll_back(snapshot, self._damage(snapshot, str(error)))
+        if ground is None and phase not in self._told | {d.phase for d in decisions}:
+            self._tell_of_nothing(snapshot, phase)
         decided = [d for d in decisions if d.phase == phase and d.examples == snapshot.examples]
         return self._arrived(ground.reached if ground else snapshot, decided)
+
+    def _propose(self, snapshot: Snapshot, decisions: Sequence[Decision], phase: int):
+        """What is proposed, but for scalars that the updates from here do not read."""
+        space = self._searched(snapshot)
+        propose = self.proposer or pattern_search(space)
+        left_out = self.workload.space.keys() - space.keys()
+        changes = propose(snapshot, [*self.earlier, *decisions], phase)
+        return [change for change in changes if change.setting not in left_out]
+
+    def _tell_of_nothing(self, snapshot: Snapshot, phase: int) -> None:
+        """Says, once a phase, that its search tries nothing though something is proposed."""
+        self._told.add(phase)
+        if self._propose(snapshot, self.journal.decisions, phase):
+            share, done = self.config.shares[phase], snapshot.examples / self.workload.num_examples
+            say(
+                f"{self.workload.name}: nothing is tried from {done:.0%} of the run on: a trial "
+                f"takes more than the {share:.0%} that this search may cost, or than is left"
+            )
+
+    def _searched(self, snapshot: Snapshot) -> Space:
+        """`searched_space`, once for all settings that have the same step."""
+        scalars = snapshot.state.hparams.keys()
+        chosen = frozenset((k, v) for k, v in snapshot.settings.items() if k not in scalars)
+        if chosen not in self._spaces:
+            self._spaces[chosen] = space = searched_space(self.workload, snapshot)
+            if left_out := sorted(self.workload.space.keys() - space.keys()):
+                names = ", ".join(left_out)
+                say(f"{self.workload.name}: not searched, since no update reads it: {names}")
+        return self._spaces[chosen]
 
     def _arrived(self, reached: Snapshot, decided: Sequence[Decision]) -> Snapshot:
         """Where a search has come to, in the way that is the quickest for its batch."""
@@ -283,7 +314,8 @@ class Course:
         if bad:
             reason += "; the batch is left out"
         elif self.roll_backs > 1:
-            after = lowered(self.workload, good, 0.25 ** (self.roll_backs - 1))
+            within = self.workload._replace(space=self._searched(good))
+            after = lowered(within, good, 0.25 ** (self.roll_backs - 1))
             reason += "; the rates are lowered"
         say(f"{self.workload.name}: back to step {int(good.state.step)}; {reason}")
         self.journal.decided(

@@ -8,7 +8,7 @@ import json
 import math
 import time
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,12 +32,15 @@ from metaopt.progress import say
 from metaopt.runs import as_json, differences
 from metaopt.self_improvement.alarms import Alarm
 from metaopt.self_improvement.assess import Assessment, Measurement, as_record, assess
+from metaopt.self_improvement.evidence import what_is_damaged
 from metaopt.self_improvement.trials import Decision
 from metaopt.self_improvement.workload import (
     LeftOut,
+    Settings,
     Snapshot,
     Workload,
     changed,
+    check_settings,
 )
 
 
@@ -46,15 +49,18 @@ class Ledger(NamedTuple):
 
     Attributes:
       examples: gone through by the training itself.
-      trial_examples: gone through by trials that were not gone on with, or taken back.
+      trial_examples: gone through by trials that were not gone on with, or taken back, and
+        what it cost to evaluate them (`Workload.evaluation_examples`).
       seconds: in all, without compiling; of all processes that it was resumed in.
       compile_seconds: of tracing and compiling.
+      assessment_examples: what the assessments cost, `Workload.evaluation_examples` each.
     """
 
     examples: int = 0
     trial_examples: int = 0
     seconds: float = 0.0
     compile_seconds: float = 0.0
+    assessment_examples: float = 0.0
 
 
 class Journal:
@@ -119,7 +125,7 @@ class Journal:
         restored = self._checkpoints.restore_latest(example)
         notes = restored.notes if restored else {}
         number, examples = notes.get("num_decisions", 0), notes.get("examples", -1)
-        self._reopen(number, notes.get("num_assessments", 0), examples)
+        self._reopen(number, notes.get("num_assessments", 0), examples, notes.get("settings", {}))
         if restored is None:
             return first, {}
         self._losses, self._spent = notes["losses"], Ledger(*notes["ledger"])
@@ -138,43 +144,74 @@ class Journal:
                 f"run ({found}); go back to it, or give a new directory"
             )
 
-    def _reopen(self, num_decisions: int, num_assessments: int, examples: int) -> None:
-        """Goes on after so many lines of this training; those of others stay."""
+    def _reopen(
+        self, num_decisions: int, num_assessments: int, examples: int, settings: Settings
+    ) -> None:
+        """Goes on after so many lines of this training; those of others stay.
+
+        Decisions that follow them in the same search are taken up too, up to one that is damaged:
+        from there on the same is decided again.
+        """
         found = self._mine("decisions.jsonl")
         num_decisions = min(num_decisions, len(found))
-        for line in found[num_decisions:]:
-            if problem := _damage(line, Decision):
-                say(f"{self._workload.name}: a decision is damaged ({problem}); it is made again")
+        for number, line in found[num_decisions:]:
+            problem = _damage(line, what_is_damaged) or self._does_not_follow(line, settings)
+            if problem:
+                path = self._directory / "decisions.jsonl"
+                say(f"{path}:{number} is left out ({problem}); what it decided is decided again")
             if problem or line["phase"] < 0 or line["examples"] != examples:
                 break
+            settings = {**settings, **{name: new for name, (_, new) in line["changes"].items()}}
             num_decisions += 1
-        decisions = self._first("decisions.jsonl", num_decisions, Decision)
+        decisions = self._first("decisions.jsonl", num_decisions, what_is_damaged)
         self.decisions = [
             Decision(**{key: value for key, value in line.items() if key in Decision._fields})
             for line in decisions
         ]
-        assessments = self._first("metrics.jsonl", num_assessments, Assessment)
+        assessments = self._first("metrics.jsonl", num_assessments, _what_is_damaged)
         self.curve = [_assessment(line) for line in assessments]
 
-    def _mine(self, file: str) -> list[dict[str, Any]]:
-        """The lines of this training in a file."""
-        lines = read_json_lines(self._directory / file, Named)
-        return [line for line in lines if line["name"] == self._workload.name]
+    def _does_not_follow(self, line: Mapping[str, Any], settings: Settings) -> str | None:
+        """Why a decision is not one that was taken at these settings; None where it is."""
+        if line["phase"] < 0:
+            return None
+        changes = line["changes"]
+        for name, (old, _) in changes.items():
+            if settings.get(name) != old:
+                return f"{name!r} was {settings.get(name)}, not {old}"
+        after = {**settings, **{name: new for name, (_, new) in changes.items()}}
+        space = self._workload.space
+        try:
+            check_settings({name: space[name] for name in changes if name in space}, after)
+        except UserError as error:
+            return str(error)
+        return None
 
-    def _first(self, file: str, number: int, schema: type) -> list[dict[str, Any]]:
-        """The first lines of this training in a file, the others of it dropped."""
+    def _mine(self, file: str) -> list[tuple[int, dict[str, Any]]]:
+        """The lines of this training in a file, with their numbers in it."""
+        lines = enumerate(read_json_lines(self._directory / file, Named), start=1)
+        return [(n, line) for n, line in lines if line["name"] == self._workload.name]
+
+    def _first(
+        self, file: str, number: int, judge: Callable[[Mapping[str, Any]], str | None]
+    ) -> list[dict[str, Any]]:
+        """The first lines of this training in a file, the others of it dropped.
+
+        Raises:
+          UserError: one of the first is damaged.
+        """
         path, name = self._directory / file, self._workload.name
         mine = self._mine(file)[:number]
-        for line in mine:
-            if problem := _damage(line, schema):
+        for at, line in mine:
+            if problem := _damage(line, judge):
                 raise UserError(
-                    f"{path}: a line of {name!r} is damaged ({problem}); put back a good copy, or "
+                    f"{path}:{at} of {name!r} is damaged ({problem}); put back a good copy, or "
                     "give a new directory"
                 )
         if jax.process_index() == 0:
             numbers = itertools.count()
             keep_json_lines(path, lambda x: x["name"] != name or next(numbers) < number)
-        return mine
+        return [line for _, line in mine]
 
     def decided(self, decision: Decision) -> None:
         """Notes a decision."""
@@ -186,7 +223,7 @@ class Journal:
         workload = self._workload
         ledger = self.ledger(snapshot)
         tokens = snapshot.examples * workload.tokens_per_example
-        examples = ledger.examples + ledger.trial_examples
+        examples = ledger.examples + ledger.trial_examples + ledger.assessment_examples
         flops = None if self._flops is None else self._flops * examples
         now = Measurement(int(snapshot.state.step), tokens, ledger.seconds, losses, flops)
         last = None
@@ -253,6 +290,7 @@ class Journal:
             sum(decision.trial_examples for decision in self.decisions),
             self._spent.seconds + seconds,
             self._spent.compile_seconds + compiling,
+            len(self.curve) * self._workload.evaluation_examples,
         )
 
 
@@ -262,12 +300,22 @@ def _checksum(record: Mapping[str, Any]) -> str:
     return f"{zlib.crc32(json.dumps(plain, sort_keys=True).encode()):08x}"
 
 
-def _damage(line: Mapping[str, Any], schema: type) -> str | None:
+def _damage(line: Mapping[str, Any], judge: Callable[[Mapping[str, Any]], str | None]):
     """What is wrong with a line, in words; one from before there were checksums has none."""
     record = dict(line)
     if record.pop("checksum", None) not in (None, _checksum(record)):
         return "its checksum does not match"
-    return what_is_wrong(record, schema)
+    return judge(record)
+
+
+def _what_is_damaged(line: Mapping[str, Any]) -> str | None:
+    """What is wrong with an assessment; None where nothing is."""
+    if problem := what_is_wrong(line, Assessment):
+        return problem
+    for name in ("step", "tokens", "seconds", "flops"):
+        if (line[name] or 0) < 0:
+            return f"{name!r} is {line[name]}, below 0"
+    return "the mean loss is no number" if line["loss"]["mean"] is None else None
 
 
 def _assessment(line: Mapping[str, Any]) -> Assessment:

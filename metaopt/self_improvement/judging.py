@@ -16,6 +16,12 @@ MUCH_QUICKER = 1.25
 """A change by which examples go so many times as quickly is tried and taken before all others."""
 WORTH_ADDING = 0.25
 """Of the best difference: a smaller one is not tried together with it."""
+EFFICIENCY_MARGIN = 0.1
+"""A smaller difference in the improvement a second, as a fraction of it, is none."""
+THROUGHPUT_MARGIN = 0.05
+"""Examples must take less time by more than this fraction of it ..."""
+THROUGHPUT_LOSS_MARGIN = 0.01
+"""... and the loss may not be higher by more than this fraction of it."""
 
 
 def judge(before: np.ndarray, unchanged: Trial, trial: Trial, margin: float = 0.0) -> Verdict:
@@ -40,16 +46,17 @@ def judge(before: np.ndarray, unchanged: Trial, trial: Trial, margin: float = 0.
         return compare(unchanged.losses, trial.losses, margin=smallest)
     if score == "efficiency":
         rates = [-improvement_rates(before, t) for t in (unchanged, trial)]
-        found = compare(rates[0], rates[1], margin=0.1 * abs(float(np.mean(rates[0]))))
+        found = compare(
+            rates[0], rates[1], margin=EFFICIENCY_MARGIN * abs(float(np.mean(rates[0])))
+        )
         no_worse = found.outcome == "noise" and _speed(unchanged, trial) > QUICKER
         return found._replace(outcome="better") if no_worse else found
-    loss = compare(
-        unchanged.losses, trial.losses, margin=0.01 * abs(float(np.mean(unchanged.losses)))
-    )
+    smallest = THROUGHPUT_LOSS_MARGIN * abs(float(np.mean(unchanged.losses)))
+    loss = compare(unchanged.losses, trial.losses, margin=smallest)
     if loss.outcome == "worse":
         return loss
     costs = [t.seconds / t.examples for t in (unchanged, trial)]
-    outcome = "better" if costs[1] < 0.95 * costs[0] else "noise"
+    outcome = "better" if costs[1] < (1 - THROUGHPUT_MARGIN) * costs[0] else "noise"
     return Verdict(outcome, costs[1] - costs[0], math.nan, 1)
 
 
@@ -76,7 +83,8 @@ class Race:
         """
         self.before, self.unchanged, self.margin = before, unchanged, margin
         self.best: Trial | None = None
-        self.spent = 0
+        self._verdict: Verdict | None = None  # on the best
+        self.spent = self.evaluated = 0
         self._alone: dict[str, tuple[float, Change]] = {}
         self._entries: list[tuple[Change, dict[str, Any]]] = []
 
@@ -87,11 +95,12 @@ class Race:
         verdict = judge(self.before, self.unchanged, trial, self.margin)
         self._entries.append((change, _evidence(trial, verdict)))
         self.spent += trial.examples
+        self.evaluated += not trial.error
         tie = verdict.outcome == "noise" and change.level > 0 and change.way < 0
         if verdict.outcome != "better" and not tie:
             return
         if self.best is None or self._gain(trial) > self._gain(self.best):
-            self.best = trial
+            self.best, self._verdict = trial, verdict
         if change.score == "loss":
             alone = self._alone.get(change.setting, (math.inf, change))
             self._alone[change.setting] = min(
@@ -133,6 +142,39 @@ class Race:
             rank, timed = 2 * (_speed(self.unchanged, trial) > MUCH_QUICKER), trial
         rates = improvement_rates(self.before, trial._replace(seconds=timed.seconds))
         return rank, float(rates.mean())
+
+    def why(self) -> str:
+        """The rule by which the best is taken, or none is, with what it compared."""
+        least = self.margin * abs(float(np.mean(self.unchanged.losses)))
+        if self.best is None or self._verdict is None:
+            loss = float(np.mean(self.unchanged.losses))
+            return (
+                f"nothing was better beyond noise than no change, of loss {loss:.4g}: by its 95 % "
+                f"interval and a margin of {least:.2g}"
+            )
+        assert self.best.change is not None
+        change, (outcome, difference, half, _) = self.best.change, self._verdict
+        measured = f"{difference:.3g} ± {half:.2g}"
+        if change.score == "throughput":
+            rule = (
+                f"examples go {_speed(self.unchanged, self.best):.3g} times as quickly, more than "
+                f"{1 / (1 - THROUGHPUT_MARGIN):.3g}, and the loss is no worse"
+            )
+        elif change.score == "efficiency":
+            rates = improvement_rates(self.before, self.unchanged)
+            least = EFFICIENCY_MARGIN * abs(float(np.mean(rates)))
+            rule = f"improvement a second {-difference:+.3g} ± {half:.2g} beyond {least:.2g}"
+            if -difference - half <= least:
+                rule = (
+                    f"improvement a second within noise, {-difference:+.3g} ± {half:.2g}, and "
+                    f"examples go {_speed(self.unchanged, self.best):.3g} times as quickly, more "
+                    f"than {QUICKER}"
+                )
+        elif outcome == "better":
+            rule = f"loss {measured} beyond the margin of {least:.2g}"
+        else:
+            rule = f"loss {measured}, noise or within the margin of {least:.2g}: the smaller wins"
+        return f"{change.reason}: {rule}"
 
     def evidence(self) -> list[dict[str, Any]]:
         """One entry a trial."""

@@ -207,7 +207,8 @@ def _as_run(trial) -> RunRecord | None:
         ]
         run = RunRecord(**fields, loss=_number(trial.value), curve=curve, decisions=decisions)
         valid = isinstance(run.task, dict) and isinstance(run.settings, dict)
-        return run if valid and float(run.seconds) >= 0 and float(run.tokens) >= 0 else None
+        spent = [run.seconds, run.tokens, *(tokens for tokens, _ in curve)]
+        return run if valid and all(0 <= float(x) < math.inf for x in spent) else None
     except (KeyError, TypeError, ValueError):
         return None
 

@@ -180,7 +180,8 @@ def descent(workload: Workload, num_steps: int = 4, least: float = 0.01) -> Dire
     """The signs of the meta-gradient of a few steps, ``d L(θ_{t+W}) / d log h`` for each scalar h.
 
     The run is cut into windows of W steps; the gradient is exact within the one that is
-    about to begin, and the state before it is held constant (truncated back-propagation).
+    about to begin, and the state before it is held constant (truncated back-propagation). What
+    that costs counts in seconds alone, and not in the budget of a search.
 
     Args:
       workload: with a ``window_loss``.

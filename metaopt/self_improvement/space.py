@@ -2,8 +2,9 @@
 
 import dataclasses
 import math
+import sys
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, TypeGuard
 
 from metaopt.errors import UserError
 
@@ -116,9 +117,7 @@ def check_settings(space: Space, settings: Settings) -> None:
         value = settings[name]
         if isinstance(axis, Choice) and value not in axis.values:
             raise UserError(f"{name} is {value!r}: choose one of {axis.values}")
-        if isinstance(axis, Scale) and not (
-            isinstance(value, int | float) and axis.low <= value <= axis.high
-        ):
+        if isinstance(axis, Scale) and not (_is_number(value) and axis.low <= value <= axis.high):
             raise UserError(
                 f"{name} is {value!r}; it may be changed by factors, so it must be a number from "
                 f"{axis.low:g} to {axis.high:g}"
@@ -134,6 +133,10 @@ def known_settings(space: Space, settings: Settings) -> dict[str, Setting]:
         value = settings.get(name)
         if isinstance(axis, Choice):
             known |= {name: value} if value in axis.values else {}
-        elif isinstance(value, int | float) and math.isfinite(value) and value > 0:
+        elif _is_number(value) and 0 < value <= sys.float_info.max:  # an int may be larger
             known[name] = axis.scaled(value, 1.0)
     return known
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)

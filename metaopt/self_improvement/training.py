@@ -3,10 +3,7 @@
 import dataclasses
 import functools
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,15 +14,9 @@ from metaopt.errors import UserError
 from metaopt.learners import maml
 from metaopt.meta_gradients import joint
 from metaopt.outer_step import OuterConfig, init_state, make_meta_step, outer_optimizer
-from metaopt.self_improvement.loop import LoopConfig, run
-from metaopt.self_improvement.memory import Memory
 from metaopt.self_improvement.workload import Scale, Setting, Settings, Space, Workload
-from metaopt.train import Evaluate, StepFn, TrainConfig, TrainFn, train
+from metaopt.train import StepFn
 from metaopt.types import Batch, Episode, Learner, LossFn, MetaGradFn, MetaState, Model, Params
-
-RATES = Scale(low=1e-7, high=1e3)
-NOT_TRIED = ("clip_norm", "momentum")
-HELD_OUT_BATCHES = 8
 
 
 def constant(done: float) -> float:
@@ -60,6 +51,7 @@ def meta_training(
     space: Space,
     schedule: Callable[[float], float] = cosine,
     ways: Mapping[str, Sequence[Setting]] | None = None,
+    annealing_steps: int = 0,
     seed: int = 0,
     num_devices: int = 0,
 ) -> Workload:
@@ -82,6 +74,7 @@ def meta_training(
       space: what may be changed.
       schedule: of the outer rates, over the run.
       ways: see `Workload`; none if not given. Such as ``{"tasks_at_a_time": (0, 1)}``.
+      annealing_steps: see `make_meta_step`; for an estimator with ``query_loss='annealed'``.
       seed: of what is drawn in a step.
       num_devices: 0 for all.
     """
@@ -100,6 +93,7 @@ def meta_training(
             outer_optimizer(_outer(settings)),
             tasks_at_a_time=int(settings.get("tasks_at_a_time", 0)),
             axis_name=axis_name,
+            annealing_steps=annealing_steps,
         )
 
     @functools.cache
@@ -253,89 +247,3 @@ def _on_devices(space: Space, num_devices: int) -> Space:
         return space
     multiple = math.lcm(axis.multiple, num_devices)
     return {**space, "batch_size": dataclasses.replace(axis, multiple=multiple)}
-
-
-def improving_train(
-    state: MetaState,
-    step_fn: StepFn,
-    sample: Callable[[int], Episode],
-    *,
-    config: TrainConfig,
-    directory: Path | str,
-    name: str,
-    tasks_per_step: int,
-    tokens_per_task: int,
-    fingerprint: dict[str, Any],
-    evaluate: Evaluate | None = None,
-    loop: LoopConfig | None = None,
-    memory: Memory | None = None,
-) -> MetaState:
-    """`metaopt.train.train` under the closed loop: same arguments, and the scalars may change.
-
-    All that the step reads from ``state.hparams`` is tried by factors where it is above 0,
-    but for the clipping norm and the momentum. Trials are judged by ``evaluate``; where there is
-    none, or it gives a single number, by the losses of steps on batches from after the end of
-    the run, whose updates are thrown away. Of the config only ``num_steps`` is used: when what
-    is done says ``loop``, and ``metrics.jsonl`` has one line an assessment.
-
-    Args:
-      state: the state at step 0. It is copied.
-      step_fn, sample, config, directory, name, tasks_per_step, tokens_per_task, fingerprint,
-        evaluate: as for `metaopt.train.train`.
-      loop: when the loop does what; `LoopConfig` if not given.
-      memory: of past runs, of the same name before all.
-
-    Returns:
-      The state at the end.
-
-    Raises:
-      UserError, Diverged, Interrupted: as for `loop.run`.
-    """
-    hparams = {key: float(value) for key, value in state.hparams.items()}
-    tried = {k: RATES for k, value in hparams.items() if value > 0 and k not in NOT_TRIED}
-    initial = jax.tree.map(jnp.copy, state)
-
-    @functools.cache
-    def held_out(i: int) -> Episode:
-        return sample(config.num_steps + i)
-
-    def losses_of_steps(state: MetaState) -> np.ndarray:
-        found = []
-        for i in range(HELD_OUT_BATCHES):
-            copy = jax.tree.map(jnp.copy, state)
-            found.append(step_fn(copy, held_out(i))[1]["loss"])
-        return np.array(jax.device_get(found), np.float64)
-
-    several = evaluate is not None and np.ndim(evaluate(state)) == 1
-    workload = Workload(
-        name=name,
-        task={"name": name, "tasks_per_step": tasks_per_step},
-        start=lambda settings: jax.tree.map(jnp.copy, initial),
-        step=lambda settings: step_fn,
-        sample=lambda settings, position: sample(position // tasks_per_step),
-        examples_per_step=lambda settings: tasks_per_step,
-        evaluate=evaluate if several else losses_of_steps,  # type: ignore[arg-type]
-        num_examples=config.num_steps * tasks_per_step,
-        tokens_per_example=tokens_per_task,
-        space=tried,
-    )
-    outcome = run(
-        workload,
-        hparams,
-        directory=directory,
-        config=loop,
-        memory=memory,
-        fingerprint=fingerprint,
-    )
-    return outcome.snapshot.state
-
-
-def trainer(improve: bool) -> TrainFn:
-    """What a training is done with: `improving_train` under the closed loop, or plain `train`.
-
-    Where ``$METAOPT_MEMORY`` is set, the path or URL of a `Memory`, the loop remembers.
-    """
-    if not improve:
-        return train
-    where = os.environ.get("METAOPT_MEMORY")
-    return functools.partial(improving_train, memory=Memory(where) if where else None)

@@ -13,7 +13,7 @@ larger the rates that they prefer at the start of a run.
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -41,10 +41,13 @@ __all__ = [
     "Ground",
     "Proposer",
     "decide",
-    "known_decisions",
     "lowered",
     "stand",
 ]
+
+
+LOWERED = 0.25
+"""The factor on rates under which all trials diverge."""
 
 
 class Decision(NamedTuple):
@@ -56,10 +59,11 @@ class Decision(NamedTuple):
       phase: of the search; every phase starts it anew.
       verdict: ``accepted``, ``kept`` (nothing was better) or ``rolled back`` (an alarm).
       changes: the settings that changed, ``{name: [from, to]}``.
-      reason: in words.
+      reason: in words, with the rule and the threshold that decided.
       evidence: one entry a change that was tried: its settings, the difference to changing
         nothing with its 95 % interval, the verdict, and whether it was accepted.
-      trial_examples: spent on what is not gone on with, if this decision is the last of its search.
+      trial_examples: spent on what is not gone on with, if this decision is the last of its
+        search, and on evaluations (`Workload.evaluation_examples`).
       seconds: that it took.
       left_out: a stretch of the data that is not trained on from now on, ``(first, end)``.
       size: examples of each of its trials, those to anneal aside.
@@ -171,6 +175,8 @@ def decide(
     # A run that was stopped after the last race tries its winner once more, at no account.
     gained, held = end.ground.reached.examples - snapshot.examples, last.gained if last else 0
     again = 0 if last is not None and last.size == size else unchanged.examples - held
+    # At the ground, of the trial without a change, and of all that could be run.
+    evaluations = (last is None) + (again > 0) + race.evaluated
     return end.ground, Decision(
         step=int(snapshot.state.step),
         examples=snapshot.examples,
@@ -179,7 +185,11 @@ def decide(
         changes=differences(snapshot.settings, end.ground.snapshot.settings),
         reason=end.reason,
         evidence=race.evidence(),
-        trial_examples=race.spent + again - gained + held,
+        trial_examples=race.spent
+        + again
+        - gained
+        + held
+        + math.ceil(evaluations * workload.evaluation_examples),
         seconds=time.perf_counter() - began,
         left_out=end.left_out,
         size=size,
@@ -227,18 +237,20 @@ def _end(workload: Workload, ground: Ground, race: Race) -> _End:
         change = race.best.change
         found = changed(workload, snapshot, change.settings)
         winner = race.best._replace(change=None)
-        return _End(ground._replace(snapshot=found, winner=winner), "accepted", change.reason)
+        reason = race.why()
+        return _End(ground._replace(snapshot=found, winner=winner), "accepted", reason)
     if np.isfinite(unchanged.losses).all():
-        return _End(ground, "kept", "nothing was better beyond noise")
+        return _End(ground, "kept", race.why())
     again, broken = Ground(copied(snapshot), ground.before), unchanged.broken
     if broken is not None and is_bad(workload, snapshot, broken):
         reason = f"examples {broken[0]} to {broken[1] - 1} give no number and are left out"
         return _End(again, "rolled back", reason, broken)
     slower = again._replace(snapshot=lowered(workload, again.snapshot))
-    return _End(slower, "rolled back", "all trials diverged; the rates are lowered")
+    reason = f"all trials diverged: no loss is finite; the rates are lowered by {LOWERED:g}"
+    return _End(slower, "rolled back", reason)
 
 
-def lowered(workload: Workload, snapshot: Snapshot, factor: float = 0.25) -> Snapshot:
+def lowered(workload: Workload, snapshot: Snapshot, factor: float = LOWERED) -> Snapshot:
     """The snapshot with smaller scheduled rates, within their bounds."""
     rates = {}
     for name in workload.scheduled:
@@ -246,23 +258,6 @@ def lowered(workload: Workload, snapshot: Snapshot, factor: float = 0.25) -> Sna
         if isinstance(axis, Scale):
             rates[name] = axis.scaled(float(snapshot.settings[name]), factor)
     return changed(workload, snapshot, rates)
-
-
-def known_decisions(lines: Sequence[Mapping[str, Any]]) -> list[Decision]:
-    """The first search of a past run as a proposer reads it; none where it is no such thing."""
-    try:
-        found = [Decision(**line) for line in lines if line["phase"] == 0]
-        whole = all(_is_known(entry) for d in found for entry in d.evidence)
-        return found if whole and all(isinstance(d.changes, dict) for d in found) else []
-    except (TypeError, KeyError, AttributeError):
-        return []
-
-
-def _is_known(entry: Mapping[str, Any]) -> bool:
-    """Whether a proposer can read it as evidence."""
-    names = entry["setting"].split(" and ")  # of a change of several, all
-    whole = {"way", "verdict", "accepted"} <= entry.keys()
-    return whole and all(name in entry["settings"] for name in names)
 
 
 def differences(old: Settings, new: Settings) -> dict[str, list[Setting]]:

@@ -81,6 +81,8 @@ class Workload(NamedTuple):
         assessment alone, where they stand as ``scores``; None for none.
       ways: settings by which a step is computed in another way, and comes to the same but for
         rounding, with the values that they may take.
+      evaluation_examples: what an evaluation costs beside its seconds, as so many examples of
+        training: it counts as they do, in the budget of a search and among the operations.
     """
 
     name: str
@@ -98,6 +100,7 @@ class Workload(NamedTuple):
     window_loss: Callable[..., jax.Array] | None = None
     scores: Callable[[MetaState], Mapping[str, float]] | None = None
     ways: Mapping[str, Sequence[Setting]] = {}
+    evaluation_examples: float = 0.0
 
 
 class Snapshot(NamedTuple):

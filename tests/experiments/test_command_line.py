@@ -1,4 +1,5 @@
 import dataclasses
+import importlib
 import os
 import sys
 
@@ -114,3 +115,18 @@ def test_a_command_starts_again_with_huge_pages_once(monkeypatch):
     command_line.restart_with_huge_pages()
     assert len(started) == 1
     monkeypatch.delenv("GLIBC_TUNABLES")  # set above, and not for the tests after this one
+
+
+IMPROVING = ("adapt_languages", "table_bayes_gap", "table_dynamic_evaluation")
+IMPROVING += ("table_inner_optimizers", "table_omniglot", "table_sinusoid")
+
+
+@pytest.mark.parametrize("name", IMPROVING)
+def test_a_memory_that_cannot_be_is_refused_before_a_run_is_made(tmp_path, monkeypatch, name):
+    monkeypatch.setenv("METAOPT_MEMORY", str(tmp_path))
+    module = importlib.import_module(f"experiments.{name}")
+    config = module.preset({"preset": "smoke"})
+    config = dataclasses.replace(config, improve=True, root=tmp_path / "runs")
+    with pytest.raises(UserError, match=r"is a folder; give the path of a file in it"):
+        module.run(config)
+    assert not list(tmp_path.iterdir())

@@ -25,9 +25,11 @@ ASSESSED = {
     **{"loss": {"mean": 2.5, "ci95": None, "n": 1}, "improvement": None, "per_second": 0.5},
     **{"per_flop": None, "per_cost": 1.0},
 }
+TRIED = {"setting": "rate", "settings": {"rate": 0.2}, "way": 1}
 DECISION = {
     **{"name": "loop", "step": 4, "examples": 8, "phase": 0, "verdict": "accepted"},
-    **{"changes": {"rate": [0.1, 0.2]}, "reason": "better", "evidence": [{}], "seconds": 1.0},
+    **{"changes": {"rate": [0.1, 0.2]}, "reason": "better", "seconds": 1.0},
+    **{"evidence": [TRIED | {"verdict": "better", "accepted": True}]},
     **{"trial_examples": 4, "left_out": None, "size": 2, "gained": 1},
 }
 METRICS = {"name": "MAML", "step": 3, "loss": 1.5, "tokens_per_second": 10.0, "grad_norm": [0.5]}
@@ -83,7 +85,7 @@ def resume(run):
     notes |= {"num_decisions": 2, "num_assessments": 1}
     restored = types.SimpleNamespace(notes=notes, state=None)
     checkpoints = types.SimpleNamespace(restore_latest=lambda example: restored)
-    workload = types.SimpleNamespace(name="loop", tokens_per_example=8)
+    workload = types.SimpleNamespace(name="loop", tokens_per_example=8, evaluation_examples=0.0)
     journal = Journal(workload, run, checkpoints, {})  # type: ignore[arg-type]
     snapshot, _ = journal.resume(None)  # type: ignore[arg-type]
     assert str([journal.ledger(snapshot), journal.assessed_at, journal.left_out])
@@ -129,3 +131,9 @@ def test_a_file_that_is_whole_is_read(tmp_path, name):
     path.write_text("".join(json.dumps(line) + "\n" for line in FILES[name]))
     keep_json_lines(path, lambda line: True, None if name == "results.jsonl" else Line)
     assert [json.loads(line) for line in path.read_text().splitlines()] == FILES[name]
+
+
+def test_a_run_whose_files_are_whole_is_taken_up(tmp_path):
+    for name, lines in FILES.items():
+        (tmp_path / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    resume(tmp_path)

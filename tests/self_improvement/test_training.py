@@ -15,16 +15,15 @@ from metaopt.learners import maml
 from metaopt.meta_gradients import joint, reverse
 from metaopt.outer_step import OuterConfig, init_state, make_meta_step, outer_optimizer
 from metaopt.self_improvement.budget import TrialConfig
+from metaopt.self_improvement.drop_in import improving_train, trainer
 from metaopt.self_improvement.loop import LoopConfig, run
 from metaopt.self_improvement.proposers import descent
 from metaopt.self_improvement.training import (
     constant,
     cosine,
     default_settings,
-    improving_train,
     meta_training,
     plain_training,
-    trainer,
 )
 from metaopt.self_improvement.workload import Choice, Scale, begin, steps
 from metaopt.train import Interrupted, TrainConfig, train
@@ -191,6 +190,65 @@ def test_meta_training_reads_its_inner_rate_from_the_settings_and_descent_sees_i
     assert slopes["inner_learning_rate"] < 0 and slopes["outer_learning_rate"] < 0
 
 
+@pytest.mark.parametrize("space", [{"inner_learning_rate": RATE}, {"rates_learning_rate": RATE}])
+def test_no_trial_is_spent_on_a_scalar_of_the_space_that_no_update_reads(tmp_path, space, capfd):
+    """Nor is it moved where something else is wrong."""
+    workload = least_squares(space={**space, "outer_learning_rate": RATE})
+    settings = SETTINGS | {"inner_learning_rate": 0.1, "outer_learning_rate": 5.0}
+    config = LoopConfig(
+        phases=(0.0,), shares=(0.9,), assess_every=1.0, trials=TrialConfig(examples=0.1)
+    )
+    outcome = run(workload, settings, directory=tmp_path, config=config)
+    (name,) = space
+    told = [d.changes for d in outcome.decisions] + [
+        e["settings"] for d in outcome.decisions for e in d.evidence
+    ]
+    assert outcome.snapshot.settings["outer_learning_rate"] < 5.0
+    assert told and not any(name in each for each in told)
+    assert f"not searched, since no update reads it: {name}" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("annealing_steps", [0, 4])
+def test_meta_training_anneals_the_query_loss(annealing_steps):
+    learner, inner = maml(), InnerLoop(num_steps=2, query_loss="annealed")
+    workload = meta_training(
+        "annealed",
+        task={},
+        params=MODEL.init(jax.random.key(0)),
+        learner=learner,
+        estimate=lambda settings: reverse(learner, loss_fn, inner),
+        sample=lambda settings, position: episodes(position),
+        evaluate=lambda state: np.zeros(4),
+        examples_per_step=lambda settings: 4,
+        num_examples=40,
+        tokens_per_example=8,
+        space={"outer_learning_rate": RATE},
+        annealing_steps=annealing_steps,
+        num_devices=1,
+    )
+    settings = default_settings(
+        inner_learning_rate=0.5, outer_learning_rate=1.0, optimizer="sgd", clip_norm=1e9
+    )
+    snapshot = begin(workload, settings)
+    batch, step = workload.sample(settings, 0), workload.step(settings)
+    if not annealing_steps:
+        with pytest.raises(UserError, match=r"hparams has no 'query_annealing'.*annealing_steps"):
+            step(snapshot.state, batch)
+        return
+    ends = []
+    for done in (0, annealing_steps):  # the weight of the last step goes from a half to all
+        state = jax.tree.map(jnp.copy, snapshot.state)._replace(step=jnp.int32(done))
+        ends.append(step(state, batch)[0].meta_params["params"]["head"])
+    ours = InnerLoop(num_steps=2, query_loss="last")
+    plain = make_meta_step(
+        reverse(learner, loss_fn, ours), outer_optimizer(OuterConfig(optimizer="sgd"))
+    )
+    state = snapshot.state._replace(step=jnp.int32(annealing_steps))
+    expected = jax.jit(plain)(state, episodes(0))[0].meta_params["params"]["head"]
+    np.testing.assert_allclose(ends[1], expected, rtol=1e-5)
+    assert not np.allclose(ends[0], ends[1], rtol=1e-3, atol=0)
+
+
 compiled, traces = [], []
 
 
@@ -206,7 +264,7 @@ def drop_in(function, directory, evaluate=None, num_steps=60, **options):
 
     if not compiled:
         compiled.append(parallel.parallel_step(counted, devices))
-    hparams = outer.hparams() | {"inner_learning_rate": 0.0}
+    hparams = outer.hparams() | {"inner_learning_rate": 0.1}  # which joint training does not read
     state = init_state(
         jax.random.key(0), MODEL.init(jax.random.key(0)), learner, outer_optimizer(outer), hparams
     )
@@ -255,10 +313,7 @@ def test_improving_train_finds_a_rate_whatever_it_is_judged_by(tmp_path, evaluat
     assert int(state.step) == 60
     assert losses_of(state).mean() < 0.3 * losses_of(plain).mean()
     decisions = read_json_lines(tmp_path / "improved" / "decisions.jsonl")
-    assert {e["setting"] for d in decisions for e in d["evidence"]} == {
-        "outer_learning_rate",
-        "rates_learning_rate",
-    }
+    assert {e["setting"] for d in decisions for e in d["evidence"]} == {"outer_learning_rate"}
 
 
 def test_the_trainer_remembers_where_the_environment_says(monkeypatch):

@@ -1,0 +1,162 @@
+"""`metaopt.train.train` under the closed loop: what takes its place, with the same arguments."""
+
+import functools
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from metaopt.errors import UserError
+from metaopt.measure import count_flops
+from metaopt.outer_step import RATES
+from metaopt.self_improvement.loop import LoopConfig, run
+from metaopt.self_improvement.memory import Memory
+from metaopt.self_improvement.workload import Scale, Workload
+from metaopt.train import Evaluate, StepFn, TrainConfig, TrainFn, train
+from metaopt.types import Episode, MetaState
+
+RATE = Scale(low=1e-7, high=1e3)
+HELD_OUT_BATCHES = 8
+
+
+def improving_train(
+    state: MetaState,
+    step_fn: StepFn,
+    sample: Callable[[int], Episode],
+    *,
+    config: TrainConfig,
+    directory: Path | str,
+    name: str,
+    tasks_per_step: int,
+    tokens_per_task: int,
+    fingerprint: dict[str, Any],
+    evaluate: Evaluate | None = None,
+    searched: Sequence[str] = RATES,
+    loop: LoopConfig | None = None,
+    memory: Memory | None = None,
+) -> MetaState:
+    """`metaopt.train.train` under the closed loop: same arguments, and the scalars may change.
+
+    Those of ``searched`` are tried by factors that are above 0 and that the updates read. Trials
+    are judged by ``evaluate``, whose cost counts in seconds. Where there is none, or it gives a
+    single number, they are judged by the losses that steps report of batches from after the end of
+    the run (`reported_losses`), and what that costs counts as examples of training do. Of the
+    config only ``num_steps`` is used: when what is done says ``loop``, and ``metrics.jsonl`` has
+    one line an assessment.
+
+    A state that has done steps already goes on from there, as the second phase of a training
+    does. It has a name of its own, such as ``"MAML++, from step 500"``.
+
+    Args:
+      state: the state at the start. It is copied.
+      step_fn, sample, config, directory, name, tasks_per_step, tokens_per_task, fingerprint,
+        evaluate: as for `metaopt.train.train`.
+      searched: names of ``state.hparams``, whose scalars a search may move; others stay.
+      loop: when the loop does what; `LoopConfig` if not given.
+      memory: of past runs, of the same name before all.
+
+    Returns:
+      The state at the end.
+
+    Raises:
+      UserError: ``searched`` names a scalar that is none of `RATES` and not in the state; the
+        step cannot be traced, and there are no losses to judge by; and as for `loop.run`.
+      Diverged, Interrupted: as for `loop.run`.
+    """
+    hparams = {key: float(value) for key, value in state.hparams.items()}
+    if unknown := sorted(set(searched) - {*hparams, *RATES}):
+        raise UserError(
+            f"{unknown[0]!r} is to be searched, but the state has no such scalar; it has "
+            f"{', '.join(hparams)}"
+        )
+    start = int(state.step)
+    if start >= config.num_steps:
+        return jax.tree.map(jnp.copy, state)
+    name = f"{name}, from step {start}" if start else name
+    initial, evaluation_examples = jax.tree.map(jnp.copy, state), 0.0
+    if evaluate is None or np.ndim(evaluate(state)) != 1:
+        held_out = functools.cache(lambda i: sample(config.num_steps + i))
+        evaluate = reported_losses(step_fn, held_out, HELD_OUT_BATCHES)
+        share = _share_of_loss(name, step_fn, state, held_out(0))
+        evaluation_examples = HELD_OUT_BATCHES * tasks_per_step * share
+    workload = Workload(
+        name=name,
+        task={"name": name, "tasks_per_step": tasks_per_step},
+        start=lambda settings: jax.tree.map(jnp.copy, initial),
+        step=lambda settings: step_fn,
+        sample=lambda settings, position: sample(start + position // tasks_per_step),
+        examples_per_step=lambda settings: tasks_per_step,
+        evaluate=evaluate,  # type: ignore[arg-type]
+        num_examples=(config.num_steps - start) * tasks_per_step,
+        tokens_per_example=tokens_per_task,
+        space={key: RATE for key, value in hparams.items() if key in searched and value > 0},
+        evaluation_examples=evaluation_examples,
+    )
+    outcome = run(
+        workload,
+        hparams,
+        directory=directory,
+        config=loop,
+        memory=memory,
+        fingerprint=fingerprint,
+    )
+    return outcome.snapshot.state
+
+
+def reported_losses(
+    step_fn: StepFn, batch: Callable[[int], Episode], number: int
+) -> Callable[[MetaState], np.ndarray]:
+    """``state -> float64 [number]``: the losses that a step reports of batches, and no update.
+
+    Nothing of the step is computed but what its ``loss`` depends on: no meta-gradient, and the
+    state stays as it is. A step that makes several updates in one call would make all but the
+    last of them; build this of one that makes a single one.
+
+    Args:
+      step_fn: that can be traced, as what `jax.jit` and `jax.pmap` give.
+      batch: ``i -> episodes``, for i below ``number``.
+      number: of batches.
+    """
+    loss = _loss_alone(step_fn)
+
+    def losses(state: MetaState) -> np.ndarray:
+        # One at a time: on several CPU devices none may be in flight behind another.
+        return np.array([float(loss(state, batch(i))) for i in range(number)], np.float64)
+
+    return losses
+
+
+def _loss_alone(step_fn: StepFn) -> Callable[[MetaState, Episode], jax.Array]:
+    return jax.jit(lambda state, episodes: step_fn(state, episodes)[1]["loss"])
+
+
+def _share_of_loss(name: str, step_fn: StepFn, state: MetaState, episodes: Episode) -> float:
+    """Of the operations of a step those of its loss alone; all, where they cannot be counted."""
+    try:
+        shapes = jax.eval_shape(_loss_alone(step_fn), state, episodes)
+    except jax.errors.JAXTypeError as error:
+        raise UserError(
+            f"the step of {name!r} cannot be traced, so its loss cannot be computed without an "
+            "update; give evaluate, the held-out losses of a state"
+        ) from error
+    assert shapes.shape == ()
+    try:
+        alone = count_flops(_loss_alone(step_fn), state, episodes).total
+        return min(1.0, alone / count_flops(step_fn, state, episodes).total)
+    except (UserError, ZeroDivisionError):
+        return 1.0
+
+
+def trainer(improve: bool) -> TrainFn:
+    """What a training is done with: `improving_train` under the closed loop, or plain `train`.
+
+    Where ``$METAOPT_MEMORY`` is set, the path or URL of a `Memory`, the loop remembers.
+    """
+    if not improve:
+        return train
+    where = os.environ.get("METAOPT_MEMORY")
+    return functools.partial(improving_train, memory=Memory(where) if where else None)
