@@ -14,7 +14,7 @@ from metaopt.recorder import Diverged
 from metaopt.self_improvement.alarms import Alarm
 from metaopt.self_improvement.assess import as_record
 from metaopt.self_improvement.attempts import is_bad
-from metaopt.self_improvement.evidence import known_decisions
+from metaopt.self_improvement.evidence import is_search, known_decisions
 from metaopt.self_improvement.loop_config import Outcome
 from metaopt.self_improvement.memory import Memory
 from metaopt.self_improvement.proposers import pattern_search
@@ -22,12 +22,7 @@ from metaopt.self_improvement.races import is_closed, races
 from metaopt.self_improvement.searched import searched_space
 from metaopt.self_improvement.sentinel import Damage, Sentinel
 from metaopt.self_improvement.space import Space
-from metaopt.self_improvement.trials import (
-    Decision,
-    Ground,
-    differences,
-    lowered,
-)
+from metaopt.self_improvement.trials import LOWERED, Decision, Ground, differences, lowered
 from metaopt.self_improvement.ways import quickest_way
 from metaopt.self_improvement.workload import (
     Snapshot,
@@ -81,7 +76,7 @@ class Course:
         of_no_account = workload.ways.keys() | (workload.space.keys() - space.keys())
         if all(there.get(name) == here[name] for name in here.keys() - of_no_account):
             self.earlier = known_decisions(proposal.decisions)
-            if proposal.decisions and not self.earlier:
+            if is_search(proposal.decisions) and not self.earlier:
                 say(f"{workload.name}: what {proposal.run} decided cannot be read; searched anew")
         return changed(workload, first, known)
 
@@ -315,8 +310,9 @@ class Course:
             reason += "; the batch is left out"
         elif self.roll_backs > 1:
             within = self.workload._replace(space=self._searched(good))
-            after = lowered(within, good, 0.25 ** (self.roll_backs - 1))
-            reason += "; the rates are lowered"
+            factor = LOWERED ** (self.roll_backs - 1)
+            after = lowered(within, good, factor)
+            reason += f"; the rates are lowered to {factor:.2g} of what they were"
         say(f"{self.workload.name}: back to step {int(good.state.step)}; {reason}")
         self.journal.decided(
             Decision(

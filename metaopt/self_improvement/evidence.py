@@ -68,3 +68,8 @@ def known_decisions(lines: Sequence[Mapping[str, Any]]) -> list[Decision]:
         return [Decision(**line) for line in first]
     except (TypeError, KeyError):  # of another version, or no decisions at all
         return []
+
+
+def is_search(lines: Sequence[Any]) -> bool:
+    """Whether a past run has searched at all, as far as its decisions can be read."""
+    return any(isinstance(line, Mapping) and line.get("phase") == 0 for line in lines)

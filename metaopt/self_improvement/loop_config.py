@@ -21,7 +21,8 @@ class LoopConfig(Checked):
 
     Attributes:
       phases: when a search begins anew; none for a run that changes nothing.
-      shares: how much each phase may spend on trials that are not gone on with.
+      shares: how much each phase may spend on trials that are not gone on with, and on judging
+        all of them where that counts (`Workload.evaluation_examples`).
       margins: in each phase, what `TrialConfig.margin` is: short trials prefer small rates all
         the more the later it is, annealed or not (halving it seemed to gain 1 % of the loss of a
         language model and 16 % of a classifier's, and cost some in the end), so what is changed

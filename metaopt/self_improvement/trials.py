@@ -246,7 +246,7 @@ def _end(workload: Workload, ground: Ground, race: Race) -> _End:
         reason = f"examples {broken[0]} to {broken[1] - 1} give no number and are left out"
         return _End(again, "rolled back", reason, broken)
     slower = again._replace(snapshot=lowered(workload, again.snapshot))
-    reason = f"all trials diverged: no loss is finite; the rates are lowered by {LOWERED:g}"
+    reason = f"all trials diverged: no loss is finite; the rates become {LOWERED:g} of theirs"
     return _End(slower, "rolled back", reason)
 
 
