@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -195,7 +195,7 @@ def markov_languages(config: Config) -> Languages:
     return Languages(Problem(workload, settings, losses_on(test), loss_fn), limit)
 
 
-def read_mnist(config: Config) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+def read_mnist(config: Config) -> tuple[dict[str, Any], dict[str, Any]]:
     """Images, float32 ``[N, 28, 28, 1]`` in [0, 1], and labels, int32 ``[N]``, by split.
 
     Raises:

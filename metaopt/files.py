@@ -66,6 +66,10 @@ def check_directory(path: Path | str) -> Path:
       UserError: it cannot be made or written to, for the reason given.
     """
     path = local_path(path)
+    try:
+        os.fspath(path.absolute()).encode()
+    except UnicodeEncodeError:  # which orbax, written in C++, does not take
+        raise UserError(f"{path} is not UTF-8, as checkpoints need: give another") from None
     if len(os.fsencode(path.absolute())) > LONGEST_PATH - ROOM_BELOW:
         raise UserError(f"{path} is too long a path for the files below it: give a shorter one")
     existing = path.absolute()

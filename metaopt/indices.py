@@ -7,7 +7,7 @@ int32 here first. What it is to index is then told apart from what indexes nothi
 
 from typing import Any
 
-import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 

@@ -112,8 +112,7 @@ def accuracy(model: Model, ignore_index: int | None = IGNORED) -> LossFn:
 
 def _cross_entropy(logits: Array, targets: Array, ignore_index: int | None) -> Array:
     labels = _labels(targets, logits, ignore_index)
-    classes = jnp.clip(labels, 0, logits.shape[-1] - 1)  # what that changes is not counted below
-    losses = optax.softmax_cross_entropy_with_integer_labels(_at_least_float32(logits), classes)
+    losses = optax.softmax_cross_entropy_with_integer_labels(_at_least_float32(logits), labels)
     return _mean_of_counted(losses, labels, logits.shape[-1], ignore_index)
 
 
@@ -129,10 +128,11 @@ def _mean_of_counted(
 ) -> Array:
     """The mean where labels are not ignored; it and its gradient are NaN where one is no class."""
     is_class = (labels >= 0) & (labels < num_classes)
-    counted = jnp.ones_like(is_class) if ignore_index is None else labels != ignore_index
-    total = jnp.where(counted, values, 0.0).sum()
-    mean = total / jnp.maximum(counted.sum(), 1)
-    return mean * jnp.where((is_class | ~counted).all(), 1.0, jnp.nan).astype(mean.dtype)
+    weights = jnp.where(is_class, 1.0, jnp.nan).astype(values.dtype)
+    if ignore_index is not None:
+        counted = labels != ignore_index
+        values, weights = jnp.where(counted, values, 0.0), jnp.where(counted, weights, 0.0)
+    return values.sum() / jnp.maximum(weights.sum(), 1.0)
 
 
 def _at_least_float32(x: Array) -> Array:

@@ -185,7 +185,7 @@ def test_a_directory_that_cannot_be_used_is_refused_before_anything_is_made(tmp_
     (tmp_path / "dangling").symlink_to("nowhere")
     refused = ["file", "file/below/it", "loop", "loop/below", "dangling", "a\0b", "", "x" * 300]
     refused += [f"{'x' * 200}/" * 19, "gs://bucket/runs", "s3:/bucket", "file:///tmp/runs"]
-    refused += ["~nobody-of-this-name/runs", "new/../../../up"]
+    refused += ["~nobody-of-this-name/runs", "new/../../../up", "caf\udce9"]
     for path in refused:
         with pytest.raises(UserError) as error:
             files.check_directory(path)

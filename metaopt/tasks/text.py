@@ -74,10 +74,10 @@ def text(config: TextConfig) -> TaskFamily:
     """
     data_dir = Path(config.data_dir or os.environ.get("METAOPT_DATA") or "data").expanduser()
     domains = _find_domains(config, data_dir)
+    _check_sizes(domains, config)
     splits = split_domains([domain.name for domain in domains], config)
     named = dict(zip(("(training)", "(validation)", "(test)"), splits, strict=True))
     check_text(domains, lambda i: next(name for name, split in named.items() if i in split))
-    _check_sizes(domains, config)
     if not config.source.startswith(_TFDS):
         domains = text_sources.store(Path(config.source).resolve().name, domains, data_dir)
     train, valid, test = ([domains[i] for i in split] for split in splits)

@@ -41,6 +41,7 @@ def config(tmp_path, monkeypatch):
         num_query=2,
         length=12,
         num_valid_domains=1,
+        num_test_domains=2,
         test_domains=("e.txt", "f.txt"),
         data_dir=str(tmp_path / "data"),
     )
