@@ -116,7 +116,9 @@ def test_a_target_that_is_no_class_is_nan_or_refused(name):
 def test_the_inner_loop_does_not_step_on_a_target_that_is_no_class():
     model, bad = SEQUENCE_MODELS["bigram"], batch()._replace(targets=batch().targets - 50)
     with pytest.raises(UserError, match="targets must be from 0 to 99"):
-        adapt(losses.next_token(model), optax.sgd(0.1), parameters(model), bad, InnerLoop())
+        losses.next_token(model)(parameters(model), bad)
+    adapted = adapt(losses.next_token(model), optax.sgd(0.1), parameters(model), bad, InnerLoop())
+    assert np.isnan(adapted.losses).all()  # it is compiled, and there no value is known
 
 
 def test_the_limit_is_nan_where_a_token_is_outside():
