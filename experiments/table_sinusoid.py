@@ -124,7 +124,11 @@ def train_row(config: Config, problem: Problem, row: Row, seed: int, directory: 
         tokens_per_task=config.num_support + config.num_query,
         fingerprint=command_line.as_saved(config) | {"rows": row.name, "seeds": seed},
         # For the closed loop: the loss of a call is of what it trains on the way.
-        evaluate=reported_losses(many_steps(step, sample, 1), lambda i: held_out[i], len(held_out)),
+        evaluate=reported_losses(
+            many_steps(step, sample, 1),
+            lambda i: held_out[i],  # type: ignore[arg-type]
+            len(held_out),
+        ),
     )
     return state.meta_params
 

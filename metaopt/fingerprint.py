@@ -42,7 +42,7 @@ def of_arrays(tree: Any) -> str:
     digest = hashlib.sha256()
     for leaf in jax.tree.leaves(tree):
         if isinstance(leaf, jax.Array):
-            if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            if jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key):
                 digest.update(str(jax.random.key_impl(leaf)).encode())
                 leaf = jax.random.key_data(leaf)
             if not (leaf.is_fully_addressable or leaf.is_fully_replicated):

@@ -7,9 +7,9 @@ int32 here first. What it is to index is then told apart from what indexes nothi
 
 from typing import Any
 
-import jax.core
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from metaopt.errors import UserError
 from metaopt.types import Array
@@ -62,7 +62,7 @@ def check_range(name: str, x: Any, size: int | None, ignored: int | None = None)
     Raises:
       UserError: one is outside.
     """
-    unknown = isinstance(x, jax.core.Tracer) or not getattr(x, "is_fully_addressable", True)
+    unknown = isinstance(x, Tracer) or not getattr(x, "is_fully_addressable", True)
     if size is None or unknown:
         return
     values = np.asarray(x)

@@ -76,9 +76,8 @@ class Memory:
             except Exception as error:
                 if self._location.path is None or not is_damage(error):
                     raise
-                self._set_aside(
-                    error
-                )  # SQLite found nothing amiss, but Optuna's tables are garbled
+                # SQLite found nothing amiss, but Optuna's tables are garbled.
+                self._set_aside(self._location.path, error)
                 self._add(trial)
         except Exception as error:  # a run is not lost for its diary, whatever this is
             self._say(error, "this run is not remembered")
@@ -128,10 +127,10 @@ class Memory:
         try:
             check_file(path, self._patience, writing=True)
         except Damaged as error:
-            self._set_aside(error)
+            self._set_aside(path, error)
 
-    def _set_aside(self, error: Exception) -> None:
-        aside = set_aside(self._location.path)
+    def _set_aside(self, path: Path, error: Exception) -> None:
+        aside = set_aside(path)
         self._say(error, f"it is set aside as {aside.name}, and a new one begun")
 
     @contextlib.contextmanager
