@@ -64,10 +64,12 @@ def make_row(config: Config, optimizer: OptimizerName, learner: LearnerName) -> 
     """What is trained for a cell.
 
     Joint training takes no inner step, so that it is the same for all optimisers: its name, which
-    its checkpoint goes by, does not tell them apart, and it is trained once.
+    its checkpoint goes by, does not tell them apart, and it is trained once. Only where the best
+    checkpoint is chosen by evaluations, which take inner steps, has each optimiser its own.
     """
     inner_optimizer = INNER_OPTIMIZERS[optimizer]
-    name = COLUMNS[learner] if learner == "joint" else f"{COLUMNS[learner]}, {ROWS[optimizer]}"
+    shared = learner == "joint" and not config.comparison.eval_every
+    name = COLUMNS[learner] if shared else f"{COLUMNS[learner]}, {ROWS[optimizer]}"
     if learner == "meta_sgd":
         learned = learners.meta_sgd(inner_optimizer, num_steps=config.inner.num_steps)
     else:

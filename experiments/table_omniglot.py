@@ -146,7 +146,8 @@ def train_row(config: Config, problem: Problem, row: Row, seed: int, directory: 
         )
         return parallel.parallel_step(step, devices)
 
-    for estimator, until in phases(row, config.meta_steps):
+    name, several = training_name(row, problem.setting, seed), phases(row, config.meta_steps)
+    for number, (estimator, until) in enumerate(several, start=1):
         state = trainer(config.improve)(
             state,
             compiled(estimator),
@@ -158,7 +159,8 @@ def train_row(config: Config, problem: Problem, row: Row, seed: int, directory: 
                 keep_last=1,
             ),
             directory=directory,
-            name=training_name(row, problem.setting, seed),
+            # Each begins where the one before has ended, and has checkpoints of its own.
+            name=f"{name}, phase {number}" if len(several) > 1 else name,
             tasks_per_step=row.tasks_per_step,
             tokens_per_task=problem.setting.ways * sum(row.drawings),
             fingerprint=command_line.as_saved(config)

@@ -222,6 +222,8 @@ class Checkpoints:
 
     def _read(self, step: int, example: Example) -> Restored:
         record = self._load(step, "host", ocp.args.JsonRestore())
+        if missing := _RECORD - record.keys():  # of one without a manifest
+            raise _Damaged(f"its record lacks {min(missing)!r}")
         self._check_config(record)
         example = example(record["notes"]) if callable(example) else example
         self._check_leaves(record, example)
@@ -339,6 +341,9 @@ def _keep_orbax_quiet() -> None:
 
 
 _keep_orbax_quiet()
+
+
+_RECORD = {"fingerprint", "versions", "leaves", "key_impl", "crc32", "valid_loss", "notes"}
 
 
 class _Damaged(Exception):

@@ -218,7 +218,10 @@ class Comparison:
             first = self.config.pretrain_steps
             steps = range(first, first + self.config.meta_steps)
             every = self.config.eval_every
-            meta_params = self._train(row, start, steps, rate, directory, eval_every=every)
+            # Joint training takes no inner step: a rate that nothing reads tells no two apart.
+            read = every or row.estimator is not joint
+            used = rate if read else self.config.inner_rates[0]
+            meta_params = self._train(row, start, steps, used, directory, eval_every=every)
         tuned = self._test(row.learner, meta_params, rate, one_rate)
         hparams = {"inner_learning_rate": np.float32(tuned.rates[self.inner.num_steps])}
         seconds = time.monotonic() - began

@@ -6,6 +6,7 @@ one device that ends in a `pmean`; forgetting that is silent under pmap.
 """
 
 import functools
+import glob
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from metaopt.errors import UserError
+from metaopt.progress import say
 
 AXIS = "devices"
 Device = Any
@@ -37,6 +39,37 @@ def set_up_backend() -> None:
         cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
         jax.config.update("jax_compilation_cache_dir", str(cache / "metaopt" / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    _write_damaged_entries_again()
+
+
+def _write_damaged_entries_again() -> None:
+    """Removes an entry of the compilation cache that cannot be read, so that it is written again.
+
+    By itself jax warns of it in every run and keeps it. There is no public way to it: another
+    version of jax may go on warning.
+    """
+    try:
+        from jax._src import compilation_cache
+
+        read = compilation_cache.get_executable_and_time
+    except (ImportError, AttributeError):
+        return
+    if hasattr(read, "__wrapped__"):  # by an earlier call
+        return
+
+    @functools.wraps(read)
+    def read_or_remove(cache_key, *args, **options):
+        try:
+            return read(cache_key, *args, **options)
+        except Exception as error:  # damaged bytes may make XLA raise anything
+            folder = Path(jax.config.values["jax_compilation_cache_dir"])
+            for path in folder.glob(f"{glob.escape(cache_key)}-*"):
+                path.unlink()
+            reason = str(error).partition("\n")[0]
+            say(f"note: a damaged entry of the cache in {folder} is made again ({reason})")
+            return None, None
+
+    compilation_cache.get_executable_and_time = read_or_remove
 
 
 def default_devices(num_devices: int = 0) -> list[Device]:

@@ -88,6 +88,32 @@ print(len(default_devices()), jax.config.jax_compilation_cache_dir)
     assert kept == ["3", str(tmp_path)]
 
 
+def test_a_damaged_entry_of_the_compilation_cache_is_written_again(tmp_path):
+    program = """
+import pathlib, sys
+import jax
+from metaopt.parallel import set_up_backend
+set_up_backend()
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+for damage in (None, lambda data: data[:100], lambda data: data[:100] + b"x" + data[101:], None):
+    [entry] = pathlib.Path(sys.argv[1]).glob("*sine*-cache") if damage else [None]
+    if damage:
+        entry.write_bytes(damage(entry.read_bytes()))
+    jax.clear_caches()
+    def sine(x):
+        return jax.numpy.sin(x) + 1
+    print(float(jax.jit(sine)(0.0)), file=sys.stderr)
+"""
+    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(tmp_path)}
+    environment |= {"PYTHONPATH": str(Path(__file__).parents[1]), "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    said = subprocess.run(command, env=environment, text=True, capture_output=True).stderr
+    first, note, second, again, third, fourth = said.splitlines()
+    assert {first, second, third, fourth} == {"1.0"}
+    assert "is made again" in note and "is made again" in again
+
+
 def test_a_step_on_several_cpu_devices_is_done_when_it_returns():
     """Else more than 32 computations dispatched behind it can deadlock its collective."""
 
