@@ -13,20 +13,33 @@ bytes, of which some are held out.
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 
-from experiments import command_line
+from experiments import command_line, feasible
 from experiments.adapt_languages_config import CHOSEN_BY, Config, preset
 from experiments.adapt_languages_report import Report
 from metaopt import learners, losses, meta_gradients, models, parallel
-from metaopt.comparison import Comparison, Problem, Row, select
+from metaopt.comparison import Comparison, Problem, Row, check_settings, select
 from metaopt.errors import UserError
-from metaopt.inner_loop import check_split
 from metaopt.inner_optimizers import INNER_OPTIMIZERS
 from metaopt.runs import open_run
 from metaopt.self_improvement.training import trainer
 from metaopt.tasks import text
 from metaopt.tasks.markov import MarkovConfig, bayes_loss, markov
 from metaopt.types import Learner, Model, TaskFamily
+
+
+def check(config: Config, rows: Sequence[Row], model: Model) -> None:
+    """Raises UserError where what the config asks for cannot be computed."""
+    check_settings(config.inner, config.comparison)
+    feasible.check(
+        [(row.learner, row.estimator, config.inner) for row in rows],
+        model.init,
+        losses.next_token(model),
+        feasible.tokens(config.num_support, config.length),
+        feasible.tokens(config.num_query, config.length),
+        config.comparison.most_episodes,
+    )
 
 
 def make_family(config: Config) -> tuple[TaskFamily, int]:
@@ -104,13 +117,12 @@ def make_rows(config: Config, model: Model) -> list[Row]:
 def run(config: Config) -> None:
     """Trains and evaluates the rows, and writes table, figure and samples."""
     parallel.set_up_backend()
-    if config.inner.batching == "split":
-        check_split(config.num_support, config.inner.num_steps)
-    family, vocab_size = make_family(config)
-    model = make_model(config, vocab_size)
+    model = make_model(config, config.vocab_size if config.tasks == "markov" else text.VOCAB_SIZE)
+    rows = make_rows(config, model)
+    check(config, rows, model)
+    family, _ = make_family(config)
     tokens = (config.num_support + config.num_query) * config.length
     problem = Problem(family, model, losses.next_token(model), tokens)
-    rows = make_rows(config, model)
     seeds = config.seeds or (config.comparison.seed,)
     comparisons = {
         seed: Comparison(
