@@ -42,19 +42,19 @@ def check(config: Config, rows: Sequence[Row], model: Model) -> None:
     )
 
 
-def make_family(config: Config) -> tuple[TaskFamily, int]:
-    """The task family and its vocabulary."""
+def make_family(config: Config) -> TaskFamily:
+    """The task family."""
     episode = {name: getattr(config, name) for name in ("num_support", "num_query", "length")}
     if config.folder is not None and config.tasks != "text":
         raise UserError(f"--folder is for --tasks text, not {config.tasks}: leave one of them out")
     if config.tasks == "markov":
-        return markov(markov_config(config)), config.vocab_size
+        return markov(markov_config(config))
     if config.tasks == "text" and config.folder is None:
         raise UserError("--tasks text needs --folder, with one file a domain")
     if config.tasks not in ("text", "stdlib") and not config.tasks.startswith("tfds:"):
         raise UserError(f"unknown tasks {config.tasks!r}: markov, text, stdlib or tfds:NAME")
     source = config.folder if config.tasks == "text" else config.tasks
-    family = text.text(
+    return text.text(
         text.TextConfig(
             source=str(source),
             num_valid_domains=config.num_valid_domains,
@@ -63,7 +63,6 @@ def make_family(config: Config) -> tuple[TaskFamily, int]:
             **episode,
         )
     )
-    return family, text.VOCAB_SIZE
 
 
 def markov_config(config: Config) -> MarkovConfig:
@@ -120,7 +119,7 @@ def run(config: Config) -> None:
     model = make_model(config, config.vocab_size if config.tasks == "markov" else text.VOCAB_SIZE)
     rows = make_rows(config, model)
     check(config, rows, model)
-    family, _ = make_family(config)
+    family = make_family(config)
     tokens = (config.num_support + config.num_query) * config.length
     problem = Problem(family, model, losses.next_token(model), tokens)
     seeds = config.seeds or (config.comparison.seed,)

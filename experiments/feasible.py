@@ -50,7 +50,7 @@ def check(
     params = jax.eval_shape(init, jax.random.key(0))
     count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
     check_bytes(STATES * _bytes(params), f"to train {count:,} parameters", "make the model smaller")
-    size = num_episodes * _bytes((support, query))
+    size = num_bytes(num_episodes, support, query)
     check_bytes(size, f"to hold {num_episodes:,} episodes", "lower their number or size")
     _check_rows(rows, params, *(jax.tree.leaves(x)[0].shape[0] for x in (support, query)))
     program = jax.make_jaxpr(loss_fn)(params, max(support, query, key=_bytes)).jaxpr
@@ -83,6 +83,11 @@ def check_bytes(needed: float, what: str, remedy: str) -> None:
             f"{measure.human_bytes(needed)} are needed {what}, and the device has "
             f"{measure.human_bytes(there)}: {remedy}"
         )
+
+
+def num_bytes(number: int, *parts: Batch) -> int:
+    """Of so many batches with these parts."""
+    return number * _bytes(parts)
 
 
 def _mean_of_all(params: Params, batch: Batch) -> Array:
