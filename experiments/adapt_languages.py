@@ -13,14 +13,14 @@ bytes, of which some are held out.
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 
-from experiments import command_line
+from experiments import command_line, feasible
 from experiments.adapt_languages_config import CHOSEN_BY, Config, preset
 from experiments.adapt_languages_report import Report
 from metaopt import learners, losses, meta_gradients, models, parallel
-from metaopt.comparison import Comparison, Problem, Row, select
+from metaopt.comparison import Comparison, Problem, Row, check_settings, select
 from metaopt.errors import UserError
-from metaopt.inner_loop import check_split
 from metaopt.inner_optimizers import INNER_OPTIMIZERS
 from metaopt.runs import open_run
 from metaopt.self_improvement.drop_in import trainer
@@ -29,19 +29,32 @@ from metaopt.tasks.markov import MarkovConfig, bayes_loss, markov
 from metaopt.types import Learner, Model, TaskFamily
 
 
-def make_family(config: Config) -> tuple[TaskFamily, int]:
-    """The task family and its vocabulary."""
+def check(config: Config, rows: Sequence[Row], model: Model) -> None:
+    """Raises UserError where what the config asks for cannot be computed."""
+    check_settings(config.inner, config.comparison)
+    feasible.check(
+        [(row.learner, row.estimator, config.inner) for row in rows],
+        model.init,
+        losses.next_token(model),
+        feasible.tokens(config.num_support, config.length),
+        feasible.tokens(config.num_query, config.length),
+        config.comparison.most_episodes,
+    )
+
+
+def make_family(config: Config) -> TaskFamily:
+    """The task family."""
     episode = {name: getattr(config, name) for name in ("num_support", "num_query", "length")}
     if config.folder is not None and config.tasks != "text":
         raise UserError(f"--folder is for --tasks text, not {config.tasks}: leave one of them out")
     if config.tasks == "markov":
-        return markov(markov_config(config)), config.vocab_size
+        return markov(markov_config(config))
     if config.tasks == "text" and config.folder is None:
         raise UserError("--tasks text needs --folder, with one file a domain")
     if config.tasks not in ("text", "stdlib") and not config.tasks.startswith("tfds:"):
         raise UserError(f"unknown tasks {config.tasks!r}: markov, text, stdlib or tfds:NAME")
     source = config.folder if config.tasks == "text" else config.tasks
-    family = text.text(
+    return text.text(
         text.TextConfig(
             source=str(source),
             num_valid_domains=config.num_valid_domains,
@@ -50,7 +63,6 @@ def make_family(config: Config) -> tuple[TaskFamily, int]:
             **episode,
         )
     )
-    return family, text.VOCAB_SIZE
 
 
 def markov_config(config: Config) -> MarkovConfig:
@@ -104,13 +116,12 @@ def make_rows(config: Config, model: Model) -> list[Row]:
 def run(config: Config) -> None:
     """Trains and evaluates the rows, and writes table, figure and samples."""
     parallel.set_up_backend()
-    if config.inner.batching == "split":
-        check_split(config.num_support, config.inner.num_steps)
-    family, vocab_size = make_family(config)
-    model = make_model(config, vocab_size)
+    model = make_model(config, config.vocab_size if config.tasks == "markov" else text.VOCAB_SIZE)
+    rows = make_rows(config, model)
+    check(config, rows, model)
+    family = make_family(config)
     tokens = (config.num_support + config.num_query) * config.length
     problem = Problem(family, model, losses.next_token(model), tokens)
-    rows = make_rows(config, model)
     seeds = config.seeds or (config.comparison.seed,)
     comparisons = {
         seed: Comparison(

@@ -31,7 +31,7 @@ import optax
 from rich.console import Console
 from rich.table import Table
 
-from experiments import command_line
+from experiments import command_line, feasible
 from experiments.adapt_languages import INNER_OPTIMIZERS
 from metaopt import learners, losses, measure, meta_gradients, models, parallel
 from metaopt.doctor import Estimator, Problem, Report, examine, to_float64
@@ -52,7 +52,7 @@ from metaopt.ranges import (
 )
 from metaopt.tasks.markov import MarkovConfig, Symbols, markov
 from metaopt.tasks.sinusoid import SinusoidConfig, sinusoid
-from metaopt.types import Learner, Model
+from metaopt.types import Batch, Learner, Model
 
 EstimatorName = Literal[
     "reverse",
@@ -228,6 +228,21 @@ def make_problem(config: Config) -> Problem:
     return Problem(make_learner(config, model), loss, params, episode, hparams)
 
 
+def check_memory(config: Config) -> None:
+    """Raises UserError where the episode or the model exceeds the memory of the device."""
+    model = make_model(config)
+    support, query = (
+        feasible.tokens(n, config.length) for n in (config.num_support, config.num_query)
+    )
+    if config.model == "mlp":
+        points: Any = jax.ShapeDtypeStruct(
+            (max(config.num_support, config.num_query), 1), "float32"
+        )
+        support = query = Batch(points, points)
+    loss = losses.regression(model) if config.model == "mlp" else losses.next_token(model)
+    feasible.check([], model.init, loss, support, query, num_episodes=1)
+
+
 def load_problem(name: str) -> Problem:
     """Calls the user's own ``module:function``.
 
@@ -269,6 +284,8 @@ def run(config: Config) -> tuple[Report, Report]:
     """Examines in float64 and in float32, prints both, and returns both."""
     parallel.set_up_backend()
     estimator = make_estimator(config)
+    if config.problem is None:
+        check_memory(config)
     problem = load_problem(config.problem) if config.problem else make_problem(config)
     if config.inner.query_loss == "annealed":
         problem = problem._replace(hparams={"query_annealing": 0.5, **problem.hparams})

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from metaopt import learners, losses, meta_gradients, models
+from metaopt.errors import UserError
 from metaopt.inner_loop import InnerLoop, adapt
 from metaopt.measure import Flops, count_flops
 from metaopt.ranges import Checked, Count, InnerSteps, Layers, Length, Width
@@ -43,6 +44,13 @@ class Size(Checked):
     sequences: Count = 4
     head_size: Width = 32
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.width % self.head_size or self.head_size % 2:
+            raise UserError(
+                f"heads of size {self.head_size} must be even and divide the width {self.width}"
+            )
 
     def __str__(self) -> str:
         return f"d{self.width} L{self.layers} S{self.length} K{self.steps}"

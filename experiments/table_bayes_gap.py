@@ -30,7 +30,7 @@ all settings. A dash was not run.
 
 import functools
 
-from experiments import command_line
+from experiments import command_line, feasible
 from experiments.table_bayes_gap_config import (
     CHOSEN_BY,
     Config,
@@ -43,7 +43,6 @@ from experiments.table_bayes_gap_report import Report, Study
 from metaopt import learners, losses, meta_gradients, models, parallel
 from metaopt.comparison import Comparison, Problem, Row, select
 from metaopt.errors import UserError
-from metaopt.inner_loop import check_split
 from metaopt.inner_optimizers import INNER_OPTIMIZERS
 from metaopt.runs import open_run, slug
 from metaopt.self_improvement.drop_in import trainer
@@ -92,8 +91,6 @@ def make_rows(config: Config, name: ModelName) -> list[Row]:
 
 def make_problem(config: Config, name: ModelName, setting: Setting) -> tuple[MarkovConfig, Problem]:
     """A model on the languages of a setting; what is wrong with either is found here."""
-    if config.inner.batching == "split":
-        check_split(setting.sequences, config.inner.num_steps)
     languages = MarkovConfig(
         order=setting.order,
         vocab_size=setting.symbols,
@@ -103,6 +100,15 @@ def make_problem(config: Config, name: ModelName, setting: Setting) -> tuple[Mar
         length=config.length,
     )
     model = make_model(config, name, setting)
+    rows = make_rows(config, name)
+    feasible.check(
+        [(row.learner, row.estimator, config.inner) for row in rows],
+        model.init,
+        losses.next_token(model),
+        feasible.tokens(setting.sequences, config.length),
+        feasible.tokens(config.num_query, config.length),
+        training_of(config, name).comparison.most_episodes,
+    )
     tokens = (setting.sequences + config.num_query) * config.length
     return languages, Problem(make_family(languages), model, losses.next_token(model), tokens)
 

@@ -36,7 +36,7 @@ import jax
 import numpy as np
 import optax
 
-from experiments import command_line
+from experiments import command_line, feasible
 from experiments.table_dynamic_evaluation_config import CHOSEN_BY, Config, preset
 from experiments.table_dynamic_evaluation_data import (
     Text,
@@ -253,14 +253,25 @@ def add_rows(
         report.add(f"{prefix}{rule}{DYNAMIC}", found, static, settings, seconds)
 
 
+def check_memory(config: Config) -> None:
+    """Raises UserError where what the config asks for exceeds the memory of the device."""
+    model = models.transformer(config.transformer())
+    window = feasible.tokens(1, config.window)
+    stretches = config.tasks_per_step * config.inner.num_steps
+    most = max(stretches, config.statistics_segments)
+    loss_fn, nothing = losses.next_token(model), feasible.tokens(0, 1)
+    feasible.check([], model.init, loss_fn, window, nothing, most)
+
+
 def run(config: Config) -> None:
     """Trains both initialisations, walks along the streams, and writes tables and figure."""
     parallel.set_up_backend()
     trainer(config.improve)  # or its memory is found wrong when rows are trained
-    text = find_text(config)
     num_devices = len(parallel.default_devices())
     parallel.check_divides(config.tasks_per_step, num_devices)
     check_groups(config.tasks_per_step // num_devices, config.tasks_at_a_time)
+    check_memory(config)
+    text = find_text(config)
     place = open_run(
         config.root,
         "table_dynamic_evaluation",

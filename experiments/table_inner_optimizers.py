@@ -18,6 +18,7 @@ learned. The settings beside the rate stand fixed in `metaopt.inner_optimizers`.
 """
 
 import dataclasses
+import itertools
 
 from experiments import adapt_languages, command_line
 from experiments.table_inner_optimizers_config import CHOSEN_BY, Config, LearnerName, preset
@@ -25,11 +26,11 @@ from experiments.table_inner_optimizers_report import COLUMNS, ROWS, Report
 from metaopt import learners, losses, meta_gradients, parallel
 from metaopt.comparison import Comparison, Problem, Row
 from metaopt.errors import UserError
-from metaopt.inner_loop import check_split
 from metaopt.inner_optimizers import INNER_OPTIMIZERS, OptimizerName
 from metaopt.recorder import Diverged
 from metaopt.runs import open_run
 from metaopt.self_improvement.drop_in import trainer
+from metaopt.tasks import text
 
 ESTIMATORS = {
     "joint": meta_gradients.joint,
@@ -47,15 +48,16 @@ def make_problem(config: Config) -> Problem:
     """
     if config.tasks == "markov":
         raise UserError("the table is of text: --tasks stdlib, text or tfds:NAME")
-    if config.inner.batching == "split":
-        check_split(config.num_support, config.inner.num_steps)
     known = {field.name for field in dataclasses.fields(adapt_languages.Config)}
     shared = {f.name for f in dataclasses.fields(config)} & known
     languages = adapt_languages.Config(
         model="transformer", **{name: getattr(config, name) for name in shared}
     )
-    family, vocab_size = adapt_languages.make_family(languages)
-    model = adapt_languages.make_model(languages, vocab_size)
+    model = adapt_languages.make_model(languages, text.VOCAB_SIZE)
+    cells = itertools.product(config.optimizers, config.learners)
+    rows = [make_row(config, optimizer, learner) for optimizer, learner in cells]
+    adapt_languages.check(languages, rows, model)
+    family = adapt_languages.make_family(languages)
     tokens = (config.num_support + config.num_query) * config.length
     return Problem(family, model, losses.next_token(model), tokens)
 

@@ -21,10 +21,11 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from experiments import command_line
+from experiments import command_line, feasible
 from experiments import meta_gradients_forms as forms
 from experiments.meta_gradients_forms import FORMS, NAIVE, PLANNED, Size
-from metaopt import measure, parallel, plots, tables
+from metaopt import losses, measure, parallel, plots, tables
+from metaopt.errors import UserError
 from metaopt.evaluate import Interval
 from metaopt.files import write_json_lines, write_text
 from metaopt.progress import Progress, say
@@ -82,6 +83,14 @@ class Config(Checked):
     seed: Seed = 0
     root: str = "runs"
     run_dir: str | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        if len(self.growth_budgets) != len(self.growth_steps) - 1:
+            raise UserError(
+                f"growth_budgets {self.growth_budgets} must be one for each of growth_steps "
+                f"{self.growth_steps} but the first"
+            )
 
 
 def preset(flags: Mapping[str, str]) -> Config:
@@ -294,9 +303,18 @@ def relative_error(found: Any, expected: Any) -> float:
     return float(np.linalg.norm(a - b) / np.linalg.norm(b))
 
 
+def check(size: Size) -> None:
+    """Raises UserError where a size cannot be computed."""
+    model = forms.model_of(size, {})
+    batch = feasible.tokens(size.sequences, size.length)
+    feasible.check([], model.init, losses.next_token(model), batch, batch, num_episodes=1)
+
+
 def run(config: Config) -> None:
     """Measures all, and writes the tables and the figure."""
     parallel.set_up_backend()
+    for size in {*config.sizes, config.time_size, config.exact_size, *config.utilisation_sizes}:
+        check(size)
     saved = command_line.as_saved(config)
     place = open_run(
         config.root, "table_meta_gradients", config.preset, saved, run_dir=config.run_dir

@@ -26,13 +26,13 @@ import functools
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import command_line
+from experiments import command_line, feasible
 from experiments.table_omniglot_config import CHOSEN_BY, Config, Setting, parse_setting, preset
 from experiments.table_omniglot_report import Report
 from experiments.table_omniglot_rows import Row, make_rows
@@ -48,7 +48,7 @@ from metaopt.runs import open_run
 from metaopt.self_improvement.drop_in import trainer
 from metaopt.tasks.images import ImagesConfig, images
 from metaopt.train import TrainConfig
-from metaopt.types import Array, Episode, LossFn, MetaParams, Model, Params, TaskFamily
+from metaopt.types import Array, Batch, Episode, LossFn, MetaParams, Model, Params, TaskFamily
 
 
 class Problem(NamedTuple):
@@ -61,7 +61,6 @@ class Problem(NamedTuple):
         stands first in its batch.
       loss_fn: the model's cross-entropy.
       family: ``(support, query) drawings of a character -> TaskFamily``.
-      test: the episodes that are reported.
     """
 
     setting: Setting
@@ -69,7 +68,6 @@ class Problem(NamedTuple):
     by_support: Model
     loss_fn: LossFn
     family: Callable[[int, int], TaskFamily]
-    test: Episode
 
 
 def make_problem(config: Config, setting: Setting) -> Problem:
@@ -92,10 +90,14 @@ def make_problem(config: Config, setting: Setting) -> Problem:
     shape = (config.image_size, config.image_size, 1)
     network = functools.partial(models.conv, shape, setting.ways, config.filters)
     model, by_support = network(), network(num_reference=setting.ways * setting.shots)
-    test = family(setting.shots, setting.shots).test.sample(
-        jax.random.key(config.eval_seed), config.test_episodes
-    )
-    return Problem(setting, model, by_support, losses.classification(model), family, test)
+    return Problem(setting, model, by_support, losses.classification(model), family)
+
+
+def make_test(config: Config, problem: Problem) -> Episode:
+    """The episodes that are reported."""
+    shots = problem.setting.shots
+    family = problem.family(shots, shots)
+    return family.test.sample(jax.random.key(config.eval_seed), config.test_episodes)
 
 
 def accuracies(problem: Problem) -> evaluate.MeasureFn:
@@ -180,7 +182,7 @@ def inner_hparams(row: Row) -> dict[str, np.float32]:
 
 
 def curves_of_row(
-    config: Config, problem: Problem, row: Row, meta_params: MetaParams
+    config: Config, problem: Problem, row: Row, meta_params: MetaParams, test: Episode
 ) -> np.ndarray:
     """Accuracies after 0, 1, 2 ... inner steps, ``[E, steps + 1, 2]``, see `accuracies`."""
     learner = (row.judged or row.learner)(problem.model)
@@ -193,28 +195,46 @@ def curves_of_row(
         20,
         measure=accuracies(problem),
     )
-    return curves(meta_params, inner_hparams(row), problem.test)
+    return curves(meta_params, inner_hparams(row), test)
 
 
-def check_devices(config: Config, rows: list[Row]) -> None:
-    """Raises UserError where a meta-batch does not divide by the devices or the groups."""
+def check(config: Config, problem: Problem, rows: list[Row]) -> None:
+    """Raises UserError where what the config asks for cannot be computed."""
     num_devices = len(parallel.default_devices(config.num_devices))
+    ways, shots = problem.setting
     for row in rows:
         parallel.check_divides(row.tasks_per_step, num_devices)
         check_groups(row.tasks_per_step // num_devices, config.tasks_at_a_time)
+        feasible.check(
+            [(row.learner(problem.model), row.estimator, row.inner)],
+            problem.model.init,
+            problem.loss_fn,
+            *(drawings(config, ways * number) for number in row.drawings),
+            num_episodes=row.tasks_per_step,
+        )
+    size = feasible.num_bytes(2 * config.test_episodes, drawings(config, ways * shots))
+    feasible.check_bytes(size, f"to hold {config.test_episodes:,} tests", "lower their number")
+
+
+def drawings(config: Config, number: int) -> Batch:
+    """The shapes of so many of them."""
+    shape = (number, config.image_size, config.image_size, 1)
+    inputs: Any = jax.ShapeDtypeStruct(shape, jnp.float32)
+    targets: Any = jax.ShapeDtypeStruct((number,), jnp.int32)
+    return Batch(inputs, targets)
 
 
 def run(config: Config) -> None:
     """Trains and tests the rows in every setting, and writes the table."""
     parallel.set_up_backend()
     trainer(config.improve)  # or its memory is found wrong when rows are trained
-    settings = [parse_setting(name) for name in config.settings]
-    for setting in settings:  # all that can be wrong, before anything is written
-        check_devices(config, make_rows(config, setting))
-    problems = [make_problem(config, setting) for setting in settings]
+    problems = [make_problem(config, parse_setting(name)) for name in config.settings]
+    for problem in problems:  # all that can be wrong, before anything is written
+        check(config, problem, make_rows(config, problem.setting))
     for problem in problems:
-        for row in make_rows(config, problem.setting):
-            problem.family(*row.drawings)
+        shots = problem.setting.shots
+        for sizes in ((shots, shots), *(r.drawings for r in make_rows(config, problem.setting))):
+            problem.family(*sizes)
     place = open_run(
         config.root,
         "table_omniglot",
@@ -225,12 +245,13 @@ def run(config: Config) -> None:
     command = command_line.command("table_omniglot", config, preset, CHOSEN_BY)
     report = Report(place, config, command)
     for problem in problems:
+        test = make_test(config, problem)
         for row in make_rows(config, problem.setting):
             began = time.monotonic()
             found = []
             for seed in config.seeds:
                 meta_params = train_row(config, problem, row, seed, place.directory)
-                found.append(curves_of_row(config, problem, row, meta_params))
+                found.append(curves_of_row(config, problem, row, meta_params, test))
             report.add(problem.setting, row, np.stack(found), time.monotonic() - began)
     report.finish()
 

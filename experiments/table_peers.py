@@ -13,6 +13,7 @@ they step in turn, one at a time, so that all see the same machine.
 import contextlib
 import dataclasses
 import importlib.util
+import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -81,8 +82,10 @@ def preset(flags: Mapping[str, str]) -> Config:
     return Config()
 
 
-def require_installed(config: Config) -> None:
-    """Raises UserError where a library is missing."""
+def check(config: Config) -> None:
+    """Raises UserError where a library is missing, or there are fewer cores."""
+    if config.threads > (cores := os.cpu_count() or 1):
+        raise UserError(f"threads is {config.threads}, and this machine has {cores} cores")
     for peer in config.peers:
         package = NEEDED.get(peer, peer)
         if importlib.util.find_spec(package) is None:
@@ -122,7 +125,7 @@ def measure(config: Config, problem: Name, cell: RecordCell) -> list[dict[str, A
 
 def run(config: Config) -> None:
     """Measures the problems that an unfinished run lacks, and writes the table."""
-    require_installed(config)
+    check(config)
     parallel.set_up_backend()
     place = open_run(
         config.root,

@@ -16,24 +16,58 @@ many tokens as the tuned one; its trials come on top, and are in its time.
 """
 
 import time
+from pathlib import Path
 
-from experiments import command_line
+from experiments import command_line, feasible
 from experiments.table_self_improvement_config import CHOSEN_BY, Config, preset
 from experiments.table_self_improvement_report import BASELINES, Report
 from experiments.table_self_improvement_rows import baselines, make_rows
 from experiments.table_self_improvement_study import Study
-from experiments.table_self_improvement_workloads import read_mnist
-from metaopt import parallel
+from experiments.table_self_improvement_workloads import Text, mnist, transformer
+from metaopt import losses, parallel
 from metaopt.errors import UserError
 from metaopt.progress import say
 from metaopt.runs import open_run
+
+BASELINE_ROW = "baselines"
+
+
+def check(config: Config) -> set[str]:
+    """The rows to run.
+
+    Raises:
+      UserError: there is none of a name, its data are missing or wrong, or what the config asks
+        for exceeds the memory of the device.
+    """
+    rows = [*make_rows(Study(config, Path())), BASELINE_ROW]
+    if unknown := set(config.rows) - set(rows):
+        raise UserError(f"no row {sorted(unknown)[0]!r}; there are {', '.join(rows)}")
+    lm, markov = config.lm, config.markov
+    model = transformer(lm)
+    batch, nothing = feasible.tokens(1, lm.length), feasible.tokens(0, 1)
+    most = max(*lm.batches, lm.num_held_out, lm.num_test)
+    feasible.check([], model.init, losses.next_token(model), batch, nothing, most)
+    episodes = max(markov.num_held_out, markov.num_test, markov.tasks_per_step)
+    for name, needed, there in (
+        ("lm.batches", max(lm.batches), lm.num_examples),
+        ("markov.tasks_per_step", markov.tasks_per_step, markov.num_examples),
+        ("mnist.batch_size", config.mnist.batch_size, config.mnist.num_train),
+    ):
+        if needed > there:
+            raise UserError(f"{name} {needed} is more than the examples of a run, {there}")
+    languages = (feasible.tokens(n, 32) for n in (4, 8))
+    size = feasible.num_bytes(episodes, *languages)
+    feasible.check_bytes(size, f"to hold {episodes:,} episodes", "lower their number")
+    Text(config.folder, lm.length, config.seed)
+    if config.mnist.path is not None:
+        mnist(config, "fixed")
+    return set(config.rows or rows)
 
 
 def run(config: Config) -> None:
     """Runs the rows that are not there yet, and writes tables and figure."""
     parallel.set_up_backend()
-    if config.mnist.path is not None and (not config.rows or "mnist" in config.rows):
-        read_mnist(config)  # now, and not after the other rows, is the time to refuse it
+    names = check(config)
     place = open_run(
         config.root,
         "table_self_improvement",
@@ -43,20 +77,16 @@ def run(config: Config) -> None:
     )
     study = Study(config, place.directory / "trainings")
     rows = make_rows(study)
-    unknown = set(config.rows) - {*rows, "baselines"}
-    if unknown:
-        raise UserError(f"no row {sorted(unknown)[0]!r}; there are {', '.join(rows)}, baselines")
     command = command_line.command("table_self_improvement", config, preset, CHOSEN_BY)
     report = Report(place, config, command)
     for name, cells in rows.items():
-        wanted = not config.rows or name in config.rows
         if name == "mnist" and config.mnist.path is None:
             say("no --mnist.path: the row mnist is left out")
-        elif wanted and not report.has(name):
+        elif name in names and not report.has(name):
             began = time.monotonic()
             found = list(cells())
             report.add(name, found, time.monotonic() - began)
-    if not config.rows or "baselines" in config.rows:
+    if BASELINE_ROW in names:
         for name, cell in baselines(study).items():
             if not report.has(name):
                 began = time.monotonic()

@@ -22,15 +22,15 @@ some of the curves.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import command_line
+from experiments import command_line, feasible
 from experiments.table_sinusoid_config import CHOSEN_BY, Config, preset
 from experiments.table_sinusoid_report import Report
 from experiments.table_sinusoid_rows import Row, inner_hparams, make_rows
@@ -40,7 +40,7 @@ from metaopt.runs import open_run
 from metaopt.self_improvement.drop_in import reported_losses, trainer
 from metaopt.tasks.sinusoid import SinusoidConfig, evaluation_episodes, sinusoid
 from metaopt.train import StepFn, TrainConfig
-from metaopt.types import Episode, Key, LossFn, MetaParams, Model, Params
+from metaopt.types import Batch, Episode, Key, LossFn, MetaParams, Model, Params
 
 HELD_OUT_BATCHES = 64
 RATES_TRIED = (0.001, 0.003, 0.01, 0.03)  # for the row that is not trained to adapt
@@ -173,11 +173,30 @@ def losses_of_row(
     return {shots: curves(meta_params, hparams, test) for shots, test in problem.tests.items()}
 
 
+def check(config: Config, rows: Sequence[Row]) -> None:
+    """Raises UserError where what the config asks for cannot be computed."""
+    model = models.mlp(1, 1)
+    points: Any = jax.ShapeDtypeStruct((config.num_query, 1), jnp.float32)
+    shots: Any = jax.ShapeDtypeStruct((config.num_support, 1), jnp.float32)
+    feasible.check(
+        [(row.learner(config.seeds[0]), row.estimator, row.inner) for row in rows],
+        model.init,
+        losses.regression(model),
+        Batch(shots, shots),
+        Batch(points, points),
+        config.tasks_per_step,
+    )
+    tested = config.test_curves * config.supports_per_curve
+    size = 8 * tested * (sum(config.test_shots) + len(config.test_shots) * config.test_points)
+    feasible.check_bytes(size, f"to hold {tested:,} tests", "lower their number or size")
+
+
 def run(config: Config) -> None:
     """Trains and tests the rows with every seed, and writes the table."""
     parallel.set_up_backend()
     trainer(config.improve)  # or its memory is found wrong when rows are trained
     rows = make_rows(config)
+    check(config, rows)
     place = open_run(
         config.root,
         "table_sinusoid",

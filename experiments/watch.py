@@ -172,10 +172,11 @@ def run(config: Config, console: Console | None = None) -> None:
             time.sleep(config.every)
 
 
-def main() -> None:
+def main(args: Sequence[str] | None = None) -> None:
     """The command line."""
-    with command_line.one_line_exits(sys.argv[1:]):
-        run(tyro.cli(Config, prog="python -m experiments.watch", description=__doc__))
+    args = sys.argv[1:] if args is None else list(args)
+    with command_line.one_line_exits(args):
+        run(tyro.cli(Config, args=args, prog="python -m experiments.watch", description=__doc__))
 
 
 if __name__ == "__main__":

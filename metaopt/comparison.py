@@ -7,6 +7,7 @@ paired. Rates that are not learned are tuned on validation tasks, alike for all 
 """
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -128,6 +129,11 @@ class ComparisonConfig(Checked):
     test_episodes: Count = 600
     eval_seed: Seed = 1234
 
+    @property
+    def most_episodes(self) -> int:
+        """The largest number of episodes that are held at a time."""
+        return max(self.tasks_per_step, self.valid_episodes, self.test_episodes)
+
 
 class RowResult(NamedTuple):
     """A row after training, on the test episodes.
@@ -149,6 +155,24 @@ class RowResult(NamedTuple):
     seconds: float
 
 
+def check_settings(inner: InnerLoop, config: ComparisonConfig) -> list[parallel.Device]:
+    """The devices of a comparison, if its settings fit them and one another.
+
+    Raises:
+      UserError: the meta-batch does not divide by the devices or the groups, or the inner
+        loop is longer than the evaluation.
+    """
+    devices = parallel.default_devices(config.num_devices)
+    parallel.check_divides(config.tasks_per_step, len(devices))
+    check_groups(config.tasks_per_step // len(devices), config.tasks_at_a_time)
+    if inner.num_steps > config.max_inner_steps:
+        raise UserError(
+            f"training takes {inner.num_steps} inner steps and evaluation only "
+            f"{config.max_inner_steps}: raise max_inner_steps"
+        )
+    return devices
+
+
 class Comparison:
     """Trains and evaluates rows that share a problem and its episodes.
 
@@ -163,31 +187,28 @@ class Comparison:
         config: ComparisonConfig,
         trainer: TrainFn = train,
     ):
-        """Checks the settings and draws the evaluation episodes.
+        """Checks the settings, see `check_settings`.
 
         The cosine of the outer rate ends with each training, unless
         ``outer.decay_steps`` says when, and so do the weights of an annealed query loss. The
         trainer is `train`, or what takes its place.
-
-        Raises:
-          UserError: the meta-batch does not divide by the devices or the groups, or
-            the inner loop is longer than the evaluation.
         """
         self.problem, self.inner, self.outer, self.config = problem, inner, outer, config
         self._trainer = trainer
-        self.devices = parallel.default_devices(config.num_devices)
-        parallel.check_divides(config.tasks_per_step, len(self.devices))
-        check_groups(config.tasks_per_step // len(self.devices), config.tasks_at_a_time)
-        if inner.num_steps > config.max_inner_steps:
-            raise UserError(
-                f"training takes {inner.num_steps} inner steps and evaluation only "
-                f"{config.max_inner_steps}: raise max_inner_steps"
-            )
-        valid_key, test_key = jax.random.split(jax.random.key(config.eval_seed))
-        self.valid = problem.family.valid.sample(valid_key, config.valid_episodes)
-        self.test = problem.family.test.sample(test_key, config.test_episodes)
+        self.devices = check_settings(inner, config)
+        self._valid_key, self._test_key = jax.random.split(jax.random.key(config.eval_seed))
         self._init_key, self._data_key = jax.random.split(jax.random.key(config.seed))
         self._tuned: dict[tuple[Callable, str], float] = {}
+
+    @functools.cached_property
+    def valid(self) -> Episode:
+        """The episodes that rates and checkpoints are chosen on."""
+        return self.problem.family.valid.sample(self._valid_key, self.config.valid_episodes)
+
+    @functools.cached_property
+    def test(self) -> Episode:
+        """The episodes that are reported."""
+        return self.problem.family.test.sample(self._test_key, self.config.test_episodes)
 
     def random_init(self) -> Params:
         """The initial parameters that every row shares."""

@@ -138,18 +138,20 @@ def test_a_run_that_lost_its_end_is_taken_up_and_gives_the_same_numbers(finished
 
 @pytest.fixture(scope="module")
 def problem(folder):
-    """A `Problem` with the linear model."""
+    """A `Problem` with the linear model, and its test."""
     config = parse(*FLAGS, "--source", str(folder), "--test-episodes", "4", "--filters", "5")
-    return table_omniglot.make_problem(config, ONE_SHOT)
+    problem = table_omniglot.make_problem(config, ONE_SHOT)
+    return problem, table_omniglot.make_test(config, problem)
 
 
 def test_accuracy_by_the_support_does_not_see_the_other_queries(problem):
+    problem, test = problem
     # Judged one by one, the support before each, which is what non-transductive means.
     params = problem.model.init(jax.random.key(1))
     measure = jax.jit(table_omniglot.accuracies(problem), compiler_options=QUICKLY)
     found, one_by_one, together = [], [], []
     for i in range(4):
-        episode: Episode = jax.tree.map(lambda x, i=i: x[i], problem.test)
+        episode: Episode = jax.tree.map(lambda x, i=i: x[i], test)
         found.append(measure(params, episode))
         for image, target in zip(episode.query.inputs, episode.query.targets, strict=True):
             after_support = jnp.concatenate([episode.support.inputs, image[None]])
@@ -162,7 +164,7 @@ def test_accuracy_by_the_support_does_not_see_the_other_queries(problem):
 
 
 def test_annealing_of_the_order_goes_on_from_the_state_of_first_order(problem, folder, tmp_path):
-    config = parse(*FLAGS, "--source", str(folder), "--meta-steps", "20")
+    (problem, _), config = problem, parse(*FLAGS, "--source", str(folder), "--meta-steps", "20")
     row = plus_plus("row", config, ONE_SHOT, Parts(order_annealing=True))
     assert row.first_order_steps == 2
     found = table_omniglot.train_row(config, problem, row, 0, tmp_path)
