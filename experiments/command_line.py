@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import errno
+import io
 import os
 import shlex
 import sys
@@ -52,16 +53,39 @@ def main(
     with one_line_exits(args, resumes="root" in config_type.__dataclass_fields__):
         flags = {name: _flag(args, name) for name in chosen_by}
         default = preset({name: value for name, value in flags.items() if value is not None})
-        config: Any = tyro.cli(
-            config_type,
-            args=args,
-            default=default,
-            prog=f"python -m experiments.{module}",
-            description=description,
+        config: Any = parse(
+            config_type, args, f"python -m experiments.{module}", description, default
         )
         if "root" in config_type.__dataclass_fields__:
             check_root(config.root, config.run_dir)
         run(config)
+
+
+def parse(
+    config_type: type[Config],
+    args: Sequence[str],
+    prog: str,
+    description: str | None,
+    default: Config | None = None,
+) -> Config:
+    """The config of a command line, by tyro, whose boxes round its errors become one line.
+
+    Raises:
+      UserError: a flag is unknown, or its value is none of its type.
+    """
+    defaults = {} if default is None else {"default": default}
+    box = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(box):
+            return tyro.cli(config_type, args=args, prog=prog, description=description, **defaults)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        rows = [row.strip("│ ") for row in box.getvalue().splitlines() if row[:1] not in "╭╰"]
+        parts = " ".join(rows).split("───")  # the error, what is near to it, and the help
+        near = next((part for part in parts if "Perhaps you meant" in part), "")
+        said = [" ".join(parts[0].split()).rstrip("."), " ".join(near.strip("─ ").split()[:4])]
+        raise UserError("; ".join(part for part in (*said, f"see {prog} --help") if part)) from None
 
 
 @contextlib.contextmanager

@@ -176,7 +176,7 @@ def main(args: Sequence[str] | None = None) -> None:
     """The command line."""
     args = sys.argv[1:] if args is None else list(args)
     with command_line.one_line_exits(args):
-        run(tyro.cli(Config, args=args, prog="python -m experiments.watch", description=__doc__))
+        run(command_line.parse(Config, args, "python -m experiments.watch", __doc__))
 
 
 if __name__ == "__main__":
