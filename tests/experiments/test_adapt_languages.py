@@ -265,7 +265,7 @@ WRONG = [
     ("--model transformer --num-heads 3", "not divisible by num_heads 3"),
     ("--model lstm --width 0", "--width is 0; it must be a whole number from 1 to 65536"),
     ("--rows MAML 'Meta SGD'", "no row 'Meta SGD'; there are random init, joint pretraining"),
-    ("--inner.batching split", "4 support examples cannot be split into 5"),
+    ("--inner.batching split", "support examples cannot be split into 5"),
     ("--comparison.max-inner-steps 4", "5 inner steps and evaluation only 4"),
     ("--comparison.tasks-per-step 6", "6 tasks does not divide by 4 devices"),
     ("--comparison.tasks-at-a-time 3", "cannot be taken 3 at a time"),
