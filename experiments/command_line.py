@@ -15,7 +15,7 @@ import tyro
 from experiments import stopping
 from metaopt.errors import Diverged, UserError
 from metaopt.progress import set_up_output
-from metaopt.ranges import OutOfRange
+from metaopt.ranges import OutOfRange, field_types
 from metaopt.runs import as_json, check_root
 from metaopt.text import printable
 
@@ -50,13 +50,13 @@ def main(
     if args is None:
         restart_with_huge_pages()
     args = sys.argv[1:] if args is None else list(args)
-    with one_line_exits(args, resumes="root" in config_type.__dataclass_fields__):
+    with one_line_exits(args, resumes="root" in field_types(config_type)):
         flags = {name: _flag(args, name) for name in chosen_by}
         default = preset({name: value for name, value in flags.items() if value is not None})
         config: Any = parse(
             config_type, args, f"python -m experiments.{module}", description, default
         )
-        if "root" in config_type.__dataclass_fields__:
+        if "root" in field_types(config_type):
             check_root(config.root, config.run_dir)
         run(config)
 
