@@ -73,7 +73,7 @@ def parse(
     Raises:
       UserError: a flag is unknown, or its value is none of its type.
     """
-    defaults = {} if default is None else {"default": default}
+    defaults: dict[str, Any] = {} if default is None else {"default": default}
     box = io.StringIO()
     try:
         with contextlib.redirect_stderr(box):

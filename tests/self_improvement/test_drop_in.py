@@ -165,7 +165,9 @@ def test_a_step_that_cannot_be_judged_without_an_update_is_refused(tmp_path):
 
 def timeless(directory):
     lines = read_json_lines(directory / "decisions.jsonl")
-    return [{k: v for k, v in d.items() if k not in ("seconds", "evidence", "checksum")} for d in lines]
+    return [
+        {k: v for k, v in d.items() if k not in ("seconds", "evidence", "checksum")} for d in lines
+    ]
 
 
 @pytest.mark.parametrize("at", [3, 20, 40])
