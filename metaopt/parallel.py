@@ -148,7 +148,9 @@ def parallel_step(step: Callable, devices: Sequence[Device]) -> Callable:
 
     @functools.wraps(compiled)
     def finished(state, episodes):
-        return jax.block_until_ready(compiled(state, episodes))
+        out = compiled(state, episodes)
+        jax.block_until_ready(jax.tree.leaves(out)[-1:])  # all that a program gives is done at once
+        return out
 
     return finished
 
