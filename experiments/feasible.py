@@ -70,10 +70,14 @@ def _check_rows(rows: Iterable[Trained], params: Params, num_support: int, num_q
         hparams = {"inner_learning_rate": jnp.float32(0.1)}
         if inner.query_loss == "annealed":
             hparams["query_annealing"] = jnp.float32(0.5)
-        if estimator is not None:
+        if estimator is None:
+            continue
+        meta_params = jax.eval_shape(learner.init, params)
+        try:
             estimate = estimator(learner, _mean_of_all, inner)
-            meta_params = jax.eval_shape(learner.init, params)
             jax.eval_shape(estimate, meta_params, hparams, episode, jax.random.key(0))
+        except UserError as error:  # support and query are one for some of them
+            raise UserError(f"{getattr(estimator, '__name__', 'estimator')}: {error}") from None
 
 
 def check_languages(config: MarkovConfig, num_tasks: int) -> None:

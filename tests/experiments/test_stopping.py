@@ -99,8 +99,8 @@ BODY = """
         {body}
 """
 LOSES_IT = """
-        print("ready", flush=True)
         try:
+            print("ready", flush=True)
             time.sleep(20)
         except:
             pass
