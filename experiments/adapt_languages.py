@@ -32,6 +32,8 @@ from metaopt.types import Learner, Model, TaskFamily
 def check(config: Config, rows: Sequence[Row], model: Model) -> None:
     """Raises UserError where what the config asks for cannot be computed."""
     check_settings(config.inner, config.comparison)
+    if config.tasks == "markov":
+        feasible.check_languages(markov_config(config), config.comparison.most_episodes)
     feasible.check(
         [(row.learner, row.estimator, config.inner) for row in rows],
         model.init,

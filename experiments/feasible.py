@@ -12,6 +12,7 @@ from metaopt import measure
 from metaopt.comparison import Estimator
 from metaopt.errors import UserError
 from metaopt.inner_loop import InnerLoop
+from metaopt.tasks.markov import MarkovConfig, bytes_to_draw
 from metaopt.types import Array, Batch, Episode, Key, Learner, LossFn, Params
 
 Trained = tuple[Learner, Estimator | None, InnerLoop]
@@ -69,10 +70,21 @@ def _check_rows(rows: Iterable[Trained], params: Params, num_support: int, num_q
         hparams = {"inner_learning_rate": jnp.float32(0.1)}
         if inner.query_loss == "annealed":
             hparams["query_annealing"] = jnp.float32(0.5)
-        if estimator is not None:
+        if estimator is None:
+            continue
+        meta_params = jax.eval_shape(learner.init, params)
+        try:
             estimate = estimator(learner, _mean_of_all, inner)
-            meta_params = jax.eval_shape(learner.init, params)
             jax.eval_shape(estimate, meta_params, hparams, episode, jax.random.key(0))
+        except UserError as error:  # support and query are one for some of them
+            raise UserError(f"{getattr(estimator, '__name__', 'estimator')}: {error}") from None
+
+
+def check_languages(config: MarkovConfig, num_tasks: int) -> None:
+    """Raises UserError where so many tasks cannot be drawn at once."""
+    needed = bytes_to_draw(config, num_tasks)
+    remedy = "lower their number, the vocabulary or the order"
+    check_bytes(needed, f"to draw {num_tasks:,} languages at once", remedy)
 
 
 def check_bytes(needed: float, what: str, remedy: str) -> None:

@@ -82,7 +82,9 @@ def _attend(reader: socket.socket, writer: socket.socket) -> None:
             notice = ""
         if _raised.is_set() and hasattr(signal, "pthread_kill"):  # it has arrived, or was lost
             signal.pthread_kill(main, first)
-            reader.recv(1)  # of that
+            reader.settimeout(None)
+            reader.recv(1)  # of that, however late it is
+            reader.settimeout(PATIENCE)
 
 
 def _next_signal(reader: socket.socket) -> signal.Signals:

@@ -100,14 +100,15 @@ def make_problem(config: Config, name: ModelName, setting: Setting) -> tuple[Mar
         length=config.length,
     )
     model = make_model(config, name, setting)
-    rows = make_rows(config, name)
+    rows, episodes = make_rows(config, name), training_of(config, name).comparison.most_episodes
+    feasible.check_languages(languages, episodes)
     feasible.check(
         [(row.learner, row.estimator, config.inner) for row in rows],
         model.init,
         losses.next_token(model),
         feasible.tokens(setting.sequences, config.length),
         feasible.tokens(config.num_query, config.length),
-        training_of(config, name).comparison.most_episodes,
+        episodes,
     )
     tokens = (setting.sequences + config.num_query) * config.length
     return languages, Problem(make_family(languages), model, losses.next_token(model), tokens)

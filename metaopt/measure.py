@@ -283,7 +283,7 @@ def matmul_peak(size: int = 2048, dtype: Any = jnp.float32, rounds: int = 5) -> 
 
 def device_bytes() -> int:
     """Memory of the device that computes, in bytes; of the machine, for a CPU."""
-    (device,) = jnp.zeros(()).devices()
+    (device,) = jax.device_put(0.0).devices()
     limit = (device.memory_stats() or {}).get("bytes_limit")
     return limit or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 

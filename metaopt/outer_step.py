@@ -61,7 +61,7 @@ class OuterConfig(Checked):
     weight_decay: RateOr0 = 0.0
     momentum: Annotated[float, Range(0, 0.9999)] = 0.9
     clip_norm: Annotated[float, Range(1e-12, math.inf)] = 1.0
-    warmup_steps: StepsOr0 = 0
+    warmup_steps: Annotated[int, Range(0, 10**8)] = 0
     decay_steps: StepsOr0 = 0
     final_fraction: Share = 0.0
 

@@ -21,6 +21,7 @@ from metaopt.tasks.fresh import fresh_tasks
 from metaopt.types import Array, Batch, Episode, Key, TaskFamily
 
 _MAX_TABLE = 2**24
+BYTES_TO_DRAW = 150  # of working memory for each probability of a language, measured on CPU
 
 Order = Annotated[int, Range(1, 24)]
 Symbols = Annotated[int, Range(2, 4096)]
@@ -52,6 +53,11 @@ class MarkovConfig(Checked):
                 f"vocab_size {self.vocab_size} with order {self.order} makes more than "
                 f"{_MAX_TABLE} transition probabilities a language: lower one of them"
             )
+
+
+def bytes_to_draw(config: MarkovConfig, num_tasks: int) -> int:
+    """The memory that it takes to draw so many episodes at once, each with its language."""
+    return BYTES_TO_DRAW * num_tasks * config.vocab_size ** (config.order + 1)
 
 
 def markov(config: MarkovConfig) -> TaskFamily:

@@ -99,12 +99,12 @@ BODY = """
         {body}
 """
 LOSES_IT = """
-        print("ready", flush=True)
         try:
-            time.sleep(20)
-        except:
-            pass
-        try:
+            try:
+                print("ready", flush=True)
+                time.sleep(20)
+            except:
+                pass
             time.sleep(20)
         finally:
             time.sleep(0.5)  # of cleaning up, in which it is not raised again
