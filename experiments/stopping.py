@@ -81,9 +81,13 @@ def _attend(reader: socket.socket, writer: socket.socket) -> None:
     reader.settimeout(PATIENCE)
     main = threading.main_thread().ident or 0
     notice = f"{first.name}: stopping after what is being computed; once more stops at once"
+    sent = False  # by this thread, and not heard yet: on a busy machine that takes a while
     while True:
         try:
             second = _next_signal(reader)
+            if sent and second == first:
+                sent = False
+                continue
             if time.monotonic() - since < SAME_SIGNAL:
                 continue
             _end(second, f"stopped at once by a second signal, {second.name}")
@@ -91,9 +95,10 @@ def _attend(reader: socket.socket, writer: socket.socket) -> None:
             if notice:
                 _say(notice)
             notice = ""
-        if _raised.is_set() and hasattr(signal, "pthread_kill"):  # it has arrived, or was lost
+        # It has arrived, or was lost.
+        if _raised.is_set() and not sent and hasattr(signal, "pthread_kill"):
+            sent = True
             signal.pthread_kill(main, first)
-            reader.recv(1)  # of that
 
 
 def _next_signal(reader: socket.socket) -> signal.Signals:
@@ -110,4 +115,5 @@ def _end(signum: signal.Signals, line: str) -> None:
 
 def _say(line: str) -> None:
     with contextlib.suppress(OSError, ValueError):
-        print(line, file=sys.stderr, flush=True)
+        sys.stderr.write(f"{line}\n")  # at once, as another thread may be writing
+        sys.stderr.flush()
