@@ -117,9 +117,9 @@ class _Parts:
 
     def of(self, value: Any) -> Hashable:
         """Raises `_Unknown` for what may change without this showing."""
-        if isinstance(value, _PLAIN) and not isinstance(value, enum.Enum):
-            if getattr(value, "__dict__", None):
-                raise _Unknown  # a number or container of a class of the user's, with attributes
+        is_plain = isinstance(value, _PLAIN) and not isinstance(value, enum.Enum)
+        if is_plain and getattr(value, "__dict__", None):
+            raise _Unknown  # a number or container of a class of the user's, with attributes
         if isinstance(value, _ATOMS):
             return type(value), value
         if isinstance(value, float | complex | np.generic):
