@@ -13,15 +13,18 @@ import signal
 import socket
 import sys
 import threading
+import time
 from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 PATIENCE = 1.0  # seconds before it is said that stopping takes a while
+SAME_SIGNAL = 0.2  # seconds in which another one is the first once more
 _in_order, _raised = threading.Event(), threading.Event()
 
 
 def listen() -> None:
     """From now on a signal ends the process at once, in one line, as nothing is done yet."""
+    sys.unraisablehook = _say_unraisable
     heard = [s for s in SIGNALS if signal.getsignal(s) is not signal.SIG_IGN]  # as nohup sets it
     reader, writer = socket.socketpair()
     writer.setblocking(False)
@@ -55,6 +58,12 @@ def _interrupt(signum: int, _frame: FrameType | None) -> None:
         raise KeyboardInterrupt(signal.Signals(signum))
 
 
+def _say_unraisable(lost: "sys.UnraisableHookArgs") -> None:
+    """Python shows what a callback raised; an interrupt among that comes again, and is not."""
+    if not issubclass(lost.exc_type, KeyboardInterrupt):
+        sys.__unraisablehook__(lost)
+
+
 def _is_on_its_way() -> bool:
     """Whether the main thread is cleaning up after an interrupt: closing files, saving."""
     handled = sys.exception()
@@ -66,25 +75,30 @@ def _is_on_its_way() -> bool:
 def _attend(reader: socket.socket, writer: socket.socket) -> None:
     """Waits for signals, whose numbers arrive as bytes. ``writer`` is kept from being closed."""
     del writer
-    first = _next_signal(reader)
+    first, since = _next_signal(reader), time.monotonic()
     if not _in_order.is_set():
         _end(first, f"stopped by {first.name} at the start; run the same command again")
     reader.settimeout(PATIENCE)
     main = threading.main_thread().ident or 0
     notice = f"{first.name}: stopping after what is being computed; once more stops at once"
+    sent = False  # by this thread, and not heard yet: on a busy machine that takes a while
     while True:
         try:
             second = _next_signal(reader)
+            if sent and second == first:
+                sent = False
+                continue
+            if time.monotonic() - since < SAME_SIGNAL:
+                continue
             _end(second, f"stopped at once by a second signal, {second.name}")
         except TimeoutError:
             if notice:
                 _say(notice)
             notice = ""
-        if _raised.is_set() and hasattr(signal, "pthread_kill"):  # it has arrived, or was lost
+        # It has arrived, or was lost.
+        if _raised.is_set() and not sent and hasattr(signal, "pthread_kill"):
+            sent = True
             signal.pthread_kill(main, first)
-            reader.settimeout(None)
-            reader.recv(1)  # of that, however late it is
-            reader.settimeout(PATIENCE)
 
 
 def _next_signal(reader: socket.socket) -> signal.Signals:
@@ -101,4 +115,5 @@ def _end(signum: signal.Signals, line: str) -> None:
 
 def _say(line: str) -> None:
     with contextlib.suppress(OSError, ValueError):
-        print(line, file=sys.stderr, flush=True)
+        sys.stderr.write(f"{line}\n")  # at once, as another thread may be writing
+        sys.stderr.flush()

@@ -30,6 +30,7 @@ MOST_PARTS = 20_000
 _compiled: collections.OrderedDict[Hashable, "_Compiled"] = collections.OrderedDict()
 _lock = threading.Lock()
 _ATOMS = (bool, int, str, bytes, type(None), type(Ellipsis), enum.Enum, np.dtype, types.CodeType)
+_PLAIN = (int, float, complex, str, bytes, dict, list, tuple)
 _LIBRARIES = tuple(
     str(path.resolve())
     for path in (
@@ -116,6 +117,9 @@ class _Parts:
 
     def of(self, value: Any) -> Hashable:
         """Raises `_Unknown` for what may change without this showing."""
+        is_plain = isinstance(value, _PLAIN) and not isinstance(value, enum.Enum)
+        if is_plain and getattr(value, "__dict__", None):
+            raise _Unknown  # a number or container of a class of the user's, with attributes
         if isinstance(value, _ATOMS):
             return type(value), value
         if isinstance(value, float | complex | np.generic):

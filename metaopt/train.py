@@ -11,6 +11,7 @@ import itertools
 import math
 import signal
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -38,6 +39,8 @@ __all__ = [
     "prefetch",
     "train",
 ]
+
+SAME_SIGNAL = 0.2  # seconds in which another one is the first once more
 
 StepFn = Callable[[MetaState, Episode], tuple[MetaState, Metrics]]
 Evaluate = Callable[[MetaState], float | np.ndarray]
@@ -229,14 +232,16 @@ def leave(name: str, step: int, num_steps: int, signum: int) -> NoReturn:
 
 
 class StopSignals:
-    """Notes the first SIGINT or SIGTERM; after it the old handlers are back in force.
+    """Notes the first SIGINT or SIGTERM; a second one goes to the old handlers.
 
-    So a second one acts at once. Outside the main thread, where Python allows no
+    So that one acts at once, unless it is the first once more: `timeout` and `uv run`, for
+    two, deliver a signal twice within microseconds. Outside the main thread, where Python allows no
     handlers, it notes nothing.
     """
 
     def __init__(self):
         self.received: int | None = None
+        self._received_at = 0.0
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
@@ -250,5 +255,9 @@ class StopSignals:
             signal.signal(*self._previous.popitem())
 
     def _note(self, signum: int, _frame: Any) -> None:
-        self.received = signum
-        self.__exit__()
+        now = time.monotonic()
+        if self.received is None:
+            self.received, self._received_at = signum, now
+        elif now - self._received_at > SAME_SIGNAL:
+            self.__exit__()
+            signal.raise_signal(signum)

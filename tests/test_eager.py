@@ -146,6 +146,16 @@ def test_an_object_that_cannot_be_looked_into_is_asked_each_time():
         np.testing.assert_array_equal(compile_once(hidden)(X), scale * X)
 
 
+@pytest.mark.parametrize("kind", [dict, list, int])
+def test_attributes_of_a_number_or_container_of_a_users_class_are_seen(kind):
+    holder = type("Holder", (kind,), {})()
+    holder.scale = 2.0
+    function = compile_once(lambda x: x * holder.scale)
+    np.testing.assert_array_equal(function(X), 2 * X)
+    holder.scale = 3.0
+    np.testing.assert_array_equal(function(X), 3 * X)
+
+
 def test_only_so_many_are_kept(monkeypatch):
     monkeypatch.setattr(eager, "MOST_KEPT", 3)
     for scale in range(5):

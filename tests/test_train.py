@@ -173,6 +173,7 @@ def test_ctrl_c_finishes_the_step_and_a_second_one_leaves_at_once(tmp_path, stra
         def evaluate(state):
             for _ in range(times if int(state.step) == 4 else 0):
                 signal.raise_signal(signal.SIGINT)
+                time.sleep(0.3)  # sooner, it would be taken for the first once more
             return 0.0
 
         return evaluate

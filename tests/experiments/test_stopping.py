@@ -84,9 +84,10 @@ def test_sigterm_while_a_command_is_imported_is_one_line():
         if line.split("|")[-1].strip() == "experiments":  # whose import is done
             break
     process.send_signal(signal.SIGTERM)
-    last = process.stderr.readlines()[-1]
+    rest = process.stderr.read()  # lines of the imports go on until the end
     assert process.wait(timeout=20) == 143
-    assert last == "stopped by SIGTERM at the start; run the same command again\n"
+    assert "stopped by SIGTERM at the start; run the same command again\n" in rest
+    assert "Traceback" not in rest
 
 
 BODY = """
@@ -109,6 +110,24 @@ LOSES_IT = """
         finally:
             time.sleep(0.5)  # of cleaning up, in which it is not raised again
             print("saved", flush=True)
+"""
+TRAINS = """
+        from metaopt.train import StopSignals
+        with StopSignals() as stop:
+            print("ready", flush=True)
+            while stop.received is None:
+                time.sleep(0.001)
+            time.sleep(0.5)  # of saving
+            print("saved", flush=True)
+            sys.exit(128 + stop.received)
+"""
+LOSES_IT_IN_A_CALLBACK = """
+        class Freed:
+            def __del__(self):
+                print("ready", flush=True)
+                time.sleep(20)
+        Freed()
+        time.sleep(20)
 """
 COMPUTES = """
         import hashlib, threading
@@ -135,7 +154,7 @@ def test_an_interrupt_that_is_lost_comes_again():
     process = start(LOSES_IT)
     process.send_signal(signal.SIGINT)
     out, error = process.communicate(timeout=10)
-    assert process.returncode == 130 and out == "saved\n"
+    assert (process.returncode, out) == (130, "saved\n"), error
     assert error.splitlines()[-1] == f"stopped by SIGINT; {GO_ON}"
 
 
@@ -148,3 +167,19 @@ def test_a_second_signal_ends_it_at_once_in_the_midst_of_a_computation():
     _, error = process.communicate(timeout=10)
     assert process.returncode == 143
     assert error == "stopped at once by a second signal, SIGTERM\n"
+
+
+def test_a_signal_that_is_delivered_twice_is_one():  # as by `timeout`, and `uv run`
+    process = start(TRAINS)
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.02)  # or the kernel makes them one
+    process.send_signal(signal.SIGTERM)
+    out, error = process.communicate(timeout=20)
+    assert (process.returncode, out) == (143, "saved\n"), error
+
+
+def test_an_interrupt_that_a_callback_loses_shows_no_traceback():
+    process = start(LOSES_IT_IN_A_CALLBACK)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=10)
+    assert process.returncode == 130 and "Traceback" not in error
