@@ -160,6 +160,7 @@ def restart_with_huge_pages() -> None:
     if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
         os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
         sys.stdout.flush()
+        stopping.hold()
         os.execv(sys.executable, sys.orig_argv)
 
 

@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from types import FrameType
+from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 PATIENCE = 1.0  # seconds before it is said that stopping takes a while
@@ -32,6 +33,14 @@ def listen() -> None:
     signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
     for signum in heard:
         signal.signal(signum, _interrupt)
+    sys.unraisablehook = _ignore_interrupts
+    hold(False)
+
+
+def hold(on: bool = True) -> None:
+    """Signals wait, also while another program takes this one's place, until it calls `listen`."""
+    if hasattr(signal, "pthread_sigmask") and signal.getsignal(signal.SIGTERM) is _interrupt:
+        signal.pthread_sigmask(signal.SIG_BLOCK if on else signal.SIG_UNBLOCK, SIGNALS)
 
 
 def stop_in_order() -> None:
@@ -53,13 +62,16 @@ def signal_of(interrupt: KeyboardInterrupt) -> signal.Signals:
 
 
 def _interrupt(signum: int, _frame: FrameType | None) -> None:
-    if _in_order.is_set() and not _is_on_its_way():
+    if not _in_order.is_set():
+        name = signal.Signals(signum).name
+        _end(signum, f"stopped by {name} at the start; run the same command again")
+    if not _is_on_its_way():
         _raised.set()
         raise KeyboardInterrupt(signal.Signals(signum))
 
 
-def _say_unraisable(lost: "sys.UnraisableHookArgs") -> None:
-    """Python shows what a callback raised; an interrupt among that comes again, and is not."""
+def _ignore_interrupts(lost: Any) -> None:
+    """Says nothing of an interrupt that Python cannot raise where it came: it comes again."""
     if not issubclass(lost.exc_type, KeyboardInterrupt):
         sys.__unraisablehook__(lost)
 
@@ -76,8 +88,6 @@ def _attend(reader: socket.socket, writer: socket.socket) -> None:
     """Waits for signals, whose numbers arrive as bytes. ``writer`` is kept from being closed."""
     del writer
     first, since = _next_signal(reader), time.monotonic()
-    if not _in_order.is_set():
-        _end(first, f"stopped by {first.name} at the start; run the same command again")
     reader.settimeout(PATIENCE)
     main = threading.main_thread().ident or 0
     notice = f"{first.name}: stopping after what is being computed; once more stops at once"
@@ -108,7 +118,7 @@ def _next_signal(reader: socket.socket) -> signal.Signals:
             return signal.Signals(number)
 
 
-def _end(signum: signal.Signals, line: str) -> None:
+def _end(signum: int, line: str) -> None:
     _say(line)
     os._exit(128 + signum)
 

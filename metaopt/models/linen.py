@@ -17,7 +17,7 @@ def apply_module(module: nn.Module, params: Params, x: Array) -> Array:
 
 
 def as_model(
-    module: nn.Module, example: Array, head: Sequence[str] | None = None, **arguments: Any
+    module: nn.Module, example: Array, head: str | Sequence[str] | None = None, **arguments: Any
 ) -> Model:
     """A module as a `Model`.
 
@@ -49,6 +49,7 @@ def as_model(
     if "params" not in shapes:
         raise UserError(f"{name} has no parameters to learn")
     layers = tuple(shapes["params"])
+    head = (head,) if isinstance(head, str) else head
     if missing := [layer for layer in head or () if layer not in layers]:
         raise UserError(f"{name} has no layer {missing[0]!r} to be its head, only {layers}")
     try:
