@@ -25,7 +25,6 @@ _in_order, _raised = threading.Event(), threading.Event()
 
 def listen() -> None:
     """From now on a signal ends the process at once, in one line, as nothing is done yet."""
-    sys.unraisablehook = _say_unraisable
     heard = [s for s in SIGNALS if signal.getsignal(s) is not signal.SIG_IGN]  # as nohup sets it
     reader, writer = socket.socketpair()
     writer.setblocking(False)
