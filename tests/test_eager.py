@@ -1,5 +1,6 @@
 """Functions called outside jit: compiled once for equal functions, again for others."""
 
+import collections
 import dataclasses
 import functools
 import sys
@@ -28,6 +29,11 @@ class Counter:
 
 
 Counter.__module__ = "metaopt.counter"
+
+
+@pytest.fixture(autouse=True)
+def nothing_kept(monkeypatch):
+    monkeypatch.setattr(eager, "_compiled", collections.OrderedDict())
 
 
 @pytest.fixture
