@@ -176,6 +176,8 @@ class _Parts:
             if jnp.issubdtype(value.dtype, jax.dtypes.extended) or value.size > 4096:
                 return _Same(value)  # which cannot change
             value = np.asarray(value)
+        elif value.flags.writeable:
+            raise _Unknown  # JAX takes it for what it was while a program that holds it lives
         if value.dtype.hasobject:
             raise _Unknown
         digest = hashlib.blake2b(np.ascontiguousarray(value).tobytes()).digest()

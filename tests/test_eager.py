@@ -28,6 +28,8 @@ class Counter:
     traces = 0
 
 
+library = sys.modules["metaopt.counter"] = types.ModuleType("metaopt.counter")
+library.__file__ = dataclasses.__file__
 Counter.__module__ = "metaopt.counter"
 
 
@@ -37,10 +39,7 @@ def nothing_kept(monkeypatch):
 
 
 @pytest.fixture
-def traces(monkeypatch):
-    module = types.ModuleType("metaopt.counter")
-    module.__file__ = dataclasses.__file__
-    monkeypatch.setitem(sys.modules, "metaopt.counter", module)
+def traces():
     Counter.traces = 0
     return lambda: Counter.traces
 
@@ -104,7 +103,7 @@ MAKERS = {
     "jit": jitted,
     "custom_jvp": with_rule,
     "array": lambda scale: scaled(jnp.full(3, scale)),
-    "numpy": lambda scale: scaled(np.full(3, scale)),
+    "numpy": lambda scale: scaled(np.broadcast_to(np.float32(scale), 3)),  # read-only
 }
 
 
