@@ -15,7 +15,7 @@ import tyro
 from experiments import stopping
 from metaopt.errors import Diverged, UserError
 from metaopt.progress import set_up_output
-from metaopt.ranges import OutOfRange, field_types
+from metaopt.ranges import OutOfRange
 from metaopt.runs import as_json, check_root
 from metaopt.text import printable
 
@@ -50,13 +50,14 @@ def main(
     if args is None:
         restart_with_huge_pages()
     args = sys.argv[1:] if args is None else list(args)
-    with one_line_exits(args, resumes="root" in field_types(config_type)):
+    has_root = hasattr(config_type, "root")  # its default
+    with one_line_exits(args, resumes=has_root):
         flags = {name: _flag(args, name) for name in chosen_by}
         default = preset({name: value for name, value in flags.items() if value is not None})
         config: Any = parse(
             config_type, args, f"python -m experiments.{module}", description, default
         )
-        if "root" in field_types(config_type):
+        if has_root:
             check_root(config.root, config.run_dir)
         run(config)
 
@@ -73,7 +74,7 @@ def parse(
     Raises:
       UserError: a flag is unknown, or its value is none of its type.
     """
-    defaults: dict[str, Any] = {} if default is None else {"default": default}
+    defaults: Any = {} if default is None else {"default": default}
     box = io.StringIO()
     try:
         with contextlib.redirect_stderr(box):

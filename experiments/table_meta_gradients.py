@@ -11,6 +11,7 @@ run. Times are medians of rounds in turn.
 """
 
 import dataclasses
+import functools
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -303,6 +304,7 @@ def relative_error(found: Any, expected: Any) -> float:
     return float(np.linalg.norm(a - b) / np.linalg.norm(b))
 
 
+@functools.cache
 def check(size: Size) -> None:
     """Raises UserError where a size cannot be computed."""
     model = forms.model_of(size, {})
