@@ -48,7 +48,7 @@ def check(
         divide what it steps on, support and query; or its parameters, the episodes or the
         largest array of one evaluation of the loss alone exceed the memory of the device.
     """
-    params = jax.eval_shape(init, jax.random.key(0))
+    params = jax.eval_shape(lambda: init(jax.random.key(0)))
     count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
     check_bytes(STATES * _bytes(params), f"to train {count:,} parameters", "make the model smaller")
     size = num_bytes(num_episodes, support, query)
@@ -65,17 +65,19 @@ def _check_rows(rows: Iterable[Trained], params: Params, num_support: int, num_q
         Batch(jax.ShapeDtypeStruct((n, 1), jnp.float32), None)  # type: ignore[arg-type]
         for n in (num_support, num_query)
     )
-    episode = Episode(support, query, jnp.int32(0))
+    scalar: Any = jax.ShapeDtypeStruct((), jnp.float32)
+    task: Any = jax.ShapeDtypeStruct((), jnp.int32)
+    episode, key = Episode(support, query, task), jax.eval_shape(lambda: jax.random.key(0))
     for learner, estimator, inner in rows:
-        hparams = {"inner_learning_rate": jnp.float32(0.1)}
+        hparams = {"inner_learning_rate": scalar}
         if inner.query_loss == "annealed":
-            hparams["query_annealing"] = jnp.float32(0.5)
+            hparams["query_annealing"] = scalar
         if estimator is None:
             continue
         meta_params = jax.eval_shape(learner.init, params)
         try:
             estimate = estimator(learner, _mean_of_all, inner)
-            jax.eval_shape(estimate, meta_params, hparams, episode, jax.random.key(0))
+            jax.eval_shape(estimate, meta_params, hparams, episode, key)
         except UserError as error:  # support and query are one for some of them
             raise UserError(f"{getattr(estimator, '__name__', 'estimator')}: {error}") from None
 
