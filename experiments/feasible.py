@@ -1,12 +1,11 @@
 """Whether what a config asks for can be computed, found out from shapes: nothing is compiled."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend import core
 
 from metaopt import measure
 from metaopt.comparison import Estimator
@@ -55,7 +54,8 @@ def check(
     check_bytes(size, f"to hold {num_episodes:,} episodes", "lower their number or size")
     _check_rows(rows, params, *(jax.tree.leaves(x)[0].shape[0] for x in (support, query)))
     program = jax.make_jaxpr(loss_fn)(params, max(support, query, key=_bytes)).jaxpr
-    largest = max((_bytes(variable.aval) for variable in _variables(program)), default=0)
+    made = (variable.aval for e in measure.equations(program) for variable in e.outvars)
+    largest = max(map(_bytes, made), default=0)
     check_bytes(largest, "for one array of the loss", "lower the sizes of model and episode")
 
 
@@ -111,10 +111,3 @@ def _mean_of_all(params: Params, batch: Batch) -> Array:
 def _bytes(tree: Any) -> int:
     leaves = [leaf for leaf in jax.tree.leaves(tree) if hasattr(leaf, "dtype")]
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
-
-
-def _variables(jaxpr: core.Jaxpr) -> Iterator[Any]:
-    for equation in jaxpr.eqns:
-        yield from equation.outvars
-        for nested in core.jaxprs_in_params(equation.params):
-            yield from _variables(nested)

@@ -3,7 +3,7 @@
 Each says in one line what was wrong and what to pass in its place.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import jax
@@ -13,6 +13,7 @@ import optax
 from jax.extend import core
 
 from metaopt.errors import UserError
+from metaopt.measure import equations
 from metaopt.pytrees import entries
 from metaopt.types import Array, Batch, Episode, Hparams, Learner, MetaParams, Model, Params
 
@@ -189,7 +190,7 @@ def forward_mode(what: str, derivative: Callable) -> Callable:
 
     def checked(*arguments):
         program, shapes = jax.make_jaxpr(derivative, return_shape=True)(*arguments)
-        if "custom_lin" in _primitives(program.jaxpr):
+        if any(e.primitive.name == "custom_lin" for e in equations(program.jaxpr)):
             raise UserError(
                 f"{what} takes the derivative of the inner gradient in forward mode, and the loss "
                 "has a function with a rule of jax.custom_vjp that has none: use the estimator "
@@ -199,10 +200,3 @@ def forward_mode(what: str, derivative: Callable) -> Callable:
         return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
 
     return checked
-
-
-def _primitives(jaxpr: core.Jaxpr) -> Iterator[str]:
-    for equation in jaxpr.eqns:
-        yield equation.primitive.name
-        for nested in core.jaxprs_in_params(equation.params):
-            yield from _primitives(nested)

@@ -7,7 +7,7 @@ be compared is timed in turns.
 import math
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -95,6 +95,14 @@ def count_flops(function: Callable, *args: Any) -> Flops:
     jaxpr = jax.make_jaxpr(function)(*args).jaxpr
     jaxpr, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
     return _of_jaxpr(jaxpr)
+
+
+def equations(jaxpr: core.Jaxpr) -> Iterator[core.JaxprEqn]:
+    """All equations of a program, those of the programs within it too."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for nested in core.jaxprs_in_params(equation.params):
+            yield from equations(nested)
 
 
 def _of_jaxpr(jaxpr: core.Jaxpr) -> Flops:

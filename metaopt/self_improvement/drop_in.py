@@ -136,8 +136,9 @@ def _loss_alone(step_fn: StepFn) -> Callable[[MetaState, Episode], jax.Array]:
 
 def _share_of_loss(name: str, step_fn: StepFn, state: MetaState, episodes: Episode) -> float:
     """Of the operations of a step those of its loss alone; all, where they cannot be counted."""
+    loss = _loss_alone(step_fn)
     try:
-        shapes = jax.eval_shape(_loss_alone(step_fn), state, episodes)
+        shapes = jax.eval_shape(loss, state, episodes)
     except jax.errors.JAXTypeError as error:
         raise UserError(
             f"the step of {name!r} cannot be traced, so its loss cannot be computed without an "
@@ -145,7 +146,7 @@ def _share_of_loss(name: str, step_fn: StepFn, state: MetaState, episodes: Episo
         ) from error
     assert shapes.shape == ()
     try:
-        alone = count_flops(_loss_alone(step_fn), state, episodes).total
+        alone = count_flops(loss, state, episodes).total
         return min(1.0, alone / count_flops(step_fn, state, episodes).total)
     except (UserError, ZeroDivisionError):
         return 1.0
