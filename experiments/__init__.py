@@ -3,6 +3,6 @@
 import sys
 
 if sys.argv[:1] == ["-m"]:  # so it is while `python -m experiments.MODULE` imports, for seconds
-    from experiments.stopping import listen
+    from metaopt.cli.stopping import listen
 
     listen()

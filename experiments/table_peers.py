@@ -21,17 +21,18 @@ from typing import Annotated, Any, Literal
 
 from rich.console import Console
 
-from experiments import command_line
-from experiments.peers import ours, report
-from experiments.peers.host import Worker, WorkerFailed, check_agreement, take_turns
-from experiments.peers.problems import REFERENCE, SMOKE, Name, save
-from metaopt import parallel, tables
+from benchmarks.peers import ours, report
+from benchmarks.peers.host import Worker, WorkerFailed, check_agreement, take_turns
+from benchmarks.peers.problems import REFERENCE, SMOKE, Name, save
+from metaopt import parallel
+from metaopt.cli import command_line
+from metaopt.console import say
 from metaopt.errors import UserError
 from metaopt.files import write_json_lines
-from metaopt.progress import say
 from metaopt.ranges import Checked, Count, Range, Seed, Several
-from metaopt.results import RecordCell, cell_maker
-from metaopt.runs import open_run
+from metaopt.reporting import tables
+from metaopt.reporting.results import RecordCell, cell_maker
+from metaopt.training.runs import open_run
 
 PeerName = Literal["torch_func", "torchopt", "higher", "torch_compile"]
 NEEDED = {"torch_func": "torch", "torch_compile": "torch"}

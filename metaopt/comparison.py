@@ -18,20 +18,13 @@ import numpy as np
 import optax
 
 from metaopt import evaluate, parallel
-from metaopt.checkpoint import Checkpoints
+from metaopt.console import say
 from metaopt.errors import UserError
-from metaopt.fingerprint import of_arrays
 from metaopt.inner_loop import InnerLoop
 from metaopt.learners import maml
 from metaopt.meta_gradients import joint
-from metaopt.outer_step import (
-    OuterConfig,
-    check_groups,
-    init_state,
-    make_meta_step,
-    outer_optimizer,
-)
-from metaopt.progress import say
+from metaopt.optimizers.outer import OuterConfig, outer_optimizer
+from metaopt.outer_step import check_groups, init_state, make_meta_step
 from metaopt.ranges import (
     Checked,
     Count,
@@ -43,21 +36,21 @@ from metaopt.ranges import (
     Steps,
     StepsOr0,
 )
-from metaopt.runs import as_json
-from metaopt.train import TrainConfig, TrainFn, checkpoint_directory, train
+from metaopt.training.checkpoint import Checkpoints
+from metaopt.training.fingerprint import of_arrays
+from metaopt.training.loop import TrainConfig, TrainFn, checkpoint_directory, train
+from metaopt.training.runs import as_json
 from metaopt.types import (
     Episode,
+    Estimator,
     Hparams,
     Learner,
     LossFn,
-    MetaGradFn,
     MetaParams,
     Model,
     Params,
     TaskFamily,
 )
-
-Estimator = Callable[[Learner, LossFn, InnerLoop], MetaGradFn]
 
 
 class Problem(NamedTuple):

@@ -1,6 +1,6 @@
 """The exceptions that end a command in one line."""
 
-from metaopt.text import printable
+from metaopt.console import printable
 
 
 class UserError(Exception):

@@ -18,8 +18,8 @@ from jax.ad_checkpoint import checkpoint_name
 from metaopt.checks import check_adapt
 from metaopt.eager import compile_once
 from metaopt.errors import UserError
-from metaopt.planned_scan import planned_scan
 from metaopt.ranges import Checked, InnerSteps
+from metaopt.rematerialization.scan import planned_scan
 from metaopt.types import Array, Batch, InnerGradFn, LossFn, Params, PyTree
 
 INNER_GRADIENTS = "inner_gradients"  # what a recomputed step may keep
@@ -48,7 +48,7 @@ class InnerLoop(Checked):
         optimiser's own derivative needs again: one evaluation of them less, for the bytes
         of the parameters a step.
       kept_states: how many of the states between the steps are kept at a time, the others
-        being recomputed by the optimal plan of `metaopt.rematerialization`, which also
+        being recomputed by the optimal plan of `metaopt.rematerialization.plan`, which also
         finds the number for a memory budget. It implies ``remat`` and a scan. None keeps
         all K.
     """

@@ -1,9 +1,6 @@
 """One pure meta-update: tasks in groups -> meta-gradient -> pmean -> optax."""
 
-import dataclasses
-import math
 from collections.abc import Callable
-from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +8,7 @@ import optax
 
 from metaopt.checks import check_factory, check_meta_params
 from metaopt.errors import UserError
-from metaopt.muon import scale_by_muon
-from metaopt.ranges import Checked, Range, RateOr0, Share, StepsOr0
+from metaopt.optimizers.outer import OuterOpt
 from metaopt.types import (
     Episode,
     Hparams,
@@ -22,7 +18,6 @@ from metaopt.types import (
     MetaState,
     Metrics,
     Params,
-    PyTree,
 )
 
 MetaStep = Callable[[MetaState, Episode], tuple[MetaState, Metrics]]
@@ -32,133 +27,6 @@ RATES = ("inner_learning_rate", "outer_learning_rate", "rates_learning_rate", "w
 All others are set by whoever trains: limits such as ``clip_norm``, schedules such as
 ``query_annealing``, and those of a step of one's own unless it names them.
 """
-Optimizer = Literal["adam", "sgd", "momentum", "rmsprop", "adagrad", "lars", "lion", "muon"]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class OuterConfig(Checked):
-    """The outer optimiser, AdamW if not another, with clipping, warm-up and cosine decay.
-
-    Attributes:
-      optimizer: adam, sgd, momentum, rmsprop, adagrad, lars, lion or muon, with optax's settings
-        (`metaopt.muon`).
-      learning_rate: peak outer rate of the parameters; ``hparams['outer_learning_rate']``.
-      rates_learning_rate: peak outer rate of all that is learned beside the
-        parameters; ``hparams['rates_learning_rate']``.
-      weight_decay: decoupled, on the parameters alone; ``hparams['weight_decay']``.
-      momentum: of momentum and lars; ``hparams['momentum']``.
-      clip_norm: largest global norm of the meta-gradient, inf for any; ``hparams['clip_norm']``.
-      warmup_steps: meta-steps, W, of which the first takes ``1 / (W + 1)`` of the
-        peak, rising linearly to all of it in the step after them.
-      decay_steps: the meta-step at which the cosine, which begins after the warm-up,
-        ends; 0 keeps the peak.
-      final_fraction: what is left of the peak at the end of the cosine.
-    """
-
-    optimizer: Optimizer = "adam"
-    learning_rate: RateOr0 = 1e-3
-    rates_learning_rate: RateOr0 = 1e-2
-    weight_decay: RateOr0 = 0.0
-    momentum: Annotated[float, Range(0, 0.9999)] = 0.9
-    clip_norm: Annotated[float, Range(1e-12, math.inf)] = 1.0
-    warmup_steps: Annotated[int, Range(0, 10**8)] = 0
-    decay_steps: StepsOr0 = 0
-    final_fraction: Share = 0.0
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.decay_steps and self.decay_steps <= self.warmup_steps:
-            raise UserError(
-                f"decay_steps={self.decay_steps} must exceed warmup_steps={self.warmup_steps}"
-            )
-
-    def hparams(self) -> dict[str, jax.Array]:
-        """The scalars of the outer loop that may change while a run goes on."""
-        values = {
-            "outer_learning_rate": self.learning_rate,
-            "rates_learning_rate": self.rates_learning_rate,
-            "weight_decay": self.weight_decay,
-            "clip_norm": self.clip_norm,
-        }
-        if self.optimizer in ("momentum", "lars"):
-            values["momentum"] = self.momentum
-        return {name: jnp.float32(value) for name, value in values.items()}
-
-
-OuterOpt = Callable[[Hparams], optax.GradientTransformation]
-"""``hparams -> optax.GradientTransformation``, built anew inside every traced step."""
-
-
-def outer_optimizer(config: OuterConfig) -> OuterOpt:
-    """The optimiser of meta-parameters, AdamW if not another, its settings read from the state.
-
-    The returned function is called inside the step: the shape of the schedule is
-    fixed, the scalars come from ``hparams`` and may change without a recompile.
-    """
-    schedule = _schedule(config)
-
-    def build(hparams: Hparams) -> optax.GradientTransformation:
-        return optax.chain(
-            optax.clip_by_global_norm(hparams["clip_norm"]),
-            _direction(config.optimizer, hparams),
-            _on_params_only(optax.add_decayed_weights(hparams["weight_decay"])),
-            optax.scale_by_schedule(schedule),
-            _scale_by_rates(hparams),
-        )
-
-    return build
-
-
-def _direction(optimizer: Optimizer, hparams: Hparams) -> optax.GradientTransformation:
-    """Which way, before decay and rate."""
-    if optimizer == "sgd":
-        return optax.identity()
-    if optimizer == "momentum":
-        return optax.trace(hparams["momentum"])  # type: ignore[arg-type]
-    if optimizer == "rmsprop":
-        return optax.scale_by_rms()
-    if optimizer == "adagrad":
-        return optax.scale_by_rss(initial_accumulator_value=1e-4)
-    if optimizer == "lars":
-        momentum = optax.trace(hparams["momentum"])  # type: ignore[arg-type]
-        return optax.chain(optax.scale_by_trust_ratio(), momentum)
-    if optimizer == "muon":
-        return scale_by_muon()
-    return optax.scale_by_lion() if optimizer == "lion" else optax.scale_by_adam()
-
-
-def _schedule(config: OuterConfig) -> optax.Schedule:
-    """The fraction of the peak rate at each step, counted from 0."""
-    decay = optax.constant_schedule(1.0)
-    if config.decay_steps:
-        steps = config.decay_steps - config.warmup_steps
-        decay = optax.cosine_decay_schedule(1.0, steps, config.final_fraction)
-
-    def schedule(count):
-        # Counting from one, so that the first step of a warm-up is not of length zero.
-        warm_up = jnp.minimum(1.0, (count + 1) / (config.warmup_steps + 1))
-        return warm_up * decay(jnp.maximum(count - config.warmup_steps, 0))
-
-    return schedule
-
-
-def _on_params_only(transform: optax.GradientTransformation) -> optax.GradientTransformation:
-    def mask(meta_params: PyTree) -> PyTree:
-        return {name: name == "params" for name in meta_params}
-
-    return optax.masked(transform, mask)
-
-
-def _scale_by_rates(hparams: Hparams) -> optax.GradientTransformation:
-    def update(updates: PyTree, _) -> PyTree:
-        rates = {name: hparams["rates_learning_rate"] for name in updates}
-        rates["params"] = hparams["outer_learning_rate"]
-        return {
-            name: jax.tree.map(lambda u, rate=rates[name]: -rate * u, updates[name])
-            for name in updates
-        }
-
-    return optax.stateless(update)
 
 
 def init_state(

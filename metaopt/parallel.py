@@ -16,8 +16,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from metaopt.console import say
 from metaopt.errors import UserError
-from metaopt.progress import say
 
 AXIS = "devices"
 Device = Any

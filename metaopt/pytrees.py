@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from metaopt.errors import UserError
-from metaopt.types import PyTree
+from metaopt.types import Array, PyTree
 
 
 def partition(tree: PyTree) -> tuple[list[Any], Callable[..., PyTree]]:
@@ -68,3 +68,10 @@ def fill(tree: PyTree, taken: PyTree) -> PyTree:
 
 def _array(leaf: Any) -> Any:
     return leaf if hasattr(leaf, "dtype") else jnp.asarray(leaf)
+
+
+@jax.jit
+def all_finite(tree: PyTree) -> Array:
+    """Whether every number of a tree is finite: a boolean scalar."""
+    smooth, _ = partition(tree)
+    return jnp.all(jnp.array([jnp.isfinite(leaf).all() for leaf in smooth]))

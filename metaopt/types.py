@@ -139,6 +139,10 @@ there is no inner loop).
 """
 
 
+Estimator = Callable[[Learner, LossFn, Any], MetaGradFn]
+"""``(learner, loss_fn, inner_loop) -> estimate``, with a `metaopt.inner_loop.InnerLoop`."""
+
+
 class MetaState(NamedTuple):
     """Everything that a meta-training run carries from step to step.
 

@@ -25,7 +25,8 @@ from metaopt.meta_gradients import (
     truncated,
     truncated_windows,
 )
-from metaopt.outer_step import OuterConfig, init_state, make_meta_step, outer_optimizer
+from metaopt.optimizers.outer import OuterConfig, outer_optimizer
+from metaopt.outer_step import init_state, make_meta_step
 from metaopt.types import Model
 
 ESTIMATORS = [

@@ -11,7 +11,7 @@ from metaopt.comparison import Comparison, ComparisonConfig, Problem, Row, selec
 from metaopt.errors import UserError
 from metaopt.files import read_json_lines
 from metaopt.inner_loop import InnerLoop
-from metaopt.outer_step import OuterConfig
+from metaopt.optimizers.outer import OuterConfig
 from metaopt.types import Model, TaskFamily, TaskSplit
 
 CONFIG = ComparisonConfig(

@@ -5,9 +5,10 @@ import pytest
 import quadratic
 from scipy import stats
 
-from metaopt.evaluate import interval, make_curves, t_interval, tuned_curves
+from metaopt.evaluate import make_curves, tuned_curves
 from metaopt.inner_loop import InnerLoop
 from metaopt.learners import maml
+from metaopt.statistics import interval, t_interval
 
 EPISODES = quadratic.episodes(5)
 META_PARAMS = {"params": quadratic.PARAMS}

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from metaopt import files
+from metaopt.console import printable
 from metaopt.errors import UserError
-from metaopt.text import printable
 
 
 class Interval(NamedTuple):

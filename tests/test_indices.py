@@ -7,11 +7,11 @@ import optax
 import pytest
 
 from metaopt import losses, models
-from metaopt.decoding import generate
-from metaopt.dynamic_evaluation import cut_segments, segment_loss
 from metaopt.errors import UserError
 from metaopt.indices import NO_INDEX, as_int32, as_tokens
 from metaopt.inner_loop import InnerLoop, adapt
+from metaopt.sequence.decoding import generate
+from metaopt.streams.dynamic_evaluation import cut_segments, segment_loss
 from metaopt.tasks.markov import MarkovConfig, bayes_loss, number_ngrams
 from metaopt.types import Batch, Episode, Model
 

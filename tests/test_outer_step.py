@@ -10,14 +10,8 @@ from metaopt.errors import UserError
 from metaopt.inner_loop import InnerLoop
 from metaopt.learners import maml, meta_sgd
 from metaopt.meta_gradients import reverse
-from metaopt.outer_step import (
-    Optimizer,
-    OuterConfig,
-    init_state,
-    make_meta_step,
-    mean_over_tasks,
-    outer_optimizer,
-)
+from metaopt.optimizers.outer import Optimizer, OuterConfig, outer_optimizer
+from metaopt.outer_step import init_state, make_meta_step, mean_over_tasks
 from metaopt.parallel import AXIS, parallel_step, replicate, split_over_devices
 
 KEY = jax.random.key(0)

@@ -9,34 +9,24 @@ import pytest
 
 ROOT = Path(__file__).parents[1] / "metaopt"
 FILES = sorted(ROOT.rglob("*.py"))
+OTHERS = [p for d in ("experiments", "benchmarks") for p in (ROOT.parent / d).rglob("*.py")]
 ORDER = [
-    {"text"},
+    {"console"},
     {"types", "errors"},
-    {"files", "progress", "ranges", "indices", "npz"},
-    {
-        "tasks",
-        "models",
-        "losses",
-        "decoding",
-        "tables",
-        "measure",
-        "finite_differences",
-        "plots",
-        "runs",
-        "manifest",
-        "host_leaves",
-        "fingerprint",
-    },
-    {"pytrees", "rematerialization"},
-    {"planned_scan", "checks", "eager"},
-    {"inner_loop", "checkpoint", "recorder"},
-    {"learners", "meta_gradients", "nonfinite", "inner_optimizers", "muon"},
-    {"outer_step", "doctor", "dynamic_evaluation"},
-    {"parallel"},
-    {"evaluate"},
-    {"train", "results"},
+    {"files", "ranges", "indices", "npz"},
+    {"losses", "models", "measure", "pytrees", "parallel", "statistics"},
+    {"tasks", "rematerialization"},
+    {"checks", "eager"},
+    {"optimizers"},
+    {"inner_loop"},
+    {"learners", "meta_gradients"},
+    {"outer_step", "diagnostics"},
+    {"sequence", "streams"},
+    {"evaluate", "training"},
     {"comparison"},
     {"self_improvement"},
+    {"reporting"},
+    {"cli"},
 ]
 RANK = {unit: rank for rank, units in enumerate(ORDER) for unit in units}
 
@@ -89,14 +79,17 @@ def files_that_import(package):
 def test_each_library_has_its_place():
     assert files_that_import("experiments") == set()
     assert {Path(name).parts[0] for name in files_that_import("flax")} == {"models"}
-    assert files_that_import("tensorflow_datasets") == {"tasks/text_dataset.py"}
-    assert "orbax" in roots(ROOT / "checkpoint.py") and len(files_that_import("orbax")) == 1
-    for name in ("text", "errors", "files", "tables"):  # read and watch without JAX
+    assert files_that_import("tensorflow_datasets") == {"tasks/sources/tfds.py"}
+    assert (
+        "orbax" in roots(ROOT / "training" / "checkpoint.py")
+        and len(files_that_import("orbax")) == 1
+    )
+    for name in ("errors", "files", "reporting/tables"):  # read and watch without JAX
         assert roots(ROOT / f"{name}.py") <= {*sys.stdlib_module_names, "rich", "metaopt"}
 
 
 def test_arrays_are_read_by_one_reader():
-    files = [*FILES, *(ROOT.parent / "experiments").rglob("*.py")]
+    files = [*FILES, *OTHERS]
     loading = [
         str(p) for p in files if re.search(r"\b(np|numpy|jnp)\.load\(", p.read_text("utf-8"))
     ]
@@ -115,7 +108,7 @@ def test_devices_are_named_in_one_file():
     assert users == {
         ("parallel.py", "devices"),
         ("parallel.py", "pmap"),
-        ("runs.py", "devices"),  # for the name of the device in the results
+        ("training/runs.py", "devices"),  # for the name of the device in the results
     }
 
 
@@ -136,5 +129,5 @@ def test_every_text_file_has_its_encoding():
             if (opens_text or "text" in options) and "encoding" not in options:
                 yield f"{path}:{node.lineno}"
 
-    files = [*FILES, *(ROOT.parent / "experiments").rglob("*.py")]
+    files = [*FILES, *OTHERS]
     assert not [place for path in files for place in without(path)]

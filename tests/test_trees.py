@@ -27,7 +27,8 @@ from metaopt.meta_gradients import (
     reverse,
     truncated,
 )
-from metaopt.outer_step import OuterConfig, init_state, make_meta_step, outer_optimizer
+from metaopt.optimizers.outer import OuterConfig, outer_optimizer
+from metaopt.outer_step import init_state, make_meta_step
 from metaopt.types import Model
 
 BODY, HEAD = jnp.array([[0.5, -1.0, 2.0], [1.0, 0.3, -0.4]]), jnp.array([0.7, -0.2])

@@ -13,8 +13,8 @@ from typing import Any, Literal, NamedTuple, cast
 import numpy as np
 
 from metaopt.errors import UserError
-from metaopt.evaluate import Interval, t_interval
-from metaopt.runs import as_json
+from metaopt.statistics import Interval, t_interval
+from metaopt.training.runs import as_json
 
 
 class Measurement(NamedTuple):

@@ -9,8 +9,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from metaopt.progress import Progress, say
-from metaopt.recorder import Diverged
+from metaopt.console import say
 from metaopt.self_improvement.alarms import Alarm
 from metaopt.self_improvement.assess import as_record
 from metaopt.self_improvement.attempts import is_bad
@@ -32,7 +31,9 @@ from metaopt.self_improvement.workload import (
     known_settings,
     steps,
 )
-from metaopt.train import leave
+from metaopt.training.loop import leave
+from metaopt.training.progress import Progress
+from metaopt.training.recorder import Diverged
 
 
 class Stopped(Exception):

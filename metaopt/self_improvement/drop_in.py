@@ -1,4 +1,4 @@
-"""`metaopt.train.train` under the closed loop: what takes its place, with the same arguments."""
+"""The closed loop in place of `metaopt.training.loop.train`, with the same arguments."""
 
 import functools
 import os
@@ -16,7 +16,7 @@ from metaopt.outer_step import RATES
 from metaopt.self_improvement.loop import LoopConfig, run
 from metaopt.self_improvement.memory import Memory
 from metaopt.self_improvement.workload import Scale, Workload
-from metaopt.train import Evaluate, StepFn, TrainConfig, TrainFn, train
+from metaopt.training.loop import Evaluate, StepFn, TrainConfig, TrainFn, train
 from metaopt.types import Episode, MetaState
 
 RATE = Scale(low=1e-7, high=1e3)
@@ -39,7 +39,7 @@ def improving_train(
     loop: LoopConfig | None = None,
     memory: Memory | None = None,
 ) -> MetaState:
-    """`metaopt.train.train` under the closed loop: same arguments, and the scalars may change.
+    """`train` under the closed loop: same arguments, and the scalars may change.
 
     Those of ``searched`` are tried by factors that are above 0 and that the updates read. Trials
     are judged by ``evaluate``, whose cost counts in seconds. Where there is none, or it gives a
@@ -54,7 +54,7 @@ def improving_train(
     Args:
       state: the state at the start. It is copied.
       step_fn, sample, config, directory, name, tasks_per_step, tokens_per_task, fingerprint,
-        evaluate: as for `metaopt.train.train`.
+        evaluate: as for `metaopt.training.loop.train`.
       searched: names of ``state.hparams``, whose scalars a search may move; others stay.
       loop: when the loop does what; `LoopConfig` if not given.
       memory: of past runs, of the same name before all.

@@ -16,9 +16,8 @@ import jax
 import numpy as np
 
 from metaopt import parallel
-from metaopt.checkpoint import Checkpoints
+from metaopt.console import say
 from metaopt.errors import UserError
-from metaopt.evaluate import Interval
 from metaopt.files import (
     Named,
     append_json_line,
@@ -28,8 +27,6 @@ from metaopt.files import (
     what_is_wrong,
 )
 from metaopt.measure import compile_seconds
-from metaopt.progress import say
-from metaopt.runs import as_json, differences
 from metaopt.self_improvement.alarms import Alarm
 from metaopt.self_improvement.assess import Assessment, Measurement, as_record, assess
 from metaopt.self_improvement.evidence import what_is_damaged
@@ -42,6 +39,9 @@ from metaopt.self_improvement.workload import (
     changed,
     check_settings,
 )
+from metaopt.statistics import Interval
+from metaopt.training.checkpoint import Checkpoints
+from metaopt.training.runs import as_json, differences
 
 
 class Ledger(NamedTuple):

@@ -6,8 +6,8 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from metaopt.runs import versions
 from metaopt.self_improvement.standing import Curve
+from metaopt.training.runs import versions
 
 Task = Mapping[str, Any]
 """Descriptors of a task: sizes and counts as numbers, kinds as strings."""

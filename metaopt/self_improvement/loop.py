@@ -12,11 +12,8 @@ from typing import Any
 
 import jax
 
-from metaopt.checkpoint import Checkpoints
 from metaopt.errors import UserError
-from metaopt.fingerprint import of_training
 from metaopt.measure import count_flops
-from metaopt.runs import lock_directory
 from metaopt.self_improvement.course import Course
 from metaopt.self_improvement.journal import Journal, Ledger
 from metaopt.self_improvement.kinship import RunRecord
@@ -25,7 +22,10 @@ from metaopt.self_improvement.memory import Memory
 from metaopt.self_improvement.resources import peak_flops
 from metaopt.self_improvement.trials import Proposer
 from metaopt.self_improvement.workload import Settings, Snapshot, Workload, begin
-from metaopt.train import StopSignals, checkpoint_directory
+from metaopt.training.checkpoint import Checkpoints
+from metaopt.training.fingerprint import of_training
+from metaopt.training.loop import StopSignals, checkpoint_directory
+from metaopt.training.runs import lock_directory
 
 __all__ = ["Ledger", "LoopConfig", "Outcome", "record_of", "run"]
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from metaopt.progress import say
+from metaopt.console import say
 from metaopt.self_improvement.assess import as_record
 from metaopt.self_improvement.kinship import LIKE, NEAR, Proposal, RunRecord, choose, distance
 from metaopt.self_improvement.location import Damaged, check_file, is_damage, locate, set_aside

@@ -5,7 +5,7 @@ from jax.interpreters import partial_eval
 
 from metaopt.self_improvement.space import Space
 from metaopt.self_improvement.workload import Snapshot, Workload
-from metaopt.train import StepFn
+from metaopt.training.loop import StepFn
 from metaopt.types import Episode, MetaState
 
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Self
 import jax
 import numpy as np
 
-from metaopt.progress import say
+from metaopt.console import say
 from metaopt.self_improvement.alarms import LOOKS, Alarm, MonitorConfig
 from metaopt.self_improvement.monitor import Monitor
 from metaopt.self_improvement.workload import Snapshot, Step, Workload, copied

@@ -13,9 +13,10 @@ from metaopt import parallel
 from metaopt.errors import UserError
 from metaopt.learners import maml
 from metaopt.meta_gradients import joint
-from metaopt.outer_step import OuterConfig, init_state, make_meta_step, outer_optimizer
+from metaopt.optimizers.outer import OuterConfig, outer_optimizer
+from metaopt.outer_step import init_state, make_meta_step
 from metaopt.self_improvement.workload import Scale, Setting, Settings, Space, Workload
-from metaopt.train import StepFn
+from metaopt.training.loop import StepFn
 from metaopt.types import Batch, Episode, Learner, LossFn, MetaGradFn, MetaState, Model, Params
 
 

@@ -27,7 +27,7 @@ from metaopt.self_improvement.space import (
     check_settings,
     known_settings,
 )
-from metaopt.train import StepFn, prefetch
+from metaopt.training.loop import StepFn, prefetch
 from metaopt.types import Episode, MetaState, Metrics
 
 __all__ = [

@@ -34,8 +34,8 @@ import numpy as np
 
 from metaopt.errors import UserError
 from metaopt.ranges import Checked, Count, ImageSize, Range, Seed
-from metaopt.tasks import image_sources
-from metaopt.tasks.image_sources import Characters
+from metaopt.tasks.sources import images as image_sources
+from metaopt.tasks.sources.images import Characters
 from metaopt.types import Array, Batch, Episode, Key, TaskFamily, TaskSplit
 
 _TFDS = "tfds:"
@@ -47,7 +47,7 @@ class ImagesConfig(Checked):
 
     Attributes:
       source: ``tfds:omniglot``, prepared by TensorFlow Datasets, or a folder of npz files
-        as `metaopt.tasks.image_sources.folder_characters` reads them.
+        as `metaopt.tasks.sources.images.folder_characters` reads them.
       ways: N, characters in an episode.
       shots: support drawings of each character.
       query_shots: query drawings of each character. As many as ``shots`` in the released

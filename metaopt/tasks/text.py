@@ -16,9 +16,9 @@ import numpy as np
 
 from metaopt.errors import UserError
 from metaopt.ranges import Checked, Count, Length, Seed
-from metaopt.tasks import text_sources
-from metaopt.tasks.text_checks import check_text
-from metaopt.tasks.text_sources import Domain
+from metaopt.tasks.sources import text as text_sources
+from metaopt.tasks.sources.text import Domain
+from metaopt.tasks.sources.text_checks import check_text
 from metaopt.types import Batch, Episode, Key, TaskFamily, TaskSplit
 
 VOCAB_SIZE = 256
@@ -65,7 +65,7 @@ def text(config: TextConfig) -> TaskFamily:
     Episodes are numpy arrays: int32 inputs and targets ``[T, S, L]`` and ``[T, Q, L]``
     of bytes 0 to 255, targets one byte after inputs, and ``task`` int32 ``[T]``, which
     indexes the split's ``task_names``. The first use of a source stores it under
-    ``data_dir``; see `metaopt.tasks.text_sources.store`.
+    ``data_dir``; see `metaopt.tasks.sources.text.store`.
 
     Raises:
       UserError: the source is missing, empty or unreadable; a domain is shorter than an

@@ -13,15 +13,16 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from experiments import adapt_languages, command_line
-from experiments.adapt_languages_report import Report
+from experiments import adapt_languages
+from experiments.adapt_languages.report import Report
 from metaopt import learners
+from metaopt.cli import command_line
 from metaopt.comparison import Row, RowResult
-from metaopt.evaluate import interval
 from metaopt.files import read_json_lines
-from metaopt.runs import open_run
-from metaopt.tasks import text_sources
-from metaopt.train import Interrupted
+from metaopt.statistics import interval
+from metaopt.tasks.sources import text as text_sources
+from metaopt.training.loop import Interrupted
+from metaopt.training.runs import open_run
 
 ROWS = ("joint pretraining", "Meta-SGD")
 SIZES = "--num-support 2 --num-query 2 --length 8 --comparison.num-devices 2"

@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from experiments import tables, watch
+from metaopt.cli import tables, watch
 from metaopt.errors import UserError
 from metaopt.files import Line, keep_json_lines
-from metaopt.runs import open_run
 from metaopt.self_improvement.journal import Journal
+from metaopt.training.runs import open_run
 
 RECORD = {
     **{"table": "a/first", "row": "MAML", "column": "5 steps", "value": 2.5, "ci95": 0.1},

@@ -9,16 +9,18 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from experiments import command_line, table_bayes_gap
-from experiments.table_bayes_gap_config import BASE, SETTINGS, Setting
-from experiments.table_bayes_gap_report import Report, Study, draw
-from metaopt import losses, plots
+from experiments import table_bayes_gap
+from experiments.table_bayes_gap.config import BASE, SETTINGS, Setting
+from experiments.table_bayes_gap.report import Report, Study, draw
+from metaopt import losses
+from metaopt.cli import command_line
 from metaopt.comparison import ComparisonConfig, RowResult
 from metaopt.errors import UserError
 from metaopt.files import read_json_lines
 from metaopt.inner_loop import InnerLoop
-from metaopt.runs import open_run
+from metaopt.reporting import plots
 from metaopt.tasks.markov import MarkovConfig, bayes_loss, number_ngrams
+from metaopt.training.runs import open_run
 from metaopt.types import Batch, Episode
 
 RUN = shlex.split(

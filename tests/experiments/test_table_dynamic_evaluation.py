@@ -8,17 +8,17 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from experiments import command_line
 from experiments import table_dynamic_evaluation as experiment
-from experiments.table_dynamic_evaluation_data import (
+from experiments.table_dynamic_evaluation.data import (
     find_text,
     plain_episodes,
     statistics_segments,
     stream_episodes,
 )
-from experiments.table_dynamic_evaluation_report import PUBLISHED, reduction
-from experiments.table_dynamic_evaluation_tuning import Setting, tune
+from experiments.table_dynamic_evaluation.report import PUBLISHED, reduction
+from experiments.table_dynamic_evaluation.tuning import Setting, tune
 from metaopt import models
+from metaopt.cli import command_line
 from metaopt.errors import UserError
 from metaopt.files import read_json_lines
 from metaopt.inner_loop import InnerLoop

@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from experiments import adapt_languages, command_line, table_inner_optimizers
+from experiments import adapt_languages, table_inner_optimizers
 from metaopt import models
+from metaopt.cli import command_line
 from metaopt.comparison import RowResult
 from metaopt.files import read_json_lines
-from metaopt.inner_optimizers import INNER_OPTIMIZERS
-from metaopt.recorder import Diverged
+from metaopt.optimizers.inner import INNER_OPTIMIZERS
+from metaopt.training.recorder import Diverged
 
 SIZES = (
     "--preset smoke --tasks text --num-support 2 --num-query 2 --length 8 --width 4 "

@@ -4,9 +4,9 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import meta_gradients_forms as forms
 from experiments import table_meta_gradients as table
-from experiments.meta_gradients_forms import FORMS, NAIVE, PLANNED, Size
+from experiments.table_meta_gradients import forms as forms
+from experiments.table_meta_gradients.forms import FORMS, NAIVE, PLANNED, Size
 from metaopt import models
 
 TINY = Size(width=4, layers=1, length=6, steps=3, sequences=2, head_size=2)

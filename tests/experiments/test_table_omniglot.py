@@ -7,15 +7,17 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from experiments import command_line, table_omniglot
-from experiments.table_omniglot_config import Reptile, Setting, parse_setting
-from experiments.table_omniglot_rows import ABLATIONS, ALL_PARTS, Parts, make_rows, plus_plus
+from experiments import table_omniglot
+from experiments.table_omniglot.config import Reptile, Setting, parse_setting
+from experiments.table_omniglot.rows import ABLATIONS, ALL_PARTS, Parts, make_rows, plus_plus
 from metaopt import losses, meta_gradients, parallel
+from metaopt.cli import command_line
 from metaopt.errors import UserError
 from metaopt.files import read_json_lines
 from metaopt.inner_loop import adapt
-from metaopt.outer_step import init_state, make_meta_step, outer_optimizer
-from metaopt.runs import slug
+from metaopt.optimizers.outer import outer_optimizer
+from metaopt.outer_step import init_state, make_meta_step
+from metaopt.training.runs import slug
 from metaopt.types import Batch, Episode, Model
 
 QUICKLY = {"xla_backend_optimization_level": 0}

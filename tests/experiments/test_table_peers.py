@@ -6,11 +6,12 @@ import types
 
 import pytest
 
-from experiments import command_line, table_peers
-from experiments.peers import host, ours, problems, report, worker
+from benchmarks.peers import host, ours, problems, report, worker
+from experiments import table_peers
+from metaopt.cli import command_line
 from metaopt.errors import UserError
 from metaopt.files import read_json_lines
-from metaopt.results import cell_maker
+from metaopt.reporting.results import cell_maker
 
 NAMES = tuple(problems.SMOKE)
 
@@ -179,7 +180,7 @@ def test_the_gradient_of_every_parameter_is_ours(name):
     torch = pytest.importorskip("torch")
     import jax
 
-    from experiments.peers import torch_models
+    from benchmarks.peers import torch_models
     from metaopt.types import Batch
 
     data = ours.make_data(problems.SMOKE[name])

@@ -4,13 +4,13 @@ import types
 import numpy as np
 import pytest
 
-from experiments import table_self_improvement_tuning as tuning
 from experiments.table_self_improvement import run
-from experiments.table_self_improvement_config import Config, LanguageModel, Mnist, preset
-from experiments.table_self_improvement_mnist import SHOWN, mnist_row
-from experiments.table_self_improvement_rows import make_rows
-from experiments.table_self_improvement_study import Study, in_turns, ratio
-from experiments.table_self_improvement_workloads import Text, language_model, mnist
+from experiments.table_self_improvement import tuning as tuning
+from experiments.table_self_improvement.config import Config, LanguageModel, Mnist, preset
+from experiments.table_self_improvement.mnist import SHOWN, mnist_row
+from experiments.table_self_improvement.rows import make_rows
+from experiments.table_self_improvement.study import Study, in_turns, ratio
+from experiments.table_self_improvement.workloads import Text, language_model, mnist
 from metaopt.errors import UserError
 from metaopt.files import read_json_lines
 from metaopt.self_improvement.loop import Ledger

@@ -8,14 +8,16 @@ import optax
 import pytest
 from matplotlib.image import imread
 
-from experiments import command_line, table_sinusoid
-from experiments.table_sinusoid_report import PUBLISHED, compared
-from experiments.table_sinusoid_rows import first_rate, make_rows, signed_meta_sgd
+from experiments import table_sinusoid
+from experiments.table_sinusoid.report import PUBLISHED, compared
+from experiments.table_sinusoid.rows import first_rate, make_rows, signed_meta_sgd
 from metaopt import learners, losses, meta_gradients, models
+from metaopt.cli import command_line
 from metaopt.errors import UserError
 from metaopt.files import read_json_lines
 from metaopt.inner_loop import InnerLoop, adapt
-from metaopt.outer_step import OuterConfig, init_state, make_meta_step, outer_optimizer
+from metaopt.optimizers.outer import OuterConfig, outer_optimizer
+from metaopt.outer_step import init_state, make_meta_step
 from metaopt.tasks.sinusoid import SinusoidConfig, sinusoid
 from metaopt.types import Batch
 

@@ -16,7 +16,7 @@ from metaopt.self_improvement.budget import TrialConfig
 from metaopt.self_improvement.drop_in import HELD_OUT_BATCHES, improving_train, reported_losses
 from metaopt.self_improvement.loop import LoopConfig, run
 from metaopt.self_improvement.symptoms import MonitorConfig
-from metaopt.train import Interrupted, TrainConfig
+from metaopt.training.loop import Interrupted, TrainConfig
 
 LOOP = LoopConfig(
     phases=(0.0,),

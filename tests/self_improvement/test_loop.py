@@ -16,14 +16,14 @@ import metaopt.self_improvement as si
 from metaopt.errors import UserError
 from metaopt.files import read_json_lines
 from metaopt.measure import count_flops
-from metaopt.recorder import Diverged
-from metaopt.runs import lock_directory
 from metaopt.self_improvement.budget import TrialConfig
 from metaopt.self_improvement.journal import Journal
 from metaopt.self_improvement.loop import LoopConfig, run
 from metaopt.self_improvement.memory import Memory
 from metaopt.self_improvement.workload import Scale, begin, steps
-from metaopt.train import Interrupted
+from metaopt.training.loop import Interrupted
+from metaopt.training.recorder import Diverged
+from metaopt.training.runs import lock_directory
 
 PLAIN = LoopConfig(phases=(), shares=(), assess_every=0.5, count_flops=False)
 IMPROVING = LoopConfig(
@@ -359,7 +359,10 @@ def test_a_run_of_another_config_is_refused(tmp_path):
 
 
 def test_another_process_may_not_have_the_directory_at_the_same_time(tmp_path):
-    waits = "import sys, metaopt.runs as r\nwith r.lock_directory(sys.argv[1]): print(), input()"
+    waits = (
+        "import sys, metaopt.training.runs as r\n"
+        "with r.lock_directory(sys.argv[1]): print(), input()"
+    )
     command, pipes = [sys.executable, "-uc", waits, str(tmp_path)], subprocess.PIPE
     with subprocess.Popen(command, stdin=pipes, stdout=pipes, encoding="utf-8") as other:
         assert other.stdout is not None and other.stdout.readline()

@@ -10,7 +10,8 @@ from metaopt import parallel
 from metaopt.inner_loop import InnerLoop
 from metaopt.learners import maml
 from metaopt.meta_gradients import joint, reverse
-from metaopt.outer_step import OuterConfig, init_state, make_meta_step, outer_optimizer
+from metaopt.optimizers.outer import OuterConfig, outer_optimizer
+from metaopt.outer_step import init_state, make_meta_step
 from metaopt.self_improvement.searched import scalars_read
 from metaopt.types import Batch, Episode
 

@@ -13,7 +13,8 @@ from metaopt.files import read_json_lines
 from metaopt.inner_loop import InnerLoop
 from metaopt.learners import maml
 from metaopt.meta_gradients import joint, reverse
-from metaopt.outer_step import OuterConfig, init_state, make_meta_step, outer_optimizer
+from metaopt.optimizers.outer import OuterConfig, outer_optimizer
+from metaopt.outer_step import init_state, make_meta_step
 from metaopt.self_improvement.budget import TrialConfig
 from metaopt.self_improvement.drop_in import improving_train, trainer
 from metaopt.self_improvement.loop import LoopConfig, run
@@ -26,7 +27,7 @@ from metaopt.self_improvement.training import (
     plain_training,
 )
 from metaopt.self_improvement.workload import Choice, Scale, begin, steps
-from metaopt.train import Interrupted, TrainConfig, train
+from metaopt.training.loop import Interrupted, TrainConfig, train
 from metaopt.types import Batch, Episode, Model
 
 WEIGHTS = np.array([1.0, -2.0, 0.5], np.float32)

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from metaopt.errors import UserError
-from metaopt.tasks import image_sources
 from metaopt.tasks.images import ImagesConfig, images, rotate_quarters, split_characters
+from metaopt.tasks.sources import images as image_sources
 
 OMNIGLOT = Path(__file__).parents[3] / "shared" / "data" / "omniglot"
 SIZE, NUM_CHARACTERS, NUM_DRAWINGS = 6, 20, 6

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from metaopt.errors import UserError
-from metaopt.tasks import text_sources
+from metaopt.tasks.sources import text as text_sources
 from metaopt.tasks.text import TextConfig, split_domains, text
 
 REAL_TEXT = Path(__file__).parents[3] / "shared" / "data" / "text_domains"
@@ -176,7 +176,7 @@ text_dataset.stored_domains(directory, lambda: [*rest, domain._replace(read=read
 
 
 def test_interrupted_storing_is_not_taken_as_whole(folder, tmp_path):
-    from metaopt.tasks import text_dataset
+    from metaopt.tasks.sources import tfds as text_dataset
 
     directory = tmp_path / "half"
     command = [sys.executable, "-c", KILLED_HALFWAY, str(folder), str(directory)]
@@ -192,7 +192,7 @@ def test_interrupted_storing_is_not_taken_as_whole(folder, tmp_path):
 
 
 def test_of_two_processes_that_store_one_wins(folder, tmp_path):
-    from metaopt.tasks import text_dataset
+    from metaopt.tasks.sources import tfds as text_dataset
 
     domains = text_sources.folder_domains(folder)
 

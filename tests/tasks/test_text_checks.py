@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from metaopt.errors import UserError
-from metaopt.tasks import text_checks
+from metaopt.tasks.sources import text_checks
+from metaopt.tasks.sources.text import folder_domains
 from metaopt.tasks.text import TextConfig, text
-from metaopt.tasks.text_sources import folder_domains
 
 REAL_TEXT = Path(__file__).parents[3] / "shared" / "data" / "text_domains"
 WORDS = ["une", "phrase", "courte", "sur", "la", "forêt", "très", "ancienne", "où", "l'été", "dort"]

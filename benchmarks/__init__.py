@@ -1,0 +1,1 @@
+"""metaopt beside its peers."""

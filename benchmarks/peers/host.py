@@ -1,0 +1,145 @@
+"""The side of the parent: worker processes that are started, asked for steps, and ended."""
+
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+from metaopt.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+TOLERANCE = 1e-3
+"""Largest relative difference of first meta-loss and gradient norm, between float32 programs."""
+
+
+class WorkerFailed(Exception):
+    """A worker ended, or was not ready in time; the message says why."""
+
+
+class Worker:
+    """A library in a process of its own; a context manager that ends the process.
+
+    Attributes:
+      report: what the worker said when it was ready: loss, grad_norm, form, versions.
+    """
+
+    def __init__(self, peer: str, problem: str, data: Path, threads: int, limit: float):
+        """Starts the process and waits until it is ready, for ``limit`` seconds at most.
+
+        Raises:
+          WorkerFailed: it ended before, or took longer.
+        """
+        self.report: dict[str, Any] = {}
+        self._limit = limit
+        self._errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115, closed by `close`
+        arguments = {"peer": peer, "problem": problem, "data": data, "threads": threads}
+        flags = [part for name, value in arguments.items() for part in (f"--{name}", str(value))]
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.peers.worker", *flags],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            encoding="utf-8",
+            errors="replace",
+            cwd=ROOT,
+            env={name: value for name, value in os.environ.items() if name != "XLA_FLAGS"},
+        )
+        try:
+            self.report = json.loads(self._read("ready"))
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the process."""
+        self._process.kill()
+        self._process.communicate()
+        self._errors.close()
+
+    def turn(self, seconds: float) -> float:
+        """The median time of the meta-steps that fit into so many seconds, at least one.
+
+        Raises:
+          WorkerFailed: the process ended.
+        """
+        times, began = [], time.monotonic()
+        while not times or time.monotonic() - began < seconds:
+            times.append(self._step())
+        return statistics.median(times)
+
+    def _step(self) -> float:
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write("go\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            raise WorkerFailed(self._reason()) from None
+        return float(self._read())
+
+    def _read(self, word: str = "") -> str:
+        """The next line that begins with ``word``, without it; the process is killed if late."""
+        assert self._process.stdout is not None
+        timer = threading.Timer(self._limit, self._process.kill)
+        timer.start()
+        try:
+            for line in self._process.stdout:
+                if line.startswith(word):
+                    return line.removeprefix(word)
+        finally:
+            late = not timer.is_alive()
+            timer.cancel()
+        if late:
+            raise WorkerFailed(f"no answer within {self._limit:g} s")
+        raise WorkerFailed(self._reason())
+
+    def _reason(self) -> str:
+        self._process.wait()
+        self._errors.seek(0)
+        lines = self._errors.read().strip().splitlines()
+        return (
+            lines[-1].removeprefix("error: ")
+            if lines
+            else f"it ended with exit code {self._process.returncode}"
+        )
+
+
+def check_agreement(problem: str, reports: Mapping[str, dict[str, Any]]) -> None:
+    """Holds the first meta-loss and gradient norm of each peer against ours.
+
+    Raises:
+      UserError: they differ by more than `TOLERANCE`.
+    """
+    ours = reports["ours"]
+    for peer, report in reports.items():
+        for name in ("loss", "grad_norm"):
+            if not math.isclose(report[name], ours[name], rel_tol=TOLERANCE):
+                raise UserError(
+                    f"{peer} computes another function on {problem}: {name} {report[name]:.6g}, "
+                    f"ours {ours[name]:.6g}; compare experiments/peers/torch_models.py with "
+                    "metaopt/models"
+                )
+
+
+def take_turns(
+    workers: Mapping[str, Worker], rounds: int, seconds: float
+) -> dict[str, list[float]]:
+    """The seconds of a step of each worker in each round, one worker at a time."""
+    times: dict[str, list[float]] = {name: [] for name in workers}
+    for _ in range(rounds):
+        for name, worker in workers.items():
+            times[name].append(worker.turn(seconds))
+    return times

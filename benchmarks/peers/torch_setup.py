@@ -1,0 +1,89 @@
+"""What the PyTorch peers share: model, episodes and outer Adam, and the choice of threads."""
+
+# pyright: reportMissingImports=false
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.peers.problems import Candidates, Data, Peer, Problem
+from benchmarks.peers.torch_models import as_tensors, make_loss, make_module
+
+
+class Setup(NamedTuple):
+    """A problem in torch.
+
+    Attributes:
+      problem: its sizes.
+      module: the model, whose parameters are the meta-parameters.
+      params: these by name.
+      loss: ``(outputs, targets) -> scalar``.
+      support: ``(inputs, targets)``, ``[T, S, ...]``.
+      query: likewise, ``[T, Q, ...]``.
+    """
+
+    problem: Problem
+    module: nn.Module
+    params: dict[str, nn.Parameter]
+    loss: Callable[[Tensor, Tensor], Tensor]
+    support: tuple[Tensor, Tensor]
+    query: tuple[Tensor, Tensor]
+
+
+MetaGradient = Callable[[], float]
+"""The mean query loss after adaptation; adds its gradient to ``.grad`` of the parameters."""
+Form = Callable[[Setup], MetaGradient]
+
+
+def candidates(data: Data, threads: int, forms: dict[str, Form]) -> Candidates:
+    """Every form on one thread and on all: small operations are slower on several."""
+    counts = dict.fromkeys((1, threads))
+    return {
+        f"{name}, {count} thread{'s' * (count > 1)}": functools.partial(_build, data, form, count)
+        for name, form in forms.items()
+        for count in counts
+    }
+
+
+def _build(data: Data, form: Form, threads: int) -> Peer:
+    torch.set_num_threads(threads)
+    problem = data.problem
+    module = make_module(problem, data.params)
+    params = dict(module.named_parameters())
+    support, query = as_tensors(problem, data.support), as_tensors(problem, data.query)
+    outer = torch.optim.Adam(params.values(), lr=problem.outer_learning_rate)
+    meta_gradient = form(Setup(problem, module, params, make_loss(problem), support, query))
+
+    def step() -> float:
+        outer.zero_grad()
+        loss = meta_gradient()
+        outer.step()
+        return loss
+
+    def first() -> tuple[float, float]:
+        loss = step()  # the gradient outlives the update
+        grads = [p.grad for p in params.values() if p.grad is not None]
+        return loss, float(torch.linalg.vector_norm(torch.stack([g.norm() for g in grads])))
+
+    return Peer(first, step)
+
+
+def task_by_task(setup: Setup, query_loss: Callable[..., Tensor]) -> MetaGradient:
+    """The mean over tasks of ``query_loss(support x, y, query x, y)``, one after the other.
+
+    Each task is differentiated before the next begins, so one graph is alive at a time.
+    """
+    episodes = list(zip(*setup.support, *setup.query, strict=True))
+
+    def meta_gradient() -> float:
+        total = 0.0
+        for episode in episodes:
+            loss = query_loss(*episode) / len(episodes)
+            loss.backward()
+            total += float(loss.detach())
+        return total
+
+    return meta_gradient

@@ -1,0 +1,350 @@
+"""What a meta-gradient costs: memory, operations and time of its exact forms side by side.
+
+Kemaev et al., 2025 (mixed mode, MixFlow-MG); Griewank and Walther, 2000 (planned
+recomputation); a transformer language model with Adam in the inner loop. Memory is what
+the compiler plans, operations are counted on the program: both are the same in every
+run. Times are medians of rounds in turn.
+
+    python -m experiments.table_meta_gradients                    # 15 minutes, 2 cores
+    python -m experiments.table_meta_gradients --preset smoke     # a minute, tiny sizes
+    python -m experiments.table_meta_gradients --preset gpu       # 100 M parameters, bfloat16
+"""
+
+import dataclasses
+import functools
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Annotated, Any, Literal
+
+import jax
+import numpy as np
+from rich.console import Console
+
+from experiments.table_meta_gradients import forms as forms
+from experiments.table_meta_gradients.forms import FORMS, NAIVE, PLANNED, Size
+from metaopt import losses, measure, parallel
+from metaopt.cli import command_line
+from metaopt.console import say
+from metaopt.diagnostics import feasible
+from metaopt.errors import UserError
+from metaopt.files import write_json_lines, write_text
+from metaopt.ranges import Checked, Count, CountOr0, InnerSteps, Range, Seed, Several
+from metaopt.rematerialization.plan import least_extra_steps, plan_for
+from metaopt.reporting import plots, tables
+from metaopt.reporting.results import cell_maker
+from metaopt.statistics import Interval
+from metaopt.training.progress import Progress
+from metaopt.training.runs import Run, open_run
+
+MIB, GIGA = 2**20, 1e9
+CHECKPOINT, QUICKEST = "per-step checkpoint", "mixed + saved, layers kept"
+CHOSEN_BY = ("preset",)
+
+SHORT = Size(length=128, steps=4)
+SMALL = Size(width=64, layers=2, length=64, steps=4)
+WIDER = (Size(width=256, length=256, steps=2),)
+SIZES = (
+    Size(),
+    Size(width=64, layers=8, length=512),
+    SHORT,
+    Size(length=512),
+    Size(layers=8),
+    Size(width=256),
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(Checked):
+    """What a meta-gradient costs, in its exact forms side by side.
+
+    Attributes:
+      preset: smoke (tiny), reference (two CPU cores) or gpu; the defaults of the rest.
+      sizes: where memory and operations are compared; the first ones are in the ratios.
+      time_size: where all forms are timed.
+      utilisation_sizes: where the quickest exact form is timed as well.
+      exact_size: where gradients are compared, in float64 and in float32.
+      growth_steps: numbers of inner steps for which recomputation is planned, at the
+        first size.
+      growth_budgets: memory for each of them but the first, in units of the first's.
+      ratio_sizes: how many of the sizes have rows among the ratios.
+      rounds: of timing.
+      seed: of parameters and data.
+      root: where runs are written.
+      run_dir: this directory instead, new or of the same config.
+    """
+
+    preset: Literal["smoke", "reference", "gpu"] = "reference"
+    sizes: Annotated[tuple[Size, ...], Several()] = SIZES
+    time_size: Size = SHORT
+    utilisation_sizes: tuple[Size, ...] = WIDER
+    exact_size: Size = SMALL
+    growth_steps: Annotated[tuple[InnerSteps, ...], Several(different=True)] = (8, 32, 128)
+    growth_budgets: tuple[Annotated[float, Range(1, 1e6)], ...] = (1.25, 2.0)
+    ratio_sizes: CountOr0 = 2
+    rounds: Count = 9
+    seed: Seed = 0
+    root: str = "runs"
+    run_dir: str | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        if len(self.growth_budgets) != len(self.growth_steps) - 1:
+            raise UserError(
+                f"growth_budgets {self.growth_budgets} must be one for each of growth_steps "
+                f"{self.growth_steps} but the first"
+            )
+
+
+def preset(flags: Mapping[str, str]) -> Config:
+    """The defaults for ``--preset``."""
+    name = flags.get("preset", "reference")
+    if name == "smoke":
+        tiny = Size(width=32, layers=2, length=32, steps=4)
+        return Config(
+            preset="smoke",
+            sizes=(tiny,),
+            time_size=tiny,
+            utilisation_sizes=(),
+            exact_size=tiny,
+            growth_steps=(4, 8),
+            growth_budgets=(1.25,),
+            ratio_sizes=1,
+            rounds=2,
+        )
+    if name == "gpu":
+        large = Size(width=1024, layers=8, length=2048, steps=4, head_size=64)
+        large = dataclasses.replace(large, compute_dtype="bfloat16")
+        return Config(
+            preset="gpu",
+            sizes=(large,),
+            time_size=dataclasses.replace(large, sequences=1),
+            utilisation_sizes=(large,),
+            growth_budgets=(1.25, 2.0),
+            ratio_sizes=1,
+        )
+    return Config()
+
+
+class Bench:
+    """Programs of the table, each compiled once, and the records that come of them."""
+
+    def __init__(self, config: Config, cell: Callable[..., dict[str, Any]]):
+        self.config, self._cell = config, cell
+        self.records: list[dict[str, Any]] = []
+        self._temps: dict[tuple[str, Size], int] = {}
+
+    def add(self, table: str, row: str, column: str, value: float, unit: str, **more: Any) -> None:
+        """Record one number."""
+        found = Interval(value, math.nan, 1)
+        over = (
+            {"over": f"medians over {more.pop('rounds')} rounds in turn"}
+            if "rounds" in more
+            else {}
+        )
+        record = self._cell(row, column, found, unit, limit=True, **over, **more)
+        self.records.append(record | {"table": f"meta_gradients/{table}"})
+
+    def temp(self, form: str, size: Size) -> int:
+        """Temporary bytes of a form, as the compiler plans them."""
+        if (form, size) not in self._temps:
+            function = forms.estimate(FORMS[form], size)
+            compiled = measure.compile_for(function, *forms.shapes(size))
+            self._temps[form, size] = measure.compiled_memory(compiled).temp
+        return self._temps[form, size]
+
+    def compile_all(self, programs: Sequence[tuple[str, Size]]) -> None:
+        """Have `temp` of all of these ready, compiling on every core."""
+        with (
+            Progress("compile", total=len(programs), start=0) as progress,
+            ThreadPoolExecutor(os.cpu_count()) as pool,
+        ):
+            for i, _ in enumerate(pool.map(lambda p: self.temp(*p), programs), start=1):
+                progress.update(i)
+
+    def smallest(self, size: Size) -> tuple[str, int]:
+        """The exact form that takes the least memory, and its bytes."""
+        exact = [name for name, form in FORMS.items() if form.exact and name != "reverse"]
+        return min(((name, self.temp(name, size)) for name in exact), key=lambda x: x[1])
+
+
+def add_memory(bench: Bench) -> None:
+    """Bytes and operations of every form at every size, and their ratios."""
+    shown = {name: form for name, form in FORMS.items() if name != "reverse"}  # as naive is
+    bench.compile_all([(name, size) for size in bench.config.sizes for name in shown])
+    for size in bench.config.sizes:
+        for name, form in shown.items():
+            bench.add("memory", name, str(size), bench.temp(name, size) / MIB, "MiB")
+            extra = least_extra_steps(size.steps, 2) if name == PLANNED else 0
+            counted = forms.flops(form, size, extra)
+            bench.add("operations", name, str(size), counted.matmul / GIGA, "GFLOP, matmul")
+    for i, size in enumerate(bench.config.sizes[: bench.config.ratio_sizes]):
+        best, least = bench.smallest(size)
+        for name, label in [(NAIVE, NAIVE), (CHECKPOINT, "checkpoint")]:
+            if name == CHECKPOINT and i > 0:
+                continue
+            ratio = bench.temp(name, size) / least
+            bench.add("reference", f"{label}/best {size}", "ratio", ratio, "times", form=best)
+
+
+def add_growth(bench: Bench, run: Run) -> None:
+    """Memory against the number of inner steps, planned within a budget and not planned."""
+    config, smallest = bench.config, FORMS[PLANNED]
+    sizes = [dataclasses.replace(config.sizes[0], steps=k) for k in config.growth_steps]
+    others = ("mixed mode", "mixed + saved gradients", CHECKPOINT)
+    bench.compile_all([(name, size) for size in sizes for name in others])
+    temps: list[int] = []
+    for i, size in enumerate(sizes):
+        first = bench.temp(PLANNED, sizes[0])
+        budget = first * config.growth_budgets[i - 1] if i else first * 1.001
+        found = plan_for(
+            lambda kept, size=size: forms.estimate(smallest, size, kept_states=kept),
+            size.steps,
+            forms.shapes(size),
+            budget,
+        )
+        planned = forms.estimate(smallest, size, kept_states=found.kept_states)
+        compiled = measure.compile_for(planned, *forms.shapes(size))
+        temps.append(measure.compiled_memory(compiled).temp)
+        say(f"{size}: {found.describe()}; compiled {measure.human_bytes(temps[-1])}")
+        row = f"K = {size.steps}"
+        error = found.predicted_bytes / temps[-1] - 1
+        for column, value, unit in [
+            ("kept states", found.kept_states, "states"),
+            ("predicted", found.predicted_bytes / MIB, "MiB"),
+            ("compiled", temps[-1] / MIB, "MiB"),
+            ("prediction / compiled − 1", 100 * error, "%"),
+            ("extra evaluations a step", found.extra_steps / size.steps, "times"),
+            *((name, bench.temp(name, size) / MIB, "MiB") for name in others),
+        ]:
+            bench.add("growth", row, column, value, unit)
+        if i:
+            name = f"K{size.steps}/K{sizes[0].steps}"
+            bench.add("reference", name, "ratio", temps[-1] / temps[0], "times", form=PLANNED)
+    lines = {"planned": [t / MIB for t in temps]}
+    for name in others:
+        lines[name] = [bench.temp(name, size) / MIB for size in sizes]
+    plots.lines(
+        run.directory / "memory.png",
+        config.growth_steps,
+        lines,
+        x_label="inner steps",
+        y_label="temporary memory, MiB",
+        title=str(config.sizes[0]).rsplit(" ", 1)[0],
+    )
+
+
+def time_forms(config: Config, size: Size, names: list[str]) -> dict[str, measure.Timing]:
+    """Seconds of forms at a size, in turns."""
+    args = forms.arguments(size, config.seed)
+    programs = {n: measure.compile_for(forms.estimate(FORMS[n], size), *args) for n in names}
+    calls = {name: lambda c=c: c(*args) for name, c in programs.items()}
+    return measure.interleaved(calls, config.rounds)
+
+
+def add_time(bench: Bench) -> None:
+    """Times of every form, what of the peak they reach, and the ratio of the quickest."""
+    config = bench.config
+    dtype = config.time_size.compute_dtype
+    peak = measure.matmul_peak(8192 if config.preset == "gpu" else 2048, dtype)
+    timings = time_forms(config, config.time_size, list(FORMS))
+    exact = {name: timing for name, timing in timings.items() if FORMS[name].exact}
+    best = min(exact, key=lambda name: exact[name].median)
+    reached: dict[Size, float] = {}
+    for name, timing in timings.items():
+        extra = least_extra_steps(config.time_size.steps, 2) if name == PLANNED else 0
+        rate = forms.flops(FORMS[name], config.time_size, extra).matmul / timing.median
+        ratios = np.array(timing.samples) / np.array(timings[NAIVE].samples)
+        for column, value, unit in [
+            ("time", 1e3 * timing.median, "ms"),
+            ("time / naive", float(np.median(ratios)), "times"),
+            ("memory", bench.temp(name, config.time_size) / MIB, "MiB"),
+            ("speed", rate / GIGA, "GFLOP/s"),
+            ("of the matmul peak", rate / peak, "times"),
+        ]:
+            bench.add("time", name, column, value, unit, rounds=config.rounds)
+        if name == best:
+            reached[config.time_size] = rate / peak
+            ratio = float(np.median(ratios))
+            row = "time best/naive"
+            bench.add("reference", row, "ratio", ratio, "times", form=best, rounds=config.rounds)
+    for size in config.utilisation_sizes:
+        timing = time_forms(config, size, [best])[best]
+        reached[size] = forms.flops(FORMS[best], size).matmul / timing.median / peak
+    for size, value in reached.items():
+        bench.add("utilisation", str(size), "of the matmul peak", value, "times", form=best)
+    size = max(reached, key=lambda size: reached[size])
+    more = {"form": best, "size": str(size), "peak": peak, "rounds": config.rounds}
+    bench.add("reference", "utilisation", "ratio", reached[size], "times", **more)
+
+
+def add_exactness(bench: Bench) -> None:
+    """Largest relative error of the exact forms against reverse mode, by precision."""
+    size, names = bench.config.exact_size, [NAIVE, CHECKPOINT, QUICKEST, PLANNED]
+    for precision in ("float64", "float32"):
+        with jax.enable_x64(precision == "float64"):
+            args = in_precision(forms.arguments(size, bench.config.seed), precision)
+            found = {n: jax.jit(forms.estimate(FORMS[n], size))(*args)[0] for n in names}
+            errors = {n: relative_error(found[n], found[NAIVE]) for n in names if n != NAIVE}
+        for name, error in errors.items():
+            bench.add("exactness", name, precision, error, "relative error")
+        row = f"relative error {precision}"
+        bench.add("reference", row, "ratio", errors[QUICKEST], "times", form=QUICKEST)
+
+
+def in_precision(tree: Any, dtype: str) -> Any:
+    """The tree with its float32 leaves in another dtype."""
+    return jax.tree.map(lambda x: x.astype(dtype) if x.dtype == np.float32 else x, tree)
+
+
+def relative_error(found: Any, expected: Any) -> float:
+    """Norm of the difference over the norm, in float64 on the host."""
+    a, b = (
+        np.concatenate([np.asarray(leaf, np.float64).ravel() for leaf in jax.tree.leaves(tree)])
+        for tree in (found, expected)
+    )
+    return float(np.linalg.norm(a - b) / np.linalg.norm(b))
+
+
+@functools.cache
+def check(size: Size) -> None:
+    """Raises UserError where a size cannot be computed."""
+    model = forms.model_of(size, {})
+    batch = feasible.tokens(size.sequences, size.length)
+    feasible.check([], model.init, losses.next_token(model), batch, batch, num_episodes=1)
+
+
+def run(config: Config) -> None:
+    """Measures all, and writes the tables and the figure."""
+    parallel.set_up_backend()
+    for size in {*config.sizes, config.time_size, config.exact_size, *config.utilisation_sizes}:
+        check(size)
+    saved = command_line.as_saved(config)
+    place = open_run(
+        config.root, "table_meta_gradients", config.preset, saved, run_dir=config.run_dir
+    )
+    command = command_line.command("table_meta_gradients", config, preset, CHOSEN_BY)
+    cell = cell_maker(
+        table="", preset=config.preset, command=command, seeds=[config.seed], episodes=1
+    )
+    bench = Bench(config, cell)
+    add_time(bench)
+    add_exactness(bench)
+    add_memory(bench)
+    add_growth(bench, place)
+    write_json_lines(place.results, bench.records)
+    report(place)
+    place.finish()
+
+
+def report(place: Run) -> None:
+    """The tables as Markdown and LaTeX files, and on the terminal."""
+    found = tables.arrange(tables.read_records(place.results))
+    texts = [f"### {table.name}\n\n{tables.to_markdown(table)}" for table in found]
+    write_text(place.directory / "table.md", "\n".join(texts))
+    write_text(place.directory / "table.tex", "\n".join(map(tables.to_latex, found)))
+    console = Console()
+    for table in found:
+        console.print(*tables.to_rich(table, console.width), sep="\n")
+    say(f"written to {place.directory}")

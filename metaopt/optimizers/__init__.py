@@ -1,0 +1,1 @@
+"""Optimisers: the inner ones by name, the outer one, and rates that tune themselves."""

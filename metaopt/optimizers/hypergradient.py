@@ -1,0 +1,275 @@
+"""An optimiser that tunes its own learning rate, and weight decay, by the gradients it gets.
+
+Hypergradient descent and MetaOptimize are one rule with a short and a long memory: a trace
+of how the parameters depend on a hyperparameter, and its product with the next gradient.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from metaopt.errors import UserError
+from metaopt.optimizers.hyperparameters import (
+    Scope,
+    check_factors,
+    check_scope,
+    constant,
+    float_dtype,
+    moved,
+    spread,
+    total,
+)
+from metaopt.pytrees import all_finite
+from metaopt.types import Array, Params, PyTree
+
+Rule = Literal["additive", "multiplicative", "adam", "lion"]
+Tuned = Literal["learning_rate", "weight_decay"]
+
+
+class SelfTunedState(NamedTuple):
+    """The state of `self_tuned`; the dicts are by the name of the hyperparameter.
+
+    Attributes:
+      base: of the optimiser that gives the directions.
+      log_factors: ρ, what is learned: the logarithm of the factor on the given value.
+      values: the values in force in the last update, given value times factor.
+      traces: h, the derivative of the parameters with respect to ρ, like the parameters.
+      meta: of the optimiser of ρ.
+    """
+
+    base: optax.OptState
+    log_factors: dict[str, PyTree]
+    values: dict[str, PyTree]
+    traces: dict[str, Params]
+    meta: optax.OptState
+
+
+def self_tuned(
+    base: optax.GradientTransformation,
+    *,
+    learning_rate: float | Array,
+    weight_decay: float | Array = 0.0,
+    tuned: tuple[Tuned, ...] = ("learning_rate",),
+    scope: Scope = "scalar",
+    rule: Rule = "adam",
+    meta_rate: float = 0.05,
+    trace_decay: float = 0.999,
+    max_step_factor: float = 1.1,
+    max_factor: float = 1e3,
+) -> optax.GradientTransformation:
+    """Steps of a learned rate along the directions of another optimiser.
+
+    Mathematics: with ``u_t`` the direction, ``α = α_0 exp(ρ)`` the rate and λ the decoupled weight
+    decay, ``θ_{t+1} = θ_t − α (u_t + λ θ_t)``. The trace ``h_t ≈ dθ_t / dρ`` follows
+    ``h_{t+1} = γ (1 − α λ) h_t − α (u_t + λ θ_t)``, and the gradient of the loss with respect
+    to ρ is ``g_t · h_t``, which moves ρ before the step of t is taken. With γ = 1 the trace
+    is exact but for ``∂u_t / ∂θ_t``, the curvature, which is left out: it would cost
+    a product with the Hessian a step. γ < 1 forgets what the curvature would have undone;
+    γ = 0 is the effect of the last step alone, hypergradient descent. The weight decay has
+    a trace of its own, ``h_{t+1} = γ (1 − α λ) h_t − α λ θ_t``.
+
+    Rules, with κ the meta-rate: ``additive`` is gradient descent on the value itself,
+    ``α ← α − κ dL/dα``, and depends on the scale of the loss; ``multiplicative``
+    is ``ρ ← ρ − κ g·h / (|g| |h|)``, the published ``α (1 + κ cos)`` to first order in κ;
+    ``adam`` and ``lion`` are those optimisers on ρ. The first two are meant for γ = 0.
+
+    Guards: no factor larger than ``max_step_factor`` a step and ``max_factor`` in all, each way;
+    where the meta-gradient or the direction is not finite, nothing is learned from the step.
+    (The parameters do take it: `optax.apply_if_finite` around this is the remedy.) A start so
+    far too large that units die at once (a ReLU network under Adam, 30 times) leaves no gradient
+    to learn from: that takes going back to an earlier state.
+
+    Everything learned is in the state. Given values may be traced and may change between
+    steps: the learned factors go on from there. Under pmap, gradients are to be averaged before.
+
+    Args:
+      base: gives directions of ascent without a rate, such as `optax.scale_by_adam()`.
+      learning_rate: α_0, the rate at the start.
+      weight_decay: λ at the start, on all parameters.
+      tuned: which of the two is learned.
+      scope: of the rate; the weight decay is one scalar.
+      rule: see above.
+      meta_rate: κ.
+      trace_decay: γ, in [0, 1].
+      max_step_factor: the largest factor a step.
+      max_factor: the largest factor in all.
+
+    Returns:
+      A transformation whose ``update`` needs the parameters. `current_rate` reads its state.
+
+    Raises:
+      UserError: an option is out of its range.
+
+    Example:
+      >>> optimizer = self_tuned(optax.scale_by_adam(), learning_rate=1e-3)
+      >>> updates, opt_state = optimizer.update(grads, opt_state, params)
+      >>> current_rate(opt_state)
+
+    References:
+      Baydin et al., 2018, "Online Learning Rate Adaptation with Hypergradient Descent";
+      Sharifnassab et al., 2024, "MetaOptimize: A Framework for Optimizing Step Sizes and Other
+      Meta-parameters", arXiv:2402.02342 (its Hessian-free form).
+    """
+    check_scope(scope)
+    check_factors(max_step_factor, max_factor)
+    _check_options(tuned, rule, meta_rate, trace_decay, weight_decay)
+    scopes: dict[str, Scope] = {"learning_rate": scope, "weight_decay": "scalar"}
+    given = {"learning_rate": learning_rate, "weight_decay": weight_decay}
+    to_steps, meta_optimizer = _meta_rule(rule, meta_rate)
+
+    def values_of(log_factors: dict[str, PyTree], params: Params) -> dict[str, PyTree]:
+        values = {name: constant(scopes[name], params, given[name]) for name in given}
+        for name in tuned:
+            values[name] = jax.tree.map(
+                lambda v, r: v * jnp.exp(r), values[name], log_factors[name]
+            )
+        return values
+
+    def init(params):
+        log_factors = {name: constant(scopes[name], params, 0.0) for name in tuned}
+        zeros = {name: _zeros(params) for name in tuned}
+        values = values_of(log_factors, params)
+        return SelfTunedState(
+            base.init(params), log_factors, values, zeros, meta_optimizer.init(log_factors)
+        )
+
+    def meta_update(grads, state):
+        """The log-factors after this gradient, and the state of their optimiser."""
+        meta_grads = {
+            name: _scaled_product(rule, scopes[name], grads, state.traces[name]) for name in tuned
+        }
+        values = {name: state.values[name] for name in tuned}
+        steps, meta = meta_optimizer.update(
+            to_steps(meta_grads, values), state.meta, state.log_factors
+        )
+        log_factors = moved(
+            state.log_factors,
+            steps,
+            max_step_factor=max_step_factor,
+            max_factor=max_factor,
+            start=jax.tree.map(jnp.zeros_like, state.log_factors),
+        )
+        found, old = (log_factors, meta), (state.log_factors, state.meta)
+        return _choose(all_finite(meta_grads), found, old)
+
+    def update(updates, state, params=None):
+        grads = updates
+        if params is None:
+            raise UserError("self_tuned needs the parameters: update(grads, opt_state, params)")
+        log_factors, meta = meta_update(grads, state)
+        directions, base_state = base.update(grads, state.base, params)
+        values = values_of(log_factors, params)
+        rates = spread(scope, values["learning_rate"], params)
+        decay = values["weight_decay"]
+
+        def step(rate, direction, param):
+            return -rate * (direction + decay * param)
+
+        def followed(trace, rate, source):
+            return trace_decay * (1 - rate * decay) * trace + source
+
+        steps = jax.tree.map(step, rates, directions, params)
+        sources = {
+            "learning_rate": steps,
+            "weight_decay": jax.tree.map(lambda rate, p: -rate * decay * p, rates, params),
+        }
+        traces = {
+            name: jax.tree.map(followed, state.traces[name], rates, sources[name]) for name in tuned
+        }
+        traces = _choose(all_finite(traces), traces, state.traces)
+        in_dtype = jax.tree.map(lambda s, g: s.astype(g.dtype), steps, grads)
+        return in_dtype, SelfTunedState(base_state, log_factors, values, traces, meta)
+
+    return optax.GradientTransformation(init, update)
+
+
+def current_rate(opt_state: optax.OptState) -> PyTree:
+    """The learning rates in force, read from an optimiser state that has a `SelfTunedState`.
+
+    Returns:
+      A scalar, ``{layer: scalar}`` or a tree like the parameters, by the scope.
+
+    Raises:
+      UserError: there is none in the state, or more than one.
+    """
+    return current_values(opt_state)["learning_rate"]
+
+
+def current_values(opt_state: optax.OptState) -> dict[str, PyTree]:
+    """``learning_rate`` and ``weight_decay`` in force, as `current_rate`."""
+    leaves = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, SelfTunedState))
+    found = [leaf for leaf in leaves if isinstance(leaf, SelfTunedState)]
+    if len(found) != 1:
+        raise UserError(
+            f"the optimiser state has {len(found)} parts made by self_tuned instead of one: "
+            "give the state of that part"
+        )
+    return found[0].values
+
+
+def _zeros(params: Params) -> Params:
+    dtype = float_dtype(params)
+    return jax.tree.map(lambda p: jnp.zeros(jnp.shape(p), dtype), params)
+
+
+def _choose(condition: Array, yes: PyTree, no: PyTree) -> PyTree:
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), yes, no)
+
+
+def _scaled_product(rule: Rule, scope: Scope, grads: Params, traces: Params) -> PyTree:
+    """``g · h`` over all that shares a value, or for ``multiplicative`` its cosine."""
+
+    def product(a, b):
+        return total(scope, jax.tree.map(lambda x, y: x.astype(y.dtype) * y, a, b))
+
+    products = product(grads, traces)
+    if rule != "multiplicative":
+        return products
+    grads = jax.tree.map(lambda g, h: g.astype(h.dtype), grads, traces)
+    norms = jax.tree.map(
+        lambda gg, hh: jnp.sqrt(gg) * jnp.sqrt(hh), product(grads, grads), product(traces, traces)
+    )
+    return jax.tree.map(lambda p, n: p / jnp.where(n > 0, n, 1), products, norms)
+
+
+def _meta_rule(
+    rule: Rule, meta_rate: float
+) -> tuple[Callable[[PyTree, PyTree], PyTree], optax.GradientTransformation]:
+    """What is made of the meta-gradients and values, and the optimiser of ρ that gets it."""
+
+    def additive(meta_grads, values):
+        # d/dα = 1/α d/dρ; a step to zero or below is left to the cap on the factor.
+        def log_step(g, value):
+            return jnp.log(jnp.maximum(1 - meta_rate * g / value**2, 1e-30))
+
+        return jax.tree.map(log_step, meta_grads, values)
+
+    def unchanged(meta_grads, _):
+        return meta_grads
+
+    return {
+        "additive": (additive, optax.identity()),
+        "multiplicative": (unchanged, optax.sgd(meta_rate)),
+        "adam": (unchanged, optax.adam(meta_rate)),
+        "lion": (unchanged, optax.lion(meta_rate, weight_decay=0.0)),
+    }[rule]
+
+
+def _check_options(tuned, rule, meta_rate, trace_decay, weight_decay) -> None:
+    if not tuned or not set(tuned) <= set(get_args(Tuned)):
+        raise UserError(f"tuned is {tuned}: name one or both of {', '.join(get_args(Tuned))}")
+    if rule not in get_args(Rule):
+        raise UserError(f"rule is {rule!r}: choose one of {', '.join(get_args(Rule))}")
+    if not 0 < meta_rate < math.inf:
+        raise UserError(f"meta_rate is {meta_rate}; it must be a number above 0")
+    if not 0 <= trace_decay <= 1:
+        raise UserError(f"trace_decay is {trace_decay}; it must be from 0 to 1")
+    known = isinstance(weight_decay, (int, float))
+    if "weight_decay" in tuned and known and not weight_decay > 0:
+        raise UserError(
+            "weight_decay is learned by factors, so that it cannot start at 0: give a small one"
+        )

@@ -1,0 +1,1 @@
+"""Sequential computation: decoding."""

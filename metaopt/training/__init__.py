@@ -1,0 +1,1 @@
+"""The host loop of a training and all that it writes: checkpoints, metrics, run directories."""

@@ -1,0 +1,94 @@
+import warnings
+
+import numpy as np
+import pytest
+from matplotlib.image import imread
+
+from metaopt.console import printable
+from metaopt.reporting.plots import Curve, adaptation_curves, lines, new_figure, trajectories
+
+STEPS = np.arange(4.0)
+GOOD = Curve(3 - STEPS / 10, np.full(4, 0.1))
+
+
+def draw(path, curves, differences, limits):
+    adaptation_curves(
+        path, curves, differences, limits, baseline="joint", unit="nats/token", trained_steps=2
+    )
+    return imread(path)
+
+
+def figure_of(monkeypatch, path, *args):
+    """The figure that is drawn, before it is gone."""
+    made = []
+    monkeypatch.setattr(
+        "metaopt.reporting.plots.new_figure",
+        lambda *size: made.append(new_figure(*size)) or made[0],
+    )
+    draw(path, *args)
+    return made[0]
+
+
+BAD = {
+    "nan": Curve(np.full(4, np.nan), np.full(4, np.nan)),
+    "infinite": Curve(np.array([3.0, np.inf, -np.inf, np.nan]), np.array([0.1, np.inf, np.nan, 0])),
+    "huge": Curve(np.array([3.0, 1e30, 1e300, 2.0]), np.zeros(4)),
+}
+
+
+@pytest.mark.parametrize("names", [("nan",), ("infinite",), ("huge",), ("nan", "infinite", "huge")])
+@pytest.mark.parametrize("limits", [{}, {"Bayes": 2.0}, {"Bayes": np.nan}])
+def test_a_picture_comes_out_whatever_diverged(tmp_path, names, limits):
+    curves = {name: BAD[name] for name in names}
+    with warnings.catch_warnings():  # not pytest's mark, which another test's garbage can fail
+        warnings.simplefilter("error")
+        picture = draw(tmp_path / "bad.png", curves, curves, limits)
+    assert picture.shape == (660, 1650, 4)
+
+
+def test_a_row_that_diverged_does_not_hide_the_others(tmp_path, monkeypatch):
+    curves = {f"row {i}": GOOD for i in range(15)} | {"huge": BAD["huge"], "nan": BAD["nan"]}
+    figure = figure_of(monkeypatch, tmp_path / "curves.png", curves, {}, {"Bayes": 2.5})
+    low, high = figure.axes[0].get_ylim()
+    assert 1.5 < low < 2.5 and 3 < high < 4
+
+
+def test_any_name_is_in_the_legend_as_it_is(tmp_path, monkeypatch):
+    names = ["$", r"a $\frac$ b", "_private", "a\nb", "\x1b[31m", "\udcff", "%"]
+    figure = figure_of(monkeypatch, tmp_path / "c.png", dict.fromkeys(names, GOOD), {}, {})
+    (legend,) = figure.legends
+    shown = [text.get_text().replace(r"\$", "$").strip() for text in legend.get_texts()]
+    assert shown == [printable(name) for name in names]
+    options = {"x_label": "", "y_label": "", "title": ""}
+    trajectories(tmp_path / "t.png", dict.fromkeys(names, np.ones((2, 2))), **options)
+    lines(tmp_path / "l.png", [1, 2], {name: [1, 2] for name in names}, **options)
+
+
+def test_every_row_and_limit_is_in_the_legend_and_the_baseline_has_no_gain(tmp_path, monkeypatch):
+    rows = {"joint": GOOD, "MAML": Curve(GOOD.mean - 0.3, GOOD.ci95)}
+    gains = {"MAML": Curve(np.full(4, 0.3), np.full(4, 0.01))}
+    figure = figure_of(monkeypatch, tmp_path / "curves.png", rows, gains, {"Bayes": 2.5})
+    left, right = figure.axes
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["joint", "MAML", "Bayes"]
+    drawn = [line.get_ydata() for line in right.lines if len(line.get_ydata()) == 4]
+    np.testing.assert_array_equal(drawn, [np.full(4, 0.3)])
+    assert "nats/token" in left.get_ylabel() and "joint" in right.get_ylabel()
+
+
+def test_trajectories_are_drawn_each_at_its_own_points(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(
+        "metaopt.reporting.plots.new_figure",
+        lambda *size: made.append(new_figure(*size)) or made[0],
+    )
+    points = {
+        "one": np.array([[0.0, 3.0], [5.0, 2.0]]),
+        "two": np.array([[0.0, np.inf], [9.0, 1.0]]),
+    }
+    path = tmp_path / "curves.png"
+    trajectories(path, points, x_label="tokens", y_label="loss", title="runs")
+    one, two = made[0].axes[0].lines
+    np.testing.assert_array_equal(one.get_xydata(), points["one"])
+    assert np.isnan(two.get_ydata()[0]) and two.get_ydata()[1] == 1.0
+    assert path.exists()
