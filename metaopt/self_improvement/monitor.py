@@ -15,8 +15,8 @@ from typing import Any, Self
 import jax
 
 from metaopt.files import Line, append_json_line, keep_json_lines, one_line
+from metaopt.resources import MemoryUse, memory_use
 from metaopt.self_improvement.alarms import Alarm, Alarms
-from metaopt.self_improvement.resources import MemoryUse, memory_use
 from metaopt.self_improvement.symptoms import MonitorConfig
 from metaopt.training.recorder import TensorBoard
 from metaopt.training.runs import slug

@@ -8,9 +8,8 @@ from noisy_quadratic import SETTINGS, as_bytes, workload
 
 from metaopt.errors import UserError
 from metaopt.files import read_json_lines
-from metaopt.self_improvement.attempts import Change
-from metaopt.self_improvement.budget import TrialConfig
 from metaopt.self_improvement.loop import LoopConfig, run
+from metaopt.self_improvement.trials import Change, TrialConfig
 from metaopt.self_improvement.workload import begin
 
 WAYS = {"wait": (2, 0, 20, -1)}  # milliseconds
