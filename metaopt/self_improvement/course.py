@@ -10,25 +10,25 @@ from typing import Any, NoReturn
 import numpy as np
 
 from metaopt.console import say
-from metaopt.self_improvement.alarms import Alarm
 from metaopt.self_improvement.assess import as_record
 from metaopt.self_improvement.attempts import is_bad
 from metaopt.self_improvement.evidence import is_search, known_decisions
 from metaopt.self_improvement.loop_config import Outcome
 from metaopt.self_improvement.memory import Memory
+from metaopt.self_improvement.monitor import Alarm
 from metaopt.self_improvement.proposers import pattern_search
 from metaopt.self_improvement.races import is_closed, races
-from metaopt.self_improvement.searched import searched_space
 from metaopt.self_improvement.sentinel import Damage, Sentinel
-from metaopt.self_improvement.space import Space
 from metaopt.self_improvement.trials import LOWERED, Decision, Ground, differences, lowered
 from metaopt.self_improvement.ways import quickest_way
 from metaopt.self_improvement.workload import (
     Snapshot,
+    Space,
     Step,
     after_steps,
     changed,
     known_settings,
+    searched_space,
     steps,
 )
 from metaopt.training.loop import leave
@@ -74,7 +74,7 @@ class Course:
         say(f"{workload.name}: {proposal.reason}")
         # What it had decided holds where all is as it was there, but for how a step is computed.
         here, there = as_record(first.settings | known), as_record(proposal.settings)
-        of_no_account = workload.ways.keys() | (workload.space.keys() - space.keys())
+        of_no_account = workload.execution_options.keys() | (workload.space.keys() - space.keys())
         if all(there.get(name) == here[name] for name in here.keys() - of_no_account):
             self.earlier = known_decisions(proposal.decisions)
             if is_search(proposal.decisions) and not self.earlier:
@@ -218,7 +218,7 @@ class Course:
     def _provide(self, snapshot: Snapshot) -> Snapshot:
         """Finds the quickest way to compute a step, where the workload has several."""
         config = self.config
-        if not (self.workload.ways and config.phases and config.ways_seconds):
+        if not (self.workload.execution_options and config.phases and config.ways_seconds):
             return snapshot
         after, decision = quickest_way(
             self.workload,

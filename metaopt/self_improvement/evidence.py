@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypedDict
 
 from metaopt.files import what_is_wrong
-from metaopt.self_improvement.space import Setting
 from metaopt.self_improvement.trials import Decision
+from metaopt.self_improvement.workload import Setting
 
 COUNTS = ("step", "examples", "trial_examples", "seconds", "size", "gained")
 

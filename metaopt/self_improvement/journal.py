@@ -27,9 +27,9 @@ from metaopt.files import (
     what_is_wrong,
 )
 from metaopt.measure import compile_seconds
-from metaopt.self_improvement.alarms import Alarm
 from metaopt.self_improvement.assess import Assessment, Measurement, as_record, assess
 from metaopt.self_improvement.evidence import what_is_damaged
+from metaopt.self_improvement.monitor import Alarm
 from metaopt.self_improvement.trials import Decision
 from metaopt.self_improvement.workload import (
     LeftOut,

@@ -16,9 +16,8 @@ from metaopt.errors import UserError
 from metaopt.measure import count_flops
 from metaopt.self_improvement.course import Course
 from metaopt.self_improvement.journal import Journal, Ledger
-from metaopt.self_improvement.kinship import RunRecord
 from metaopt.self_improvement.loop_config import LoopConfig, Outcome
-from metaopt.self_improvement.memory import Memory
+from metaopt.self_improvement.memory import Memory, RunRecord
 from metaopt.self_improvement.resources import peak_flops
 from metaopt.self_improvement.trials import Proposer
 from metaopt.self_improvement.workload import Settings, Snapshot, Workload, begin
@@ -104,7 +103,7 @@ def _check_agreement(workload: Workload, memory: Memory | None) -> None:
     if memory is not None:
         raise UserError("several processes: ask the memory before, and give all one start")
     timed = [name for name, axis in workload.space.items() if axis.score != "loss"]
-    if timed := sorted([*timed, *workload.ways]):
+    if timed := sorted([*timed, *workload.execution_options]):
         raise UserError(
             f"several processes: {', '.join(timed)} would be chosen by the clock of each; "
             "find the values in one process, and leave them out of the space and the ways"

@@ -6,11 +6,10 @@ from typing import Annotated, NamedTuple
 
 from metaopt.errors import UserError
 from metaopt.ranges import Checked, Range, Seconds, Steps, StepsOr0
-from metaopt.self_improvement.alarms import Alarm
 from metaopt.self_improvement.assess import Assessment
 from metaopt.self_improvement.budget import Margin, TrialConfig
 from metaopt.self_improvement.journal import Ledger
-from metaopt.self_improvement.symptoms import MonitorConfig
+from metaopt.self_improvement.monitor import Alarm, MonitorConfig
 from metaopt.self_improvement.trials import Decision
 from metaopt.self_improvement.workload import Snapshot
 

@@ -9,13 +9,12 @@ import jax
 import numpy as np
 
 from metaopt.console import say
-from metaopt.self_improvement.alarms import LOOKS, Alarm, MonitorConfig
-from metaopt.self_improvement.monitor import Monitor
+from metaopt.self_improvement.monitor import CONSECUTIVE_CHECKS, Alarm, Monitor, MonitorConfig
 from metaopt.self_improvement.workload import Snapshot, Step, Workload, copied
 
 DAMAGE = ("nan", "divergence")
 """Alarms after which the state is not gone on with."""
-LOOKS_AHEAD = max(LOOKS[kind] for kind in DAMAGE)
+LOOKS_AHEAD = max(CONSECUTIVE_CHECKS[kind] for kind in DAMAGE)
 """Steps after a snapshot in which damage to it shows."""
 
 

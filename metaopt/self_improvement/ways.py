@@ -10,13 +10,13 @@ from metaopt.self_improvement.workload import Settings, Snapshot, Workload, chan
 def quickest_way(
     workload: Workload, snapshot: Snapshot, *, seconds_budget: float, memory_budget: float
 ) -> tuple[Snapshot, Decision]:
-    """The snapshot with the quickest of the workload's ``ways``, and the decision.
+    """The snapshot with the quickest of the workload's ``execution_options``, and the decision.
 
     Steps are timed on one batch again and again (`tune_resources`), and what they give is
     thrown away, so this costs seconds and no examples.
 
     Args:
-      workload: with ``ways``.
+      workload: with ``execution_options``.
       snapshot: where it stands; its arrays stay as they are.
       seconds_budget, memory_budget: as for `tune_resources`.
 
@@ -32,8 +32,8 @@ def quickest_way(
 
     found = tune_resources(
         build,
-        workload.ways,
-        {name: snapshot.settings[name] for name in workload.ways},
+        workload.execution_options,
+        {name: snapshot.settings[name] for name in workload.execution_options},
         memory_budget=memory_budget,
         seconds_budget=seconds_budget,
     )
