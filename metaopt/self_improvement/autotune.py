@@ -464,8 +464,8 @@ def quickest_way(
 
     found = tune_resources(
         build,
-        workload.ways,
-        {name: snapshot.settings[name] for name in workload.ways},
+        workload.execution_options,
+        {name: snapshot.settings[name] for name in workload.execution_options},
         memory_budget=memory_budget,
         seconds_budget=seconds_budget,
     )

@@ -22,17 +22,12 @@ from metaopt.errors import UserError
 from metaopt.measure import count_flops
 from metaopt.ranges import Checked, Range, Seconds, Steps, StepsOr0
 from metaopt.resources import peak_flops
-from metaopt.self_improvement.alarms import LOOKS, Alarm
 from metaopt.self_improvement.assess import Assessment, as_record
 from metaopt.self_improvement.autotune import quickest_way
-from metaopt.self_improvement.kinship import RunRecord
-from metaopt.self_improvement.memory import Memory
-from metaopt.self_improvement.monitor import Monitor
+from metaopt.self_improvement.memory import Memory, RunRecord
+from metaopt.self_improvement.monitor import CONSECUTIVE_CHECKS, Alarm, Monitor, MonitorConfig
 from metaopt.self_improvement.proposers import pattern_search
 from metaopt.self_improvement.records import Journal, Ledger, is_search, known_decisions
-from metaopt.self_improvement.searched import searched_space
-from metaopt.self_improvement.space import Space
-from metaopt.self_improvement.symptoms import MonitorConfig
 from metaopt.self_improvement.trials import (
     LOWERED,
     Decision,
@@ -49,6 +44,7 @@ from metaopt.self_improvement.trials import (
 from metaopt.self_improvement.workload import (
     Settings,
     Snapshot,
+    Space,
     Step,
     Workload,
     after_steps,
@@ -56,6 +52,7 @@ from metaopt.self_improvement.workload import (
     changed,
     copied,
     known_settings,
+    searched_space,
     steps,
 )
 from metaopt.training.checkpoint import Checkpoints
@@ -137,7 +134,7 @@ class Outcome(NamedTuple):
 
 DAMAGE = ("nan", "divergence")
 """Alarms after which the state is not gone on with."""
-LOOKS_AHEAD = max(LOOKS[kind] for kind in DAMAGE)
+LOOKS_AHEAD = max(CONSECUTIVE_CHECKS[kind] for kind in DAMAGE)
 """Steps after a snapshot in which damage to it shows."""
 
 
@@ -290,7 +287,7 @@ class Course:
         say(f"{workload.name}: {proposal.reason}")
         # What it had decided holds where all is as it was there, but for how a step is computed.
         here, there = as_record(first.settings | known), as_record(proposal.settings)
-        of_no_account = workload.ways.keys() | (workload.space.keys() - space.keys())
+        of_no_account = workload.execution_options.keys() | (workload.space.keys() - space.keys())
         if all(there.get(name) == here[name] for name in here.keys() - of_no_account):
             self.earlier = known_decisions(proposal.decisions)
             if is_search(proposal.decisions) and not self.earlier:
@@ -434,7 +431,7 @@ class Course:
     def _provide(self, snapshot: Snapshot) -> Snapshot:
         """Finds the quickest way to compute a step, where the workload has several."""
         config = self.config
-        if not (self.workload.ways and config.phases and config.ways_seconds):
+        if not (self.workload.execution_options and config.phases and config.ways_seconds):
             return snapshot
         after, decision = quickest_way(
             self.workload,
@@ -639,7 +636,7 @@ def _check_agreement(workload: Workload, memory: Memory | None) -> None:
     if memory is not None:
         raise UserError("several processes: ask the memory before, and give all one start")
     timed = [name for name, axis in workload.space.items() if axis.score != "loss"]
-    if timed := sorted([*timed, *workload.ways]):
+    if timed := sorted([*timed, *workload.execution_options]):
         raise UserError(
             f"several processes: {', '.join(timed)} would be chosen by the clock of each; "
             "find the values in one process, and leave them out of the space and the ways"

@@ -27,11 +27,11 @@ from metaopt.files import (
     what_is_wrong,
 )
 from metaopt.measure import compile_seconds
-from metaopt.self_improvement.alarms import Alarm
 from metaopt.self_improvement.assess import Assessment, Measurement, as_record, assess
-from metaopt.self_improvement.space import Setting
+from metaopt.self_improvement.monitor import Alarm
 from metaopt.self_improvement.workload import (
     LeftOut,
+    Setting,
     Settings,
     Snapshot,
     Workload,

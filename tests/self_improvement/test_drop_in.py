@@ -14,7 +14,7 @@ from metaopt.files import read_json_lines
 from metaopt.measure import count_flops
 from metaopt.self_improvement.drop_in import HELD_OUT_BATCHES, improving_train, reported_losses
 from metaopt.self_improvement.loop import LoopConfig, run
-from metaopt.self_improvement.symptoms import MonitorConfig
+from metaopt.self_improvement.monitor import MonitorConfig
 from metaopt.self_improvement.trials import TrialConfig
 from metaopt.training.loop import Interrupted, TrainConfig
 

@@ -528,7 +528,7 @@ def test_several_processes_do_not_decide_by_their_clocks(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="batch_size would be chosen by the clock of each"):
         improved(tmp_path, problem=workload(800, space=space))
     with pytest.raises(UserError, match="remat would be chosen"):
-        improved(tmp_path, problem=workload(800, ways={"remat": (0, 1)}))
+        improved(tmp_path, problem=workload(800, execution_options={"remat": (0, 1)}))
     with pytest.raises(UserError, match="ask the memory before"):
         improved(tmp_path, memory=Memory(tmp_path / "memory.sqlite"))
 

@@ -47,7 +47,7 @@ def step_of(settings):
 
 
 def problem(**changes):
-    return workload(400, step=step_of, ways=WAYS, **changes)
+    return workload(400, step=step_of, execution_options=WAYS, **changes)
 
 
 def test_the_quickest_way_is_found_before_anything_else_and_gives_the_same(tmp_path):
