@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from metaopt.console import say
+from metaopt.console import log
 from metaopt.self_improvement.assess import as_record
 from metaopt.self_improvement.kinship import LIKE, NEAR, Proposal, RunRecord, choose, distance
 from metaopt.self_improvement.location import Damaged, check_file, is_damage, locate, set_aside
@@ -177,7 +177,7 @@ class Memory:
         line = f"memory {self.where}: {cause}; {consequence}"
         if line not in self._said:
             self._said.add(line)
-            say(line)
+            log(line)
 
 
 def _as_trial(record: RunRecord):

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Self
 import jax
 import numpy as np
 
-from metaopt.console import say
+from metaopt.console import log
 from metaopt.self_improvement.alarms import LOOKS, Alarm, MonitorConfig
 from metaopt.self_improvement.monitor import Monitor
 from metaopt.self_improvement.workload import Snapshot, Step, Workload, copied
@@ -120,7 +120,7 @@ class Sentinel:
         raised = [alarm for alarm in self._monitor.observe(number, values | times) if alarm.raised]
         for alarm in raised:
             if alarm.kind not in {before.kind for before in self._alarms}:
-                say(f"{self._workload.name}, step {number}: {alarm.kind}: {alarm.message}")
+                log(f"{self._workload.name}, step {number}: {alarm.kind}: {alarm.message}")
             self._alarms.append(alarm)
         damage = [alarm for alarm in raised if alarm.kind in DAMAGE]
         if damage:
