@@ -17,7 +17,7 @@ from typing import Annotated, Any, NamedTuple, NoReturn, Self
 import jax
 import numpy as np
 
-from metaopt.console import say
+from metaopt.console import log
 from metaopt.errors import UserError
 from metaopt.measure import count_flops
 from metaopt.ranges import Checked, Range, Seconds, Steps, StepsOr0
@@ -239,7 +239,7 @@ class Sentinel:
         raised = [alarm for alarm in self._monitor.observe(number, values | times) if alarm.raised]
         for alarm in raised:
             if alarm.kind not in {before.kind for before in self._alarms}:
-                say(f"{self._workload.name}, step {number}: {alarm.kind}: {alarm.message}")
+                log(f"{self._workload.name}, step {number}: {alarm.kind}: {alarm.message}")
             self._alarms.append(alarm)
         damage = [alarm for alarm in raised if alarm.kind in DAMAGE]
         if damage:
@@ -268,7 +268,7 @@ class Course:
         if notes:
             self.intervened = notes["intervened"]
             self.earlier = known_decisions(notes.get("earlier", []))
-            say(f"{self.workload.name}: going on from {snapshot.examples} examples")
+            log(f"{self.workload.name}: going on from {snapshot.examples} examples")
         elif memory is not None:
             snapshot = self._recall(first, memory)
         return snapshot, snapshot.examples < self.workload.num_examples
@@ -284,14 +284,14 @@ class Course:
         workload = self.workload
         space = self._searched(first)
         known = known_settings(space, proposal.settings)
-        say(f"{workload.name}: {proposal.reason}")
+        log(f"{workload.name}: {proposal.reason}")
         # What it had decided holds where all is as it was there, but for how a step is computed.
         here, there = as_record(first.settings | known), as_record(proposal.settings)
         of_no_account = workload.execution_options.keys() | (workload.space.keys() - space.keys())
         if all(there.get(name) == here[name] for name in here.keys() - of_no_account):
             self.earlier = known_decisions(proposal.decisions)
             if is_search(proposal.decisions) and not self.earlier:
-                say(f"{workload.name}: what {proposal.run} decided cannot be read; searched anew")
+                log(f"{workload.name}: what {proposal.run} decided cannot be read; searched anew")
         return changed(workload, first, known)
 
     @contextlib.contextmanager
@@ -399,7 +399,7 @@ class Course:
         self._told.add(phase)
         if self._propose(snapshot, self.journal.decisions, phase):
             share, done = self.config.shares[phase], snapshot.examples / self.workload.num_examples
-            say(
+            log(
                 f"{self.workload.name}: nothing is tried from {done:.0%} of the run on: a trial "
                 f"takes more than the {share:.0%} that this search may cost, or than is left"
             )
@@ -412,7 +412,7 @@ class Course:
             self._spaces[chosen] = space = searched_space(self.workload, snapshot)
             if left_out := sorted(self.workload.space.keys() - space.keys()):
                 names = ", ".join(left_out)
-                say(f"{self.workload.name}: not searched, since no update reads it: {names}")
+                log(f"{self.workload.name}: not searched, since no update reads it: {names}")
         return self._spaces[chosen]
 
     def _arrived(self, reached: Snapshot, decided: Sequence[Decision]) -> Snapshot:
@@ -450,7 +450,7 @@ class Course:
         """Notes a decision; it was made on sound ground, which can be come back to."""
         self.journal.decided(decision)
         if decision.verdict == "accepted":
-            say(f"{self.workload.name}, step {decision.step}: {decision.reason}")
+            log(f"{self.workload.name}, step {decision.step}: {decision.reason}")
         if decision.verdict != "rolled back":
             self.roll_backs = 0
         self.sentinel.trust(snapshot)
@@ -527,7 +527,7 @@ class Course:
             factor = LOWERED ** (self.roll_backs - 1)
             after = lowered(within, good, factor)
             reason += f"; the rates are lowered to {factor:.2g} of what they were"
-        say(f"{self.workload.name}: back to step {int(good.state.step)}; {reason}")
+        log(f"{self.workload.name}: back to step {int(good.state.step)}; {reason}")
         self.journal.decided(
             Decision(
                 step=alarm.step,
