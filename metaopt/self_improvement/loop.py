@@ -57,7 +57,7 @@ from metaopt.self_improvement.workload import (
 )
 from metaopt.training.checkpoint import Checkpoints
 from metaopt.training.fingerprint import of_training
-from metaopt.training.loop import StopSignals, checkpoint_directory
+from metaopt.training.loop import StopSignals, checkpoint_directory, exit_on_signal
 from metaopt.training.progress import Progress
 from metaopt.training.recorder import Diverged
 from metaopt.training.runs import lock_directory
