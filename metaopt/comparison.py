@@ -18,7 +18,7 @@ import numpy as np
 import optax
 
 from metaopt import evaluate, parallel
-from metaopt.console import say
+from metaopt.console import log
 from metaopt.errors import UserError
 from metaopt.inner_loop import InnerLoop
 from metaopt.learners import maml
@@ -228,7 +228,7 @@ class Comparison:
         if row.estimator is None:
             meta_params = row.learner.init(self.random_init())
         else:
-            say(f"{row.name}: training at inner rate {rate:g}")
+            log(f"{row.name}: training at inner rate {rate:g}")
             first = self.config.pretrain_steps
             steps = range(first, first + self.config.meta_steps)
             every = self.config.eval_every

@@ -49,7 +49,7 @@ from experiments.table_dynamic_evaluation.report import DYNAMIC, META, Report
 from experiments.table_dynamic_evaluation.tuning import Setting, every_stream, tune
 from metaopt import learners, losses, meta_gradients, models, parallel
 from metaopt.cli import command_line
-from metaopt.console import say
+from metaopt.console import log
 from metaopt.diagnostics import feasible
 from metaopt.optimizers.outer import OuterConfig, outer_optimizer
 from metaopt.outer_step import check_groups, init_state, make_meta_step
@@ -228,7 +228,7 @@ def choose_length(experiment: Experiment, params: Params) -> tuple[int, float]:
         settings, scores = experiment.tune("SGD", params, length, (0.0,))
         rate = float(np.exp(np.mean(np.log([setting.rate for setting in settings]))))
         found[length] = (scores.mean(), rate)
-        say(f"segments of {length}: {scores.mean():.4f} nats a byte by SGD at {rate:.3g}")
+        log(f"segments of {length}: {scores.mean():.4f} nats a byte by SGD at {rate:.3g}")
     length = min(found, key=lambda length: found[length][0])
     return length, found[length][1]
 

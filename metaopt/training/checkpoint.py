@@ -22,7 +22,7 @@ import jax
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from metaopt.console import say
+from metaopt.console import log
 from metaopt.errors import UserError
 from metaopt.training.host_leaves import check_finite, crc32, devices_of, leaf_types, place, to_host
 from metaopt.training.manifest import what_is_damaged, write_manifest
@@ -201,7 +201,7 @@ class Checkpoints:
                 continue
             if damaged:
                 self._set_aside(damaged)
-                say(
+                log(
                     f"warning: {_in_words(damaged)} in {self._directory}; set aside as damaged-*, "
                     f"the checkpoint of step {step} is used"
                 )
@@ -279,7 +279,7 @@ class Checkpoints:
                     "to it, or give a new directory"
                 )
         if before != devices:
-            say(
+            log(
                 f"note: {self._directory.name} was trained on {_number(before)} and goes on with "
                 f"{_number(devices)}: sums differ in the last digits"
             )

@@ -21,7 +21,7 @@ from typing import Annotated, Any, NamedTuple, NoReturn, Self
 
 import numpy as np
 
-from metaopt.console import say
+from metaopt.console import log
 from metaopt.ranges import Checked, Count, Range, Steps, StepsOr0
 from metaopt.training.checkpoint import Checkpoints
 from metaopt.training.fingerprint import of_training
@@ -141,7 +141,7 @@ def train(
         if start >= config.num_steps:
             return state
         if start > 0:
-            say(f"{name}: going on from step {start}")
+            log(f"{name}: going on from step {start}")
         throughput = {"tasks_per_step": tasks_per_step, "tokens_per_task": tokens_per_task}
         recorder = Recorder(directory, name, config, start=start, notes=notes, **throughput)
         batches = prefetch(sample, range(start, config.num_steps))
@@ -149,7 +149,7 @@ def train(
             host = _Host(config, recorder, checkpoints, stop)
             state = _loop(state, step_fn, episodes, host, evaluate)
         if stop.received is not None:
-            leave(name, int(state.step), config.num_steps, stop.received)
+            exit_on_signal(name, int(state.step), config.num_steps, stop.received)
         return state
 
 
@@ -223,9 +223,9 @@ def _save(host: _Host, state: MetaState, valid_loss: float) -> None:
         raise host.recorder.diverged(int(state.step), problem) from error
 
 
-def leave(name: str, step: int, num_steps: int, signum: int) -> NoReturn:
+def exit_on_signal(name: str, step: int, num_steps: int, signum: int) -> NoReturn:
     """Says that a training was stopped by a signal, and leaves; all must be saved by then."""
-    say(
+    log(
         f"{name}: stopped by {signal.Signals(signum).name} after step {step} of {num_steps}, "
         "saved; run the same command again to go on"
     )

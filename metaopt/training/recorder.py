@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Self
 import jax
 import numpy as np
 
-from metaopt.console import is_first_process, printable, say
+from metaopt.console import is_first_process, log, printable
 from metaopt.errors import Diverged
 from metaopt.files import Line, append_json_line, keep_json_lines
 from metaopt.training.progress import Progress
@@ -176,7 +176,7 @@ class TensorBoard:
         try:
             yield
         except OSError as error:
-            say(f"warning: no TensorBoard curves in {self._directory} from here on ({error})")
+            log(f"warning: no TensorBoard curves in {self._directory} from here on ({error})")
             if self._file:
                 with contextlib.suppress(OSError):
                     self._file.close()

@@ -14,7 +14,7 @@ record = {"table": name, "row": name, "column": "±", "value": 1.0, "ci95": 0.5,
 (table,) = tables.arrange([record])
 print(tables.to_markdown(table), tables.to_latex(table))
 Console().print(*tables.to_rich(table, 80))
-progress.say(name)
+progress.log(name)
 for console in (True, False):
     if console:
         sys.stderr.isatty = lambda: True
