@@ -13,7 +13,7 @@ OTHERS = [p for d in ("experiments", "benchmarks") for p in (ROOT.parent / d).rg
 ORDER = [
     {"console"},
     {"types", "errors"},
-    {"files", "ranges", "indices", "npz"},
+    {"files", "ranges", "indices", "npz", "parts"},
     {"losses", "models", "measure", "pytrees", "parallel", "statistics"},
     {"tasks", "rematerialization", "resources"},
     {"checks", "eager"},
@@ -24,6 +24,8 @@ ORDER = [
     {"sequence", "streams"},
     {"evaluate", "training"},
     {"comparison"},
+    {"languages"},
+    {"load"},
     {"self_improvement"},
     {"reporting"},
     {"cli"},

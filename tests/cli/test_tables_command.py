@@ -80,7 +80,7 @@ def test_the_pages_of_the_current_project_are_written(project, capsys):
 def test_a_place_without_results_is_named(project, monkeypatch):
     monkeypatch.chdir(project / "experiments")
     for config in (tables.Config(), tables.Config(check=True), tables.Config(write=True)):
-        with pytest.raises(UserError, match="holds no results.*--project"):
+        with pytest.raises(UserError, match=r"holds no results.*--project"):
             tables.run(config)
 
 

@@ -6,8 +6,8 @@ import textwrap
 
 import pytest
 
-from metaopt.cli.parts import load_part, make_part
 from metaopt.errors import UserError
+from metaopt.parts import load_part, make_part
 
 OWN = """
     from pathlib import Path
@@ -74,6 +74,6 @@ def test_a_module_that_misses_another_one_keeps_its_traceback():
 
 
 def test_the_current_directory_is_searched_by_an_installed_command_too():
-    code = "from metaopt.cli.parts import load_part; print(load_part('-', 'of_ones_own:place')())"
+    code = "from metaopt.parts import load_part; print(load_part('-', 'of_ones_own:place')())"
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True)
     assert done.stdout == "here\n", done.stderr
