@@ -57,7 +57,7 @@ from metaopt.self_improvement.workload import (
 )
 from metaopt.training.checkpoint import Checkpoints
 from metaopt.training.fingerprint import of_training
-from metaopt.training.loop import StopSignals, checkpoint_directory, leave
+from metaopt.training.loop import StopSignals, checkpoint_directory
 from metaopt.training.progress import Progress
 from metaopt.training.recorder import Diverged
 from metaopt.training.runs import lock_directory
@@ -494,7 +494,7 @@ class Course:
             self._save(self.sentinel.good)
         self.journal.wait()
         total = self.workload.num_examples // self.workload.examples_per_step(snapshot.settings)
-        leave(self.workload.name, int(snapshot.state.step), total, self.stop.received or 0)
+        exit_on_signal(self.workload.name, int(snapshot.state.step), total, self.stop.received or 0)
 
     def _damage(self, snapshot: Snapshot, message: str) -> Damage:
         """Damage that was seen in an evaluation."""
