@@ -13,7 +13,7 @@ OTHERS = [p for d in ("experiments", "benchmarks") for p in (ROOT.parent / d).rg
 ORDER = [
     {"console"},
     {"types", "errors"},
-    {"files", "ranges", "indices", "npz"},
+    {"files", "ranges", "indices", "npz", "signals"},
     {"losses", "models", "measure", "pytrees", "parallel", "statistics"},
     {"tasks", "rematerialization"},
     {"checks", "eager"},
@@ -23,6 +23,7 @@ ORDER = [
     {"outer_step", "diagnostics"},
     {"sequence", "streams"},
     {"evaluate", "training"},
+    {"fit"},
     {"comparison"},
     {"self_improvement"},
     {"reporting"},

@@ -31,7 +31,7 @@ from metaopt.self_improvement.workload import (
     known_settings,
     steps,
 )
-from metaopt.training.loop import exit_on_signal
+from metaopt.signals import exit_on_signal
 from metaopt.training.progress import Progress
 from metaopt.training.recorder import Diverged
 
