@@ -13,7 +13,7 @@ OTHERS = [p for d in ("experiments", "benchmarks") for p in (ROOT.parent / d).rg
 ORDER = [
     {"console"},
     {"types", "errors"},
-    {"files", "ranges", "indices", "npz", "parts"},
+    {"files", "ranges", "indices", "npz", "parts", "signals"},
     {"losses", "models", "measure", "pytrees", "parallel", "statistics"},
     {"tasks", "rematerialization", "resources"},
     {"checks", "eager"},
@@ -23,6 +23,7 @@ ORDER = [
     {"outer_step", "diagnostics"},
     {"sequence", "streams"},
     {"evaluate", "training"},
+    {"fit"},
     {"comparison"},
     {"languages"},
     {"load"},

@@ -50,8 +50,7 @@ def run(config: Config) -> None:
     rows = make_rows(config, model)
     check(config, rows, model)
     family = make_family(config)
-    tokens = (config.num_support + config.num_query) * config.length
-    problem = Problem(family, model, losses.next_token(model), tokens)
+    problem = Problem(family, model, losses.next_token(model))
     seeds = config.seeds or (config.comparison.seed,)
     comparisons = {
         seed: Comparison(

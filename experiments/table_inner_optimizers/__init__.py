@@ -60,8 +60,7 @@ def make_problem(config: Config) -> Problem:
     rows = [make_row(config, optimizer, learner) for optimizer, learner in cells]
     adapt_languages.check(languages, rows, model)
     family = adapt_languages.make_family(languages)
-    tokens = (config.num_support + config.num_query) * config.length
-    return Problem(family, model, losses.next_token(model), tokens)
+    return Problem(family, model, losses.next_token(model))
 
 
 def make_row(config: Config, optimizer: OptimizerName, learner: LearnerName) -> Row:

@@ -55,9 +55,10 @@ from metaopt.self_improvement.workload import (
     searched_space,
     steps,
 )
+from metaopt.signals import StopSignals, exit_on_signal
 from metaopt.training.checkpoint import Checkpoints
-from metaopt.training.fingerprint import of_training
-from metaopt.training.loop import StopSignals, checkpoint_directory, exit_on_signal
+from metaopt.training.fingerprint import Fingerprint, of_step
+from metaopt.training.loop import checkpoint_directory
 from metaopt.training.progress import Progress
 from metaopt.training.recorder import Diverged
 from metaopt.training.runs import lock_directory
@@ -571,7 +572,7 @@ def run(
     proposer: Proposer | None = None,
     memory: Memory | None = None,
     interventions: Sequence[tuple[int, Settings]] = (),
-    fingerprint: dict[str, Any] | None = None,
+    fingerprint: Fingerprint | None = None,
     monitor: Mapping[str, Any] | None = None,
 ) -> Outcome:
     """Trains to the end, from the latest checkpoint if there is one, improving on the way.
@@ -590,6 +591,7 @@ def run(
       interventions: settings that are changed from outside while the run goes on, as
         ``(examples, settings)``: someone at the console, or a fault that is put in.
       fingerprint: what decides the states beside the settings; a checkpoint of another is refused.
+        If not given, it is `of_step` of the first settings.
       monitor: further arguments of `Monitor`: ``read_memory``, and ``flops_per_step`` and
         ``peak_flops`` in place of those that `LoopConfig.count_flops` finds.
 
@@ -606,15 +608,14 @@ def run(
     if jax.process_count() > 1:
         _check_agreement(workload, memory)
     first, interventions = begin(workload, settings), sorted(interventions, key=lambda e: e[0])
+    if fingerprint is None:
+        batch = workload.sample(settings, 0)
+        fingerprint = of_step({}, workload.step(settings), first.state, batch)
     directory, path = Path(directory), checkpoint_directory(directory, workload.name)
     options = _per_example(monitor or {}, workload.examples_per_step(settings))
     with (
         lock_directory(directory),
-        Checkpoints(
-            path,
-            fingerprint=fingerprint or {},
-            digests=of_training(workload.step(settings), first.state, workload.sample(settings, 0)),
-        ) as checkpoints,
+        Checkpoints(path, fingerprint=fingerprint) as checkpoints,
         StopSignals() as stop,
     ):
         if config.count_flops and "flops_per_example" not in options:
