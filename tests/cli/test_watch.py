@@ -110,7 +110,7 @@ def test_what_was_taken_back_leaves_the_curve(tmp_path):
     ) as monitor:
         for step in range(1, 31):
             monitor.observe(step, {"loss": 1.0 if step < 20 else 50.0})
-        monitor.forget_after(19)
+        monitor.discard_after(19)
         view = open_view(tmp_path)
         view.update()
         training = view.trainings["train"]
