@@ -17,7 +17,7 @@ from typing import Annotated, Any, NamedTuple, NoReturn, Self
 import jax
 import numpy as np
 
-from metaopt.console import say
+from metaopt.console import log
 from metaopt.errors import UserError
 from metaopt.measure import count_flops
 from metaopt.ranges import Checked, Range, Seconds, Steps, StepsOr0
@@ -55,9 +55,10 @@ from metaopt.self_improvement.workload import (
     searched_space,
     steps,
 )
+from metaopt.signals import StopSignals, exit_on_signal
 from metaopt.training.checkpoint import Checkpoints
-from metaopt.training.fingerprint import of_training
-from metaopt.training.loop import StopSignals, checkpoint_directory, leave
+from metaopt.training.fingerprint import Fingerprint, of_step
+from metaopt.training.loop import checkpoint_directory
 from metaopt.training.progress import Progress
 from metaopt.training.recorder import Diverged
 from metaopt.training.runs import lock_directory
@@ -239,7 +240,7 @@ class Sentinel:
         raised = [alarm for alarm in self._monitor.observe(number, values | times) if alarm.raised]
         for alarm in raised:
             if alarm.kind not in {before.kind for before in self._alarms}:
-                say(f"{self._workload.name}, step {number}: {alarm.kind}: {alarm.message}")
+                log(f"{self._workload.name}, step {number}: {alarm.kind}: {alarm.message}")
             self._alarms.append(alarm)
         damage = [alarm for alarm in raised if alarm.kind in DAMAGE]
         if damage:
@@ -268,7 +269,7 @@ class Course:
         if notes:
             self.intervened = notes["intervened"]
             self.earlier = known_decisions(notes.get("earlier", []))
-            say(f"{self.workload.name}: going on from {snapshot.examples} examples")
+            log(f"{self.workload.name}: going on from {snapshot.examples} examples")
         elif memory is not None:
             snapshot = self._recall(first, memory)
         return snapshot, snapshot.examples < self.workload.num_examples
@@ -284,14 +285,14 @@ class Course:
         workload = self.workload
         space = self._searched(first)
         known = known_settings(space, proposal.settings)
-        say(f"{workload.name}: {proposal.reason}")
+        log(f"{workload.name}: {proposal.reason}")
         # What it had decided holds where all is as it was there, but for how a step is computed.
         here, there = as_record(first.settings | known), as_record(proposal.settings)
         of_no_account = workload.execution_options.keys() | (workload.space.keys() - space.keys())
         if all(there.get(name) == here[name] for name in here.keys() - of_no_account):
             self.earlier = known_decisions(proposal.decisions)
             if is_search(proposal.decisions) and not self.earlier:
-                say(f"{workload.name}: what {proposal.run} decided cannot be read; searched anew")
+                log(f"{workload.name}: what {proposal.run} decided cannot be read; searched anew")
         return changed(workload, first, known)
 
     @contextlib.contextmanager
@@ -399,7 +400,7 @@ class Course:
         self._told.add(phase)
         if self._propose(snapshot, self.journal.decisions, phase):
             share, done = self.config.shares[phase], snapshot.examples / self.workload.num_examples
-            say(
+            log(
                 f"{self.workload.name}: nothing is tried from {done:.0%} of the run on: a trial "
                 f"takes more than the {share:.0%} that this search may cost, or than is left"
             )
@@ -412,7 +413,7 @@ class Course:
             self._spaces[chosen] = space = searched_space(self.workload, snapshot)
             if left_out := sorted(self.workload.space.keys() - space.keys()):
                 names = ", ".join(left_out)
-                say(f"{self.workload.name}: not searched, since no update reads it: {names}")
+                log(f"{self.workload.name}: not searched, since no update reads it: {names}")
         return self._spaces[chosen]
 
     def _arrived(self, reached: Snapshot, decided: Sequence[Decision]) -> Snapshot:
@@ -450,7 +451,7 @@ class Course:
         """Notes a decision; it was made on sound ground, which can be come back to."""
         self.journal.decided(decision)
         if decision.verdict == "accepted":
-            say(f"{self.workload.name}, step {decision.step}: {decision.reason}")
+            log(f"{self.workload.name}, step {decision.step}: {decision.reason}")
         if decision.verdict != "rolled back":
             self.roll_backs = 0
         self.sentinel.trust(snapshot)
@@ -494,7 +495,7 @@ class Course:
             self._save(self.sentinel.good)
         self.journal.wait()
         total = self.workload.num_examples // self.workload.examples_per_step(snapshot.settings)
-        leave(self.workload.name, int(snapshot.state.step), total, self.stop.received or 0)
+        exit_on_signal(self.workload.name, int(snapshot.state.step), total, self.stop.received or 0)
 
     def _damage(self, snapshot: Snapshot, message: str) -> Damage:
         """Damage that was seen in an evaluation."""
@@ -527,7 +528,7 @@ class Course:
             factor = LOWERED ** (self.roll_backs - 1)
             after = lowered(within, good, factor)
             reason += f"; the rates are lowered to {factor:.2g} of what they were"
-        say(f"{self.workload.name}: back to step {int(good.state.step)}; {reason}")
+        log(f"{self.workload.name}: back to step {int(good.state.step)}; {reason}")
         self.journal.decided(
             Decision(
                 step=alarm.step,
@@ -571,7 +572,7 @@ def run(
     proposer: Proposer | None = None,
     memory: Memory | None = None,
     interventions: Sequence[tuple[int, Settings]] = (),
-    fingerprint: dict[str, Any] | None = None,
+    fingerprint: Fingerprint | None = None,
     monitor: Mapping[str, Any] | None = None,
 ) -> Outcome:
     """Trains to the end, from the latest checkpoint if there is one, improving on the way.
@@ -590,6 +591,7 @@ def run(
       interventions: settings that are changed from outside while the run goes on, as
         ``(examples, settings)``: someone at the console, or a fault that is put in.
       fingerprint: what decides the states beside the settings; a checkpoint of another is refused.
+        If not given, it is `of_step` of the first settings.
       monitor: further arguments of `Monitor`: ``read_memory``, and ``flops_per_step`` and
         ``peak_flops`` in place of those that `LoopConfig.count_flops` finds.
 
@@ -606,15 +608,14 @@ def run(
     if jax.process_count() > 1:
         _check_agreement(workload, memory)
     first, interventions = begin(workload, settings), sorted(interventions, key=lambda e: e[0])
+    if fingerprint is None:
+        batch = workload.sample(settings, 0)
+        fingerprint = of_step({}, workload.step(settings), first.state, batch)
     directory, path = Path(directory), checkpoint_directory(directory, workload.name)
     options = _per_example(monitor or {}, workload.examples_per_step(settings))
     with (
         lock_directory(directory),
-        Checkpoints(
-            path,
-            fingerprint=fingerprint or {},
-            digests=of_training(workload.step(settings), first.state, workload.sample(settings, 0)),
-        ) as checkpoints,
+        Checkpoints(path, fingerprint=fingerprint) as checkpoints,
         StopSignals() as stop,
     ):
         if config.count_flops and "flops_per_example" not in options:

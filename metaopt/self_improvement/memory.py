@@ -24,7 +24,7 @@ from urllib.parse import quote, quote_plus
 
 import numpy as np
 
-from metaopt.console import say
+from metaopt.console import log
 from metaopt.errors import UserError
 from metaopt.files import local_path
 from metaopt.self_improvement.assess import as_record
@@ -373,7 +373,7 @@ class Memory:
         line = f"memory {self.where}: {cause}; {consequence}"
         if line not in self._logged:
             self._logged.add(line)
-            say(line)
+            log(line)
 
 
 def _check(file: sqlite3.Connection) -> bool:

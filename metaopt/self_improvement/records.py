@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from metaopt import parallel
-from metaopt.console import say
+from metaopt.console import log
 from metaopt.errors import UserError
 from metaopt.files import (
     Named,
@@ -269,7 +269,7 @@ class Journal:
             problem = _damage(line, what_is_damaged) or self._does_not_follow(line, settings)
             if problem:
                 path = self._directory / "decisions.jsonl"
-                say(f"{path}:{number} is left out ({problem}); what it decided is decided again")
+                log(f"{path}:{number} is left out ({problem}); what it decided is decided again")
             if problem or line["phase"] < 0 or line["examples"] != examples:
                 break
             settings = {**settings, **{name: new for name, (_, new) in line["changes"].items()}}
