@@ -33,7 +33,7 @@ def adaptation_curve(
 
     Args:
       learner: what was meta-learned.
-      loss_fn: what the inner loop steps on.
+      loss_fn: what the inner loop descends, as the learner changes it, and what judges.
       inner: the inner loop of training.
       num_steps: how far the curve goes; it may exceed the trained number.
       measure: what takes the place of the query loss, such as an accuracy. It may give
@@ -44,17 +44,17 @@ def adaptation_curve(
       in the unit of the loss or the measure. Every step takes all of the support, also where
       training splits it.
     """
-    check_parts(learner, loss_fn)
+    check_parts(learner, loss_fn, inner)
     scanned = InnerLoop(num_steps=inner.num_steps, batching="same", unroll=False)
 
     def curve(meta_params: MetaParams, hparams: Hparams, episode: Episode):
-        check_call(learner, meta_params, episode)
+        check_call(learner, meta_params, hparams, episode)
 
-        def judge(params):
+        def judge(params, _=None):
             return loss_fn(params, episode.query) if measure is None else measure(params, episode)
 
         adapted = adapt(
-            loss_fn,
+            learner.inner_loss(meta_params, loss_fn),
             learner.inner_opt(meta_params, hparams),
             learner.start(meta_params),
             episode.support,

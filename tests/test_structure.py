@@ -13,10 +13,10 @@ OTHERS = [p for d in ("experiments", "benchmarks") for p in (ROOT.parent / d).rg
 ORDER = [
     {"console"},
     {"types", "errors"},
-    {"files", "ranges", "indices", "npz"},
-    {"losses", "models", "measure", "pytrees", "parallel", "statistics"},
-    {"tasks", "rematerialization"},
+    {"files", "ranges", "indices", "npz", "pytrees"},
+    {"losses", "models", "measure", "parallel", "statistics"},
     {"checks", "eager"},
+    {"tasks", "rematerialization"},
     {"optimizers"},
     {"inner_loop"},
     {"learners", "meta_gradients"},
