@@ -17,7 +17,6 @@ ORDER = [
     {"losses", "models", "measure", "parallel", "statistics"},
     {"checks", "eager"},
     {"tasks", "rematerialization", "resources"},
-    {"tasks", "rematerialization"},
     {"optimizers"},
     {"inner_loop"},
     {"learners", "meta_gradients"},

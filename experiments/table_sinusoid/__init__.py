@@ -33,9 +33,10 @@ import numpy as np
 from experiments.table_sinusoid.config import CHOSEN_BY, Config, preset
 from experiments.table_sinusoid.report import Report
 from experiments.table_sinusoid.rows import Row, inner_hparams, make_rows
-from metaopt import evaluate, losses, meta_gradients, models, parallel
+from metaopt import losses, meta_gradients, models, parallel
 from metaopt.cli import command_line
 from metaopt.diagnostics import feasible
+from metaopt.evaluate import make_curves, tuned_curves
 from metaopt.optimizers.outer import outer_optimizer
 from metaopt.outer_step import MetaStep, init_state, make_meta_step
 from metaopt.self_improvement.drop_in import reported_losses, trainer
@@ -167,11 +168,11 @@ def losses_of_row(
     num_steps = config.max_inner_steps if config.protocol == "finn" else row.inner.num_steps
     devices = parallel.default_devices()
     learner = row.learner(seed)
-    curves = evaluate.make_curves(learner, problem.loss_fn, row.inner, num_steps, devices, 500)
+    curves = make_curves(learner, problem.loss_fn, row.inner, num_steps, devices, 500)
     if row.estimator is meta_gradients.joint:
         ((shots, test),) = problem.tests.items()
         valid = make_tests(config, config.eval_seed + 1)[shots]
-        tuned = evaluate.tuned_curves(curves, meta_params, {}, RATES_TRIED, valid, test)
+        tuned = tuned_curves(curves, meta_params, {}, RATES_TRIED, valid, test)
         return {shots: tuned.losses}
     hparams = inner_hparams(config, row, seed)
     return {shots: curves(meta_params, hparams, test) for shots, test in problem.tests.items()}
