@@ -31,8 +31,8 @@ class LanguageConfig(Checked):
       tasks: markov, text (with --folder), stdlib, tfds:NAME, or module:function of your own,
         which takes nothing and returns a `TaskFamily`.
       folder: Folder of text, one file a domain.
-      model: bigram, rnn, gru, lstm, transformer, or module:function of your own, which takes the
-        size of the vocabulary and returns a `Model`.
+      model: bigram, rnn, gru, lstm, transformer, or module:function of your own, which takes
+        what it needs of vocab_size, width, num_layers and num_heads, and returns a `Model`.
       width: Width of the recurrent and transformer models.
       num_layers: Number of layers of the recurrent and transformer models.
       num_heads: Number of heads of the transformer.
@@ -50,7 +50,7 @@ class LanguageConfig(Checked):
         the learning rate and returns an `optax.GradientTransformation`.
       inner: The inner loop.
       rows: Names of the rows to run, all if none; or module:function of your own, which takes
-        the model, the inner optimiser and the number of inner steps, and returns a
+        what it needs of model, inner_optimizer and num_steps, and returns a
         `metaopt.comparison.Row`.
     """
 
@@ -131,7 +131,8 @@ def make_model(config: LanguageConfig) -> Model:
     """
     vocab_size = VOCAB_SIZE if is_text(config.tasks) else config.vocab_size
     if is_own(config.model):
-        return make_part("--model", config.model, Model, {"vocab_size": vocab_size})
+        sizes = {name: getattr(config, name) for name in ("width", "num_layers", "num_heads")}
+        return make_part("--model", config.model, Model, {"vocab_size": vocab_size, **sizes})
     if config.model == "bigram":
         return models.bigram(vocab_size)
     if config.model == "transformer":
