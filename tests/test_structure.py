@@ -15,7 +15,7 @@ ORDER = [
     {"types", "errors"},
     {"files", "ranges", "indices", "npz", "signals"},
     {"losses", "models", "measure", "pytrees", "parallel", "statistics"},
-    {"tasks", "rematerialization"},
+    {"tasks", "rematerialization", "resources"},
     {"checks", "eager"},
     {"optimizers"},
     {"inner_loop"},

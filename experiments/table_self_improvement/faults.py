@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from metaopt.self_improvement.resources import MemoryUse, memory_use
+from metaopt.resources import MemoryUse, memory_use
 from metaopt.self_improvement.workload import Settings, Workload
 
 Injected = tuple[Workload, dict[str, Any], str]

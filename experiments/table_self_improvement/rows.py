@@ -24,9 +24,9 @@ from metaopt import learners, losses, meta_gradients
 from metaopt.measure import compile_for, interleaved
 from metaopt.optimizers.outer import OuterConfig, outer_optimizer
 from metaopt.outer_step import init_state, make_meta_step
+from metaopt.self_improvement.autotune import tune_resources
 from metaopt.self_improvement.loop import Outcome, record_of, run
 from metaopt.self_improvement.memory import Memory
-from metaopt.self_improvement.search import tune_resources
 from metaopt.self_improvement.workload import Setting, Settings
 from metaopt.statistics import t_interval
 from metaopt.types import Batch, Episode, MetaState

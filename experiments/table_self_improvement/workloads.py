@@ -17,7 +17,7 @@ from metaopt.inner_loop import InnerLoop
 from metaopt.npz import Form, read_npz
 from metaopt.optimizers.outer import OuterConfig, outer_optimizer
 from metaopt.outer_step import MetaStep, make_meta_step
-from metaopt.self_improvement.training import (
+from metaopt.self_improvement.builders import (
     constant,
     cosine,
     default_settings,

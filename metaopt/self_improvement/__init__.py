@@ -3,15 +3,13 @@
 Each part is a module of its own, usable alone; what a notebook wants of them is here.
 """
 
-from metaopt.self_improvement.attempts import Change
-from metaopt.self_improvement.budget import TrialConfig
+from metaopt.self_improvement.builders import default_settings, meta_training, plain_training
 from metaopt.self_improvement.drop_in import improving_train
 from metaopt.self_improvement.loop import Ledger, LoopConfig, Outcome, run
 from metaopt.self_improvement.memory import Memory
 from metaopt.self_improvement.monitor import Alarm, Monitor, MonitorConfig
 from metaopt.self_improvement.proposers import descent, pattern_search
-from metaopt.self_improvement.training import default_settings, meta_training, plain_training
-from metaopt.self_improvement.trials import Decision
+from metaopt.self_improvement.trials import Change, Decision, TrialConfig
 from metaopt.self_improvement.workload import Choice, Scale, Snapshot, Workload
 
 __all__ = [

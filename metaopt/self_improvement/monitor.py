@@ -6,22 +6,349 @@ device but its memory, and costs some tens of microseconds. What it finds goes t
 """
 
 import math
+import statistics
 import time
-from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, NamedTuple, Self
 
 import jax
 
+from metaopt.errors import UserError
 from metaopt.files import Line, append_json_line, keep_json_lines, one_line
-from metaopt.self_improvement.alarms import Alarm, Alarms
-from metaopt.self_improvement.resources import MemoryUse, memory_use
-from metaopt.self_improvement.symptoms import MonitorConfig
+from metaopt.ranges import Checked, Count, Positive, Range, Seconds, Steps
+from metaopt.resources import MemoryUse, memory_use
 from metaopt.training.recorder import TensorBoard
 from metaopt.training.runs import slug
 
-__all__ = ["Alarm", "Monitor", "MonitorConfig"]
+TINY = 1e-6
+"""What a loss may rise in any case: at a loss of 0 any rounding is infinitely much more."""
+
+Factor = Annotated[float, Range(1.001, 1e12)]
+PartOf = Annotated[float, Range(1e-9, 0.999)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MonitorConfig(Checked):
+    """Thresholds of the alarms, and how often what is done.
+
+    Attributes:
+      window: steps over which a median and a spread (largest less median) are taken.
+      history: steps that are remembered, to compare with the best window among them.
+      min_history: steps before the first comparison, and between two summaries.
+      divergence_factor: the loss diverges above this many times the best median, where ...
+      divergence_spreads: ... this many spreads are added to that limit.
+      plateau_window: steps; the mean loss of their second half is compared with the first's.
+      plateau_errors: standard errors of that difference; an improvement below is noise.
+      slow_factor: of the best median of the seconds a token.
+      memory_share: of the memory of the host or a device.
+      starved_share: of the step time, spent waiting for data.
+      idle_utilisation: achieved share of the peak FLOP/s, as the median of a window.
+      at_once: so many times the limit raise divergence and starved input without waiting
+        for a second step; the limit of divergence while ``min_history`` is not reached.
+      clear_share: of the limit, below which an alarm is cleared ...
+      clear_looks: ... when so many looks in a row found that.
+      memory_every: steps from one reading of the memory to the next.
+      seconds_between_lines: a line in ``monitor.jsonl`` and points in TensorBoard are means
+        over this time; 0 is a line a step.
+    """
+
+    window: Count = 32
+    history: Count = 512
+    min_history: Count = 8
+    divergence_factor: Factor = 1.5
+    divergence_spreads: Positive = 3.0
+    plateau_window: Count = 400
+    plateau_errors: Positive = 2.0
+    slow_factor: Factor = 1.5
+    memory_share: PartOf = 0.9
+    starved_share: PartOf = 0.5
+    idle_utilisation: PartOf = 0.01
+    at_once: Positive = 10.0
+    clear_share: PartOf = 0.8
+    clear_looks: Steps = 5
+    memory_every: Steps = 2
+    seconds_between_lines: Seconds = 1.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.min_history <= self.window <= self.history >= self.plateau_window:
+            raise UserError(
+                f"min_history {self.min_history} must not exceed window {self.window}, nor "
+                f"window and plateau_window {self.plateau_window} the history {self.history}"
+            )
+
+
+class Reading(NamedTuple):
+    """What one look at one kind of trouble found; ``score`` is 1 at the limit, more is worse."""
+
+    score: float
+    value: float
+    limit: float
+    message: str
+
+
+class Summary(NamedTuple):
+    """Median of a window, and its spread: the largest value less the median."""
+
+    median: float
+    spread: float
+    step: int
+
+
+class History:
+    """The last values of one quantity, and summaries of windows of them. Bounded."""
+
+    def __init__(self, config: MonitorConfig):
+        self._window, self._every = config.window, config.min_history
+        self.values: deque[tuple[int, float]] = deque(maxlen=config.history)
+        self.summaries: deque[Summary] = deque(maxlen=config.history // config.min_history)
+
+    def push(self, step: int, value: float) -> bool:
+        """Adds a finite value; True where that gave a summary of a full enough window."""
+        if not math.isfinite(value):
+            return False
+        self.values.append((step, value))
+        early = len(self.values) <= self._every
+        if not early and step - self.summaries[-1].step < self._every:
+            return False
+        if early:  # of fewer values than a summary should have: replaced, not kept
+            self.summaries.clear()
+        self._summarise()
+        return not self.is_young
+
+    def _summarise(self) -> None:
+        recent = self.last(self._window)
+        median = statistics.median(recent)
+        self.summaries.append(Summary(median, max(recent) - median, self.values[-1][0]))
+
+    @property
+    def is_young(self) -> bool:
+        """Whether there are too few values to say what is normal."""
+        return len(self.values) < self._every
+
+    @property
+    def best(self) -> Summary:
+        """The summary with the lowest median."""
+        return min(self.summaries)
+
+    def last(self, count: int) -> list[float]:
+        """The newest values, newest first; fewer where there are fewer."""
+        return [self.values[-i][1] for i in range(1, min(count, len(self.values)) + 1)]
+
+    def forget_after(self, step: int) -> None:
+        """As if nothing after this step had been pushed."""
+        for entries, step_of in ((self.values, lambda e: e[0]), (self.summaries, lambda e: e.step)):
+            while entries and step_of(entries[-1]) > step:
+                entries.pop()
+        if self.values and not self.summaries:  # back among the first few values
+            self._summarise()
+
+
+def not_finite(values: Mapping[str, float]) -> Reading:
+    """Score infinity where any value is NaN or infinite, 0 elsewhere."""
+    for name, value in values.items():
+        if not math.isfinite(value):
+            return Reading(math.inf, value, math.inf, f"{name} is {value}")
+    return Reading(0.0, 0.0, math.inf, "all values are finite")
+
+
+def divergence(loss: float, history: History, config: MonitorConfig) -> Reading:
+    """How far the loss is above the best median there was, against what noise would explain."""
+    best = history.best
+    allowed = (config.divergence_factor - 1) * abs(best.median)
+    allowed += config.divergence_spreads * best.spread
+    if history.is_young:
+        allowed *= config.at_once
+    excess, limit = loss - best.median, best.median + allowed
+    score = excess / max(allowed, TINY)
+    where = "above" if loss > limit else "below"
+    message = f"the loss, {loss:.4g}, is {where} {limit:.4g}; its best median is {best.median:.4g}"
+    return Reading(score, loss, limit, message)
+
+
+def plateau(newest_first: list[float], config: MonitorConfig) -> Reading:
+    """Whether the mean of the second half improves on the first by more than its standard error."""
+    half = len(newest_first) // 2
+    after, before = newest_first[:half], newest_first[half:]
+    means = statistics.fmean(before), statistics.fmean(after)
+    variance = sum(
+        sum((x - mean) ** 2 for x in part) / len(part) ** 2
+        for mean, part in zip(means, (before, after), strict=True)
+    )
+    gain, error, limit = means[0] - means[1], math.sqrt(variance), config.plateau_errors
+    errors = gain / error if error > 0 else math.copysign(math.inf, gain) if gain else 0.0
+    score = limit / errors if errors > 0 else math.inf
+    message = (
+        f"in {len(newest_first)} steps the mean loss went from {means[0]:.4g} to {means[1]:.4g}, "
+        f"an improvement of {errors:.2g} standard errors (limit {limit:g})"
+    )
+    return Reading(score, errors, limit, message)
+
+
+def starved(data_seconds: float, step_seconds: float, config: MonitorConfig) -> Reading:
+    """Time waited for data against the rest of the step, at the share that is the limit 1."""
+    share, limit = min(1.0, data_seconds / max(step_seconds, 1e-12)), config.starved_share
+    odds = share / max(1 - share, 1e-12)
+    message = f"{share:.0%} of the step is spent waiting for data (limit {limit:.0%})"
+    return Reading(odds * (1 - limit) / limit, share, limit, message)
+
+
+def slow(history: History, config: MonitorConfig) -> Reading:
+    """The newest median of the time against the best one."""
+    now, limit = history.summaries[-1].median, config.slow_factor * history.best.median
+    message = f"{now:.3g} s a token; the limit of {limit:.3g} is {config.slow_factor:g}x the best"
+    return Reading(now / max(limit, 1e-30), now, limit, message)
+
+
+def idle(history: History, config: MonitorConfig) -> Reading:
+    """The share of the peak FLOP/s that is reached, as a median."""
+    now, limit = history.summaries[-1].median, config.idle_utilisation
+    message = f"the devices reach {now:.2%} of their peak FLOP/s (limit {limit:.2%})"
+    return Reading(limit / max(now, 1e-30), now, limit, message)
+
+
+def memory(share: float, config: MonitorConfig) -> Reading:
+    """The share in use of the memory of the host or of the fullest device."""
+    limit = config.memory_share
+    return Reading(
+        share / limit, share, limit, f"{share:.0%} of the memory is used (limit {limit:.0%})"
+    )
+
+
+CONSECUTIVE_CHECKS = {
+    "nan": 1,
+    "divergence": 2,
+    "plateau": 2,
+    "slow": 3,
+    "memory": 1,
+    "starved": 2,
+    "idle": 2,
+}
+"""Checks in a row that raise an alarm; at plateau, slow and idle one every `min_history` steps."""
+AT_ONCE = ("divergence", "starved")
+
+
+class Alarm(NamedTuple):
+    """One kind of trouble that began or ended.
+
+    Attributes:
+      kind: ``nan``, ``divergence``, ``plateau``, ``slow``, ``memory``, ``starved`` or ``idle``.
+      step: at which it was seen.
+      raised: True where it began, False where it ended.
+      value: what was seen, in the unit of ``limit``.
+      limit: what it was compared with; nats (the unit of the loss) for ``divergence``,
+        standard errors for ``plateau``, seconds a token for ``slow``, shares for the others.
+      message: both in words.
+    """
+
+    kind: str
+    step: int
+    raised: bool
+    value: float
+    limit: float
+    message: str
+
+
+class Latch:
+    """Hysteresis: raised after ``looks`` scores above 1 in a row, cleared after some low ones."""
+
+    def __init__(self, looks: int, at_once: float, clear_share: float, clear_looks: int):
+        self._looks, self._at_once = looks, at_once
+        self._clear_share, self._clear_looks = clear_share, clear_looks
+        self.raised_at: int | None = None
+        self._in_a_row = 0
+
+    def update(self, step: int, score: float) -> bool:
+        """Whether the state changed."""
+        if self.raised_at is None:
+            self._in_a_row = self._in_a_row + 1 if score > 1 else 0
+            changed = self._in_a_row >= self._looks or score > self._at_once
+        else:
+            self._in_a_row = self._in_a_row + 1 if score < self._clear_share else 0
+            changed = self._in_a_row >= self._clear_looks
+        if changed:
+            self.raised_at, self._in_a_row = (step if self.raised_at is None else None), 0
+        return changed
+
+    def forget_after(self, step: int) -> None:
+        """An alarm raised after this step never was."""
+        self._in_a_row = 0
+        if self.raised_at is not None and self.raised_at > step:
+            self.raised_at = None
+
+
+class Alarms:
+    """All alarms of one training; `update` is called once a step."""
+
+    def __init__(self, config: MonitorConfig):
+        self.config = config
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything."""
+        c = self.config
+        self._loss, self._time, self._utilisation = History(c), History(c), History(c)
+        self._latches = {
+            kind: Latch(
+                looks, c.at_once if kind in AT_ONCE else math.inf, c.clear_share, c.clear_looks
+            )
+            for kind, looks in CONSECUTIVE_CHECKS.items()
+        }
+
+    def new_work(self) -> None:
+        """Forget how long steps took: from now on they do something else."""
+        self._time, self._utilisation = History(self.config), History(self.config)
+        for kind in ("slow", "starved", "idle"):
+            self._latches[kind].forget_after(-1)
+
+    def forget_after(self, step: int) -> None:
+        """As if nothing had been observed after this step, within what is remembered."""
+        for part in (self._loss, self._time, self._utilisation, *self._latches.values()):
+            part.forget_after(step)
+
+    @property
+    def active(self) -> tuple[str, ...]:
+        """The kinds that are raised."""
+        return tuple(k for k, latch in self._latches.items() if latch.raised_at is not None)
+
+    def update(self, step: int, values: Mapping[str, float]) -> list[Alarm]:
+        """The alarms that this step raised or cleared.
+
+        Args:
+          step: its number; steps come in order, but for what was forgotten.
+          values: as `Monitor.observe` takes them, and ``seconds_per_token`` (or a step,
+            where tokens are not counted), ``utilisation`` and ``memory_share``.
+        """
+        found = []
+        for kind, reading in self._read(step, values):
+            latch = self._latches[kind]
+            if latch.update(step, reading.score):
+                raised = latch.raised_at is not None
+                message = reading.message if raised else f"{kind} is over: {reading.message}"
+                found.append(Alarm(kind, step, raised, reading.value, reading.limit, message))
+        return found
+
+    def _read(self, step: int, values: Mapping[str, float]) -> Iterator[tuple[str, Reading]]:
+        loss, config = values.get("loss", math.nan), self.config
+        yield "nan", not_finite(values)
+        if math.isfinite(loss):
+            if self._loss.values:
+                yield "divergence", divergence(loss, self._loss, config)
+            full = self._loss.push(step, loss) and len(self._loss.values) >= config.plateau_window
+            if full and "divergence" not in self.active:
+                yield "plateau", plateau(self._loss.last(config.plateau_window), config)
+        if "memory_share" in values:
+            yield "memory", memory(values["memory_share"], config)
+        if not self._time.is_young and {"data_seconds", "step_seconds"} <= values.keys():
+            seconds = values["data_seconds"], values["step_seconds"]
+            yield "starved", starved(*seconds, config)
+        if self._time.push(step, values.get("seconds_per_token", math.nan)):
+            yield "slow", slow(self._time, config)
+        if self._utilisation.push(step, values.get("utilisation", math.nan)):
+            yield "idle", idle(self._utilisation, config)
 
 
 class Monitor:
@@ -44,7 +371,7 @@ class Monitor:
 
     def __init__(
         self,
-        config: MonitorConfig = MonitorConfig(),  # noqa: B008
+        config: MonitorConfig = MonitorConfig(),
         *,
         tokens_per_step: float,
         flops_per_step: float | None = None,

@@ -7,47 +7,155 @@ function of the settings and of the position in the data, counted in examples, s
 `Snapshot` is all that a roll-back needs.
 """
 
+import dataclasses
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple, TypeGuard
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.interpreters import partial_eval
 
 from metaopt.errors import UserError
-from metaopt.self_improvement.space import (
-    Choice,
-    Scale,
-    Score,
-    Setting,
-    Settings,
-    Space,
-    check_settings,
-    known_settings,
-)
 from metaopt.training.loop import StepFn, prefetch
 from metaopt.types import Episode, MetaState, Metrics
 
-__all__ = [
-    "Choice",
-    "Scale",
-    "Score",
-    "Setting",
-    "Settings",
-    "Snapshot",
-    "Space",
-    "Step",
-    "Workload",
-    "begin",
-    "changed",
-    "check_settings",
-    "copied",
-    "known_settings",
-    "steps",
-    "with_scalars",
-]
+Setting = float | int | str | bool
+Settings = Mapping[str, Setting]
+Score = Literal["loss", "efficiency", "throughput"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Scale:
+    """A positive number that is changed by factors.
+
+    Attributes:
+      low: the least it may be.
+      high: the most.
+      factor: of the first attempts; later ones take its square root, and so on.
+      integer: whether it is rounded.
+      multiple: an integer is a multiple of this one: of the devices, say.
+      score: what a change is judged by: the held-out ``loss`` after equally many examples;
+        ``efficiency``, its improvement a second; or ``throughput``, examples a second.
+      coupled: settings that change with it, as the power of its factor: a batch four times
+        as large with ``{'outer_learning_rate': 0.5}`` goes with twice the rate.
+    """
+
+    low: float
+    high: float
+    factor: float = 8.0
+    integer: bool = False
+    multiple: int = 1
+    score: Score = "loss"
+    coupled: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self):
+        if not 0 < self.low <= self.high < math.inf or not 1 < self.factor < math.inf:
+            raise UserError(
+                f"a scale needs 0 < low <= high and a factor above 1, not low={self.low}, "
+                f"high={self.high}, factor={self.factor}"
+            )
+        if self.integer and (self.multiple < 1 or self._lowest > self._highest):
+            raise UserError(
+                f"no multiple of {self.multiple} is between low={self.low} and high={self.high}"
+            )
+
+    @property
+    def coupled_names(self) -> set[str]:
+        """Of the settings that change with it."""
+        return set(self.coupled)
+
+    @property
+    def _lowest(self) -> int:
+        return math.ceil(self.low / self.multiple) * self.multiple
+
+    @property
+    def _highest(self) -> int:
+        return math.floor(self.high / self.multiple) * self.multiple
+
+    def scaled(self, value: float, factor: float) -> float:
+        """``value · factor`` within the bounds; an integer where it is one."""
+        if not self.integer:
+            return min(max(value * factor, self.low), self.high)
+        nearest = round(value * factor / self.multiple) * self.multiple
+        return min(max(nearest, self._lowest), self._highest)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Choice:
+    """A setting that takes one of some values.
+
+    Attributes:
+      values: all of them.
+      score: as for `Scale`.
+      coupled: settings that change with it, for each value how large they should be beside those
+        of a value that is not named: ``{'sgd': {'outer_learning_rate': 100.0}}``.
+    """
+
+    values: tuple[Setting, ...]
+    score: Score = "loss"
+    coupled: Mapping[Setting, Mapping[str, float]] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self):
+        if not self.values:
+            raise UserError("a choice needs at least one value")
+        if unknown := self.coupled.keys() - set(self.values):
+            value = sorted(map(str, unknown))[0]
+            raise UserError(f"a choice has settings for {value!r}, which is none of {self.values}")
+        if not all(0 < x < math.inf for each in self.coupled.values() for x in each.values()):
+            raise UserError(f"the factors of a choice must be above 0, not {self.coupled}")
+
+    @property
+    def coupled_names(self) -> set[str]:
+        """Of the settings that change with some of its values."""
+        return {name for each in self.coupled.values() for name in each}
+
+    def factors(self, old: Setting, new: Setting) -> dict[str, float]:
+        """What coupled settings are multiplied by where one value takes the place of another."""
+        nothing: Mapping[str, float] = {}
+        before, after = self.coupled.get(old, nothing), self.coupled.get(new, nothing)
+        names = sorted({*before, *after})
+        return {name: after.get(name, 1.0) / before.get(name, 1.0) for name in names}
+
+
+Space = Mapping[str, Scale | Choice]
+
+
+def check_settings(space: Space, settings: Settings) -> None:
+    """Raises UserError where a setting that may be changed is missing or out of its bounds."""
+    for name, axis in space.items():
+        if name not in settings:
+            raise UserError(f"setting {name!r} may be changed, but has no value to start from")
+        value = settings[name]
+        if isinstance(axis, Choice) and value not in axis.values:
+            raise UserError(f"{name} is {value!r}: choose one of {axis.values}")
+        if isinstance(axis, Scale) and not (_is_number(value) and axis.low <= value <= axis.high):
+            raise UserError(
+                f"{name} is {value!r}; it may be changed by factors, so it must be a number from "
+                f"{axis.low:g} to {axis.high:g}"
+            )
+        if unknown := axis.coupled_names - settings.keys():
+            raise UserError(f"{name} is coupled to {sorted(unknown)[0]!r}, which is no setting")
+
+
+def known_settings(space: Space, settings: Settings) -> dict[str, Setting]:
+    """Of settings from elsewhere those that may be changed, within their bounds."""
+    known: dict[str, Setting] = {}
+    for name, axis in space.items():
+        value = settings.get(name)
+        if isinstance(axis, Choice):
+            known |= {name: value} if value in axis.values else {}
+        elif _is_number(value) and 0 < value <= sys.float_info.max:  # an int may be larger
+            known[name] = axis.scaled(value, 1.0)
+    return known
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
 
 SCHEDULE_LEVELS = 200  # a rate is renewed so many times in a run, which costs next to nothing
 
@@ -79,7 +187,7 @@ class Workload(NamedTuple):
         function.
       scores: ``state -> {name: number}``, such as accuracies on a test: for the record of every
         assessment alone, where they stand as ``scores``; None for none.
-      ways: settings by which a step is computed in another way, and comes to the same but for
+      execution_options: settings that change how a step is computed, but not its result beyond
         rounding, with the values that they may take.
       evaluation_examples: what an evaluation costs beside its seconds, as so many examples of
         training: it counts as they do, in the budget of a search and among the operations.
@@ -99,7 +207,7 @@ class Workload(NamedTuple):
     scheduled: tuple[str, ...] = ("outer_learning_rate", "rates_learning_rate")
     window_loss: Callable[..., jax.Array] | None = None
     scores: Callable[[MetaState], Mapping[str, float]] | None = None
-    ways: Mapping[str, Sequence[Setting]] = {}
+    execution_options: Mapping[str, Sequence[Setting]] = {}
     evaluation_examples: float = 0.0
 
 
@@ -142,7 +250,7 @@ def begin(workload: Workload, settings: Settings) -> Snapshot:
       UserError: a setting that may be changed has no value, or one out of its bounds.
     """
     check_settings(workload.space, settings)
-    if missing := sorted(workload.ways.keys() - settings.keys()):
+    if missing := sorted(workload.execution_options.keys() - settings.keys()):
         raise UserError(f"{missing[0]!r} is a way to compute a step, but has no value")
     state = with_scalars(workload.start(settings), settings)
     return Snapshot(state, dict(settings), 0)
@@ -227,3 +335,48 @@ def steps(
             yield Step(now, position, metrics, began, waited)
     finally:
         batches.close()
+
+
+def scalars_read(step_fn: StepFn, state: MetaState, episodes: Episode) -> frozenset[str]:
+    """The names of ``state.hparams`` on which the next parameters or optimiser state depend.
+
+    The step is traced and not run. What its metrics alone depend on is not read, and what it only
+    hands on in ``state.hparams`` neither.
+
+    Args:
+      step_fn: of the state and the episodes.
+      state: arrays, or `jax.ShapeDtypeStruct`s in their place.
+      episodes: of one step.
+    """
+    closed, (after, metrics) = jax.make_jaxpr(step_fn, return_shape=True)(state, episodes)
+    nothing = jax.tree.map(lambda _: False, (after, metrics))
+    structure, read = jax.tree.structure((state, episodes)), frozenset()
+    while True:
+        kept = jax.tree.map(lambda _: True, after)._replace(
+            # A scalar that is read decides, and so does what it becomes.
+            hparams={name: name in read for name in after.hparams}
+        )
+        wanted = jax.tree.leaves((kept, nothing[1]))
+        _, used = partial_eval.dce_jaxpr(closed.jaxpr, wanted)
+        hparams = jax.tree.unflatten(structure, used)[0].hparams
+        found = frozenset(name for name, is_used in hparams.items() if is_used)
+        if found <= read:
+            return found
+        read |= found
+
+
+def searched_space(workload: Workload, snapshot: Snapshot) -> Space:
+    """The space without the scalars that the updates from here do not read.
+
+    All of it, where the step cannot be traced.
+    """
+    scalars = workload.space.keys() & snapshot.state.hparams.keys()
+    if not scalars:
+        return workload.space
+    settings = snapshot.settings
+    batch = workload.sample(settings, snapshot.examples)
+    try:
+        read = scalars_read(workload.step(settings), snapshot.state, batch)
+    except Exception:  # whatever cannot be traced: a run is not lost for what it need not try
+        return workload.space
+    return {k: axis for k, axis in workload.space.items() if k not in scalars or k in read}

@@ -12,7 +12,7 @@ from rich.console import Console
 from metaopt.cli import tables, watch
 from metaopt.errors import UserError
 from metaopt.files import Line, keep_json_lines
-from metaopt.self_improvement.journal import Journal
+from metaopt.self_improvement.records import Journal
 from metaopt.training.runs import open_run
 
 RECORD = {

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from metaopt.self_improvement.training import cosine
+from metaopt.self_improvement.builders import cosine
 from metaopt.self_improvement.workload import Scale, Workload
 from metaopt.types import MetaState
 

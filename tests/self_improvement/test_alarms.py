@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 
 from metaopt.errors import UserError
-from metaopt.self_improvement import symptoms
-from metaopt.self_improvement.alarms import Alarms, Latch
-from metaopt.self_improvement.symptoms import History, MonitorConfig
+from metaopt.self_improvement import monitor
+from metaopt.self_improvement.monitor import Alarms, History, Latch, MonitorConfig
 
 CONFIG = MonitorConfig()
 
@@ -88,12 +87,12 @@ def test_a_plateau_ends_when_the_loss_falls_again():
 
 def test_the_t_statistic_of_a_plateau_in_closed_form():
     before, after = [3.0, 1.0, 3.0, 1.0], [2.0, 0.0, 2.0, 0.0]
-    reading = symptoms.plateau(after[::-1] + before[::-1], CONFIG)
+    reading = monitor.plateau(after[::-1] + before[::-1], CONFIG)
     assert reading.value == pytest.approx(1 / math.sqrt(1 / 4 + 1 / 4))
     assert reading.score == pytest.approx(CONFIG.plateau_errors / reading.value)
-    assert symptoms.plateau(before + after, CONFIG).score == math.inf  # it rose
-    assert symptoms.plateau([1.0] * 8, CONFIG).score == math.inf
-    assert symptoms.plateau([1.0] * 4 + [2.0] * 4, CONFIG).score == 0.0
+    assert monitor.plateau(before + after, CONFIG).score == math.inf  # it rose
+    assert monitor.plateau([1.0] * 8, CONFIG).score == math.inf
+    assert monitor.plateau([1.0] * 4 + [2.0] * 4, CONFIG).score == 0.0
 
 
 def sgd_losses(fault, num_steps, rng, rate=0.05, factor=1000.0):

@@ -4,8 +4,7 @@ import pytest
 from noisy_quadratic import SETTINGS, workload
 
 from metaopt.errors import UserError
-from metaopt.self_improvement.attempts import Change
-from metaopt.self_improvement.budget import TrialConfig, affordable
+from metaopt.self_improvement.trials import Change, TrialConfig, affordable
 from metaopt.self_improvement.workload import begin
 
 CONFIG = TrialConfig(examples=0.02, longer=4.0, anneal=0.25, least_steps=4)

@@ -7,12 +7,11 @@ from noisy_quadratic import SETTINGS, as_bytes, workload
 
 from metaopt.errors import UserError
 from metaopt.files import read_json_lines, write_json_lines
-from metaopt.self_improvement.budget import TrialConfig
-from metaopt.self_improvement.evidence import known_decisions
-from metaopt.self_improvement.kinship import RunRecord
 from metaopt.self_improvement.loop import LoopConfig, run
-from metaopt.self_improvement.memory import Memory
-from metaopt.self_improvement.space import Choice, Scale, known_settings
+from metaopt.self_improvement.memory import Memory, RunRecord
+from metaopt.self_improvement.records import known_decisions
+from metaopt.self_improvement.trials import TrialConfig
+from metaopt.self_improvement.workload import Choice, Scale, known_settings
 
 CONFIG = LoopConfig(
     phases=(0.0,),

@@ -1,8 +1,7 @@
 import numpy as np
 import pytest
 
-from metaopt.self_improvement.attempts import Change, Trial
-from metaopt.self_improvement.judging import Race, judge
+from metaopt.self_improvement.trials import Change, Race, Trial, judge
 
 
 def trial(losses, seconds, score=None, examples=100):

@@ -3,8 +3,14 @@ import math
 
 import pytest
 
-from metaopt.self_improvement import kinship
-from metaopt.self_improvement.kinship import MISSING, UNEQUAL, RunRecord, choose, distance
+from metaopt.self_improvement import memory
+from metaopt.self_improvement.memory import (
+    CATEGORY_MISMATCH,
+    MISSING_COST,
+    RunRecord,
+    choose,
+    distance,
+)
 
 TASK = {"family": "markov", "width": 64, "order": 1}
 
@@ -28,13 +34,13 @@ def run(name, loss=1.0, seconds=1.0, decisions=None, **task):
         ({}, 0.0),
         ({"width": 128}, math.log(2)),
         ({"width": 32}, math.log(2)),
-        ({"family": "text"}, UNEQUAL),
-        ({"order": "1"}, UNEQUAL),
-        ({"order": True}, UNEQUAL),
+        ({"family": "text"}, CATEGORY_MISMATCH),
+        ({"order": "1"}, CATEGORY_MISMATCH),
+        ({"order": True}, CATEGORY_MISMATCH),
         ({"order": 0}, 1.0),
-        ({"depth": 2}, MISSING),
-        ({"width": 128, "family": "text"}, math.log(2) + UNEQUAL),
-        ({"width": math.nan}, UNEQUAL),
+        ({"depth": 2}, MISSING_COST),
+        ({"width": 128, "family": "text"}, math.log(2) + CATEGORY_MISMATCH),
+        ({"width": math.nan}, CATEGORY_MISMATCH),
     ],
 )
 def test_the_distance_is_a_sum_over_descriptors_and_the_same_both_ways(there, expected):
@@ -75,7 +81,7 @@ def test_without_kin_nothing_is_proposed():
     assert choose([run("diverged", math.inf)], TASK) is None
     assert choose([run("far", width=64 * 25)], TASK) is None
     assert choose([run("far", width=64 * 25)], TASK, within=3.3) is not None
-    assert kinship.LIKE < math.log(2) < kinship.NEAR
+    assert memory.TIE_DISTANCE < math.log(2) < memory.MAX_DISTANCE
 
 
 def test_a_choice_with_which_a_run_ended_worse_is_worse():

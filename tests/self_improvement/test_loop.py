@@ -16,10 +16,10 @@ import metaopt.self_improvement as si
 from metaopt.errors import UserError
 from metaopt.files import read_json_lines
 from metaopt.measure import count_flops
-from metaopt.self_improvement.budget import TrialConfig
-from metaopt.self_improvement.journal import Journal
 from metaopt.self_improvement.loop import LoopConfig, run
 from metaopt.self_improvement.memory import Memory
+from metaopt.self_improvement.records import Journal
+from metaopt.self_improvement.trials import TrialConfig
 from metaopt.self_improvement.workload import Scale, begin, steps
 from metaopt.training.loop import Interrupted
 from metaopt.training.recorder import Diverged
@@ -101,16 +101,17 @@ def test_absurd_weight_decay_is_brought_down(tmp_path):
 
 def test_a_batch_that_is_too_small_grows_while_that_is_efficient(tmp_path, monkeypatch):
     """By a clock on which a step takes 1 and an example 1/32 of a second."""
-    from metaopt.self_improvement import attempts
 
-    measured = attempts._run
+    from metaopt.self_improvement import trials
+
+    measured = trials._run
 
     def by_the_clock(problem, snapshot, end, **options):
         after, _, broken = measured(problem, snapshot, end, **options)
         size = snapshot.settings["batch_size"]
         return after, (after.examples - snapshot.examples) * (1 / size + 1 / 32), broken
 
-    monkeypatch.setattr(attempts, "_run", by_the_clock)
+    monkeypatch.setattr(trials, "_run", by_the_clock)
     batch = Scale(low=1, high=64, factor=4.0, integer=True, score="efficiency")
     settings = SETTINGS | {"batch_size": 1, "outer_learning_rate": 0.05}
     outcome = improved(
@@ -527,7 +528,7 @@ def test_several_processes_do_not_decide_by_their_clocks(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="batch_size would be chosen by the clock of each"):
         improved(tmp_path, problem=workload(800, space=space))
     with pytest.raises(UserError, match="remat would be chosen"):
-        improved(tmp_path, problem=workload(800, ways={"remat": (0, 1)}))
+        improved(tmp_path, problem=workload(800, execution_options={"remat": (0, 1)}))
     with pytest.raises(UserError, match="ask the memory before"):
         improved(tmp_path, memory=Memory(tmp_path / "memory.sqlite"))
 

@@ -13,9 +13,8 @@ import pytest
 import sqlalchemy.exc
 
 from metaopt.errors import UserError
-from metaopt.self_improvement import location
-from metaopt.self_improvement.kinship import RunRecord
-from metaopt.self_improvement.memory import CURVE_POINTS, STUDY, Memory
+from metaopt.self_improvement import memory as module
+from metaopt.self_improvement.memory import CURVE_POINTS, STUDY, Memory, RunRecord
 
 TASK = {"family": "markov", "width": 64, "tokens": 1e6}
 
@@ -197,11 +196,11 @@ def test_a_damaged_file_is_set_aside_and_none_of_it_lost(filled, damage, capsys)
 
 
 def test_files_set_aside_within_a_second_are_all_kept(tmp_path, monkeypatch):
-    monkeypatch.setattr(location.time, "strftime", lambda _: "20260102-030405")
+    monkeypatch.setattr(module.time, "strftime", lambda _: "20260102-030405")
     (tmp_path / "m-journal").write_text("of one")  # would be played into the next file
     for content in ("one", "two", "three"):
         (tmp_path / "m").write_text(content)
-        location.set_aside(tmp_path / "m")
+        module.set_aside(tmp_path / "m")
     found = {
         path.name.removeprefix("damaged-20260102-030405"): path.read_text()
         for path in tmp_path.iterdir()

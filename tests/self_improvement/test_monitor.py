@@ -7,9 +7,8 @@ import pytest
 from tensorboardX.proto import event_pb2
 
 from metaopt.files import read_json_lines
-from metaopt.self_improvement.alarms import Alarms
-from metaopt.self_improvement.monitor import Monitor, MonitorConfig
-from metaopt.self_improvement.resources import MemoryUse
+from metaopt.resources import MemoryUse
+from metaopt.self_improvement.monitor import Alarms, Monitor, MonitorConfig
 
 EVERY_STEP = MonitorConfig(seconds_between_lines=0.0)
 

@@ -7,7 +7,7 @@ import pytest
 from noisy_quadratic import SETTINGS, workload
 
 from metaopt.self_improvement.proposers import descent, pattern_search
-from metaopt.self_improvement.trials import Decision
+from metaopt.self_improvement.records import Decision
 from metaopt.self_improvement.workload import Choice, Scale, Snapshot, begin
 
 RATE = Scale(low=1e-3, high=1e3, factor=16.0)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from metaopt.errors import UserError
-from metaopt.self_improvement.racing import beyond_noise, quickest
+from metaopt.self_improvement.autotune import beyond_noise, quickest
 
 
 class Clock:

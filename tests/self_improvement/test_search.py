@@ -11,7 +11,7 @@ from metaopt.errors import UserError
 from metaopt.measure import compile_for
 from metaopt.outer_step import mean_over_tasks
 from metaopt.parallel import AXIS, default_devices, parallel_step, replicate
-from metaopt.self_improvement.search import (
+from metaopt.self_improvement.autotune import (
     compile_program,
     largest_that_fits,
     program_bytes,

@@ -12,7 +12,7 @@ from metaopt.learners import maml
 from metaopt.meta_gradients import joint, reverse
 from metaopt.optimizers.outer import OuterConfig, outer_optimizer
 from metaopt.outer_step import init_state, make_meta_step
-from metaopt.self_improvement.searched import scalars_read
+from metaopt.self_improvement.workload import scalars_read
 from metaopt.types import Batch, Episode
 
 OUTER = {"clip_norm", "outer_learning_rate", "weight_decay"}

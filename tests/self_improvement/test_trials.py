@@ -7,10 +7,8 @@ import pytest
 from noisy_quadratic import SETTINGS, as_bytes, workload
 
 from metaopt.errors import UserError
-from metaopt.self_improvement.attempts import Change, try_change
-from metaopt.self_improvement.budget import TrialConfig
-from metaopt.self_improvement.evidence import known_decisions
-from metaopt.self_improvement.trials import decide, lowered, stand
+from metaopt.self_improvement.records import known_decisions
+from metaopt.self_improvement.trials import Change, TrialConfig, decide, lowered, stand, try_change
 from metaopt.self_improvement.workload import begin, changed, copied, steps
 
 CONFIG = TrialConfig(examples=0.02, anneal=0.33, margin=0.002, least_steps=4)

@@ -8,9 +8,8 @@ from noisy_quadratic import SETTINGS, as_bytes, workload
 
 from metaopt.errors import UserError
 from metaopt.files import read_json_lines
-from metaopt.self_improvement.attempts import Change
-from metaopt.self_improvement.budget import TrialConfig
 from metaopt.self_improvement.loop import LoopConfig, run
+from metaopt.self_improvement.trials import Change, TrialConfig
 from metaopt.self_improvement.workload import begin
 
 WAYS = {"wait": (2, 0, 20, -1)}  # milliseconds
@@ -48,7 +47,7 @@ def step_of(settings):
 
 
 def problem(**changes):
-    return workload(400, step=step_of, ways=WAYS, **changes)
+    return workload(400, step=step_of, execution_options=WAYS, **changes)
 
 
 def test_the_quickest_way_is_found_before_anything_else_and_gives_the_same(tmp_path):

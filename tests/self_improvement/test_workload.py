@@ -7,7 +7,6 @@ import pytest
 from noisy_quadratic import RATE, SETTINGS, as_bytes, workload
 
 from metaopt.errors import UserError
-from metaopt.self_improvement.space import known_settings
 from metaopt.self_improvement.workload import (
     SCHEDULE_LEVELS,
     Choice,
@@ -16,6 +15,7 @@ from metaopt.self_improvement.workload import (
     begin,
     changed,
     copied,
+    known_settings,
     steps,
     with_scalars,
 )

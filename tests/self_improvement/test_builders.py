@@ -15,17 +15,17 @@ from metaopt.learners import maml
 from metaopt.meta_gradients import joint, reverse
 from metaopt.optimizers.outer import OuterConfig, outer_optimizer
 from metaopt.outer_step import init_state, make_meta_step
-from metaopt.self_improvement.budget import TrialConfig
-from metaopt.self_improvement.drop_in import improving_train, trainer
-from metaopt.self_improvement.loop import LoopConfig, run
-from metaopt.self_improvement.proposers import descent
-from metaopt.self_improvement.training import (
+from metaopt.self_improvement.builders import (
     constant,
     cosine,
     default_settings,
     meta_training,
     plain_training,
 )
+from metaopt.self_improvement.drop_in import improving_train, trainer
+from metaopt.self_improvement.loop import LoopConfig, run
+from metaopt.self_improvement.proposers import descent
+from metaopt.self_improvement.trials import TrialConfig
 from metaopt.self_improvement.workload import Choice, Scale, begin, steps
 from metaopt.training.loop import Interrupted, TrainConfig, train
 from metaopt.types import Batch, Episode, Model

@@ -51,7 +51,7 @@ def meta_training(
     tokens_per_example: int,
     space: Space,
     schedule: Callable[[float], float] = cosine,
-    ways: Mapping[str, Sequence[Setting]] | None = None,
+    execution_options: Mapping[str, Sequence[Setting]] | None = None,
     annealing_steps: int = 0,
     seed: int = 0,
     num_devices: int = 0,
@@ -74,7 +74,7 @@ def meta_training(
       tokens_per_example: for rates.
       space: what may be changed.
       schedule: of the outer rates, over the run.
-      ways: see `Workload`; none if not given. Such as ``{"tasks_at_a_time": (0, 1)}``.
+      execution_options: see `Workload`; none if not given. Such as ``{"tasks_at_a_time": (0, 1)}``.
       annealing_steps: see `make_meta_step`; for an estimator with ``query_loss='annealed'``.
       seed: of what is drawn in a step.
       num_devices: 0 for all.
@@ -140,7 +140,7 @@ def meta_training(
         space=space,
         schedule=schedule,
         window_loss=window_loss,
-        ways=ways or {},
+        execution_options=execution_options or {},
     )
 
 
@@ -160,7 +160,7 @@ def plain_training(
     tokens_per_example: int,
     space: Space,
     schedule: Callable[[float], float] = cosine,
-    ways: Mapping[str, Sequence[Setting]] | None = None,
+    execution_options: Mapping[str, Sequence[Setting]] | None = None,
     examples_at_a_time: int = 1,
     seed: int = 0,
     num_devices: int = 0,
@@ -182,7 +182,7 @@ def plain_training(
       tokens_per_example: for rates.
       space: what may be changed.
       schedule: of the rate, over the run.
-      ways: see `Workload`; none if not given. Such as microbatches:
+      execution_options: see `Workload`; none if not given. Such as microbatches:
         ``{"microbatch": (0, 8, 32), "tasks_at_a_time": (0, 1)}``.
       examples_at_a_time: held-out examples that one loss is taken of; E / this many losses.
       seed: of the initial parameters.
@@ -235,7 +235,7 @@ def plain_training(
         tokens_per_example=tokens_per_example,
         space=_on_devices(space, len(devices)),
         schedule=schedule,
-        ways=ways,
+        execution_options=execution_options,
         seed=seed,
         num_devices=num_devices,
     )

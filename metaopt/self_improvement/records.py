@@ -8,9 +8,9 @@ import json
 import math
 import time
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypedDict
 
 import jax
 import numpy as np
@@ -27,12 +27,11 @@ from metaopt.files import (
     what_is_wrong,
 )
 from metaopt.measure import compile_seconds
-from metaopt.self_improvement.alarms import Alarm
 from metaopt.self_improvement.assess import Assessment, Measurement, as_record, assess
-from metaopt.self_improvement.evidence import what_is_damaged
-from metaopt.self_improvement.trials import Decision
+from metaopt.self_improvement.monitor import Alarm
 from metaopt.self_improvement.workload import (
     LeftOut,
+    Setting,
     Settings,
     Snapshot,
     Workload,
@@ -40,8 +39,120 @@ from metaopt.self_improvement.workload import (
     check_settings,
 )
 from metaopt.statistics import Interval
+from metaopt.training import runs
 from metaopt.training.checkpoint import Checkpoints
-from metaopt.training.runs import as_json, differences
+from metaopt.training.runs import as_json
+
+
+class Decision(NamedTuple):
+    """What was decided, and on which evidence.
+
+    Attributes:
+      step: of the state, when it was taken.
+      examples: gone through by then.
+      phase: of the search; every phase starts it anew.
+      verdict: ``accepted``, ``kept`` (nothing was better) or ``rolled back`` (an alarm).
+      changes: the settings that changed, ``{name: [from, to]}``.
+      reason: in words, with the rule and the threshold that decided.
+      evidence: one entry a change that was tried: its settings, the difference to changing
+        nothing with its 95 % interval, the verdict, and whether it was accepted.
+      trial_examples: spent on what is not gone on with, if this decision is the last of its
+        search, and on evaluations (`Workload.evaluation_examples`).
+      seconds: that it took.
+      left_out: a stretch of the data that is not trained on from now on, ``(first, end)``.
+      size: examples of each of its trials, those to anneal aside.
+      gained: how far the run comes by going on from the winner, in examples.
+    """
+
+    step: int
+    examples: int
+    phase: int
+    verdict: Literal["accepted", "kept", "rolled back"]
+    changes: dict[str, list[Setting]]
+    reason: str
+    evidence: list[dict[str, Any]]
+    trial_examples: int
+    seconds: float
+    left_out: tuple[int, int] | None = None
+    size: int = 0
+    gained: int = 0
+
+    def as_json(self) -> dict[str, Any]:
+        """A line of ``decisions.jsonl``."""
+        return as_record(self)
+
+
+def differences(old: Settings, new: Settings) -> dict[str, list[Setting]]:
+    """What changed, ``{name: [from, to]}``."""
+    return {name: [old[name], new[name]] for name in new if old.get(name) != new[name]}
+
+
+COUNTS = ("step", "examples", "trial_examples", "seconds", "size", "gained")
+
+
+class Evidence(TypedDict):
+    """What a proposer reads of a change that was tried."""
+
+    setting: str
+    settings: dict[str, Setting]
+    way: int
+    verdict: Literal["better", "worse", "noise"]
+    accepted: bool
+
+
+def what_is_damaged(line: Any) -> str | None:
+    """What is wrong with a decision from a file or a memory; None where nothing is.
+
+    Its fields are there and finite, counts are not negative, and what was accepted is what was
+    tried. The evidence of decisions outside of a search (a phase below 0) is not read.
+    """
+    if not isinstance(line, Mapping):
+        return "it is no decision"
+    if problem := what_is_wrong(line, Decision):
+        return problem
+    for name in COUNTS:
+        if line.get(name, 0) < 0:
+            return f"{name!r} is {line[name]}, below 0"
+    left_out = line.get("left_out")
+    if left_out and not 0 <= left_out[0] < left_out[1]:
+        return f"'left_out' is {left_out}, no stretch of examples"
+    for name, pair in line["changes"].items():
+        if len(pair) != 2:
+            return f"the change of {name!r} is {pair}, not from one value to another"
+    return None if line["phase"] < 0 else _damage_of_evidence(line)
+
+
+def _damage_of_evidence(line: Mapping[str, Any]) -> str | None:
+    accepted: list[dict[str, Setting]] = []
+    for entry in line["evidence"]:
+        if problem := what_is_wrong(entry, Evidence):
+            return f"in its evidence, {problem}"
+        tried = entry["setting"].split(" and ")  # of a change of several, all
+        if entry["way"] not in (-1, 0, 1) or not set(tried) <= entry["settings"].keys():
+            return f"in its evidence, {entry['setting']!r} is no change that was tried"
+        accepted += [entry["settings"]] * entry["accepted"]
+    if line["verdict"] != "accepted":
+        return None
+    for name, (_, new) in line["changes"].items():
+        if not any(settings.get(name) == new for settings in accepted):
+            return f"the change of {name!r} to {new} is none that its evidence accepts"
+    return None
+
+
+def known_decisions(lines: Sequence[Mapping[str, Any]]) -> list[Decision]:
+    """The first search of a past run as a proposer reads it; none where any of it is damaged."""
+    try:
+        first = [line for line in lines if line["phase"] == 0]
+        if any(map(what_is_damaged, first)):
+            return []
+        return [Decision(**line) for line in first]
+    except (TypeError, KeyError):  # of another version, or no decisions at all
+        return []
+
+
+def is_search(lines: Sequence[Any]) -> bool:
+    """Whether a past run has searched at all, as far as its decisions can be read."""
+    return any(isinstance(line, Mapping) and line.get("phase") == 0 for line in lines)
 
 
 class Ledger(NamedTuple):
@@ -137,7 +248,7 @@ class Journal:
         return (changed(self._workload, snapshot, since) if since else snapshot), notes
 
     def _check(self, notes: Mapping[str, Any]) -> None:
-        found = differences(notes.get("run"), self._identity)
+        found = runs.differences(notes.get("run"), self._identity)
         if found:
             raise UserError(
                 f"the checkpoints of {self._workload.name!r} in {self._directory} are of another "

@@ -5,9 +5,8 @@ import jax.numpy as jnp
 import psutil
 import pytest
 
-from metaopt import measure, parallel
-from metaopt.self_improvement import resources
-from metaopt.self_improvement.resources import MemoryUse, cgroup_limit
+from metaopt import measure, parallel, resources
+from metaopt.resources import MemoryUse, cgroup_limit
 
 TREE = {"w": jax.ShapeDtypeStruct((64, 64), jnp.float32), "b": jnp.ones(64)}
 
