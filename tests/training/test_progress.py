@@ -7,14 +7,16 @@ import pytest
 PROGRAM = r"""
 import sys
 from rich.console import Console
-from metaopt import progress, tables
-progress.set_up_output()
+from metaopt import console
+from metaopt.reporting import tables
+from metaopt.training import progress
+console.set_up_output()
 name = "π [/bold] \x1b[2J \udcff|"
 record = {"table": name, "row": name, "column": "±", "value": 1.0, "ci95": 0.5, "unit": "▁"}
 (table,) = tables.arrange([record])
 print(tables.to_markdown(table), tables.to_latex(table))
 Console().print(*tables.to_rich(table, 80))
-progress.log(name)
+console.log(name)
 for console in (True, False):
     if console:
         sys.stderr.isatty = lambda: True
