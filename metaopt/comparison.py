@@ -11,7 +11,7 @@ import functools
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, NamedTuple, Protocol, TypeVar
 
 import jax
 import numpy as np
@@ -306,7 +306,19 @@ class Comparison:
         return fitted.meta_params
 
 
-def select(rows: Sequence[Row], names: Sequence[str]) -> list[Row]:
+class Named(Protocol):
+    """Something with a name, such as a row."""
+
+    @property
+    def name(self) -> str:
+        """The name in a table."""
+        ...
+
+
+AnyNamed = TypeVar("AnyNamed", bound=Named)
+
+
+def select(rows: Sequence[AnyNamed], names: Sequence[str]) -> list[AnyNamed]:
     """The rows of these names, in the order of ``rows``; all of them for no names.
 
     Raises:

@@ -211,7 +211,7 @@ class Sentinel:
     def back(self) -> Snapshot:
         """The snapshot to go back to, bit for bit; all after it was never observed."""
         self._candidate = None
-        self._monitor.forget_after(int(self.good.state.step))
+        self._monitor.discard_after(int(self.good.state.step))
         self.new_work(self.good)
         return copied(self.good)
 
@@ -219,7 +219,7 @@ class Sentinel:
         """A step is no longer what it was: how long steps took is forgotten."""
         size = self._workload.examples_per_step(snapshot.settings)
         flops = self._flops_per_example
-        self._monitor.new_work(
+        self._monitor.reset_speed(
             size * self._workload.tokens_per_example, None if flops is None else size * flops
         )
 

@@ -94,7 +94,7 @@ def test_sigterm_while_a_command_is_imported_is_one_line():
 BODY = """
     import os, signal, sys, time
     from metaopt.cli import stopping
-    from experiments.command_line import one_line_exits
+    from metaopt.cli.command_line import one_line_exits
     stopping.PATIENCE = 0.1
     stopping.listen()
     with one_line_exits([], resumes=True):
