@@ -110,7 +110,7 @@ class Experiment:
     def meta(self, name: str, start: Params, rate: float, length: int) -> Params:
         """Trained further for the score of walks by SGD at this rate."""
         loss_fn = segment_loss(self.model)
-        estimate = dynamic_evaluation.online(learners.maml(), loss_fn, self.config.inner)
+        estimate = meta_gradients.streaming(learners.maml(), loss_fn, self.config.inner)
 
         def sample(key):
             return stream_episodes(self.config, self.text.train, key, length)
@@ -157,7 +157,7 @@ class Experiment:
 
     def _rms_rule(self, params: Params, squares: Params, setting) -> optax.GradientTransformation:
         rate, decay = setting
-        return dynamic_evaluation.rms(params, rate, decay, squares, self.config.epsilon)
+        return dynamic_evaluation.rms_with_prior(params, rate, decay, squares, self.config.epsilon)
 
     def _make_walks(self, rule: Callable) -> WalksFn:
         loss_fn = segment_loss(self.model)
@@ -222,7 +222,7 @@ def sgd_rule(params: Params, squares: Params, setting) -> optax.GradientTransfor
     """Gradient descent; the mean squares are not read."""
     del squares
     rate, decay = setting
-    return dynamic_evaluation.sgd(params, rate, decay)
+    return dynamic_evaluation.sgd_with_prior(params, rate, decay)
 
 
 def choose_length(experiment: Experiment, params: Params) -> tuple[int, float]:

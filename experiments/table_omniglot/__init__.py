@@ -35,9 +35,10 @@ import numpy as np
 from experiments.table_omniglot.config import CHOSEN_BY, Config, Setting, parse_setting, preset
 from experiments.table_omniglot.report import Report
 from experiments.table_omniglot.rows import Row, make_rows
-from metaopt import evaluate, losses, meta_gradients, models, parallel
+from metaopt import losses, meta_gradients, models, parallel
 from metaopt.cli import command_line
 from metaopt.diagnostics import feasible
+from metaopt.evaluate import MeasureFn, make_curves
 from metaopt.optimizers.outer import outer_optimizer
 from metaopt.outer_step import check_groups, init_state, make_meta_step
 from metaopt.self_improvement.drop_in import trainer
@@ -107,7 +108,7 @@ def make_test(config: Config, problem: Problem) -> Episode:
     return family.test.sample(jax.random.key(config.eval_seed), config.test_episodes)
 
 
-def accuracies(problem: Problem) -> evaluate.MeasureFn:
+def accuracies(problem: Problem) -> MeasureFn:
     """``(params, episode) -> [2]``: transductive, and by the statistics of the support."""
 
     def measure(params: Params, episode: Episode) -> Array:
@@ -195,7 +196,7 @@ def curves_of_row(
 ) -> np.ndarray:
     """Accuracies after 0, 1, 2 ... inner steps, ``[E, steps + 1, 2]``, see `accuracies`."""
     learner = (row.judged or row.learner)(problem.model)
-    curves = evaluate.make_curves(
+    curves = make_curves(
         learner,
         problem.loss_fn,
         row.inner,

@@ -4,6 +4,7 @@ It compares an estimator, on any model, learner and inner optimiser, with revers
 finite differences of the objective.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -171,6 +172,7 @@ def examine(
     episode: Episode,
     key: Key,
     *,
+    outer_loss: LossFn | None = None,
     directions: int = 4,
     reference: Estimator = reverse,
     rounds: int = 10,
@@ -185,12 +187,13 @@ def examine(
     Args:
       estimator: ``(learner, loss_fn, inner) -> MetaGradFn``; options bound by `functools.partial`.
       learner: what is meta-learned.
-      loss_fn: the inner and the outer loss.
+      loss_fn: what the inner loop descends, as the learner changes it.
       inner: the inner loop.
       params: initial parameters; all floating-point leaves of one dtype.
       hparams: ``inner_learning_rate`` and what else the learner reads.
       episode: one task.
-      key: key of the directions and of the estimator's noise if it has any.
+      key: key of the directions, and of the estimator's noise if there is any.
+      outer_loss: what the adapted parameters are judged by; None for ``loss_fn``.
       directions: number of standard normal directions along which derivatives are compared.
       reference: estimator that is taken as the truth.
       rounds: timed calls of each, alternating; 0 times nothing.
@@ -203,6 +206,10 @@ def examine(
       UserError: there are no directions, the parameters are of several dtypes, or an estimator
         gives something else than a meta-gradient.
     """
+    if outer_loss is not None:
+        estimator, reference = (
+            functools.partial(e, outer_loss=outer_loss) for e in (estimator, reference)
+        )
     dtype = _dtype(params)
     if directions < 1:
         raise UserError(f"directions={directions}: at least 1 is needed to compare derivatives")
@@ -217,11 +224,11 @@ def examine(
         _gradient(_name(e), run(*arguments), point)
         for e, run in zip(estimators, compiled, strict=True)
     )
-    run = run_inner_loop(learner, loss_fn, inner)
+    run = run_inner_loop(learner, loss_fn, inner, outer_loss)
     keys = jax.random.split(jax.random.fold_in(key, 1), directions)
     failure = None
     if not all_finite(expected):
-        failure = find_failure(learner, loss_fn, inner, point, hparams, episode)
+        failure = find_failure(learner, loss_fn, inner, point, hparams, episode, outer_loss)
     elif not all_finite(grads):
         failure = first_failing_length(estimator, learner, loss_fn, inner, arguments)
     costs = _costs(compiled, arguments, rounds)
@@ -341,5 +348,7 @@ def _costs(compiled: list[jax.stages.Compiled], arguments: tuple, rounds: int) -
 
 
 def _name(estimator: Any) -> str:
-    """Of a function, or of the one that a `functools.partial` binds."""
-    return getattr(getattr(estimator, "func", estimator), "__name__", "estimator")
+    """The name of a function, or of the one that `functools.partial` binds."""
+    while isinstance(estimator, functools.partial):
+        estimator = estimator.func
+    return getattr(estimator, "__name__", "estimator")
