@@ -19,27 +19,32 @@ META_TRAINS = """
     import jax
     import optax
 
-    from metaopt import learners, losses, models
-    from metaopt.fit import FitConfig, Problem, fit
-    from metaopt.inner_loop import InnerLoop, adapt
+    import metaopt
     from metaopt.tasks.markov import MarkovConfig, markov
 
     family = markov(MarkovConfig(vocab_size=4, num_support=2, num_query=2, length=8))
-    model = models.bigram(4)
-    loss = losses.next_token(model)
-    learner, inner = learners.meta_sgd(optax.sgd, num_steps=2), InnerLoop(num_steps=2)
-    config = FitConfig(num_steps=20, tasks_per_step=4, num_devices=1)
-    fitted = fit(Problem(family, model, loss), learner, inner=inner, config=config)
+    model = metaopt.models.bigram(4)
+    loss = metaopt.losses.next_token(model)
+    learner = metaopt.learners.meta_sgd(optax.sgd, num_steps=2)
+    inner = metaopt.InnerLoop(num_steps=2)
+    fitted = metaopt.fit(
+        metaopt.Problem(family, model, loss),
+        learner,
+        inner=inner,
+        config=metaopt.FitConfig(num_steps=20, tasks_per_step=4, num_devices=1),
+    )
     episode = jax.tree.map(lambda x: x[0], family.test.sample(jax.random.key(1), 1))
     start = learner.start(fitted.meta_params)
     optimizer = learner.inner_opt(fitted.meta_params, fitted.hparams)
-    adapted = adapt(loss, optimizer, start, episode.support, inner).params
+    adapted = metaopt.adapt(loss, optimizer, start, episode.support, inner).params
     print(loss(start, episode.query), loss(adapted, episode.query))
 """
 LOADS = """
     import sys
-    from metaopt.load import load
-    found = load(sys.argv[1], "Meta-SGD")
+
+    import metaopt
+
+    found = metaopt.load(sys.argv[1], "Meta-SGD")
     print(sorted(found.meta_params), float(found.hparams["inner_learning_rate"]) > 0)
 """
 

@@ -40,7 +40,7 @@ from metaopt.fit import Problem
 from metaopt.inner_loop import InnerLoop
 from metaopt.learners.maml import InnerOptimizer
 from metaopt.optimizers.inner import INNER_OPTIMIZERS
-from metaopt.parts import load_part, make_part
+from metaopt.parts import can_be_called, load_part, make_part
 from metaopt.ranges import (
     Checked,
     Count,
@@ -69,6 +69,7 @@ EstimatorName = Literal[
 ]
 LearnerName = Literal["maml", "anil", "meta_sgd", "per_layer_per_step"]
 ModelName = Literal["mlp", languages.ModelName]
+TAKES = ("learner", "loss_fn", "inner_loop")
 ESTIMATORS = {name: getattr(meta_gradients, name) for name in get_args(EstimatorName)}
 LEARNERS = {name: getattr(learners, name) for name in get_args(LearnerName)}
 
@@ -128,13 +129,12 @@ def make_estimator(config: Config) -> Estimator:
     Raises:
       UserError: there is no such estimator, or it has no such option, or one of another type.
     """
-    takes = ("learner", "loss_fn", "inner_loop")
-    estimator = load_part("--estimator", config.estimator, takes, ESTIMATORS)
+    estimator = load_part("--estimator", config.estimator, TAKES, ESTIMATORS)
     hints = typing.get_type_hints(estimator)
     known = [
         name
-        for name in list(inspect.signature(estimator).parameters)[len(takes) :]
-        if get_origin(hints.get(name)) is not Callable  # which no text can be
+        for name in list(inspect.signature(estimator).parameters)[len(TAKES) :]
+        if name != "outer_loss" and get_origin(hints.get(name)) is not Callable
     ]
     options = _values("--options", config.options)
     for name, value in options.items():
@@ -253,6 +253,10 @@ def run(config: Config) -> tuple[Report, Report]:
     parallel.set_up_backend()
     estimator, problem = make_estimator(config), make_problem(config)
     learner, hparams = make_learner(config, problem), make_hparams(config)
+    if problem.outer_loss and not can_be_called(estimator, *TAKES, outer_loss=None):
+        raise UserError(
+            f"{config.problem} has an outer loss: {config.estimator} must take outer_loss by name"
+        )
     params_key, episode_key = jax.random.split(jax.random.key(config.seed))
     params = jax.jit(problem.model.init)(params_key)
     episode = jax.tree.map(lambda x: x[0], problem.family.train.sample(episode_key, 1))

@@ -192,7 +192,7 @@ def examine(
       params: initial parameters; all floating-point leaves of one dtype.
       hparams: ``inner_learning_rate`` and what else the learner reads.
       episode: one task.
-      key: key of the directions and of the estimator's noise if it has any.
+      key: key of the directions, and of the estimator's noise if there is any.
       outer_loss: what the adapted parameters are judged by; None for ``loss_fn``.
       directions: number of standard normal directions along which derivatives are compared.
       reference: estimator that is taken as the truth.

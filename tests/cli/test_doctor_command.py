@@ -119,6 +119,21 @@ def test_whether_an_estimator_of_ones_own_is_right(capsys):
     assert "reverse agrees with finite differences" in shown
 
 
+def outer_problem():
+    """Judged by another loss than that of the inner loop."""
+    return my_problem()._replace(outer_loss=lambda params, batch: jnp.sum(params["head"] ** 4))
+
+
+def test_an_outer_loss_of_a_problem_of_ones_own(capsys):
+    args = ["--problem", "of_my_own:outer_problem", *OWN[2:]]
+    main([*args, "--estimator", "mixed_mode"])
+    shown = capsys.readouterr().out
+    assert "mixed_mode agrees with finite differences" in shown and "disagrees" not in shown
+    with pytest.raises(SystemExit):
+        main([*args, "--estimator", "of_my_own:one_step"])
+    assert "of_my_own:one_step must take outer_loss by name" in capsys.readouterr().err
+
+
 def test_an_option_of_an_estimator_of_ones_own(capsys):
     main([*OWN, "--estimator", "of_my_own:my_estimator"])
     assert "my_estimator agrees with reverse" in capsys.readouterr().out
