@@ -17,9 +17,10 @@ import jax
 import numpy as np
 import optax
 
-from metaopt import evaluate, parallel
+from metaopt import parallel
 from metaopt.console import log
 from metaopt.errors import UserError
+from metaopt.evaluate import CurveFn, TunedCurves, tuned_curves
 from metaopt.fit import (
     FitConfig,
     Problem,
@@ -232,7 +233,7 @@ class Comparison:
 
     def _test(
         self, learner: Learner, meta_params: MetaParams, rate: float, one_rate: bool
-    ) -> evaluate.TunedCurves:
+    ) -> TunedCurves:
         """Curves of the test episodes; ``rate`` is that of training.
 
         Rates that are learned are not tuned as well: they are used as they were trained.
@@ -241,11 +242,11 @@ class Comparison:
         if one_rate:
             rate = rate if learner.learned else self._best_rate(learner, meta_params)
             losses = curves(meta_params, {"inner_learning_rate": np.float32(rate)}, self.test)
-            return evaluate.TunedCurves(losses, np.full(losses.shape[1], rate))
+            return TunedCurves(losses, np.full(losses.shape[1], rate))
         rates = (rate,) if learner.learned else self.config.inner_rates
-        return evaluate.tuned_curves(curves, meta_params, {}, rates, self.valid, self.test)
+        return tuned_curves(curves, meta_params, {}, rates, self.valid, self.test)
 
-    def _curves(self, learner: Learner, num_steps: int | None = None) -> evaluate.CurveFn:
+    def _curves(self, learner: Learner, num_steps: int | None = None) -> CurveFn:
         return curves_of(
             self.problem,
             learner,
@@ -267,7 +268,7 @@ class Comparison:
         """The rate best on the validation tasks after the trained number of steps."""
         curves = self._curves(learner, self.inner.num_steps)
         rates = self.config.inner_rates
-        tuned = evaluate.tuned_curves(curves, meta_params, {}, rates, self.valid, self.valid)
+        tuned = tuned_curves(curves, meta_params, {}, rates, self.valid, self.valid)
         return float(tuned.rates[-1])
 
     def _train(

@@ -16,8 +16,8 @@ from metaopt.learners.maml import InnerOptimizer
 from metaopt.optimizers.inner import INNER_OPTIMIZERS, OptimizerName
 from metaopt.parts import load_part, make_part
 from metaopt.ranges import Checked, Count, Heads, Layers, Length, Seed, Width
-from metaopt.tasks import text
 from metaopt.tasks.markov import Concentration, MarkovConfig, Order, Symbols, markov
+from metaopt.tasks.text import VOCAB_SIZE, TextConfig, text
 from metaopt.types import Estimator, Learner, Model, TaskFamily
 
 ModelName = Literal["bigram", "rnn", "gru", "lstm", "transformer"]
@@ -110,8 +110,8 @@ def make_family(config: LanguageConfig) -> TaskFamily:
             f"unknown tasks {config.tasks!r}: markov, text, stdlib, tfds:NAME or module:function "
             "of your own"
         )
-    return text.text(
-        text.TextConfig(
+    return text(
+        TextConfig(
             source=str(config.folder if config.tasks == "text" else config.tasks),
             num_valid_domains=config.num_valid_domains,
             num_test_domains=config.num_test_domains,
@@ -129,7 +129,7 @@ def make_model(config: LanguageConfig) -> Model:
     Raises:
       UserError: there is no such model.
     """
-    vocab_size = text.VOCAB_SIZE if is_text(config.tasks) else config.vocab_size
+    vocab_size = VOCAB_SIZE if is_text(config.tasks) else config.vocab_size
     if is_own(config.model):
         return make_part("--model", config.model, Model, {"vocab_size": vocab_size})
     if config.model == "bigram":

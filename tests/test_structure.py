@@ -13,10 +13,10 @@ OTHERS = [p for d in ("experiments", "benchmarks") for p in (ROOT.parent / d).rg
 ORDER = [
     {"console"},
     {"types", "errors"},
-    {"files", "ranges", "indices", "npz", "parts", "signals"},
-    {"losses", "models", "measure", "pytrees", "parallel", "statistics"},
-    {"tasks", "rematerialization", "resources"},
+    {"files", "ranges", "indices", "npz", "parts", "pytrees", "signals"},
+    {"losses", "models", "measure", "parallel", "statistics"},
     {"checks", "eager"},
+    {"tasks", "rematerialization", "resources"},
     {"optimizers"},
     {"inner_loop"},
     {"learners", "meta_gradients"},

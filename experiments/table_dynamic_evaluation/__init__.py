@@ -46,7 +46,7 @@ from metaopt.losses import NATS_TO_BITS
 from metaopt.reporting import plots
 from metaopt.reporting.results import Published
 from metaopt.statistics import Interval, interval
-from metaopt.streams.dynamic_evaluation import online, segment_loss
+from metaopt.streams.dynamic_evaluation import segment_loss
 from metaopt.types import Estimator, Model, Params
 
 UNIT, PER_CENT = "bits/byte", "% of the static loss"
@@ -252,7 +252,9 @@ def run(config: Config, model: Model | None = None) -> None:
     @functools.cache
     def start(meta_learned: bool) -> Params:
         if meta_learned:
-            return train(config, fit_in_run, "meta-learned", walked, params, online, rate)
+            return train(
+                config, fit_in_run, "meta-learned", walked, params, meta_gradients.streaming, rate
+            )
         return train(config, fit_in_run, "plain", plain, params)
 
     for row in table.pending(rows):

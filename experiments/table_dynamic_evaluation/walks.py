@@ -16,9 +16,9 @@ from metaopt.evaluate import rates_beyond
 from metaopt.streams.dynamic_evaluation import (
     cut_segments,
     mean_squared_gradients,
-    rms,
+    rms_with_prior,
     segment_loss,
-    sgd,
+    sgd_with_prior,
     walk,
 )
 from metaopt.types import Batch, Model, Params
@@ -91,7 +91,7 @@ class Walks:
 
     def _rms(self, params: Params, squares: Params, hparams) -> optax.GradientTransformation:
         rate, decay = hparams
-        return rms(params, rate, decay, squares, self._config.epsilon)
+        return rms_with_prior(params, rate, decay, squares, self._config.epsilon)
 
     def _make_walks(
         self, rule: Callable[[Params, Params, Any], optax.GradientTransformation]
@@ -122,7 +122,7 @@ class Walks:
 def _sgd(params: Params, squares: Params, hparams) -> optax.GradientTransformation:
     del squares
     rate, decay = hparams
-    return sgd(params, rate, decay)
+    return sgd_with_prior(params, rate, decay)
 
 
 def tune(

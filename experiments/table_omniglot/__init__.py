@@ -45,8 +45,9 @@ from experiments.table_omniglot.protocol import (
     presets,
     published,
 )
-from metaopt import evaluate, losses, models, parallel
+from metaopt import losses, models, parallel
 from metaopt.diagnostics import feasible
+from metaopt.evaluate import MeasureFn, make_curves
 from metaopt.fit import FitConfig, Problem, check_devices, fit
 from metaopt.reporting import plots, tables
 from metaopt.statistics import interval
@@ -118,7 +119,7 @@ def make_test(config: Config, column: Column) -> Episode:
     return test.sample(jax.random.key(config.eval_seed), config.test_episodes)
 
 
-def accuracies(column: Column) -> evaluate.MeasureFn:
+def accuracies(column: Column) -> MeasureFn:
     """``(params, episode) -> [2]``: transductive, and by the statistics of the support."""
 
     def measure(params: Params, episode: Episode) -> Array:
@@ -195,7 +196,7 @@ def train_cell(
 def judge(config: Config, cell: Cell, meta_params: MetaParams, test: Episode) -> np.ndarray:
     """Per cent correct after 0, 1, 2 ... inner steps, ``[E, steps + 1, 2]``, see `accuracies`."""
     (_, model, _, _), row = cell
-    curves = evaluate.make_curves(
+    curves = make_curves(
         row.judged or row.learner,
         losses.classification(model),
         row.inner,

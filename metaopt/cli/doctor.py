@@ -290,7 +290,7 @@ def run(config: Config) -> tuple[Report, Report]:
         problem = problem._replace(hparams={"query_annealing": 0.5, **problem.hparams})
 
     def report(problem: Problem, rounds: int) -> Report:
-        learner, loss_fn, params, episode, hparams = problem
+        learner, loss_fn, params, episode, hparams, outer_loss = problem
         return examine(
             estimator,
             learner,
@@ -300,6 +300,7 @@ def run(config: Config) -> tuple[Report, Report]:
             hparams,
             episode,
             jax.random.key(config.seed),
+            outer_loss=outer_loss,
             directions=config.directions,
             rounds=rounds,
         )

@@ -4,6 +4,7 @@ It examines an estimator on the user's own model, learner and inner optimiser, a
 reverse mode and against finite differences of the objective.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -26,6 +27,7 @@ from metaopt.pytrees import all_finite
 from metaopt.types import (
     Array,
     Episode,
+    Estimator,
     Hparams,
     Key,
     Learner,
@@ -36,18 +38,17 @@ from metaopt.types import (
     PyTree,
 )
 
-Estimator = Callable[[Learner, LossFn, InnerLoop], MetaGradFn]
-
 
 class Problem(NamedTuple):
     """What an estimator is examined on.
 
     Attributes:
       learner: what is meta-learned.
-      loss_fn: the inner and the outer loss.
+      loss_fn: what the inner loop descends, as the learner changes it.
       params: where the learner starts.
       episode: one task.
       hparams: ``{'inner_learning_rate': ...}`` and what else the learner reads.
+      outer_loss: what the adapted parameters are judged by; None for ``loss_fn``.
     """
 
     learner: Learner
@@ -55,6 +56,7 @@ class Problem(NamedTuple):
     params: Params
     episode: Episode
     hparams: Hparams
+    outer_loss: LossFn | None = None
 
 
 class Agreement(NamedTuple):
@@ -196,6 +198,7 @@ def examine(
     episode: Episode,
     key: Key,
     *,
+    outer_loss: LossFn | None = None,
     directions: int = 4,
     reference: Estimator = reverse,
     rounds: int = 10,
@@ -210,12 +213,13 @@ def examine(
     Args:
       estimator: ``(learner, loss_fn, inner) -> MetaGradFn``; options bound by `functools.partial`.
       learner: what is meta-learned.
-      loss_fn: the inner and the outer loss.
+      loss_fn: what the inner loop descends, as the learner changes it.
       inner: the inner loop.
       params: where the learner starts; all floating-point leaves of one dtype.
       hparams: ``inner_learning_rate`` and what else the learner reads.
       episode: one task.
-      key: draws the directions, and the estimator's noise if there is any.
+      key: key of the directions, and of the estimator's noise if there is any.
+      outer_loss: what the adapted parameters are judged by; None for ``loss_fn``.
       directions: standard normal ones, along which derivatives are compared.
       reference: what is taken as the truth.
       rounds: timed calls of each, in turns; 0 times nothing.
@@ -228,6 +232,10 @@ def examine(
       UserError: there are no directions, the parameters are of several dtypes, or an estimator
         gives something else than a meta-gradient.
     """
+    if outer_loss is not None:
+        estimator, reference = (
+            functools.partial(e, outer_loss=outer_loss) for e in (estimator, reference)
+        )
     dtype = _dtype(params)
     if directions < 1:
         raise UserError(f"directions={directions}: at least 1 is needed to compare derivatives")
@@ -243,7 +251,7 @@ def examine(
         for e, run in zip((estimator, reference), compiled, strict=True)
     )
 
-    run = run_inner_loop(learner, loss_fn, inner)
+    run = run_inner_loop(learner, loss_fn, inner, outer_loss)
     derivatives = _derivatives(
         lambda m: run(m, hparams, episode).objective(inner, hparams),
         point,
@@ -252,7 +260,7 @@ def examine(
     )
     failure = None
     if not all_finite(expected):
-        failure = find_failure(learner, loss_fn, inner, point, hparams, episode)
+        failure = find_failure(learner, loss_fn, inner, point, hparams, episode, outer_loss)
     elif not all_finite(grads):
         failure = first_failing_length(estimator, learner, loss_fn, inner, arguments)
     costs = _costs(compiled, arguments, rounds)
@@ -367,5 +375,7 @@ def _costs(compiled: list[jax.stages.Compiled], arguments: tuple, rounds: int) -
 
 
 def _name(estimator: Any) -> str:
-    """Of a function, or of the one that a `functools.partial` binds."""
-    return getattr(getattr(estimator, "func", estimator), "__name__", "estimator")
+    """The name of a function, or of the one that `functools.partial` binds."""
+    while isinstance(estimator, functools.partial):
+        estimator = estimator.func
+    return getattr(estimator, "__name__", "estimator")

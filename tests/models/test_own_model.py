@@ -15,7 +15,7 @@ from metaopt.inner_loop import InnerLoop
 from metaopt.learners import anil, meta_sgd
 from metaopt.losses import regression
 from metaopt.meta_gradients import first_order
-from metaopt.models.linen import as_model
+from metaopt.models import as_model
 from metaopt.types import Batch
 
 KEY = jax.random.key(0)
