@@ -118,9 +118,10 @@ def test_labels_that_are_drawn_over_one_another_are_found():
     figure = new_figure(4.0, 3.0)
     axes = figure.subplots()
     axes.plot([0, 1, 2, 3], [0, 1, 2, 3])
-    axes.set(xlim=(0, 1), title="title", xlabel="x")
-    names = ["a long name of a setting", "another long name", "outside", "outside too"]
+    axes.set(title="title", xlabel="x")
+    names = ["a long name of a setting " * 2, "another long name " * 2, "outside", "outside too"]
     axes.set_xticks(range(4), names)
+    axes.set_xlim(0, 1)
     assert overlapping_labels(figure) == [(names[0], names[1])]
-    axes.set_xticks(range(4), names, rotation=90)
+    axes.tick_params(axis="x", rotation=90)
     assert not overlapping_labels(figure)
