@@ -34,23 +34,23 @@ def improving_train(
 ) -> Trained:
     """`train` under the closed loop: same arguments, and the scalars may change.
 
-    Those of ``searched`` are tried by factors that are above 0 and that the updates read. Trials
-    are judged by ``training.evaluate``, whose cost counts in seconds. Where there is none, or it
-    gives a single number, they are judged by the losses that steps report of batches from after
-    the end of the run (`reported_losses`), and what that costs counts as examples of training
-    do. Of the config only ``num_steps`` is used: when what is done says ``loop``, and
-    ``metrics.jsonl`` has one line an assessment.
+    A search multiplies the scalars of ``searched`` that are above 0 and that the updates read.
+    Trials are judged by ``training.evaluate``, whose cost counts in seconds. If there is none, or
+    it gives a single number, they are judged by the losses that steps report of batches from
+    after the end of the run (`reported_losses`), whose cost counts as examples of training. Only
+    ``num_steps`` of the config is used: ``loop`` has the schedule, and ``metrics.jsonl`` has one
+    line an assessment.
 
-    A state that has done steps already goes on from there, as the second phase of a training
+    A state that has done steps already continues from there, as the second phase of a training
     does. It has a name of its own, such as ``"MAML++, from step 500"``.
 
     Args:
       training: what is trained. Its state is copied.
       config: its length.
-      directory: directory of the run; without one, a temporary one.
-      searched: names of ``state.hparams``, whose scalars a search may move; others stay.
-      loop: when the loop does what; `LoopConfig` if not given.
-      memory: past runs, of the same name before all.
+      directory: directory of the run; a temporary one if not given.
+      searched: names of ``state.hparams`` whose scalars a search may change.
+      loop: schedule of the loop; `LoopConfig` if not given.
+      memory: past runs; those of the same name are the most similar.
 
     Raises:
       UserError: ``searched`` names a scalar that is none of `RATES` and not in the state; the
@@ -106,16 +106,15 @@ def improving_train(
 def reported_losses(
     step_fn: StepFn, batch: Callable[[int], Episode], number: int
 ) -> Callable[[MetaState], np.ndarray]:
-    """``state -> float64 [number]``: the losses that a step reports of batches, and no update.
+    """``state -> float64 [number]``: the losses that a step reports of batches, without an update.
 
-    Nothing of the step is computed but what its ``loss`` depends on: no meta-gradient, and the
-    state stays as it is. A step that makes several updates in one call would make all but the
-    last of them; build this of one that makes a single one.
+    Only what the ``loss`` of the step depends on is computed: no meta-gradient. A step that makes
+    several updates in one call would make all but the last of them; give one with one update.
 
     Args:
-      step_fn: that can be traced, as what `jax.jit` and `jax.pmap` give.
+      step_fn: step that can be traced, such as `jax.jit` and `jax.pmap` give.
       batch: ``i -> episodes``, for i below ``number``.
-      number: of batches.
+      number: number of batches.
     """
     loss = _loss_alone(step_fn)
 
@@ -131,7 +130,7 @@ def _loss_alone(step_fn: StepFn) -> Callable[[MetaState, Episode], jax.Array]:
 
 
 def _share_of_loss(name: str, step_fn: StepFn, state: MetaState, episodes: Episode) -> float:
-    """Of the operations of a step those of its loss alone; all, where they cannot be counted."""
+    """Share of its loss in the operations of a step; 1 if they cannot be counted."""
     loss = _loss_alone(step_fn)
     try:
         shapes = jax.eval_shape(loss, state, episodes)
@@ -149,9 +148,9 @@ def _share_of_loss(name: str, step_fn: StepFn, state: MetaState, episodes: Episo
 
 
 def trainer(improve: bool) -> TrainFn:
-    """What a training is done with: `improving_train` under the closed loop, or plain `train`.
+    """`improving_train`, or plain `train`.
 
-    Where ``$METAOPT_MEMORY`` is set, the path or URL of a `Memory`, the loop remembers.
+    The loop uses the `Memory` whose path or URL is in ``$METAOPT_MEMORY``, if it is set.
     """
     if not improve:
         return train

@@ -82,5 +82,5 @@ def test_another_batch_is_computed_in_the_way_that_is_quickest_for_it(tmp_path):
 
 
 def test_a_way_needs_a_value_to_start_from():
-    with pytest.raises(UserError, match="'wait' is a way to compute a step"):
+    with pytest.raises(UserError, match="'wait' is an execution option"):
         begin(problem(), SETTINGS)
