@@ -26,7 +26,7 @@ from benchmarks.peers.host import Worker, WorkerFailed, check_agreement, take_tu
 from benchmarks.peers.problems import REFERENCE, SMOKE, Name, save
 from metaopt import parallel
 from metaopt.cli import command_line
-from metaopt.console import say
+from metaopt.console import log
 from metaopt.errors import UserError
 from metaopt.files import write_json_lines
 from metaopt.ranges import Checked, Count, Range, Seed, Several
@@ -114,10 +114,10 @@ def measure(config: Config, problem: Name, cell: RecordCell) -> list[dict[str, A
                 if peer == "ours":
                     raise UserError(f"our own step failed on {problem}: {reason}") from None
                 failures[peer] = str(reason)
-                say(f"{problem}: {peer} has no number: {reason}")
+                log(f"{problem}: {peer} has no number: {reason}")
                 continue
             workers[peer] = stack.enter_context(worker)
-            say(f"{problem}: {peer} is ready ({worker.report['form']})")
+            log(f"{problem}: {peer} is ready ({worker.report['form']})")
         reports = {peer: worker.report for peer, worker in workers.items()}
         check_agreement(problem, reports)
         times = take_turns(workers, config.rounds, config.turn_seconds)

@@ -18,13 +18,20 @@ import numpy as np
 import optax
 
 from metaopt import evaluate, parallel
-from metaopt.console import say
+from metaopt.console import log
 from metaopt.errors import UserError
+from metaopt.fit import (
+    FitConfig,
+    Problem,
+    check_devices,
+    curves_of,
+    fit,
+    validation_episodes,
+)
 from metaopt.inner_loop import InnerLoop
 from metaopt.learners import maml
 from metaopt.meta_gradients import joint
-from metaopt.optimizers.outer import OuterConfig, outer_optimizer
-from metaopt.outer_step import check_groups, init_state, make_meta_step
+from metaopt.optimizers.outer import OuterConfig
 from metaopt.ranges import (
     Checked,
     Count,
@@ -36,37 +43,16 @@ from metaopt.ranges import (
     Steps,
     StepsOr0,
 )
-from metaopt.training.checkpoint import Checkpoints
 from metaopt.training.fingerprint import of_arrays
-from metaopt.training.loop import TrainConfig, TrainFn, checkpoint_directory, train
-from metaopt.training.runs import as_json
+from metaopt.training.loop import TrainFn, train
 from metaopt.types import (
     Episode,
     Estimator,
     Hparams,
     Learner,
-    LossFn,
     MetaParams,
-    Model,
     Params,
-    TaskFamily,
 )
-
-
-class Problem(NamedTuple):
-    """What all rows of a comparison share.
-
-    Attributes:
-      family: the tasks.
-      model: the model.
-      loss_fn: its loss, in nats or as squared error.
-      tokens_per_task: tokens of support and query together, for throughput.
-    """
-
-    family: TaskFamily
-    model: Model
-    loss_fn: LossFn
-    tokens_per_task: int
 
 
 class Row(NamedTuple):
@@ -128,6 +114,10 @@ class ComparisonConfig(Checked):
         return max(self.tasks_per_step, self.valid_episodes, self.test_episodes)
 
 
+SHARED = ("seed", "num_devices", "tasks_per_step", "tasks_at_a_time", "checkpoint_every")
+"""The fields of a `ComparisonConfig` that are those of each `FitConfig`."""
+
+
 class RowResult(NamedTuple):
     """A row after training, on the test episodes.
 
@@ -155,9 +145,7 @@ def check_settings(inner: InnerLoop, config: ComparisonConfig) -> list[parallel.
       UserError: the meta-batch does not divide by the devices or the groups, or the inner
         loop is longer than the evaluation.
     """
-    devices = parallel.default_devices(config.num_devices)
-    parallel.check_divides(config.tasks_per_step, len(devices))
-    check_groups(config.tasks_per_step // len(devices), config.tasks_at_a_time)
+    devices = check_devices(config.num_devices, config.tasks_per_step, config.tasks_at_a_time)
     if inner.num_steps > config.max_inner_steps:
         raise UserError(
             f"training takes {inner.num_steps} inner steps and evaluation only "
@@ -178,30 +166,31 @@ class Comparison:
         inner: InnerLoop,
         outer: OuterConfig,
         config: ComparisonConfig,
-        trainer: TrainFn = train,
+        train_fn: TrainFn = train,
     ):
         """Checks the settings, see `check_settings`.
 
         The cosine of the outer rate ends with each training, unless
-        ``outer.decay_steps`` says when, and so do the weights of an annealed query loss. The
-        trainer is `train`, or what takes its place.
+        ``outer.decay_steps`` says when, and so do the weights of an annealed query loss. What
+        runs the steps is `train`, or what takes its place.
         """
         self.problem, self.inner, self.outer, self.config = problem, inner, outer, config
-        self._trainer = trainer
+        self._train_fn = train_fn
         self.devices = check_settings(inner, config)
-        self._valid_key, self._test_key = jax.random.split(jax.random.key(config.eval_seed))
-        self._init_key, self._data_key = jax.random.split(jax.random.key(config.seed))
+        self._init_key, _ = jax.random.split(jax.random.key(config.seed))
         self._tuned: dict[tuple[Callable, str], float] = {}
 
     @functools.cached_property
     def valid(self) -> Episode:
         """The episodes that rates and checkpoints are chosen on."""
-        return self.problem.family.valid.sample(self._valid_key, self.config.valid_episodes)
+        config = self.config
+        return validation_episodes(self.problem.family, config.eval_seed, config.valid_episodes)
 
     @functools.cached_property
     def test(self) -> Episode:
         """The episodes that are reported."""
-        return self.problem.family.test.sample(self._test_key, self.config.test_episodes)
+        _, key = jax.random.split(jax.random.key(self.config.eval_seed))
+        return self.problem.family.test.sample(key, self.config.test_episodes)
 
     def random_init(self) -> Params:
         """The initial parameters that every row shares."""
@@ -228,7 +217,7 @@ class Comparison:
         if row.estimator is None:
             meta_params = row.learner.init(self.random_init())
         else:
-            say(f"{row.name}: training at inner rate {rate:g}")
+            log(f"{row.name}: training at inner rate {rate:g}")
             first = self.config.pretrain_steps
             steps = range(first, first + self.config.meta_steps)
             every = self.config.eval_every
@@ -257,9 +246,9 @@ class Comparison:
         return evaluate.tuned_curves(curves, meta_params, {}, rates, self.valid, self.test)
 
     def _curves(self, learner: Learner, num_steps: int | None = None) -> evaluate.CurveFn:
-        return evaluate.make_curves(
+        return curves_of(
+            self.problem,
             learner,
-            self.problem.loss_fn,
             self.inner,
             self.config.max_inner_steps if num_steps is None else num_steps,
             self.devices,
@@ -293,66 +282,28 @@ class Comparison:
     ) -> MetaParams:
         """Trains on the episodes of these steps; the best checkpoint evaluated, or the last."""
         assert row.estimator is not None
-        outer = dataclasses.replace(self.outer, decay_steps=self._decay_steps(len(steps)))
-        outer_opt = outer_optimizer(outer)
-        estimate = row.estimator(row.learner, self.problem.loss_fn, self.inner)
-        step = make_meta_step(
-            estimate,
-            outer_opt,
-            tasks_at_a_time=self.config.tasks_at_a_time,
-            axis_name=parallel.AXIS,
-            annealing_steps=len(steps) if self.inner.query_loss == "annealed" else 0,
+        config = FitConfig(
+            num_steps=len(steps),
+            log_every=max(1, len(steps) // 100),
+            eval_every=eval_every,
+            **{name: getattr(self.config, name) for name in SHARED},
         )
-        hparams = outer.hparams() | {"inner_learning_rate": rate}
-        state = init_state(self._data_key, start, row.learner, outer_opt, hparams)
-        state = parallel.replicate(state, self.devices)
-        fingerprint = self._fingerprint(row)
-        final = self._trainer(
-            state,
-            parallel.parallel_step(step, self.devices),
-            lambda i: self._episodes(steps[i]),
-            config=TrainConfig(
-                num_steps=len(steps),
-                log_every=max(1, len(steps) // 100),
-                eval_every=eval_every,
-                checkpoint_every=self.config.checkpoint_every,
-            ),
+        fitted = fit(
+            self.problem,
+            row.learner,
+            row.estimator,
+            inner=self.inner,
+            outer=self.outer.ending_at(len(steps)),
+            config=config,
             directory=directory,
             name=row.name,
-            tasks_per_step=self.config.tasks_per_step,
-            tokens_per_task=self.problem.tokens_per_task,
-            fingerprint=fingerprint,
-            evaluate=self._validation(row.learner),
+            params=start,
+            hparams={"inner_learning_rate": rate},
+            step_key=lambda key, step: jax.random.fold_in(key, steps.start + step),
+            valid=self.valid,
+            train_fn=self._train_fn,
         )
-        saved = checkpoint_directory(directory, row.name)
-        with Checkpoints(saved, fingerprint=fingerprint) as checkpoints:
-            best = checkpoints.restore_best(final)
-        return (best.state if best else final).meta_params
-
-    def _decay_steps(self, num_steps: int) -> int:
-        return self.outer.decay_steps or max(num_steps, self.outer.warmup_steps + 1)
-
-    def _episodes(self, step: int) -> Episode:
-        key = jax.random.fold_in(self._data_key, step)
-        episodes = self.problem.family.train.sample(key, self.config.tasks_per_step)
-        return parallel.split_over_devices(episodes, len(self.devices))
-
-    def _validation(self, learner: Learner) -> Callable:
-        curves = self._curves(learner, self.inner.num_steps)
-
-        def valid_losses(state) -> np.ndarray:
-            losses = curves(state.meta_params, state.hparams, self.valid)
-            return evaluate.task_means(losses[:, -1], np.asarray(self.valid.task))
-
-        return valid_losses
-
-    def _fingerprint(self, row: Row) -> dict:
-        return {
-            "row": row.name,
-            "inner": as_json(self.inner),
-            "outer": as_json(self.outer),
-            "comparison": as_json(self.config),
-        }
+        return fitted.meta_params
 
 
 def select(rows: Sequence[Row], names: Sequence[str]) -> list[Row]:

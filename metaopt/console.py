@@ -36,7 +36,7 @@ def is_first_process() -> bool:
     return jax.process_index() == 0
 
 
-def say(line: str) -> None:
+def log(line: str) -> None:
     """Print one line to standard error, from the first process only."""
     if is_first_process():
         print(printable(line), file=sys.stderr, flush=True)

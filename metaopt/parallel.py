@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from metaopt.console import say
+from metaopt.console import log
 from metaopt.errors import UserError
 
 AXIS = "devices"
@@ -66,7 +66,7 @@ def _write_damaged_entries_again() -> None:
             for path in folder.glob(f"{glob.escape(cache_key)}-*"):
                 path.unlink()
             reason = str(error).partition("\n")[0]
-            say(f"note: a damaged entry of the cache in {folder} is made again ({reason})")
+            log(f"note: a damaged entry of the cache in {folder} is made again ({reason})")
             return None, None
 
     compilation_cache.get_executable_and_time = read_or_remove

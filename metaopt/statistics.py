@@ -1,11 +1,13 @@
-"""Intervals over tasks."""
+"""Intervals over tasks, ranks among runs, and scores of a classifier."""
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from scipy import stats
+
+from metaopt.errors import UserError
 
 
 class Interval(NamedTuple):
@@ -103,16 +105,16 @@ Curve = Sequence[tuple[float, float]]
 
 
 class RankAmongRuns(NamedTuple):
-    """Where a run stands among like runs that saw as many tokens.
+    """Rank of a run among similar runs at equal tokens.
 
     Attributes:
-      tokens: at which they are compared: those of the run now.
-      loss: the run's.
-      rank: 1 for the best; as many are strictly better as it says, plus one.
-      quantile: share of the like runs that this one is ahead of, ties half: 1 is the best.
+      tokens: tokens at which they are compared: those of the run now.
+      loss: loss of the run.
+      rank: one plus the number of runs that are strictly better; 1 is the best.
+      quantile: share of the similar runs that this one is ahead of, ties half: 1 is the best.
       to_best: its loss less that of the best of them; negative is ahead.
       to_median: its loss less their median.
-      n: like runs compared with.
+      n: number of runs compared with.
     """
 
     tokens: float
@@ -125,18 +127,18 @@ class RankAmongRuns(NamedTuple):
 
 
 def rank_among_runs(present: Curve, history: Sequence[Curve]) -> RankAmongRuns | None:
-    """Compare a run with the history of like runs at equal tokens.
+    """The rank of a run among past runs at equal tokens.
 
     The loss of a past run at the tokens of the present one is interpolated linearly in
     log(1 + tokens). A run that stopped before, or was first measured after, is left out:
-    nothing is extrapolated. A loss that is not finite counts as infinite.
+    nothing is extrapolated. A loss of NaN counts as infinite.
 
     Args:
-      present: the curve of this run; its point of most tokens is compared.
-      history: curves of like runs.
+      present: curve of this run; its point of most tokens is compared.
+      history: curves of similar runs, such as those of a `metaopt.self_improvement.Memory`.
 
     Returns:
-      `RankAmongRuns`, or None where no like run can be compared.
+      `RankAmongRuns`, or None if no run can be compared.
 
     Raises:
       ValueError: tokens are negative or not finite.
@@ -167,7 +169,7 @@ def _less(loss: float, other: float) -> float:
 
 
 def _ordered(curve: Curve) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens in rising order, the last word where several are equal, and their losses."""
+    """Tokens in rising order, and their losses; of equal tokens the last one counts."""
     points = np.array(sorted(dict(curve).items()), np.float64)
     if not np.all(np.isfinite(points[:, 0])) or points[0, 0] < 0:
         raise ValueError("the tokens of a learning curve must be finite and not negative")
@@ -179,3 +181,59 @@ def _loss_at(at: float, tokens: np.ndarray, losses: np.ndarray) -> float:
     if not tokens[0] <= at <= tokens[-1]:
         return math.nan
     return float(np.interp(np.log1p(at), np.log1p(tokens), losses))  # infinite beside infinite
+
+
+class Classification(NamedTuple):
+    """How well classes are told apart; all numbers in [0, 1].
+
+    Attributes:
+      accuracy: share of examples that are classified right.
+      precision, recall, f1: means over classes, each class alike (macro).
+      per_class: class to its precision, recall, F1 and number of true examples
+        (``'support'``).
+    """
+
+    accuracy: float
+    precision: float
+    recall: float
+    f1: float
+    per_class: dict[str, dict[str, float]]
+
+
+def classification(targets: np.ndarray, predictions: np.ndarray) -> Classification:
+    """Accuracy, precision, recall and F1, over all classes that occur and for each.
+
+    The precision of a class that was never predicted is 0, and so is the recall of one that
+    is predicted but never true.
+
+    Args:
+      targets: the true classes, integers or strings of any shape.
+      predictions: the predicted ones, of the same shape.
+
+    Raises:
+      UserError: scikit-learn is not installed.
+      ValueError: shapes differ or there is nothing to judge.
+    """
+    try:
+        from sklearn.metrics import accuracy_score, precision_recall_fscore_support
+    except ImportError as error:
+        raise UserError(
+            "precision and recall need scikit-learn: pip install 'metaopt[improve]'"
+        ) from error
+    targets, predictions = np.asarray(targets), np.asarray(predictions)
+    if targets.shape != predictions.shape or not targets.size:
+        raise ValueError(f"need classes of one shape, got {targets.shape}, {predictions.shape}")
+    targets, predictions = targets.ravel(), predictions.ravel()
+    classes = np.unique(np.concatenate([targets, predictions]))
+    scores: Any = precision_recall_fscore_support(
+        targets, predictions, labels=classes, average=None, zero_division=cast(Any, 0.0)
+    )
+    table = np.stack(scores, axis=1).astype(float)  # [classes, 4]
+    names = ("precision", "recall", "f1", "support")
+    per_class: dict[str, dict[str, float]] = {
+        str(name): dict(zip(names, row, strict=True))
+        for name, row in zip(classes, table.tolist(), strict=True)
+    }
+    accuracy = float(accuracy_score(targets, predictions))
+    precision, recall, f1 = table[:, :3].mean(axis=0).tolist()
+    return Classification(accuracy, precision, recall, f1, per_class)

@@ -2,74 +2,36 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Literal
 
 from metaopt.comparison import ComparisonConfig
 from metaopt.errors import UserError
 from metaopt.inner_loop import InnerLoop
-from metaopt.optimizers.inner import OptimizerName
+from metaopt.languages import LanguageConfig
 from metaopt.optimizers.outer import OuterConfig
-from metaopt.ranges import Checked, Count, Heads, Layers, Length, Seed, Several, Width
-from metaopt.tasks.markov import Concentration, Order, Symbols
+from metaopt.ranges import Seed, Several
 
-ModelName = Literal["bigram", "rnn", "gru", "lstm", "transformer"]
 CHOSEN_BY = ("preset", "tasks", "model")
 """The flags that the defaults of all others depend on."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(Checked):
+class Config(LanguageConfig):
     """Meta-learn a language model and adapt it to languages that it has never seen.
 
     Attributes:
       preset: smoke (tiny: a minute or two), cpu or gpu; the defaults of all the rest follow it.
-      tasks: markov, text (with --folder), stdlib or tfds:NAME.
-      folder: of text, one file a domain.
-      model: bigram, rnn, gru, lstm or transformer.
-      width: of the recurrent and transformer models.
-      num_layers: of the recurrent and transformer models.
-      num_heads: of the transformer.
-      num_support: S, sequences to adapt on.
-      num_query: Q, sequences to be judged on.
-      length: L, tokens in a sequence.
-      vocab_size: of the Markov languages.
-      order: of the Markov languages.
-      concentration: of the Dirichlet prior of the Markov languages.
-      num_valid_domains: of text, held out for choosing rates and checkpoints.
-      num_test_domains: of text, held out for the table.
-      split_seed: decides which domains are held out.
-      inner_optimizer: what steps in the inner loop.
-      rows: names of the rows to run; all if none.
-      seeds: every row is trained once with each, and cells are means over them; if none,
-        ``comparison.seed`` alone.
-      inner: the inner loop.
-      outer: the outer optimiser.
-      comparison: how long, on how much, judged on what.
-      improve: train under the closed loop, which changes rates where that helps.
-      root: where runs are written.
-      run_dir: this directory instead, new or of the same config.
+      seeds: Seeds that every row is trained with, once each, and cells are means over them; if
+        none, ``comparison.seed`` alone.
+      outer: The outer optimiser.
+      comparison: Length of the training, sizes, and what it is judged on.
+      improve: Train under the closed loop, which changes rates where that helps.
+      root: Directory where runs are written.
+      run_dir: Directory of this run instead, new or of the same config.
     """
 
     preset: Literal["smoke", "cpu", "gpu"] = "cpu"
-    tasks: str = "markov"
-    folder: str | None = None
-    model: ModelName = "bigram"
-    width: Width = 64
-    num_layers: Layers = 2
-    num_heads: Heads = 2
-    num_support: Count = 4
-    num_query: Count = 8
-    length: Length = 32
-    vocab_size: Symbols = 16
-    order: Order = 1
-    concentration: Concentration = 0.3
-    num_valid_domains: Count = 8
-    num_test_domains: Count = 10
-    split_seed: Seed = 0
-    inner_optimizer: OptimizerName = "sgd"
-    rows: tuple[str, ...] = ()
     seeds: Annotated[tuple[Seed, ...], Several(0, different=True)] = ()
-    inner: InnerLoop = dataclasses.field(default_factory=InnerLoop)
     outer: OuterConfig = dataclasses.field(default_factory=OuterConfig)
     comparison: ComparisonConfig = dataclasses.field(default_factory=ComparisonConfig)
     improve: bool = False
@@ -115,8 +77,6 @@ def preset(flags: Mapping[str, str]) -> Config:
         raise UserError(f"unknown preset {name!r}: choose smoke, cpu or gpu")
     base = MARKOV if tasks == "markov" else TEXT
     model = flags.get("model", "bigram" if tasks == "markov" else "transformer")
-    if model not in get_args(ModelName):
-        raise UserError(f"unknown model {model!r}: choose one of {', '.join(get_args(ModelName))}")
     if model != "bigram" and tasks == "markov":  # rates of tables of logits suit no network
         base = dataclasses.replace(
             base,
@@ -163,13 +123,14 @@ def _gpu(config: Config) -> Config:
         meta_steps=10 * config.comparison.meta_steps,
     )
     if config.tasks == "markov":
-        return dataclasses.replace(config, comparison=comparison)
+        return dataclasses.replace(config, comparison=comparison, compute_dtype="bfloat16")
     return dataclasses.replace(
         config,
         width=512,
         num_layers=6,
         num_heads=8,
         length=256,
+        compute_dtype="bfloat16",
         # A step that is recomputed, of a few tasks at a time: all at once would not fit.
         inner=dataclasses.replace(config.inner, remat=True),
         comparison=dataclasses.replace(comparison, tasks_per_step=32, tasks_at_a_time=4),

@@ -11,6 +11,7 @@ from metaopt.comparison import Comparison, RowResult
 from metaopt.console import printable
 from metaopt.files import write_json_lines, write_text
 from metaopt.inner_loop import adapt
+from metaopt.languages import is_text
 from metaopt.losses import NATS_TO_BITS
 from metaopt.reporting import plots, tables
 from metaopt.reporting.results import cell_maker
@@ -51,7 +52,7 @@ class Report:
             judged by the limit that reads the earlier tokens too.
         """
         self._run, self._comparison = run, comparison
-        self._is_bytes = tasks != "markov"
+        self._is_bytes = is_text(tasks)
         self._unit = "bits/byte" if self._is_bytes else "nats/token"
         self._scale = NATS_TO_BITS if self._is_bytes else 1.0
         self._groups = np.asarray(comparison.test.task)

@@ -111,8 +111,7 @@ def make_problem(config: Config, name: ModelName, setting: Setting) -> tuple[Mar
         feasible.tokens(config.num_query, config.length),
         episodes,
     )
-    tokens = (setting.sequences + config.num_query) * config.length
-    return languages, Problem(make_family(languages), model, losses.next_token(model), tokens)
+    return languages, Problem(make_family(languages), model, losses.next_token(model))
 
 
 def make_studies(config: Config) -> list[Study]:

@@ -49,14 +49,15 @@ from experiments.table_dynamic_evaluation.report import DYNAMIC, META, Report
 from experiments.table_dynamic_evaluation.tuning import Setting, every_stream, tune
 from metaopt import learners, losses, meta_gradients, models, parallel
 from metaopt.cli import command_line
-from metaopt.console import say
+from metaopt.console import log
 from metaopt.diagnostics import feasible
 from metaopt.optimizers.outer import OuterConfig, outer_optimizer
 from metaopt.outer_step import check_groups, init_state, make_meta_step
 from metaopt.self_improvement.drop_in import trainer
 from metaopt.streams import dynamic_evaluation
 from metaopt.streams.dynamic_evaluation import cut_segments, segment_loss, walk
-from metaopt.training.loop import TrainConfig
+from metaopt.training import types as trained
+from metaopt.training.fingerprint import of_step
 from metaopt.training.runs import open_run
 from metaopt.types import Batch, Episode, Key, MetaGradFn, Params
 
@@ -200,17 +201,20 @@ class Experiment:
             episodes = training.sample(jax.random.fold_in(key, i))
             return parallel.split_over_devices(episodes, len(self.devices))
 
-        state = trainer(config.improve)(
-            parallel.replicate(state, self.devices),
-            parallel.parallel_step(step, self.devices),
-            sample,
-            config=TrainConfig(num_steps=steps, log_every=max(1, steps // 100)),
-            directory=self.directory,
+        state = parallel.replicate(state, self.devices)
+        step_fn = parallel.parallel_step(step, self.devices)
+        fixed = command_line.as_saved(config) | {"training": training.name}
+        run = trained.Training(
             name=training.name,
+            state=state,
+            step_fn=step_fn,
+            sample=sample,
             tasks_per_step=config.tasks_per_step,
             tokens_per_task=stretch_bytes(config),
-            fingerprint=command_line.as_saved(config) | {"training": training.name},
+            fingerprint=of_step(fixed, step_fn, state, sample(0)),
         )
+        length = trained.TrainConfig(num_steps=steps, log_every=max(1, steps // 100))
+        state = trainer(config.improve)(run, length, self.directory).state
         return jax.device_get(state.meta_params["params"])
 
 
@@ -228,7 +232,7 @@ def choose_length(experiment: Experiment, params: Params) -> tuple[int, float]:
         settings, scores = experiment.tune("SGD", params, length, (0.0,))
         rate = float(np.exp(np.mean(np.log([setting.rate for setting in settings]))))
         found[length] = (scores.mean(), rate)
-        say(f"segments of {length}: {scores.mean():.4f} nats a byte by SGD at {rate:.3g}")
+        log(f"segments of {length}: {scores.mean():.4f} nats a byte by SGD at {rate:.3g}")
     length = min(found, key=lambda length: found[length][0])
     return length, found[length][1]
 

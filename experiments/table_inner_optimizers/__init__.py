@@ -29,7 +29,6 @@ from metaopt.comparison import Comparison, Problem, Row
 from metaopt.errors import UserError
 from metaopt.optimizers.inner import INNER_OPTIMIZERS, OptimizerName
 from metaopt.self_improvement.drop_in import trainer
-from metaopt.tasks import text
 from metaopt.training.recorder import Diverged
 from metaopt.training.runs import open_run
 
@@ -52,15 +51,16 @@ def make_problem(config: Config) -> Problem:
     known = {field.name for field in dataclasses.fields(adapt_languages.Config)}
     shared = {f.name for f in dataclasses.fields(config)} & known
     languages = adapt_languages.Config(
-        model="transformer", **{name: getattr(config, name) for name in shared}
+        model="transformer",
+        compute_dtype="bfloat16" if config.preset == "gpu" else "float32",
+        **{name: getattr(config, name) for name in shared},
     )
-    model = adapt_languages.make_model(languages, text.VOCAB_SIZE)
+    model = adapt_languages.make_model(languages)
     cells = itertools.product(config.optimizers, config.learners)
     rows = [make_row(config, optimizer, learner) for optimizer, learner in cells]
     adapt_languages.check(languages, rows, model)
     family = adapt_languages.make_family(languages)
-    tokens = (config.num_support + config.num_query) * config.length
-    return Problem(family, model, losses.next_token(model), tokens)
+    return Problem(family, model, losses.next_token(model))
 
 
 def make_row(config: Config, optimizer: OptimizerName, learner: LearnerName) -> Row:

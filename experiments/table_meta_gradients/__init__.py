@@ -26,7 +26,7 @@ from experiments.table_meta_gradients import forms as forms
 from experiments.table_meta_gradients.forms import FORMS, NAIVE, PLANNED, Size
 from metaopt import losses, measure, parallel
 from metaopt.cli import command_line
-from metaopt.console import say
+from metaopt.console import log
 from metaopt.diagnostics import feasible
 from metaopt.errors import UserError
 from metaopt.files import write_json_lines, write_text
@@ -207,7 +207,7 @@ def add_growth(bench: Bench, run: Run) -> None:
         planned = forms.estimate(smallest, size, kept_states=found.kept_states)
         compiled = measure.compile_for(planned, *forms.shapes(size))
         temps.append(measure.compiled_memory(compiled).temp)
-        say(f"{size}: {found.describe()}; compiled {measure.human_bytes(temps[-1])}")
+        log(f"{size}: {found.describe()}; compiled {measure.human_bytes(temps[-1])}")
         row = f"K = {size.steps}"
         error = found.predicted_bytes / temps[-1] - 1
         for column, value, unit in [
@@ -347,4 +347,4 @@ def report(place: Run) -> None:
     console = Console()
     for table in found:
         console.print(*tables.to_rich(table, console.width), sep="\n")
-    say(f"written to {place.directory}")
+    log(f"written to {place.directory}")

@@ -42,7 +42,8 @@ from metaopt.optimizers.outer import outer_optimizer
 from metaopt.outer_step import check_groups, init_state, make_meta_step
 from metaopt.self_improvement.drop_in import trainer
 from metaopt.tasks.images import ImagesConfig, images
-from metaopt.training.loop import TrainConfig
+from metaopt.training.fingerprint import of_step
+from metaopt.training.loop import TrainConfig, Training
 from metaopt.training.runs import open_run
 from metaopt.types import (
     Array,
@@ -156,24 +157,26 @@ def train_row(config: Config, problem: Problem, row: Row, seed: int, directory: 
 
     name, several = training_name(row, problem.setting, seed), phases(row, config.meta_steps)
     for number, (estimator, until) in enumerate(several, start=1):
-        state = trainer(config.improve)(
-            state,
-            compiled(estimator),
-            sample,
-            config=TrainConfig(
-                num_steps=until,
-                log_every=max(1, config.meta_steps // 100),
-                checkpoint_every=config.checkpoint_every,
-                keep_last=1,
-            ),
-            directory=directory,
+        step_fn = compiled(estimator)
+        fixed = command_line.as_saved(config)
+        fixed |= {"rows": row.name, "seeds": seed, "settings": problem.setting.column}
+        training = Training(
             # Each begins where the one before has ended, and has checkpoints of its own.
             name=f"{name}, phase {number}" if len(several) > 1 else name,
+            state=state,
+            step_fn=step_fn,
+            sample=sample,
             tasks_per_step=row.tasks_per_step,
             tokens_per_task=problem.setting.ways * sum(row.drawings),
-            fingerprint=command_line.as_saved(config)
-            | {"rows": row.name, "seeds": seed, "settings": problem.setting.column},
+            fingerprint=of_step(fixed, step_fn, state, sample(0)),
         )
+        length = TrainConfig(
+            num_steps=until,
+            log_every=max(1, config.meta_steps // 100),
+            checkpoint_every=config.checkpoint_every,
+            keep_last=1,
+        )
+        state = trainer(config.improve)(training, length, directory).state
     return state.meta_params
 
 

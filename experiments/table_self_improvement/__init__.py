@@ -25,7 +25,7 @@ from experiments.table_self_improvement.study import Study
 from experiments.table_self_improvement.workloads import Text, mnist, transformer
 from metaopt import losses, parallel
 from metaopt.cli import command_line
-from metaopt.console import say
+from metaopt.console import log
 from metaopt.diagnostics import feasible
 from metaopt.errors import UserError
 from metaopt.training.runs import open_run
@@ -82,7 +82,7 @@ def run(config: Config) -> None:
     report = Report(place, config, command)
     for name, cells in rows.items():
         if name == "mnist" and config.mnist.path is None:
-            say("no --mnist.path: the row mnist is left out")
+            log("no --mnist.path: the row mnist is left out")
         elif name in names and not report.has(name):
             began = time.monotonic()
             found = list(cells())

@@ -10,8 +10,8 @@ import numpy as np
 from experiments.table_self_improvement import tuning as tuning
 from experiments.table_self_improvement.study import Cell, Study, described, mean
 from experiments.table_self_improvement.workloads import mnist
-from metaopt.self_improvement.assess import classification
 from metaopt.self_improvement.loop import Outcome
+from metaopt.statistics import classification
 
 SHOWN = {
     "improved mnist": "closed loop",

@@ -40,7 +40,8 @@ from metaopt.optimizers.outer import outer_optimizer
 from metaopt.outer_step import MetaStep, init_state, make_meta_step
 from metaopt.self_improvement.drop_in import reported_losses, trainer
 from metaopt.tasks.sinusoid import SinusoidConfig, evaluation_episodes, sinusoid
-from metaopt.training.loop import StepFn, TrainConfig
+from metaopt.training.fingerprint import of_step
+from metaopt.training.loop import StepFn, TrainConfig, Training
 from metaopt.training.runs import open_run
 from metaopt.types import Batch, Episode, Key, LossFn, MetaParams, Model, Params
 
@@ -115,16 +116,16 @@ def train_row(config: Config, problem: Problem, row: Row, seed: int, directory: 
         return family.train.sample(key, config.tasks_per_step)
 
     held_out = jax.random.split(jax.random.fold_in(data_key, num_calls), HELD_OUT_BATCHES)
-    state = trainer(config.improve)(
-        state,
-        many_steps(step, sample, config.steps_per_call),
-        lambda call: jax.random.fold_in(data_key, call),  # type: ignore[arg-type]
-        config=TrainConfig(num_steps=num_calls, log_every=1, checkpoint_every=20, keep_last=1),
-        directory=directory,
+    step_fn = many_steps(step, sample, config.steps_per_call)
+    fixed = command_line.as_saved(config) | {"rows": row.name, "seeds": seed}
+    training = Training(
         name=f"{row.name}, seed {seed}",
+        state=state,
+        step_fn=step_fn,
+        sample=lambda call: jax.random.fold_in(data_key, call),
         tasks_per_step=config.tasks_per_step * config.steps_per_call,
         tokens_per_task=config.num_support + config.num_query,
-        fingerprint=command_line.as_saved(config) | {"rows": row.name, "seeds": seed},
+        fingerprint=of_step(fixed, step_fn, state, jax.random.fold_in(data_key, 0)),
         # For the closed loop: the loss of a call is of what it trains on the way.
         evaluate=reported_losses(
             many_steps(step, sample, 1),
@@ -132,7 +133,8 @@ def train_row(config: Config, problem: Problem, row: Row, seed: int, directory: 
             len(held_out),
         ),
     )
-    return state.meta_params
+    length = TrainConfig(num_steps=num_calls, log_every=1, checkpoint_every=20, keep_last=1)
+    return trainer(config.improve)(training, length, directory).state.meta_params
 
 
 def make_tests(config: Config, eval_seed: int) -> dict[int, Episode]:

@@ -1,1 +1,88 @@
-"""The commands."""
+"""The command ``metaopt``, and the same as ``python -m metaopt``.
+
+A command is a function of one config: tyro makes its flags from the type of that config, and
+the docstring of its module is its help. `COMMANDS` names it, so that nothing of a command, JAX
+least of all, is imported before it is asked for.
+"""
+
+import difflib
+import importlib
+import sys
+import typing
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import metaopt
+from metaopt.cli import stopping
+
+
+class Command(NamedTuple):
+    """One command.
+
+    Attributes:
+      function: ``module:function``, which takes the argument ``config``.
+      summary: its line in ``metaopt --help``.
+      computes: whether it runs models: the process then starts again with huge pages.
+    """
+
+    function: str
+    summary: str
+    computes: bool = False
+
+
+COMMANDS = {
+    "watch": Command("metaopt.cli.watch:run", "show trainings while they run"),
+    "doctor": Command(
+        "metaopt.cli.doctor:run",
+        "examine a meta-gradient: is it right, what does it cost, where does it break?",
+        computes=True,
+    ),
+    "tables": Command("metaopt.cli.tables:run", "print, check, keep and write tables of results"),
+}
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Runs a command line; that of the process by default."""
+    if is_process := args is None:
+        stopping.listen()
+        args = sys.argv[1:]
+    name, *rest = args or ["--help"]
+    if name in ("-h", "--help"):
+        print(_help())
+    elif name == "--version":
+        print(f"metaopt {metaopt.__version__}")
+    elif name in COMMANDS:
+        _run(name, rest, is_process)
+    else:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}"
+        print(f"error: no command {name!a}: {hint}", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def _run(name: str, args: Sequence[str], is_process: bool) -> None:
+    command_line = importlib.import_module("metaopt.cli.command_line")
+    command = COMMANDS[name]
+    if is_process and command.computes:
+        command_line.restart_with_huge_pages()
+    module_name, _, function_name = command.function.partition(":")
+    module = importlib.import_module(module_name)
+    run = getattr(module, function_name)
+    config_type = typing.get_type_hints(run)["config"]
+    with command_line.one_line_exits(args):
+        run(command_line.parse(config_type, args, f"metaopt {name}", module.__doc__))
+
+
+def _help() -> str:
+    return "\n".join(
+        [
+            "usage: metaopt COMMAND [FLAGS]",
+            "",
+            "Meta-learning sequence models in JAX.",
+            "",
+            *(f"  {name:<10}{command.summary}" for name, command in COMMANDS.items()),
+            "",
+            "  metaopt COMMAND --help    the flags of a command",
+            "  metaopt --version",
+        ]
+    )

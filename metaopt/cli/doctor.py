@@ -1,11 +1,11 @@
 """Examine a meta-gradient: is it right, what does it cost, and where does it break?
 
-    python -m metaopt.cli.doctor --estimator mixed_mode
-    python -m metaopt.cli.doctor --model mlp --learner maml --estimator first_order
-    python -m metaopt.cli.doctor --inner-optimizer radam      # NaN, and from which step on
-    python -m metaopt.cli.doctor --estimator truncated --options window=1
-    python -m metaopt.cli.doctor --problem my_module:my_problem --estimator mixed_mode
-    python -m metaopt.cli.doctor --estimator my_module:my_estimator
+    metaopt doctor --estimator mixed_mode
+    metaopt doctor --model mlp --learner maml --estimator first_order
+    metaopt doctor --inner-optimizer radam      # NaN, and from which step on
+    metaopt doctor --estimator truncated --options window=1
+    metaopt doctor --problem my_module:my_problem --estimator mixed_mode
+    metaopt doctor --estimator my_module:my_estimator
 
 The estimator is compared with reverse mode and with finite differences of the objective,
 in float64, which shows how exact it is, and in float32, which shows what it costs.
@@ -32,7 +32,6 @@ from rich.console import Console
 from rich.table import Table
 
 from metaopt import learners, losses, measure, meta_gradients, models, parallel
-from metaopt.cli import command_line
 from metaopt.diagnostics import feasible
 from metaopt.diagnostics.doctor import Estimator, Problem, Report, examine, to_float64
 from metaopt.errors import UserError
@@ -344,7 +343,3 @@ def rows(report: Report) -> list[tuple[str, str]]:
         text = "–" if timing is None else f"{timing.median * 1e3:.3g} ms"
         found.append((f"time of {name}", text))
     return found
-
-
-if __name__ == "__main__":
-    command_line.main("doctor", run, Config, lambda _: Config(), (), __doc__ or "")

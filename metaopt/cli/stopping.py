@@ -17,9 +17,10 @@ import time
 from types import FrameType
 from typing import Any
 
+from metaopt.signals import SAME_SIGNAL
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 PATIENCE = 1.0  # seconds before it is said that stopping takes a while
-SAME_SIGNAL = 0.2  # seconds in which another one is the first once more
 _in_order, _raised = threading.Event(), threading.Event()
 
 

@@ -1,12 +1,14 @@
-"""Gather the committed results into tables.
+"""Gather results into tables.
 
-    python -m metaopt.cli.tables                      # Markdown, to the terminal
-    python -m metaopt.cli.tables --form latex
-    python -m metaopt.cli.tables --write-readme       # renews the tables in README.md
-    python -m metaopt.cli.tables --keep RUN NAME      # commit-worthy files of a run
-    python -m metaopt.cli.tables --check              # is all there, and does README.md agree?
+    metaopt tables                      # Markdown, to the terminal
+    metaopt tables --form latex
+    metaopt tables --write              # renews the tables in README.md and docs/
+    metaopt tables --keep RUN NAME      # commit-worthy files of a run
+    metaopt tables --check              # is all there, and do the pages agree?
 
-Every number comes from a ``results.jsonl``; nothing is typed by hand.
+Results lie in ``experiments/results/EXPERIMENT/NAME/`` of a project, the current directory.
+Every number comes from a ``results.jsonl``; nothing is typed by hand. A page has a table where
+it says ``<!-- table: EXPERIMENT/NAME -->`` and, on a later line, ``<!-- end -->``.
 """
 
 import dataclasses
@@ -14,7 +16,6 @@ import re
 from pathlib import Path
 from typing import Literal
 
-from metaopt.cli import command_line
 from metaopt.errors import UserError
 from metaopt.files import (
     inside,
@@ -27,8 +28,6 @@ from metaopt.files import (
 from metaopt.ranges import Checked
 from metaopt.reporting import tables
 
-ROOT = Path(__file__).parents[2]
-RESULTS = ROOT / "experiments" / "results"
 NEEDED = ("table", "row", "column", "unit", "command", "preset", "seeds", "device", "versions")
 KEPT = (
     "config.json",
@@ -44,49 +43,75 @@ KEPT = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(Checked):
-    """Gather the committed results into tables.
+    """Gather results into tables.
 
     Attributes:
-      form: of what is printed.
-      write_readme: put the Markdown tables into README.md, between their markers.
-      keep: a finished run and a name; its files go to experiments/results.
-      unfinished: keep the rows that are done of a run that is not finished; others are dashes.
-      check: verify that every number has its config, command, seeds and versions, and that the
-        tables in README.md are those that the results give.
+      form: Form of what is printed.
+      write: Put the Markdown tables into README.md and docs/, between their markers.
+      keep: A finished run and a name: its files go to the results.
+      unfinished: Keep the rows that are done of a run that is not finished; others are dashes.
+      check: Verify that every number has its config, command, seeds and versions, and that the
+        tables in README.md and docs/ are those that the results give.
+      project: Directory that holds experiments/results, README.md and docs/.
     """
 
     form: Literal["markdown", "latex"] = "markdown"
-    write_readme: bool = False
+    write: bool = False
     keep: tuple[str, str] | None = None
     unfinished: bool = False
     check: bool = False
+    project: Path = Path(".")
 
 
 def run(config: Config) -> None:
-    """Does what the config asks for."""
-    readme = ROOT / "README.md"
+    """Does what the config asks for.
+
+    Raises:
+      UserError: there are no results, or they are damaged or incomplete.
+    """
+    project = local_path(config.project)
     if config.keep:
-        keep(local_path(config.keep[0]), config.keep[1], unfinished=config.unfinished)
-    elif config.check:
-        check(RESULTS, readme)
-    elif config.write_readme:
-        write_text(readme, with_tables(read_text(readme)))
+        place = results_of(project)
+        keep(place, local_path(config.keep[0]), config.keep[1], unfinished=config.unfinished)
+        return
+    paths = sorted(results_of(project).glob("*/*/results.jsonl"))
+    if not paths:
+        raise UserError(
+            f"{results_of(project)} holds no results: run this in the project's directory, or "
+            "name that with --project"
+        )
+    if config.check:
+        check(project)
+    elif config.write:
+        for page in pages(project):
+            write_text(page, with_tables(page, results_of(project)))
     else:
         show = tables.to_markdown if config.form == "markdown" else tables.to_latex
-        for path in sorted(RESULTS.glob("*/*/results.jsonl")):
+        for path in paths:
             for table in tables.arrange(tables.read_records(path)):
                 print(f"{'###' if config.form == 'markdown' else '%'} {table.name}\n")
                 print(show(table))
 
 
-def check(results: Path, readme: Path) -> None:
-    """Reads every committed result again, and README.md.
+def results_of(project: Path) -> Path:
+    """The directory of a project's results."""
+    return project / "experiments" / "results"
+
+
+def pages(project: Path) -> list[Path]:
+    """The Markdown pages of a project, which may show tables."""
+    found = [project / "README.md", *sorted((project / "docs").rglob("*.md"))]
+    return [page for page in found if page.is_file()]
+
+
+def check(project: Path) -> None:
+    """Reads every result of a project again, and its pages.
 
     Raises:
-      UserError: a config or a part of a record is missing, or a table of README.md is not
-        the one that the results give; the message names them all.
+      UserError: a config or a part of a record is missing, or a table of a page is not the one
+        that the results give; the message names them all.
     """
-    problems, count = [], 0
+    problems, count, results = [], 0, results_of(project)
     for path in sorted(results.glob("*/*/results.jsonl")):
         if not (path.parent / "config.json").exists():
             problems.append(f"{path.parent} has no config.json")
@@ -101,19 +126,19 @@ def check(results: Path, readme: Path) -> None:
             if missing:
                 cell = f"{record['row']}, {record['column']}"
                 problems.append(f"{path}: {cell} lacks {', '.join(missing)}")
-    text = read_text(readme)
-    try:
-        if with_tables(text, results) != text:
-            problems.append("the tables of README.md are not those of the results: --write-readme")
-    except UserError as error:
-        problems.append(str(error))
+    for page in pages(project):
+        try:
+            if with_tables(page, results) != read_text(page):
+                problems.append(f"the tables of {page} are not those of the results: use --write")
+        except UserError as error:
+            problems.append(str(error))
     if problems:
         raise UserError("; ".join(problems))
-    print(f"{count} cells with their configs and commands; README.md agrees with them")
+    print(f"{count} cells with their configs and commands; the pages agree with them")
 
 
-def keep(run: Path, name: str, *, unfinished: bool = False) -> Path:
-    """Copies what is worth keeping of a run to ``results/<experiment>/<name>``.
+def keep(results: Path, run: Path, name: str, *, unfinished: bool = False) -> Path:
+    """Copies what is worth keeping of a run to ``<results>/<experiment>/<name>``.
 
     Raises:
       UserError: the run is not finished, and is not said to be; it has no results or damaged
@@ -127,7 +152,7 @@ def keep(run: Path, name: str, *, unfinished: bool = False) -> Path:
     records = tables.read_records(run / "results.jsonl")
     if not records:
         raise UserError(f"{run} has no results to keep")
-    target = inside(RESULTS, run.resolve().parent.name, name)
+    target = inside(results, run.resolve().parent.name, name)
     with one_line(target, "written"):
         target.mkdir(parents=True, exist_ok=True)
     for file in KEPT:
@@ -140,8 +165,8 @@ def keep(run: Path, name: str, *, unfinished: bool = False) -> Path:
     return target
 
 
-def with_tables(text: str, results: Path = RESULTS) -> str:
-    """The text with the table of ``<!-- table: PATH NAME -->`` put before ``<!-- end -->``.
+def with_tables(page: Path, results: Path) -> str:
+    """The text of a page with the table of ``<!-- table: PATH NAME -->`` before ``<!-- end -->``.
 
     PATH is relative to ``results``; without NAME it is the first table there.
 
@@ -155,13 +180,9 @@ def with_tables(text: str, results: Path = RESULTS) -> str:
         chosen = [t for t in found if match[2] in (None, t.name)]
         if not chosen:
             name = match[2] or "results"
-            raise UserError(f"README.md asks {match[1]} for {name}, and there is none there")
+            raise UserError(f"{page} asks {match[1]} for {name}, and there is none there")
         marker = match[0].split("\n", 1)[0]
         return f"{marker}\n{tables.to_markdown(chosen[0])}<!-- end -->"
 
     pattern = r"<!-- table: (\S+)(?: (\S+))? -->\n.*?<!-- end -->"
-    return re.sub(pattern, table, text, flags=re.DOTALL)
-
-
-if __name__ == "__main__":
-    command_line.main("tables", run, Config, lambda _: Config(), (), __doc__ or "")
+    return re.sub(pattern, table, read_text(page), flags=re.DOTALL)

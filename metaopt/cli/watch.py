@@ -1,8 +1,8 @@
 """Watch trainings while they run: what they reach, what they use, what is wrong, what was decided.
 
-    python -m metaopt.cli.watch runs/adapt_languages/cpu-20260101-120000
-    python -m metaopt.cli.watch RUN RUN ... --every 5
-    python -m metaopt.cli.watch RUN --once          # one view, as where there is no terminal
+    metaopt watch runs/adapt_languages/cpu-20260101-120000
+    metaopt watch RUN RUN ... --every 5
+    metaopt watch RUN --once          # one view, as where there is no terminal
 
 It reads the files that runs write and may be started, left and started again at any
 time. A training with a monitor shows everything; one without shows what is in its
@@ -13,7 +13,6 @@ import contextlib
 import dataclasses
 import itertools
 import statistics
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,7 +26,6 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from metaopt.cli import command_line
 from metaopt.cli.watch_runs import RunView, Training, open_view
 from metaopt.console import printable
 from metaopt.files import matches
@@ -170,14 +168,3 @@ def run(config: Config, console: Console | None = None) -> None:
             if finished:
                 return
             time.sleep(config.every)
-
-
-def main(args: Sequence[str] | None = None) -> None:
-    """The command line."""
-    args = sys.argv[1:] if args is None else list(args)
-    with command_line.one_line_exits(args):
-        run(command_line.parse(Config, args, "python -m metaopt.cli.watch", __doc__))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""What `metaopt.cli.watch` reads: the files of a run, while it writes them."""
+"""What `metaopt watch` reads: the files of a run, while it writes them."""
 
 import contextlib
 import json

@@ -54,6 +54,11 @@ class OuterConfig(Checked):
                 f"decay_steps={self.decay_steps} must exceed warmup_steps={self.warmup_steps}"
             )
 
+    def ending_at(self, num_steps: int) -> "OuterConfig":
+        """The same with a cosine to the end of ``num_steps``, unless ``decay_steps`` is set."""
+        decay_steps = self.decay_steps or max(num_steps, self.warmup_steps + 1)
+        return dataclasses.replace(self, decay_steps=decay_steps)
+
     def hparams(self) -> dict[str, jax.Array]:
         """The scalars of the outer loop that may change while a run goes on."""
         values = {

@@ -2,9 +2,9 @@
 
 import functools
 import os
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from metaopt.outer_step import RATES
 from metaopt.self_improvement.loop import LoopConfig, run
 from metaopt.self_improvement.memory import Memory
 from metaopt.self_improvement.workload import Scale, Workload
-from metaopt.training.loop import Evaluate, StepFn, TrainConfig, TrainFn, train
+from metaopt.training.loop import StepFn, TrainConfig, Trained, TrainFn, Training, train
 from metaopt.types import Episode, MetaState
 
 RATE = Scale(low=1e-7, high=1e3)
@@ -24,49 +24,44 @@ HELD_OUT_BATCHES = 8
 
 
 def improving_train(
-    state: MetaState,
-    step_fn: StepFn,
-    sample: Callable[[int], Episode],
-    *,
+    training: Training,
     config: TrainConfig,
-    directory: Path | str,
-    name: str,
-    tasks_per_step: int,
-    tokens_per_task: int,
-    fingerprint: dict[str, Any],
-    evaluate: Evaluate | None = None,
+    directory: Path | str | None = None,
+    *,
     searched: Sequence[str] = RATES,
     loop: LoopConfig | None = None,
     memory: Memory | None = None,
-) -> MetaState:
+) -> Trained:
     """`train` under the closed loop: same arguments, and the scalars may change.
 
-    Those of ``searched`` are tried by factors that are above 0 and that the updates read. Trials
-    are judged by ``evaluate``, whose cost counts in seconds. Where there is none, or it gives a
-    single number, they are judged by the losses that steps report of batches from after the end of
-    the run (`reported_losses`), and what that costs counts as examples of training do. Of the
-    config only ``num_steps`` is used: when what is done says ``loop``, and ``metrics.jsonl`` has
-    one line an assessment.
+    A search multiplies the scalars of ``searched`` that are above 0 and that the updates read.
+    Trials are judged by ``training.evaluate``, whose cost counts in seconds. If there is none, or
+    it gives a single number, they are judged by the losses that steps report of batches from
+    after the end of the run (`reported_losses`), whose cost counts as examples of training. Only
+    ``num_steps`` of the config is used: ``loop`` has the schedule, and ``metrics.jsonl`` has one
+    line an assessment.
 
-    A state that has done steps already goes on from there, as the second phase of a training
+    A state that has done steps already continues from there, as the second phase of a training
     does. It has a name of its own, such as ``"MAML++, from step 500"``.
 
     Args:
-      state: the state at the start. It is copied.
-      step_fn, sample, config, directory, name, tasks_per_step, tokens_per_task, fingerprint,
-        evaluate: as for `metaopt.training.loop.train`.
-      searched: names of ``state.hparams``, whose scalars a search may move; others stay.
-      loop: when the loop does what; `LoopConfig` if not given.
-      memory: of past runs, of the same name before all.
-
-    Returns:
-      The state at the end.
+      training: what is trained. Its state is copied.
+      config: its length.
+      directory: directory of the run; a temporary one if not given.
+      searched: names of ``state.hparams`` whose scalars a search may change.
+      loop: schedule of the loop; `LoopConfig` if not given.
+      memory: past runs; those of the same name are the most similar.
 
     Raises:
       UserError: ``searched`` names a scalar that is none of `RATES` and not in the state; the
         step cannot be traced, and there are no losses to judge by; and as for `loop.run`.
       Diverged, Interrupted: as for `loop.run`.
     """
+    if directory is None:
+        with tempfile.TemporaryDirectory() as directory:
+            options = {"searched": searched, "loop": loop, "memory": memory}
+            return improving_train(training, config, directory, **options)
+    state, tasks_per_step = training.state, training.tasks_per_step
     hparams = {key: float(value) for key, value in state.hparams.items()}
     if unknown := sorted(set(searched) - {*hparams, *RATES}):
         raise UserError(
@@ -74,25 +69,26 @@ def improving_train(
             f"{', '.join(hparams)}"
         )
     start = int(state.step)
+    initial = jax.tree.map(jnp.copy, state)
     if start >= config.num_steps:
-        return jax.tree.map(jnp.copy, state)
-    name = f"{name}, from step {start}" if start else name
-    initial, evaluation_examples = jax.tree.map(jnp.copy, state), 0.0
+        return Trained(initial)
+    name = f"{training.name}, from step {start}" if start else training.name
+    evaluate, evaluation_examples = training.evaluate, 0.0
     if evaluate is None or np.ndim(evaluate(state)) != 1:
-        held_out = functools.cache(lambda i: sample(config.num_steps + i))
-        evaluate = reported_losses(step_fn, held_out, HELD_OUT_BATCHES)
-        share = _share_of_loss(name, step_fn, state, held_out(0))
+        held_out = functools.cache(lambda i: training.sample(config.num_steps + i))
+        evaluate = reported_losses(training.step_fn, held_out, HELD_OUT_BATCHES)
+        share = _share_of_loss(name, training.step_fn, state, held_out(0))
         evaluation_examples = HELD_OUT_BATCHES * tasks_per_step * share
     workload = Workload(
         name=name,
         task={"name": name, "tasks_per_step": tasks_per_step},
         start=lambda settings: jax.tree.map(jnp.copy, initial),
-        step=lambda settings: step_fn,
-        sample=lambda settings, position: sample(start + position // tasks_per_step),
-        examples_per_step=lambda settings: tasks_per_step,
+        step=lambda settings: training.step_fn,
+        sample=lambda settings, position: training.sample(start + position // tasks_per_step),
+        examples_per_step=lambda settings: tasks_per_step * training.steps_per_call,
         evaluate=evaluate,  # type: ignore[arg-type]
         num_examples=(config.num_steps - start) * tasks_per_step,
-        tokens_per_example=tokens_per_task,
+        tokens_per_example=training.tokens_per_task,
         space={key: RATE for key, value in hparams.items() if key in searched and value > 0},
         evaluation_examples=evaluation_examples,
     )
@@ -102,24 +98,23 @@ def improving_train(
         directory=directory,
         config=loop,
         memory=memory,
-        fingerprint=fingerprint,
+        fingerprint=training.fingerprint,
     )
-    return outcome.snapshot.state
+    return Trained(outcome.snapshot.state)
 
 
 def reported_losses(
     step_fn: StepFn, batch: Callable[[int], Episode], number: int
 ) -> Callable[[MetaState], np.ndarray]:
-    """``state -> float64 [number]``: the losses that a step reports of batches, and no update.
+    """``state -> float64 [number]``: the losses that a step reports of batches, without an update.
 
-    Nothing of the step is computed but what its ``loss`` depends on: no meta-gradient, and the
-    state stays as it is. A step that makes several updates in one call would make all but the
-    last of them; build this of one that makes a single one.
+    Only what the ``loss`` of the step depends on is computed: no meta-gradient. A step that makes
+    several updates in one call would make all but the last of them; give one with one update.
 
     Args:
-      step_fn: that can be traced, as what `jax.jit` and `jax.pmap` give.
+      step_fn: step that can be traced, such as `jax.jit` and `jax.pmap` give.
       batch: ``i -> episodes``, for i below ``number``.
-      number: of batches.
+      number: number of batches.
     """
     loss = _loss_alone(step_fn)
 
@@ -135,7 +130,7 @@ def _loss_alone(step_fn: StepFn) -> Callable[[MetaState, Episode], jax.Array]:
 
 
 def _share_of_loss(name: str, step_fn: StepFn, state: MetaState, episodes: Episode) -> float:
-    """Of the operations of a step those of its loss alone; all, where they cannot be counted."""
+    """Share of its loss in the operations of a step; 1 if they cannot be counted."""
     loss = _loss_alone(step_fn)
     try:
         shapes = jax.eval_shape(loss, state, episodes)
@@ -153,9 +148,9 @@ def _share_of_loss(name: str, step_fn: StepFn, state: MetaState, episodes: Episo
 
 
 def trainer(improve: bool) -> TrainFn:
-    """What a training is done with: `improving_train` under the closed loop, or plain `train`.
+    """`improving_train`, or plain `train`.
 
-    Where ``$METAOPT_MEMORY`` is set, the path or URL of a `Memory`, the loop remembers.
+    The loop uses the `Memory` whose path or URL is in ``$METAOPT_MEMORY``, if it is set.
     """
     if not improve:
         return train

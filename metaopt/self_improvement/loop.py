@@ -17,7 +17,7 @@ from typing import Annotated, Any, NamedTuple, NoReturn, Self
 import jax
 import numpy as np
 
-from metaopt.console import say
+from metaopt.console import log
 from metaopt.errors import Diverged, UserError
 from metaopt.measure import count_flops
 from metaopt.ranges import Checked, Range, Seconds, Steps, StepsOr0
@@ -55,9 +55,10 @@ from metaopt.self_improvement.workload import (
     searched_space,
     steps,
 )
+from metaopt.signals import StopSignals, exit_on_signal
 from metaopt.training.checkpoint import Checkpoints
-from metaopt.training.fingerprint import of_training
-from metaopt.training.loop import StopSignals, checkpoint_directory, leave
+from metaopt.training.fingerprint import Fingerprint, of_step
+from metaopt.training.loop import checkpoint_directory
 from metaopt.training.progress import Progress
 from metaopt.training.runs import lock_directory
 
@@ -148,7 +149,7 @@ def run(
     proposer: Proposer | None = None,
     memory: Memory | None = None,
     interventions: Sequence[Intervention] = (),
-    fingerprint: dict[str, Any] | None = None,
+    fingerprint: Fingerprint | None = None,
     monitor: Mapping[str, Any] | None = None,
 ) -> Outcome:
     """Trains to the end, from the latest checkpoint if there is one, improving on the way.
@@ -167,6 +168,7 @@ def run(
       interventions: settings that are changed from outside during the run, as
         ``(examples, settings)``: someone at the console, or a fault that is put in.
       fingerprint: what decides the states beside the settings; a checkpoint of another is refused.
+        If not given, it is `of_step` of the first settings.
       monitor: further arguments of `Monitor`: ``read_memory``, and ``flops_per_step`` and
         ``peak_flops`` in place of those that `LoopConfig.count_flops` finds.
 
@@ -183,6 +185,9 @@ def run(
     if jax.process_count() > 1:
         _check_agreement(workload, memory)
     first, interventions = begin(workload, settings), sorted(interventions, key=lambda e: e[0])
+    if fingerprint is None:
+        batch = workload.sample(settings, 0)
+        fingerprint = of_step({}, workload.step(settings), first.state, batch)
     directory, path = Path(directory), checkpoint_directory(directory, workload.name)
     options = dict(monitor or {})
     if "flops_per_step" in options:
@@ -190,19 +195,15 @@ def run(
         options["flops_per_example"] = options.pop("flops_per_step") / size
     with (
         lock_directory(directory),
-        Checkpoints(
-            path,
-            fingerprint=fingerprint or {},
-            digests=of_training(workload.step(settings), first.state, workload.sample(settings, 0)),
-        ) as checkpoints,
+        Checkpoints(path, fingerprint=fingerprint) as checkpoints,
         StopSignals() as stop,
     ):
         if config.count_flops and "flops_per_example" not in options:
             options = _counted(workload, first) | options
         identity = _identity(workload, settings, config, interventions)
         flops = options.get("flops_per_example")
-        log = RunLog(workload, directory, checkpoints, identity, flops)
-        loop = Loop(workload, config, log, stop, proposer, interventions)
+        run_log = RunLog(workload, directory, checkpoints, identity, flops)
+        loop = Loop(workload, config, run_log, stop, proposer, interventions)
         snapshot = loop.start(first, memory)
         is_new = snapshot.examples < workload.num_examples
         with loop.monitored(snapshot, directory, options):
@@ -274,7 +275,7 @@ class Loop:
     Attributes:
       workload: The training.
       config: When to do what.
-      log: What is written down and resumed from.
+      run_log: What is written down and resumed from.
       stop: Whether Ctrl-C or SIGTERM was received.
       proposer: What names changes; `pattern_search` if None.
       interventions: Changes from outside, in order.
@@ -285,7 +286,7 @@ class Loop:
 
     workload: Workload
     config: LoopConfig
-    log: RunLog
+    run_log: RunLog
     stop: StopSignals
     proposer: Proposer | None
     interventions: Sequence[Intervention]
@@ -299,27 +300,29 @@ class Loop:
 
     def run(self, snapshot: Snapshot) -> Outcome:
         """Optimises, trains under the monitor and assesses in turns until the end."""
-        log = self.log
-        if not log.curve:
+        run_log = self.run_log
+        if not run_log.curve:
             snapshot = self.assess(self.choose_options(snapshot))
         while snapshot.examples < self.workload.num_examples:
             snapshot = self.intervene(self.optimise(snapshot))
             snapshot = self.train(snapshot, self._next_stop(snapshot))
             if self._assessment_due(snapshot):
                 snapshot = self.assess(snapshot)
-        log.wait()
-        ledger = log.ledger(snapshot)
-        return Outcome(snapshot, log.decisions, log.curve, ledger, log.alarms, self.earlier)
+        run_log.wait()
+        ledger = run_log.ledger(snapshot)
+        return Outcome(
+            snapshot, run_log.decisions, run_log.curve, ledger, run_log.alarms, self.earlier
+        )
 
     # Start
 
     def start(self, first: Snapshot, memory: Memory | None) -> Snapshot:
         """The snapshot of the latest checkpoint, else the start that the memory proposes."""
-        snapshot, notes = self.log.resume(first)
+        snapshot, notes = self.run_log.resume(first)
         if notes:
             self.num_interventions = notes["intervened"]
             self.earlier = past_search(notes["earlier"]) or []
-            say(f"{self.workload.name}: resumed after {snapshot.examples} examples")
+            log(f"{self.workload.name}: resumed after {snapshot.examples} examples")
             return snapshot
         return self._recall(first, memory) if memory is not None else first
 
@@ -331,7 +334,7 @@ class Loop:
         workload, proposal = self.workload, memory.propose(self.workload.task)
         if proposal is None:
             return first
-        say(f"{workload.name}: {proposal.reason}")
+        log(f"{workload.name}: {proposal.reason}")
         space = self._searched(first)
         known = known_settings(space, proposal.settings)
         # What it decided holds if all is as it was there, but for what decides no state.
@@ -341,7 +344,7 @@ class Loop:
             earlier = past_search(proposal.decisions)
             self.earlier = earlier or []
             if earlier is None:
-                say(f"{workload.name}: the decisions of {proposal.run} cannot be read; not used")
+                log(f"{workload.name}: the decisions of {proposal.run} cannot be read; not used")
         return changed(workload, first, known)
 
     @contextlib.contextmanager
@@ -352,7 +355,12 @@ class Loop:
         total, name = self.workload.num_examples, self.workload.name
         self.progress = Progress(name, total=total, start=min(snapshot.examples, total))
         self.guard = RollbackGuard(
-            self.workload, snapshot, self.config, self.log.alarms, directory=directory, **options
+            self.workload,
+            snapshot,
+            self.config,
+            self.run_log.alarms,
+            directory=directory,
+            **options,
         )
         with self.guard, self.progress:
             yield
@@ -365,7 +373,7 @@ class Loop:
         if not np.isfinite(losses).all():
             return self.roll_back(snapshot, self._not_finite(snapshot))
         self.num_roll_backs = 0
-        self.log.assessed(snapshot, losses)
+        self.run_log.assessed(snapshot, losses)
         self._save(snapshot)
         return snapshot
 
@@ -375,12 +383,12 @@ class Loop:
         if snapshot.examples >= total:
             return True
         every = self.config.assess_every * total
-        done = math.floor(self.log.assessed_at / every + 1e-9)
+        done = math.floor(self.run_log.assessed_at / every + 1e-9)
         return math.floor(snapshot.examples / every + 1e-9) > done
 
     def _save(self, snapshot: Snapshot) -> None:
         earlier = [decision.as_json() for decision in self.earlier]
-        self.log.save(snapshot, intervened=self.num_interventions, earlier=earlier)
+        self.run_log.save(snapshot, intervened=self.num_interventions, earlier=earlier)
 
     # Optimise
 
@@ -388,7 +396,7 @@ class Loop:
         """Tries what is proposed for as long as something is and the budget allows it."""
         fraction = snapshot.examples / self.workload.num_examples
         phase = sum(fraction >= start for start in self.config.phases) - 1
-        decisions = self.log.decisions
+        decisions = self.run_log.decisions
         if phase < 0 or has_moved_on(decisions, snapshot, phase):
             return snapshot
         state: SearchState | None = None
@@ -432,17 +440,17 @@ class Loop:
             self._spaces[chosen] = space = searched_space(self.workload, snapshot)
             if unread := sorted(self.workload.space.keys() - space.keys()):
                 names = ", ".join(unread)
-                say(f"{self.workload.name}: not searched, since no update reads it: {names}")
+                log(f"{self.workload.name}: not searched, since no update reads it: {names}")
         return self._spaces[chosen]
 
     def _say_nothing_is_tried(self, snapshot: Snapshot, phase: int) -> None:
         """Says, once a phase, that its search tries nothing though something is proposed."""
-        if phase in self._said_nothing | {decision.phase for decision in self.log.decisions}:
+        if phase in self._said_nothing | {decision.phase for decision in self.run_log.decisions}:
             return
         self._said_nothing.add(phase)
-        if self._propose(snapshot, self.log.decisions, phase):
+        if self._propose(snapshot, self.run_log.decisions, phase):
             share, done = self.config.shares[phase], snapshot.examples / self.workload.num_examples
-            say(
+            log(
                 f"{self.workload.name}: nothing is tried from {done:.0%} of the run on: a trial "
                 f"takes more than the {share:.0%} that this search may cost, or than is left"
             )
@@ -474,9 +482,9 @@ class Loop:
 
     def _take(self, snapshot: Snapshot, decision: Decision) -> None:
         """Notes a decision; its snapshot is good, since its losses were finite."""
-        self.log.decided(decision)
+        self.run_log.decided(decision)
         if decision.verdict == "accepted":
-            say(f"{self.workload.name}, step {decision.step}: {decision.reason}")
+            log(f"{self.workload.name}, step {decision.step}: {decision.reason}")
         if decision.verdict != "rolled back":
             self.num_roll_backs = 0
         self.guard.mark_good(snapshot)
@@ -539,9 +547,9 @@ class Loop:
             self._save(snapshot)
         except FloatingPointError:
             self._save(self.guard.last_good)
-        self.log.wait()
+        self.run_log.wait()
         total = self.workload.num_examples // self.workload.examples_per_step(snapshot.settings)
-        leave(self.workload.name, int(snapshot.state.step), total, self.stop.received or 0)
+        exit_on_signal(self.workload.name, int(snapshot.state.step), total, self.stop.received or 0)
 
     # Roll back
 
@@ -549,7 +557,7 @@ class Loop:
         """Damage that was seen in an evaluation."""
         message, step = "the held-out loss is not finite", int(snapshot.state.step)
         alarm = Alarm("nan", step, True, math.nan, math.inf, message)
-        self.log.alarms.append(alarm)
+        self.run_log.alarms.append(alarm)
         return Damage(alarm)
 
     def roll_back(self, snapshot: Snapshot, damage: "Damage") -> Snapshot:
@@ -566,7 +574,7 @@ class Loop:
                 "decisions.jsonl and at the data, and start with smaller rates"
             )
         good = self.guard.restore()._replace(left_out=snapshot.left_out)
-        self.log.went_back(good)
+        self.run_log.went_back(good)
         after, reason = good, f"{alarm.kind}: {alarm.message}"
         left_out = None
         if alarm.kind == "nan" and stretch and is_bad_batch(self.workload, good, stretch):
@@ -577,8 +585,8 @@ class Loop:
             factor = LOWERED ** (self.num_roll_backs - 1)
             after = lowered(within, good, factor)
             reason += f"; the rates are lowered to {factor:.2g} of what they were"
-        say(f"{self.workload.name}: back to step {int(good.state.step)}; {reason}")
-        self.log.decided(
+        log(f"{self.workload.name}: back to step {int(good.state.step)}; {reason}")
+        self.run_log.decided(
             Decision(
                 kind="rollback",
                 step=alarm.step,
@@ -694,7 +702,7 @@ class RollbackGuard:
         raised = [alarm for alarm in self._monitor.observe(number, values | times) if alarm.raised]
         for alarm in raised:
             if alarm.kind not in {before.kind for before in self._alarms}:
-                say(f"{self._workload.name}, step {number}: {alarm.kind}: {alarm.message}")
+                log(f"{self._workload.name}, step {number}: {alarm.kind}: {alarm.message}")
             self._alarms.append(alarm)
         damage = [alarm for alarm in raised if alarm.kind in DAMAGE]
         if damage:

@@ -1,30 +1,30 @@
-"""Self-learning: a knowledge base of runs that proposes where the next one starts.
+"""Memory of past runs: the most similar one proposes where a new run starts.
 
-Runs are kept in Optuna's relational storage (Akiba et al., 2019): a SQLite file, or by its
-URL a PostgreSQL or MySQL database that a team shares. The knowledge base is one study, a run
-one finished trial of it: the final loss is its value, all else are its user attributes, which
-are JSON. Settings are attributes and no parameters of the trial, since Optuna holds a
-parameter to one type in all trials. Only JSON is ever read back: nothing is unpickled.
+A run is one row of the table `TABLE`, written as JSON in one transaction: in a SQLite file or,
+by its URL, in a PostgreSQL or MySQL database that a team shares. Several processes may use one
+memory at the same time.
 
-A memory never stops a run. One that is empty says nothing; one that is damaged, locked or out
-of reach is said once on standard error, and the run goes on without it.
+A memory never stops a run. An empty one logs nothing; one that is damaged, locked or out of
+reach is logged once on standard error, and the run continues without it.
 """
 
 import contextlib
 import dataclasses
 import itertools
+import json
 import math
 import re
 import sqlite3
 import time
-from collections.abc import Iterator, Mapping, Sequence
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote, quote_plus
 
 import numpy as np
 
-from metaopt.console import say
+from metaopt.console import log
 from metaopt.errors import UserError
 from metaopt.files import local_path
 from metaopt.self_improvement.assess import as_record
@@ -41,24 +41,28 @@ MISSING_COST = 1.0
 TIE_DISTANCE = 0.1
 MAX_DISTANCE = 3.0
 
+TABLE = "metaopt_runs_1"  # with the version of its format
+CURVE_POINTS = 200
+CONNECT_TIMEOUT = ("psycopg", "psycopg2", "pymysql", "mysqldb")  # drivers that have the option
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunRecord:
     """What is remembered of a run. All of it must be writable as JSON.
 
     Attributes:
-      name: of the run, such as ``'adapt_languages/cpu-20260102-030405'``.
-      task: what it was about, for finding its kin.
-      settings: with which a run like it should start; after all that was improved.
-      loss: held-out loss at the end; not finite where the run diverged.
+      name: name of the run, such as ``'adapt_languages/cpu-20260102-030405'``.
+      task: descriptors of what it learned, for finding similar runs.
+      settings: settings that a similar run should start with, after all improvements.
+      loss: held-out loss at the end; NaN or inf if the run diverged.
       tokens: tokens (or examples) seen.
-      seconds: that it took.
+      seconds: duration.
       curve: ``(tokens, held-out loss)``; a memory keeps some 200 points of a longer one.
-      decisions: what was tried and changed on the way, with the evidence; before that what the
-        runs had decided whose search this one went on with.
-      seed: of the run.
-      when: its end, in ISO 8601.
-      versions: of Python, jax, flax, optax and metaopt.
+      decisions: what was tried and changed, with the evidence; first the decisions of the past
+        runs whose search this one continued.
+      seed: seed of the run.
+      when: time of its end, in ISO 8601.
+      versions: versions of Python, jax, flax, optax and metaopt.
     """
 
     name: str
@@ -78,12 +82,12 @@ class Proposal(NamedTuple):
     """A start for a new run, and where it comes from.
 
     Attributes:
-      settings: those of the past run.
-      run: its name.
-      distance: from the new task to that run's, see `distance`.
-      reason: in words.
-      decisions: of that run, where it was of the very task: they hold for the new one too. After
-        them those for a choice with which another such run, no shorter, did not get as far.
+      settings: settings of the past run.
+      run: name of the past run.
+      distance: distance from the new task to that run's, see `distance`.
+      reason: explanation in words.
+      decisions: decisions of that run if its task is the same one: they hold for the new run too.
+        After them the choices with which another run of that task, no shorter, ended worse.
     """
 
     settings: dict[str, Any]
@@ -106,40 +110,40 @@ def distance(here: Task, there: Task) -> float:
 def choose(
     records: Sequence[RunRecord], task: Task, within: float = MAX_DISTANCE
 ) -> Proposal | None:
-    """The settings of the best of the nearest kin.
+    """The settings of the best of the most similar runs.
 
-    Nearest are the runs that are at most `TIE_DISTANCE` farther away than the nearest of all;
-    best is the lowest final loss among them, and of equal ones the quickest. Runs that diverged
+    Most similar are the runs that are at most `TIE_DISTANCE` farther away than the nearest; best
+    is the lowest final loss among them, and of equal ones the fastest. Runs that diverged
     propose nothing.
 
     Args:
       records: past runs.
-      task: of the new run.
-      within: no run farther than this is kin.
+      task: descriptors of the new run's task.
+      within: largest distance of a similar run.
 
     Returns:
-      `Proposal`, or None where there is no kin.
+      `Proposal`, or None if no run is similar.
     """
-    kin = [(distance(task, run.task), run) for run in records if math.isfinite(run.loss)]
-    kin = [(far, run) for far, run in kin if far <= within]
-    if not kin:
+    similar = [(distance(task, run.task), run) for run in records if math.isfinite(run.loss)]
+    similar = [(far, run) for far, run in similar if far <= within]
+    if not similar:
         return None
-    nearest = min(far for far, _ in kin)
+    nearest = min(far for far, _ in similar)
     far, run = min(
-        (pair for pair in kin if pair[0] <= nearest + TIE_DISTANCE),
+        (pair for pair in similar if pair[0] <= nearest + TIE_DISTANCE),
         key=lambda pair: (pair[1].loss, pair[1].seconds),
     )
     decisions = [] if far else list(run.decisions)
-    for away, other in kin:
+    for away, other in similar:
         if away == far == 0 and other.loss > run.loss and other.tokens >= run.tokens:
             decisions += _rejected_choices(other.decisions, run.settings)
     return Proposal(dict(run.settings), run.name, far, _reason(task, far, run), decisions)
 
 
 def _rejected_choices(decisions: Sequence[Any], better: Settings) -> list[dict[str, Any]]:
-    """The choices that a search accepted and a better run does without, as worse than no change.
+    """The accepted choices that ``better`` does not have, as worse than no change.
 
-    None, if the decisions cannot be read.
+    Empty if these are no decisions.
     """
     found = []
     for decision in past_search(decisions) or []:
@@ -185,69 +189,28 @@ def _is_number(value: Any) -> bool:
     return type(value) is int or (type(value) is float and math.isfinite(value))
 
 
-_SECRET = "***"
-_PATIENCE = {  # what drivers call the seconds to wait for a lock or a connection
-    "pysqlite": "timeout",
-    "psycopg": "connect_timeout",
-    "psycopg2": "connect_timeout",
-    "pymysql": "connect_timeout",
-    "mysqldb": "connect_timeout",
-}
-
-
-class Location(NamedTuple):
-    """A database.
-
-    Attributes:
-      url: of SQLAlchemy, with the password: for connecting only.
-      path: of the SQLite file; None for a server.
-      shown: what may be shown: the path, or the URL without user, password and options.
-      secrets: what must not be, wherever it turns up.
-      driver: the name of the database driver.
-    """
-
-    url: str
-    path: Path | None
-    shown: str
-    secrets: tuple[str, ...]
-    driver: str
-
-    def __repr__(self):
-        return f"Location({self.shown})"
-
-    def masked(self, text: str) -> str:
-        """The text with every secret in it made unreadable."""
-        text = text.replace(self.url, self.shown) if self.path is None else text
-        for secret in self.secrets:
-            text = text.replace(secret, _SECRET)
-        return text
-
-    def connect_args(self, patience: float) -> dict[str, Any]:
-        """What makes the driver give up after ``patience`` seconds, where it can be told."""
-        name = _PATIENCE.get(self.driver)
-        if name is None:
-            return {}
-        return {name: patience if self.path else max(2, round(patience))}
-
-
-def locate(path_or_url: Path | str) -> Location:
-    """The database that a path or URL (what has ``://`` in it) names; nothing is opened.
+def locate(path_or_url: Path | str) -> Any:
+    """The path of a file, or the `sqlalchemy.URL` of a server; nothing is opened.
 
     Raises:
-      UserError: Optuna or the driver is not installed, or it names no database.
+      UserError: it names no database, or SQLAlchemy or the driver of its URL is not installed.
     """
+    if isinstance(path_or_url, Path) or "://" not in path_or_url:
+        path = local_path(path_or_url)
+        if path.is_dir():
+            raise UserError(f"{path} is a folder; give the path of a file in it")
+        return path
     try:
-        import optuna  # noqa: F401
-        from sqlalchemy.engine import URL, make_url
+        from sqlalchemy.engine import make_url
         from sqlalchemy.exc import ArgumentError
     except ImportError as error:
-        raise UserError("the memory needs Optuna: pip install 'metaopt[improve]'") from error
-    if isinstance(path_or_url, Path) or "://" not in path_or_url:
-        return _file(local_path(path_or_url), URL)
+        raise UserError(
+            "the URL of a memory needs SQLAlchemy: pip install 'metaopt[improve]', or give the "
+            "path of a file"
+        ) from error
     try:
         url = make_url(path_or_url)
-        dialect = url.get_dialect()
-        dialect.import_dbapi()
+        url.get_dialect().import_dbapi()
     except ImportError as error:
         raise UserError(f"the memory's database needs a driver: {error}; install it") from None
     except (ArgumentError, ValueError):
@@ -256,88 +219,178 @@ def locate(path_or_url: Path | str) -> Location:
             f"the memory's URL ({scheme}://...) is of no known database; write it as "
             "postgresql://user:password@host/database, or give the path of a file"
         ) from None
-    if url.get_backend_name() == "sqlite":
-        if url.database in (None, "", ":memory:"):
-            raise UserError("a memory within the process forgets at its end; give a file's path")
-        return _file(Path(url.database), URL)
-    whole = url.render_as_string(hide_password=False)
-    shown = f"{url.get_backend_name()}://{url.host or ''}/{url.database or ''}"
-    return Location(whole, None, shown, _secrets(url), url.get_driver_name())
-
-
-def _file(path: Path, URL) -> Location:
-    if path.is_dir():
-        raise UserError(f"{path} is a folder; give the path of a file in it, such as memory.sqlite")
-    url = URL.create("sqlite", database=str(path)).render_as_string(hide_password=False)
-    return Location(url, path, str(path), (), "pysqlite")
-
-
-def _secrets(url) -> tuple[str, ...]:
-    """The password and the options of a URL, which may hold one, as they may be written."""
-    options = [value for values in url.normalized_query.values() for value in values]
-    plain = [str(secret) for secret in (url.password, *options) if secret]
-    written = {form for secret in plain for form in (secret, quote(secret, ""), quote_plus(secret))}
-    return tuple(sorted(written, key=len, reverse=True))
+    if url.get_backend_name() != "sqlite":
+        return url
+    if url.database in (None, "", ":memory:"):
+        raise UserError("a memory within the process is lost at its end; give a file's path")
+    return locate(Path(url.database))
 
 
 class Damaged(Exception):
-    """A file that is a database of SQLite no longer, or never was, or whose tables are garbled."""
+    """A file that is no SQLite database, or no longer a whole one, or whose table is garbled."""
 
 
-_GARBLED = "no such (column|table)|has no column|malformed|unsupported file format"
+class Memory:
+    """The past runs at a path or URL. Nothing is opened, nor a file made, before it is used.
 
+    In a run of several processes let one remember, and give the proposal of one to all.
 
-def is_damage(error: BaseException | None) -> bool:
-    """Whether SQLite says, at whatever depth of causes, that a file or its tables are damaged."""
-    if isinstance(error, sqlite3.DatabaseError):
-        code = getattr(error, "sqlite_errorcode", 0) & 0xFF
-        damaged = code in (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT)
-        return damaged or re.search(_GARBLED, str(error)) is not None
-    return error is not None and is_damage(error.__cause__)
+    Example::
 
-
-def check_file(path: Path, patience: float, *, writing: bool = False) -> bool:
-    """Whether a memory is in a SQLite file that is whole; nothing in it is changed.
-
-    Args:
-      path: of the file. Where there is none, or an empty one, no memory is.
-      patience: seconds to wait for a lock.
-      writing: whether it must also be free to write to.
-
-    Raises:
-      Damaged: it is no database, or not whole.
-      sqlite3.Error: it is locked or cannot be read (or written).
-      ValueError: it is the database of another program.
+        memory = Memory("runs/memory.sqlite")
+        proposal = memory.propose(task)
+        settings = {**settings, **(proposal.settings if proposal else {})}
+        ...
+        memory.remember(RunRecord(name=name, task=task, settings=settings, loss=loss, ...))
     """
-    if not path.exists():
-        return False
-    uri = f"{path.resolve().as_uri()}?mode=rw"  # unlike a path, it makes no file
-    try:
-        with contextlib.closing(sqlite3.connect(uri, uri=True, timeout=patience)) as connection:
-            return _check(connection, writing)
-    except sqlite3.DatabaseError as error:
-        if is_damage(error):
-            raise Damaged(f"damaged ({error})") from None
-        raise
+
+    def __init__(self, path_or_url: Path | str, *, patience: float = 10.0):
+        """Uses the memory there; waits ``patience`` seconds for a lock or a connection.
+
+        Raises:
+          UserError: as for `locate`.
+        """
+        place, self._patience = locate(path_or_url), patience
+        self._path: Path | None = place if isinstance(place, Path) else None
+        self._url: Any = None if self._path else place
+        self._logged: set[str] = set()
+
+    @property
+    def where(self) -> str:
+        """The path, or the URL without user, password and options."""
+        if self._url is None:
+            return str(self._path)
+        return f"{self._url.get_backend_name()}://{self._url.host or ''}/{self._url.database or ''}"
+
+    def remember(self, record: RunRecord) -> bool:
+        """Adds a run; False, and the reason on standard error, if that is not possible.
+
+        A damaged file is first renamed to ``damaged-<time>-<name>``, and a new one begun. A file
+        that is another program's, of another version, locked or read-only is left as it is.
+        """
+        try:
+            text = json.dumps(as_record(vars(record) | {"curve": _thinned(record.curve)}))
+            if self._path is not None:
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                self._add(text)
+            except Damaged as error:
+                assert self._path is not None
+                aside = set_aside(self._path)
+                self._log(error, f"it is set aside as {aside.name}, and a new one begun")
+                self._add(text)
+        except Exception as error:  # never let a storage error stop a run
+            self._log(error, "this run is not remembered")
+            return False
+        return True
+
+    def records(self) -> list[RunRecord]:
+        """All runs remembered, oldest first; none, and the reason, if they cannot be read."""
+        if self._path is not None and not self._path.exists():
+            return []
+        try:
+            with self._open(writing=False) as (execute, has_table):
+                query = f"SELECT record FROM {TABLE} ORDER BY added, id"
+                rows = execute(query, {}).fetchall() if has_table else []
+        except Exception as error:  # never let a storage error stop a run
+            self._log(error, "it is left as it is, and this run continues without it")
+            return []
+        found = [_as_run(text) for (text,) in rows]
+        if lost := found.count(None):
+            self._log(ValueError(f"{lost} of {len(found)} entries are no runs"), "they are skipped")
+        return [run for run in found if run is not None]
+
+    def propose(self, task: Task, within: float = MAX_DISTANCE) -> Proposal | None:
+        """The start of a new run, see `choose`; None if there is no similar run."""
+        return choose(self.records(), as_record(task), within)
+
+    def _add(self, text: str) -> None:
+        """Adds a row, or leaves all as it was."""
+        with self._open(writing=True) as (execute, has_table):
+            if not has_table:
+                # TEXT of MySQL ends at 64 KiB.
+                text_type = "LONGTEXT" if self.where.startswith(("mysql:", "mariadb:")) else "TEXT"
+                execute(
+                    f"CREATE TABLE IF NOT EXISTS {TABLE} (id VARCHAR(32) PRIMARY KEY, "
+                    f"added DOUBLE PRECISION NOT NULL, record {text_type} NOT NULL)",
+                    {},
+                )
+            row = {"id": uuid.uuid4().hex, "added": time.time(), "record": text}
+            execute(f"INSERT INTO {TABLE} (id, added, record) VALUES (:id, :added, :record)", row)
+
+    @contextlib.contextmanager
+    def _open(self, *, writing: bool) -> Iterator[tuple[Callable[..., Any], bool]]:
+        """A transaction: a function that executes SQL, and whether the table is there.
+
+        Raises:
+          Damaged: the file is not whole.
+          ValueError: it is the database of another program.
+        """
+        if self._path is None:
+            import sqlalchemy
+
+            has_timeout = self._url.get_driver_name() in CONNECT_TIMEOUT
+            options = {"connect_timeout": max(2, round(self._patience))} if has_timeout else {}
+            engine = sqlalchemy.create_engine(
+                self._url, poolclass=sqlalchemy.NullPool, connect_args=options
+            )
+            with engine.begin() as server:
+                has_table = sqlalchemy.inspect(server).has_table(TABLE)
+                yield lambda sql, values: server.execute(sqlalchemy.text(sql), values), has_table
+            return
+        uri = f"{self._path.resolve().as_uri()}?mode={'rwc' if writing else 'rw'}"
+        try:
+            with contextlib.closing(
+                sqlite3.connect(uri, uri=True, timeout=self._patience, isolation_level=None)
+            ) as file:
+                file.execute("BEGIN IMMEDIATE" if writing else "BEGIN")
+                yield file.execute, _check(file)
+                file.execute("COMMIT")
+        except sqlite3.DatabaseError as error:
+            code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+            garbled = re.search("no such column|has no column|unsupported file format", str(error))
+            if garbled or code in (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT):
+                raise Damaged(str(error)) from None
+            raise
+
+    def _masked(self, text: str) -> str:
+        """The text without the URL, its password and its options, which may hold one."""
+        if self._url is None:
+            return text
+        text = text.replace(self._url.render_as_string(hide_password=False), self.where)
+        options = [value for values in self._url.normalized_query.values() for value in values]
+        secrets = [str(secret) for secret in (self._url.password, *options) if secret]
+        forms = {form for x in secrets for form in (x, quote(x, ""), quote_plus(x))}
+        for form in sorted(forms, key=len, reverse=True):
+            text = text.replace(form, "***")
+        return text
+
+    def _log(self, error: Exception, consequence: str) -> None:
+        """Warns in one line without secrets, once for each reason."""
+        cause = str(error.__cause__ or error).strip() or type(error).__name__
+        cause = self._masked(cause).split("\n")[0]
+        cause = f"damaged ({cause})" if isinstance(error, Damaged) else cause
+        line = f"memory {self.where}: {cause}; {consequence}"
+        if line not in self._logged:
+            self._logged.add(line)
+            log(line)
 
 
-def _check(connection: sqlite3.Connection, writing: bool) -> bool:
-    if writing:
-        connection.execute("BEGIN IMMEDIATE").execute("ROLLBACK")
-    found = connection.execute("PRAGMA integrity_check(1)").fetchone()[0]
+def _check(file: sqlite3.Connection) -> bool:
+    """Whether the table is in a file, which is whole and not another program's."""
+    found = file.execute("PRAGMA integrity_check(1)").fetchone()[0]
     if found != "ok":
-        raise Damaged(f"damaged ({found})")
-    if not connection.execute("SELECT 1 FROM sqlite_master").fetchone():
-        return False
-    try:
-        connection.execute("SELECT study_id, study_name FROM studies LIMIT 0")
-    except sqlite3.OperationalError as error:
-        raise ValueError(f"a database of another program ({error}): give another path") from None
-    return True
+        raise Damaged(found)
+    tables = {name for (name,) in file.execute("SELECT name FROM sqlite_master")}
+    if tables and TABLE not in tables:
+        raise ValueError(
+            f"a database of another program or version (without {TABLE}): give another path"
+        )
+    return bool(tables)
 
 
 def set_aside(path: Path) -> Path:
-    """Rename a damaged file to ``damaged-<time>-<name>``, and its journals with it.
+    """Renames a damaged file to ``damaged-<time>-<name>``, and its journals with it.
 
     SQLite would play a journal that is left behind into the file's successor.
     """
@@ -352,186 +405,12 @@ def set_aside(path: Path) -> Path:
     return path.rename(aside)
 
 
-STUDY = "metaopt"
-CURVE_POINTS = 200
-_FIELDS = ("name", "task", "settings", "tokens", "seconds", "seed", "when", "versions")
-
-
-class Memory:
-    """The knowledge base at a path or URL. Nothing is opened, nor a file made, before it is used.
-
-    Several processes may use one at the same time. In a run of several processes let one
-    remember, and give the proposal of one to all.
-
-    Example::
-
-        memory = Memory("runs/memory.sqlite")
-        proposal = memory.propose(task)
-        settings = {**settings, **(proposal.settings if proposal else {})}
-        ...
-        memory.remember(RunRecord(name=name, task=task, settings=settings, loss=loss, ...))
-    """
-
-    def __init__(self, path_or_url: Path | str, *, patience: float = 10.0):
-        """Use the memory there; wait ``patience`` seconds for a lock or a connection.
-
-        Raises:
-          UserError: Optuna or the driver of the database is not installed, or the URL or
-            path cannot be one of a memory.
-        """
-        self._location = locate(path_or_url)
-        self._patience = patience
-        self._said: set[str] = set()
-
-    @property
-    def where(self) -> str:
-        """The path, or the URL without user, password and options."""
-        return self._location.shown
-
-    def remember(self, record: RunRecord) -> bool:
-        """Add a run; False, and why on standard error, where that cannot be done.
-
-        A file that is damaged is first renamed to ``damaged-<time>-<name>``, and a new one
-        begun. One that is another program's, of another version of Optuna, locked or
-        read-only is left as it is.
-        """
-        try:
-            trial = _as_trial(record)
-            self._prepare_to_write()
-            try:
-                self._add(trial)
-            except Exception as error:
-                if self._location.path is None or not is_damage(error):
-                    raise
-                # SQLite found nothing amiss, but Optuna's tables are garbled.
-                self._set_aside(self._location.path, error)
-                self._add(trial)
-        except Exception as error:  # a run is not lost for its diary, whatever this is
-            self._say(error, "this run is not remembered")
-            return False
-        return True
-
-    def records(self) -> list[RunRecord]:
-        """All runs remembered, oldest first; none, and why, where they cannot be read."""
-        try:
-            path = self._location.path
-            if path and not check_file(path, self._patience):
-                return []
-            with self._study(create=False) as study:
-                trials = study.get_trials(deepcopy=False) if study else []
-        except Exception as error:
-            self._say(error, "it is left as it is, and this run goes on without it")
-            return []
-        found = [_as_run(trial) for trial in trials]
-        if lost := found.count(None):
-            self._say(ValueError(f"{lost} of {len(found)} entries are no runs"), "they are skipped")
-        return [run for run in found if run is not None]
-
-    def propose(self, task: Mapping[str, Any], within: float = MAX_DISTANCE) -> Proposal | None:
-        """The start of a new run from its nearest kin; None where it has none.
-
-        Args:
-          task: descriptors of the new run, as in `RunRecord`.
-          within: no run farther than this is similar, see `distance`.
-        """
-        return choose(self.records(), as_record(task), within)
-
-    def history(self, task: Mapping[str, Any], within: float = TIE_DISTANCE) -> list[Curve]:
-        """The learning curves of like runs, for `metaopt.statistics.rank_among_runs`."""
-        here = as_record(task)
-        like = [run for run in self.records() if distance(here, run.task) <= within]
-        return [run.curve for run in like if run.curve]
-
-    def _add(self, trial) -> None:
-        with self._study(create=True) as study:
-            study.add_trial(trial)
-
-    def _prepare_to_write(self) -> None:
-        path = self._location.path
-        if path is None:
-            return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            check_file(path, self._patience, writing=True)
-        except Damaged as error:
-            self._set_aside(path, error)
-
-    def _set_aside(self, path: Path, error: Exception) -> None:
-        aside = set_aside(path)
-        self._say(error, f"it is set aside as {aside.name}, and a new one begun")
-
-    @contextlib.contextmanager
-    def _study(self, *, create: bool) -> Iterator[Any]:
-        """The study; None where there is none and none is to be made."""
-        import optuna
-
-        with _quiet():
-            storage = self._connect()
-            try:
-                if create:
-                    yield optuna.create_study(
-                        storage=storage, study_name=STUDY, load_if_exists=True
-                    )
-                elif STUDY in (study.study_name for study in storage.get_all_studies()):
-                    yield optuna.load_study(storage=storage, study_name=STUDY)
-                else:
-                    yield None
-            finally:
-                storage.remove_session()
-                storage.engine.dispose()
-
-    def _connect(self):
-        """Optuna's storage; a moment later where another process makes its tables just now."""
-        from optuna.storages import RDBStorage
-        from sqlalchemy.exc import SQLAlchemyError
-
-        url = self._location.url.replace("{", "{{").replace("}", "}}")  # it takes a template
-        waits = [0.1, 0.2, 0.4, 0.8] if self._location.path else []
-        while True:
-            options = {"connect_args": self._location.connect_args(self._patience)}
-            try:
-                return RDBStorage(url, engine_kwargs=options)
-            except (SQLAlchemyError, AssertionError):
-                if not waits:
-                    raise
-                time.sleep(waits.pop(0))
-
-    def _say(self, error: Exception, consequence: str) -> None:
-        """Warn in one line without secrets, once for each reason."""
-        cause = str(error.__cause__ or error).strip() or type(error).__name__
-        cause = self._location.masked(cause).split("\n")[0]
-        cause = f"damaged ({cause})" if is_damage(error) else cause
-        line = f"memory {self.where}: {cause}; {consequence}"
-        if line not in self._said:
-            self._said.add(line)
-            say(line)
-
-
-def _as_trial(record: RunRecord):
-    from optuna.trial import TrialState, create_trial
-
-    attributes = {name: as_record(getattr(record, name)) for name in _FIELDS}
-    attributes["curve"] = as_record(_thinned(record.curve))
-    # One attribute each: MySQL cuts an attribute at 64 KiB.
-    decisions = {f"decision {i:06d}": as_record(d) for i, d in enumerate(record.decisions)}
-    known = math.isfinite(record.loss)
-    return create_trial(
-        state=TrialState.COMPLETE if known else TrialState.FAIL,
-        value=float(record.loss) if known else None,
-        user_attrs=attributes | decisions,
-    )
-
-
-def _as_run(trial) -> RunRecord | None:
-    """What `_as_trial` wrote; None for a trial that is none of a run."""
-    attributes = dict(trial.user_attrs)
+def _as_run(text: str) -> RunRecord | None:
+    """The run that `Memory.remember` wrote; None if it is no run."""
     try:
-        fields = {name: attributes[name] for name in _FIELDS}
-        curve = [(float(tokens), _number(loss)) for tokens, loss in attributes["curve"]]
-        decisions = [
-            attributes[name] for name in sorted(attributes) if name.startswith("decision ")
-        ]
-        run = RunRecord(**fields, loss=_number(trial.value), curve=curve, decisions=decisions)
+        fields = json.loads(text)
+        curve = [(float(tokens), _number(loss)) for tokens, loss in fields["curve"]]
+        run = RunRecord(**fields | {"loss": _number(fields["loss"]), "curve": curve})
         valid = isinstance(run.task, dict) and isinstance(run.settings, dict)
         spent = [run.seconds, run.tokens, *(tokens for tokens, _ in curve)]
         return run if valid and all(0 <= float(x) < math.inf for x in spent) else None
@@ -549,16 +428,3 @@ def _thinned(curve: Curve) -> list[tuple[float, float]]:
         return list(curve)
     chosen = np.unique(np.geomspace(1, len(curve), CURVE_POINTS).round().astype(int)) - 1
     return [curve[i] for i in chosen]
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """No word from Optuna; its verbosity is afterwards what it was."""
-    import optuna
-
-    before = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    try:
-        yield
-    finally:
-        optuna.logging.set_verbosity(before)

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from metaopt import parallel
-from metaopt.console import say
+from metaopt.console import log
 from metaopt.errors import UserError
 from metaopt.files import (
     Named,
@@ -338,7 +338,7 @@ class RunLog:
                 self._check_follows(decision, settings)
             except ValueError as error:
                 path = self._directory / "decisions.jsonl"
-                say(f"{path}:{at} is left out ({error}); what it decided is decided again")
+                log(f"{path}:{at} is left out ({error}); what it decided is decided again")
                 break
             settings |= {name: new for name, (_, new) in decision.changes.items()}
             replayed += 1

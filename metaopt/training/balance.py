@@ -1,9 +1,9 @@
-"""Work spread over devices by its cost: episodes of unequal length, as even as can be.
+"""Load balancing: episodes of unequal length spread over devices by their cost.
 
 All devices wait for the slowest, so a step takes the largest sum of costs on a device.
 `linear_partition` keeps the episodes in order, `longest_first` does not; `lay_out` lays
-a meta-batch out accordingly, and `mean_over_real` and `cropped` see to it that neither
-its padding nor the padding of a short episode is computed.
+out a meta-batch accordingly. With `mean_over_real` and `cropped` neither its padding nor the
+padding of a short episode is computed.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,20 +17,20 @@ from metaopt.errors import UserError
 from metaopt.types import Array, PyTree
 
 Groups = list[np.ndarray]
-"""N int arrays: which items each device takes. Every item stands in one of them."""
+"""N int arrays: the items of each device. Every item is in one of them."""
 
 
 def linear_partition(costs: Sequence[float] | np.ndarray, num_groups: int) -> Groups:
     """Contiguous groups whose largest sum is the least possible.
 
     Dynamic programming over the number of groups: with c the sums of the first costs,
-    ``best_k(j) = min_i max(best_{k-1}(i), c(j) - c(i))``. The one grows with i and the
-    other falls, so the minimum lies where they cross, which bisection finds for all j
+    ``best_k(j) = min_i max(best_{k-1}(i), c(j) - c(i))``. The first term grows with i and the
+    second falls, so the minimum is where they cross, which bisection finds for all j
     together: O(N n log n).
 
     Args:
       costs: ``[n]``, none negative; in any unit.
-      num_groups: N; where N > n some groups are empty.
+      num_groups: N; if N > n some groups are empty.
 
     Raises:
       UserError: a cost is negative or not finite, or there is no group.
@@ -52,7 +52,7 @@ def linear_partition(costs: Sequence[float] | np.ndarray, num_groups: int) -> Gr
 
 
 def longest_first(costs: Sequence[float] | np.ndarray, num_groups: int) -> Groups:
-    """Groups in any order: each item, the dearest first, to the group with the least so far.
+    """Groups in any order: each item, the costliest first, to the group with the least so far.
 
     The largest sum is at most ``4/3 - 1/(3N)`` of the least possible (Graham, 1969,
     "Bounds on multiprocessing timing anomalies"). Arguments and errors are those of
@@ -77,10 +77,10 @@ class Layout(NamedTuple):
     """A meta-batch laid out over N devices, each with room for M tasks.
 
     Attributes:
-      tasks: leaves ``[N, M, ...]``; places that are left over hold copies of the first task.
+      tasks: leaves ``[N, M, ...]``; places left over hold copies of the first task.
       weights: float32 ``[N, M]``: 1 for a task, 0 for such a copy.
-      order: int ``[N, M]``: which task of the meta-batch stands there.
-      before: imbalance with equally many tasks a device, in the order they came.
+      order: int ``[N, M]``, index of the task in the meta-batch.
+      before: imbalance with equally many tasks a device, in the given order.
       after: imbalance as laid out here.
     """
 
@@ -116,12 +116,12 @@ def lay_out(
     room = max(map(len, groups))
     order = np.stack([np.pad(group, (0, room - len(group))) for group in groups])
     weights = np.stack([np.arange(room) < len(group) for group in groups]).astype(np.float32)
-    as_they_came = np.array_split(np.arange(num_tasks), num_devices)
+    in_order = np.array_split(np.arange(num_tasks), num_devices)
     return Layout(
         tasks=jax.tree.map(lambda x: x[order], tasks),
         weights=weights,
         order=order,
-        before=imbalance(costs, as_they_came),
+        before=imbalance(costs, in_order),
         after=imbalance(costs, groups),
     )
 
@@ -161,15 +161,15 @@ def mean_over_real(
 def cropped(
     function: Callable, crop: Callable[[PyTree, int], PyTree], sizes: Sequence[int]
 ) -> Callable:
-    """Runs a task at the least of a few sizes that its length fits: ``(task, length) -> out``.
+    """Runs a task at the smallest of a few sizes that its length fits: ``(task, length) -> out``.
 
-    One program holds a branch a size, of which a scan runs the one needed, so that what a
-    task costs grows with its length though all are stored in one rectangular array.
+    One program has a branch for each size, and a scan runs the one needed: the cost of a task
+    grows with its length though all are stored in one rectangular array.
 
     Args:
       function: a cropped task to a pytree whose shapes do not depend on the size.
-      crop: ``(task, size) -> task``, the first ``size`` tokens; what lies between the
-        length and the size is the function's to mask.
+      crop: ``(task, size) -> task``, the first ``size`` tokens; the function must mask those
+        past the length.
       sizes: ascending; a length above the last takes the last.
     """
     branches = [lambda task, size=size: function(crop(task, size)) for size in sizes]

@@ -2,9 +2,9 @@
 
 A checkpoint holds every leaf of the `MetaState` as a NumPy array under its path, so it
 does not depend on the devices that made it, and one small JSON object, the record: the
-fingerprint of the config, the shapes, a checksum and the caller's notes. Orbax writes it in the
+fingerprint of the training, the shapes and the caller's notes. Orbax writes it in the
 background and under a temporary name until it is whole, with a manifest of its files, so that
-no damage passes unseen; older ones go only after that.
+no damage passes unseen; older ones are deleted only after that.
 """
 
 import contextlib
@@ -22,9 +22,10 @@ import jax
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from metaopt.console import say
+from metaopt.console import log
 from metaopt.errors import UserError
-from metaopt.training.host_leaves import check_finite, crc32, devices_of, leaf_types, place, to_host
+from metaopt.training.fingerprint import Fingerprint
+from metaopt.training.host_leaves import check_finite, devices_of, leaf_types, place, to_host
 from metaopt.training.manifest import what_is_damaged, write_manifest
 from metaopt.training.runs import as_json, differences, versions
 from metaopt.types import MetaState
@@ -58,25 +59,21 @@ class Checkpoints:
         self,
         directory: Path | str,
         *,
-        fingerprint: dict[str, Any],
-        digests: Mapping[str, str] | None = None,
+        fingerprint: Fingerprint,
         keep_last: int = 3,
     ):
         """Open, or create, the checkpoints in ``directory``.
 
         Args:
           directory: where they are.
-          fingerprint: what must not change between saving and restoring: the config. Fields
-            called ``num_devices`` may: what was computed on which is noted by itself.
-          digests: of what no config says, by name (see `metaopt.training.fingerprint`). They are
-            compared with those of a checkpoint of the same jax and kind of device.
-          keep_last: how many of the newest are kept, at least one, beside the best.
+          fingerprint: what must not change between saving and restoring.
+          keep_last: number of the newest that are kept, at least one, beside the best.
 
         Raises:
           UserError: the directory cannot be made or written to.
         """
         self._directory = Path(directory).absolute()
-        self._fingerprint, self._digests = as_json(fingerprint), dict(digests or {})
+        self._fingerprint = Fingerprint(*map(as_json, fingerprint))
         self._preservation = _LatestAndBest(keep_last)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=self._preservation,
@@ -123,13 +120,11 @@ class Checkpoints:
         check_finite(leaves)
         valid_loss = valid_loss if math.isfinite(valid_loss) else math.inf
         host = {
-            "fingerprint": self._fingerprint,
-            "digests": self._digests,
+            "fingerprint": self._fingerprint._asdict(),
             "versions": versions(),
             "devices": devices_of(state),
             "leaves": leaf_types(state),
             "key_impl": str(jax.random.key_impl(state.key)),
-            "crc32": crc32(leaves),
             "valid_loss": valid_loss,
             "notes": notes or {},
         }
@@ -174,8 +169,8 @@ class Checkpoints:
 
         Raises:
           UserError: the checkpoint is of another config (the fields are named) or of another
-            training (by its digests), of a state with other leaves (the first is named), or
-            none can be read.
+            training (what differs is named), of a state with other leaves (the first is named),
+            or none can be read.
         """
         return self._restore(self.steps[::-1], example)
 
@@ -201,7 +196,7 @@ class Checkpoints:
                 continue
             if damaged:
                 self._set_aside(damaged)
-                say(
+                log(
                     f"warning: {_in_words(damaged)} in {self._directory}; set aside as damaged-*, "
                     f"the checkpoint of step {step} is used"
                 )
@@ -215,15 +210,13 @@ class Checkpoints:
 
     def _read(self, step: int, example: Example) -> Restored:
         record = self._load(step, "host", ocp.args.JsonRestore())
-        if missing := _RECORD - record.keys():  # of one without a manifest
+        if missing := _RECORD - record.keys():
             raise _Damaged(f"its record lacks {min(missing)!r}")
         self._check_config(record)
         example = example(record["notes"]) if callable(example) else example
         self._check_leaves(record, example)
         self._check_training(record, devices_of(example))
         leaves = self._load(step, "state", ocp.args.StandardRestore())
-        if crc32(leaves) != record["crc32"]:
-            raise _Damaged("the checksum of its arrays does not match")
         state = place(leaves, example, record["key_impl"])
         return Restored(state, record["notes"], record["valid_loss"])
 
@@ -240,7 +233,7 @@ class Checkpoints:
         return loaded
 
     def _check_config(self, record: dict[str, Any]) -> None:
-        config = differences(_comparable(record["fingerprint"]), _comparable(self._fingerprint))
+        config = differences(record["fingerprint"]["config"], self._fingerprint.config)
         if config:
             raise UserError(
                 f"the checkpoints in {self._directory} were made with another config ({config}); "
@@ -258,29 +251,36 @@ class Checkpoints:
                 )
 
     def _check_training(self, record: dict[str, Any], devices: dict[str, Any] | None) -> None:
-        """Refuses another training, and says where the same one may differ by rounding.
+        """Refuses another training, and says what could not be compared.
 
-        Random numbers and programs differ between versions of jax and kinds of device, and
-        the program of a step between numbers of devices: those are not compared.
+        Random numbers differ between kinds of device, and programs between versions of jax too.
         """
-        before = record.get("devices")
+        before = record["devices"]
         if before is None or devices is None:
             return
-        alike = all(before[name] == devices[name] for name in ("platform", "machine"))
-        if alike and record["versions"]["jax"] == versions()["jax"]:
-            both = record["digests"].keys() & self._digests.keys()
-            if before != devices:
-                both -= {"step"}
-            changed = sorted(n for n in both if record["digests"][n] != self._digests[n])
-            if changed:
-                raise UserError(
-                    f"the checkpoints in {self._directory} are of another training, of other "
-                    f"data, model, loss or learner (what differs: {', '.join(changed)}); go back "
-                    "to it, or give a new directory"
-                )
+        saved, now = Fingerprint(**record["fingerprint"]), self._fingerprint
+        changed, jax_before = [], record["versions"]["jax"]
+        same_kind = all(before[name] == devices[name] for name in ("platform", "machine"))
+        if same_kind:
+            names = dict(saved.arrays) | dict(now.arrays)
+            changed += [n for n in names if saved.arrays.get(n) != now.arrays.get(n)]
+        if same_kind and jax_before == jax.__version__:
+            names = saved.programs.keys() & now.programs.keys()
+            changed += sorted(n for n in names if saved.programs[n] != now.programs[n])
+        if changed:
+            raise UserError(
+                f"the checkpoints in {self._directory} are of another training, of other "
+                f"data, model, loss or learner (what differs: {', '.join(changed)}); go back "
+                "to it, or give a new directory"
+            )
+        if jax_before != jax.__version__:
+            log(
+                f"note: {self._directory.name} was trained under jax {jax_before}, and this is "
+                f"{jax.__version__}: that its program is the same is not checked"
+            )
         if before != devices:
-            say(
-                f"note: {self._directory.name} was trained on {_number(before)} and goes on with "
+            log(
+                f"note: {self._directory.name} was trained on {_number(before)} and resumes on "
                 f"{_number(devices)}: sums differ in the last digits"
             )
 
@@ -311,7 +311,7 @@ class Checkpoints:
             reason = os.strerror(number) if number else str(error).partition("\n")[0][:200]
             raise UserError(
                 f"the checkpoints in {self._directory} cannot be {what} ({reason}); put that right "
-                "and run again: it goes on from the last one that is whole"
+                "and run again: it resumes from the last one that is whole"
             ) from error
 
 
@@ -336,7 +336,7 @@ def _keep_orbax_quiet() -> None:
 _keep_orbax_quiet()
 
 
-_RECORD = {"fingerprint", "versions", "leaves", "key_impl", "crc32", "valid_loss", "notes"}
+_RECORD = {"fingerprint", "versions", "devices", "leaves", "key_impl", "valid_loss", "notes"}
 
 
 class _Damaged(Exception):
@@ -364,13 +364,6 @@ def _number(devices: dict[str, Any]) -> str:
     """``'1 cpu device'``."""
     number = devices["num_devices"]
     return f"{number} {devices['platform']} device{'s' if number > 1 else ''}"
-
-
-def _comparable(config: Any) -> Any:
-    """A config without the number of devices, on which a run may go on."""
-    if isinstance(config, dict):
-        return {k: _comparable(v) for k, v in config.items() if k != "num_devices"}
-    return config
 
 
 def _in_words(damaged: Mapping[int, str]) -> str:

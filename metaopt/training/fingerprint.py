@@ -1,37 +1,61 @@
-"""What decides a training beyond its config: digests of its start, its first tasks and its step.
+"""What decides a training: its config, and digests of its data, its start and its program.
 
 A config does not say which data, model, loss, learner or estimator it is used with. What they
-come to does: the state at step 0, the tasks of the first step, and the program that `jax`
-traces of the step, in which all of them are. A digest is the same in every process.
+give does: the first tasks, the initial state, and the program that `jax` traces, in which all of
+them are. A digest is the same in every process.
 """
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.extend
 import numpy as np
 
-from metaopt.types import Episode, MetaState
+from metaopt.training.host_leaves import is_key
+from metaopt.types import MetaState
 
 
-def of_training(step_fn: Callable, state: MetaState, episodes: Episode) -> dict[str, str]:
-    """Digests by name: ``start``, ``first tasks`` and, of a compiled function, ``step``.
+class Fingerprint(NamedTuple):
+    """What decides the states of a training, and a record of how they are computed.
 
-    Data that the first step does not see are not in them. The first two do not depend on the
-    number of devices. The step is traced, as its first call would, and traced only once.
+    Attributes:
+      config: configs that must not change, as `metaopt.training.runs.as_json` gives them.
+      arrays: digests (`of_arrays`) by name, compared on the same kind of device.
+      programs: digests (`of_program`) by name, compared there under the same version of jax. A
+        name that only one of two fingerprints has is not compared.
+      execution: options that change how a state is computed and not what it is. Recorded alone.
+    """
+
+    config: Mapping[str, Any]
+    arrays: Mapping[str, str] = {}
+    programs: Mapping[str, str] = {}
+    execution: Mapping[str, Any] = {}
+
+
+def of_step(
+    config: Mapping[str, Any], step_fn: Callable, state: MetaState, batch: Any
+) -> Fingerprint:
+    """The fingerprint of a training of which only the compiled step is known.
+
+    The program of the step is left out if it was not compiled: another function might do anything
+    when it is called. It is traced, as its first call would, and traced only once.
 
     Args:
-      step_fn: ``(state, episodes) -> (state, metrics)``.
-      state: at step 0. It is not donated.
-      episodes: of step 0.
+      config: configs that must not change.
+      step_fn: ``(state, batch) -> (state, metrics)``.
+      state: initial state. It is not donated.
+      batch: first batch.
     """
-    found = {"start": of_arrays(state), "first tasks": of_arrays(episodes)}
-    if hasattr(step_fn, "lower"):  # another one might do anything when it is called
-        found["step"] = of_program(step_fn, state, episodes)
-    return found
+    arrays = {"start": of_arrays(state), "first tasks": of_arrays(batch)}
+    programs = {}
+    if hasattr(step_fn, "lower"):
+        sharding = getattr(state.step, "sharding", None)
+        number = len(sharding.device_set) if sharding else 1
+        programs[f"step on {number} devices"] = of_program(step_fn, state, batch)
+    return Fingerprint(config, arrays, programs)
 
 
 def of_arrays(tree: Any) -> str:
@@ -42,7 +66,7 @@ def of_arrays(tree: Any) -> str:
     digest = hashlib.sha256()
     for leaf in jax.tree.leaves(tree):
         if isinstance(leaf, jax.Array):
-            if jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            if is_key(leaf):
                 digest.update(str(jax.random.key_impl(leaf)).encode())
                 leaf = jax.random.key_data(leaf)
             if not (leaf.is_fully_addressable or leaf.is_fully_replicated):

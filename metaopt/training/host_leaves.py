@@ -1,7 +1,6 @@
 """The leaves of a `MetaState` on the host, by path, and the way back to devices."""
 
 import platform
-import zlib
 from typing import Any
 
 import jax
@@ -22,14 +21,15 @@ def leaf_types(state: MetaState) -> dict[str, str]:
     return {path: f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in _flat(state).items()}
 
 
-def _is_key(leaf: Any) -> bool:
+def is_key(leaf: Any) -> bool:
+    """Whether an array holds typed keys."""
     return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def to_host(state: MetaState) -> dict[str, np.ndarray]:
     """Path to a copy; leaves of size zero, which storage refuses, are left out."""
     return {
-        path: np.array(jax.random.key_data(leaf) if _is_key(leaf) else leaf)
+        path: np.array(jax.random.key_data(leaf) if is_key(leaf) else leaf)
         for path, leaf in _flat(state).items()
         if leaf.size
     }
@@ -44,7 +44,7 @@ def place(leaves: dict[str, np.ndarray], example: MetaState, key_impl: str) -> M
             value = np.zeros(like.shape, like.dtype)
         on_devices = jax.device_put(value, getattr(like, "sharding", None))
         # Keys are wrapped once in place: they cannot be sent to devices of other processes.
-        return jax.random.wrap_key_data(on_devices, impl=key_impl) if _is_key(like) else on_devices
+        return jax.random.wrap_key_data(on_devices, impl=key_impl) if is_key(like) else on_devices
 
     return jax.tree_util.tree_map_with_path(placed, example)
 
@@ -55,14 +55,6 @@ def check_finite(leaves: dict[str, np.ndarray]) -> None:
         floating = path.startswith(".meta_params") and jnp.issubdtype(leaf.dtype, jnp.inexact)
         if floating and not np.isfinite(leaf).all():
             raise FloatingPointError(f"{path} is not finite")
-
-
-def crc32(leaves: dict[str, np.ndarray]) -> int:
-    """Checksum of the values: storage notices a missing byte but not a changed one."""
-    crc = 0
-    for path in sorted(leaves):
-        crc = zlib.crc32(np.ascontiguousarray(leaves[path]).reshape(-1).view(np.uint8).data, crc)
-    return crc
 
 
 def devices_of(state: MetaState) -> dict[str, Any] | None:

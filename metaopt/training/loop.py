@@ -9,64 +9,39 @@ looked at one step late, and the next episodes are sampled in the background.
 import contextlib
 import itertools
 import math
-import signal
-import threading
-import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, NoReturn, Self
+from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
-from metaopt.console import say
-from metaopt.ranges import Checked, Count, Range, Steps, StepsOr0
-from metaopt.training.checkpoint import Checkpoints
-from metaopt.training.fingerprint import of_training
-from metaopt.training.recorder import Diverged, Recorder, is_due
+from metaopt.console import log
+from metaopt.errors import Diverged, UserError
+from metaopt.pytrees import all_finite
+from metaopt.signals import Interrupted, StopSignals, exit_on_signal
+from metaopt.training.checkpoint import Checkpoints, Restored
+from metaopt.training.recorder import Recorder, is_due
 from metaopt.training.runs import lock_directory, slug
-from metaopt.types import Episode, MetaState, Metrics
+from metaopt.training.types import Evaluate, StepFn, TrainConfig, Trained, TrainFn, Training
+from metaopt.types import MetaState
 
 __all__ = [
     "Diverged",
+    "Evaluate",
     "Interrupted",
     "StepFn",
     "TrainConfig",
     "TrainFn",
+    "Trained",
+    "Training",
     "checkpoint_directory",
     "prefetch",
     "train",
 ]
-
-SAME_SIGNAL = 0.2  # seconds in which another one is the first once more
-
-StepFn = Callable[[MetaState, Episode], tuple[MetaState, Metrics]]
-Evaluate = Callable[[MetaState], float | np.ndarray]
-"""``state -> loss`` on held-out tasks, lower is better; or the losses of all of them, ``[E]``."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainConfig(Checked):
-    """How long a run is and how often it does what. All but the last count meta-updates.
-
-    Attributes:
-      num_steps: length of the run.
-      log_every: one line of metrics.
-      eval_every: one evaluation and a checkpoint with its loss; 0 is never.
-      checkpoint_every: one checkpoint; another is written at the end.
-      keep_last: how many checkpoints are kept, beside the best evaluated one.
-      divergence_factor: the run stops where the query loss is larger than this many
-        times the first one; infinity never stops it on that account.
-    """
-
-    num_steps: Steps
-    log_every: Steps = 10
-    eval_every: StepsOr0 = 0
-    checkpoint_every: Steps = 100
-    keep_last: Count = 3
-    divergence_factor: Annotated[float, Range(1.001, math.inf)] = 5.0
 
 
 def checkpoint_directory(directory: Path | str, name: str) -> Path:
@@ -74,87 +49,72 @@ def checkpoint_directory(directory: Path | str, name: str) -> Path:
     return Path(directory) / "checkpoints" / slug(name)
 
 
-class Interrupted(SystemExit):
-    """The run was asked to stop, and saved; its code is 128 plus the signal: 130 or 143."""
-
-
-def train(
-    state: MetaState,
-    step_fn: StepFn,
-    sample: Callable[[int], Episode],
-    *,
-    config: TrainConfig,
-    directory: Path | str,
-    name: str,
-    tasks_per_step: int,
-    tokens_per_task: int,
-    fingerprint: dict[str, Any],
-    evaluate: Evaluate | None = None,
-) -> MetaState:
+def train(training: Training, config: TrainConfig, directory: Path | str | None = None) -> Trained:
     """Train until ``config.num_steps`` updates are done, from the latest checkpoint if any.
 
     Writes to ``directory``, which several trainings of one run may share: checkpoints and
     TensorBoard curves in folders named after this one, and ``metrics.jsonl``, one
-    line every ``log_every`` steps (name, step, every scalar and vector that ``step_fn``
+    line every ``log_every`` steps (name, step, every scalar and vector that the step
     reports, tasks and tokens a second, seconds so far) and one an evaluation (name, step,
-    ``valid_loss``). Ctrl-C or SIGTERM finishes the step, saves and leaves; a second one
-    leaves at once.
+    ``valid_loss``). Without a directory nothing is written, and nothing can be resumed. Ctrl-C
+    or SIGTERM finishes the step, saves and exits; a second one exits at once.
 
     Args:
-      state: the state at step 0. It is donated.
-      step_fn: compiled meta-update that donates the state. Its metrics hold at least
-        ``loss``, ``grad_norm`` (scalars) and ``inner_losses`` ([K]).
-      sample: ``step -> episodes``, placed where ``step_fn`` wants them; a pure function.
-        It is called from another thread, so it must not talk to other processes.
+      training: what is trained. Its state is donated.
       config: when to do what.
-      directory: of the run.
-      name: of this training in it.
-      tasks_per_step: on all devices together.
-      tokens_per_task: support and query together.
-      fingerprint: the config that decides the states; a checkpoint of another is refused, and
-        so is one of another start, other first tasks or another step
-        (`metaopt.training.fingerprint`).
-      evaluate: what the best checkpoint is chosen by; it must not donate the state.
-
-    Returns:
-      The state after ``num_steps`` updates, or the restored one if it is there already.
+      directory: directory of the run.
 
     Raises:
-      UserError: the checkpoints are of another config, training or state, or cannot be read
-        or written, or another process has the directory.
+      UserError: the checkpoints are of another config, training or state, or of a longer
+        training, or cannot be read or written, or another process has the directory.
       Diverged: the loss is not finite or too large. The checkpoints stay as they were.
       Interrupted: after Ctrl-C or SIGTERM, with everything saved.
     """
+    if directory is None:
+        return _train(training, config, None, _BestInMemory())
     directory = Path(directory)
+    saved = checkpoint_directory(directory, training.name)
     with (
         lock_directory(directory),
         Checkpoints(
-            checkpoint_directory(directory, name),
-            fingerprint=fingerprint,
-            digests=of_training(step_fn, state, sample(0)),
-            keep_last=config.keep_last,
+            saved, fingerprint=training.fingerprint, keep_last=config.keep_last
         ) as checkpoints,
     ):
-        restored = checkpoints.restore_latest(state)
-        state, notes = (restored.state, restored.notes) if restored else (state, {})
-        start = int(state.step)
-        if start >= config.num_steps:
-            return state
-        if start > 0:
-            say(f"{name}: going on from step {start}")
-        throughput = {"tasks_per_step": tasks_per_step, "tokens_per_task": tokens_per_task}
-        recorder = Recorder(directory, name, config, start=start, notes=notes, **throughput)
-        batches = prefetch(sample, range(start, config.num_steps))
+        return _train(training, config, directory, checkpoints)
+
+
+def _train(
+    training: Training,
+    config: TrainConfig,
+    directory: Path | None,
+    checkpoints: "Checkpoints | _BestInMemory",
+) -> Trained:
+    name, state, notes = training.name, training.state, {}
+    if restored := checkpoints.restore_latest(state):
+        state, notes = restored.state, restored.notes
+    start = int(state.step)
+    if restored and start > config.num_steps:
+        raise UserError(
+            f"the checkpoints of {name!r} in {directory} are of step {start}, past the end of "
+            f"this training: raise num_steps from {config.num_steps}, or give a new directory"
+        )
+    if start < config.num_steps:
+        if restored:
+            log(f"{name}: resumes from the checkpoint of step {start}")
+        recorder = Recorder(training, config, directory, start=start, notes=notes)
+        batches = prefetch(training.sample, range(start, config.num_steps, training.steps_per_call))
         with recorder, StopSignals() as stop, contextlib.closing(batches) as episodes:
-            host = _Host(config, recorder, checkpoints, stop)
-            state = _loop(state, step_fn, episodes, host, evaluate)
+            host = _Host(training, config, recorder, checkpoints, stop)
+            state = _loop(host, state, episodes)
         if stop.received is not None:
-            leave(name, int(state.step), config.num_steps, stop.received)
-        return state
-
-
-TrainFn = Callable[..., MetaState]
-"""`train`, or what takes its arguments and gives what it gives."""
+            exit_on_signal(name, int(state.step), config.num_steps, stop.received)
+    best = checkpoints.restore_best(state) if config.eval_every else None
+    state = best.state if best else state
+    if not restored or start < config.num_steps:
+        return Trained(state)
+    step = int(state.step)
+    log(f"{name}: taken from the checkpoint of step {step}{' (the best)' if best else ''}")
+    return Trained(state, from_checkpoint=step)
 
 
 def prefetch(sample: Callable[[int], Any], steps: Iterable[int], depth: int = 2) -> Generator:
@@ -174,39 +134,58 @@ def prefetch(sample: Callable[[int], Any], steps: Iterable[int], depth: int = 2)
         pool.shutdown(wait=False, cancel_futures=True)
 
 
+class _BestInMemory:
+    """Takes the place of `Checkpoints` without a directory: a copy of the best state alone."""
+
+    def __init__(self):
+        self._best: Restored | None = None
+
+    def save(self, state: MetaState, *, valid_loss: float, notes: dict[str, Any]) -> None:
+        if not all_finite(state.meta_params):
+            raise FloatingPointError("a meta-parameter is not finite")
+        if valid_loss < (self._best.valid_loss if self._best else math.inf):
+            self._best = Restored(jax.tree.map(jnp.copy, state), notes, valid_loss)
+
+    def wait(self) -> None:
+        pass
+
+    def restore_latest(self, example: MetaState) -> Restored | None:
+        del example
+        return None
+
+    def restore_best(self, example: MetaState) -> Restored | None:
+        del example
+        return self._best
+
+
 class _Host(NamedTuple):
     """What goes on around the steps."""
 
+    training: Training
     config: TrainConfig
     recorder: Recorder
-    checkpoints: Checkpoints
-    stop: "StopSignals"
+    checkpoints: Checkpoints | _BestInMemory
+    stop: StopSignals
 
 
-def _loop(
-    state: MetaState,
-    step_fn: StepFn,
-    episodes: Iterable[Episode],
-    host: _Host,
-    evaluate: Evaluate | None,
-) -> MetaState:
-    config, recorder = host.config, host.recorder
+def _loop(host: _Host, state: MetaState, batches: Iterable[Any]) -> MetaState:
+    training, config, recorder = host.training, host.config, host.recorder
     step, unseen = int(state.step), None
-    for batch in episodes:
-        state, metrics = step_fn(state, batch)
-        step += 1
+    for batch in batches:
+        state, metrics = training.step_fn(state, batch)
+        before, step = step, min(step + training.steps_per_call, config.num_steps)
         if unseen is not None:  # while the device computes this step, look at the one before
             recorder.record(*unseen)
         unseen = (step, metrics)
         stopping = host.stop.received is not None
-        evaluating = is_due(step, config.eval_every)
-        saving = is_due(step, config.checkpoint_every) or step == config.num_steps
+        evaluating = is_due(before, step, config.eval_every)
+        saving = is_due(before, step, config.checkpoint_every) or step == config.num_steps
         if not (stopping or evaluating or saving):
             continue
         recorder.record(*unseen)  # only a state whose metrics are sound is evaluated or saved
         unseen, valid_loss = None, math.inf
-        if evaluate is not None and evaluating:
-            valid_loss = float(np.mean(evaluate(state)))
+        if training.evaluate is not None and evaluating:
+            valid_loss = float(np.mean(training.evaluate(state)))
             recorder.record_validation(step, valid_loss)
         _save(host, state, valid_loss)
         if stopping:
@@ -221,44 +200,3 @@ def _save(host: _Host, state: MetaState, valid_loss: float) -> None:
     except FloatingPointError as error:
         problem = f"in the outer update: {error}"
         raise host.recorder.diverged(int(state.step), problem) from error
-
-
-def leave(name: str, step: int, num_steps: int, signum: int) -> NoReturn:
-    """Says that a training was stopped by a signal, and leaves; all must be saved by then."""
-    say(
-        f"{name}: stopped by {signal.Signals(signum).name} after step {step} of {num_steps}, "
-        "saved; run the same command again to go on"
-    )
-    raise Interrupted(128 + signum)
-
-
-class StopSignals:
-    """Notes the first SIGINT or SIGTERM; a second one goes to the old handlers.
-
-    So that one acts at once, unless it is the first once more: `timeout` and `uv run`, for
-    two, deliver a signal twice within microseconds. Outside the main thread, where Python allows no
-    handlers, it notes nothing.
-    """
-
-    def __init__(self):
-        self.received: int | None = None
-        self._received_at = 0.0
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> Self:
-        if threading.current_thread() is threading.main_thread():
-            for signum in (signal.SIGINT, signal.SIGTERM):
-                self._previous[signum] = signal.signal(signum, self._note)
-        return self
-
-    def __exit__(self, *_) -> None:
-        while self._previous:
-            signal.signal(*self._previous.popitem())
-
-    def _note(self, signum: int, _frame: Any) -> None:
-        now = time.monotonic()
-        if self.received is None:
-            self.received, self._received_at = signum, now
-        elif now - self._received_at > SAME_SIGNAL:
-            self.__exit__()
-            signal.raise_signal(signum)

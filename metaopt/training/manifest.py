@@ -22,12 +22,10 @@ def write_manifest(directory: Path, parts: tuple[str, ...]) -> None:
 def what_is_damaged(directory: Path, part: str) -> str | None:
     """What differs in a folder from the manifest, in words; None where all is as it was.
 
-    A directory without a manifest, from before there were any, is taken for whole.
+    A directory without a manifest is damaged.
     """
     try:
         text = (directory / MANIFEST).read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return None
     except (OSError, ValueError) as error:
         return f"{MANIFEST}: {error}"
     try:

@@ -1,4 +1,4 @@
-"""Population-based training: members train side by side, the worst go on as copies of the best.
+"""Population-based training: members train side by side, copies of the best replace the worst.
 
 A member is a state; a population is one stacked state, leaves ``[P, ...]``. Since the
 hyperparameters are scalars in the state, members differ in them under one compiled step.
@@ -24,7 +24,7 @@ from metaopt.training.recorder import Diverged
 from metaopt.types import Array, Episode, Key, MetaState, PyTree
 
 Bounds = Mapping[str, tuple[float, float]]
-"""``{name: (low, high)}``, ``0 < low <= high``: the hyperparameters that vary, and how far."""
+"""``{name: (low, high)}``, ``0 < low <= high``: the hyperparameters that vary, and their ranges."""
 
 FACTORS = (0.8, 1.25)
 
@@ -36,7 +36,7 @@ def initial_population(state: MetaState, size: int, bounds: Bounds, key: Key) ->
     the same noise, and differences between them are paired.
 
     Raises:
-      UserError: the bounds are not positive, or of a hyperparameter that is not in the state.
+      UserError: the bounds are not positive, or name a hyperparameter that is not in the state.
     """
     _check_bounds(bounds, state.hparams)
     states = jax.tree.map(lambda x: jnp.broadcast_to(x, (size, *x.shape)), state)
@@ -49,15 +49,15 @@ def initial_population(state: MetaState, size: int, bounds: Bounds, key: Key) ->
 
 
 def select(scores: Array, key: Key, fraction: float = 0.25) -> Array:
-    """Truncation selection: whom each member goes on from.
+    """Truncation selection: the parent of each member.
 
-    The worst ``fraction`` of members (at least one), and every one whose score is not
-    finite, takes one of the best ``fraction`` at random; all others themselves.
+    The parent of the worst ``fraction`` of members (at least one), and of every one whose score
+    is not finite, is one of the best ``fraction`` at random; the others are their own.
 
     Args:
       scores: ``[P]``, lower is better.
-      key: for the draw.
-      fraction: up to 0.5.
+      key: key of the draw.
+      fraction: share that is replaced, up to 0.5.
 
     Returns:
       int32 ``[P]`` indices of members.
@@ -79,8 +79,8 @@ def exploit(states: PyTree, scores: Array, key: Key, fraction: float = 0.25):
     Args:
       states: leaves ``[P, ...]``.
       scores: ``[P]``, lower is better.
-      key: for the draw.
-      fraction: that is replaced.
+      key: key of the draw.
+      fraction: share that is replaced.
 
     Returns:
       ``(states, parents)``, int32 ``[P]``.
@@ -97,14 +97,14 @@ def explore(
     who: Array | None = None,
     resample: float = 0.1,
 ) -> dict[str, Array]:
-    """Multiplies hyperparameters by 0.8 or 1.25, or draws them anew, within their bounds.
+    """Multiplies hyperparameters by 0.8 or 1.25, or draws new ones, within their bounds.
 
     Args:
       hparams: ``{name: float32 [P]}``.
-      key: for the draws, which are independent for each member and name.
-      bounds: of those that vary; the others stay.
-      who: bool ``[P]``: the members that change; None for all.
-      resample: the chance of a log-uniform draw instead of a factor.
+      key: key of the draws, which are independent for each member and name.
+      bounds: ranges of those that vary; the others stay.
+      who: bool ``[P]``, the members that change; None for all.
+      resample: probability of a log-uniform draw instead of a factor.
     """
     draw_key, factor_key, choice_key = jax.random.split(key, 3)
     size = next(iter(hparams.values())).shape[0]
@@ -115,20 +115,20 @@ def explore(
         factors = jax.random.choice(
             jax.random.fold_in(factor_key, i), jnp.float32(FACTORS), (size,)
         )
-        anew = jax.random.bernoulli(jax.random.fold_in(choice_key, i), resample, (size,))
+        is_new = jax.random.bernoulli(jax.random.fold_in(choice_key, i), resample, (size,))
         moved = jnp.clip(hparams[name] * factors, low, high)
-        found[name] = jnp.where(who, jnp.where(anew, drawn[name], moved), hparams[name])
+        found[name] = jnp.where(who, jnp.where(is_new, drawn[name], moved), hparams[name])
     return found
 
 
 class Generation(NamedTuple):
-    """A population when it was judged; arrays are on the host.
+    """A population when it was evaluated; arrays are on the host.
 
     Attributes:
       step: training steps done.
       scores: float32 ``[P]``, lower is better.
-      hparams: ``{name: float32 [P]}``, with which the members came to these scores.
-      parents: int32 ``[P]``: whom each member goes on from.
+      hparams: ``{name: float32 [P]}``, hyperparameters that led to these scores.
+      parents: int32 ``[P]``, member that each one continues from.
     """
 
     step: int
@@ -154,22 +154,22 @@ def train_population(
     """Trains a population, and returns its best member.
 
     Args:
-      states: of P members, see `initial_population`; they stay as they are.
-      step: of one member on one device, not compiled (`make_meta_step` with no axis name).
+      states: states of P members, see `initial_population`; they stay as they are.
+      step: step of one member on one device, not compiled (`make_meta_step` with no axis name).
       sample: ``step -> episodes``, which all members train on.
       evaluate: ``state -> scalar`` of one member, pure; lower is better.
-      bounds: of the hyperparameters that vary.
+      bounds: ranges of the hyperparameters that vary.
       steps: training steps of each member.
-      ready_every: steps after which members are judged, copied and changed. After the last
-        step they are judged once more.
-      key: of all selection and exploration.
-      devices: over which the members are spread; by default the first alone.
-      fraction: of members replaced at a time.
-      resample: the chance that a copy draws a hyperparameter anew.
+      ready_every: steps after which members are evaluated, copied and changed. After the last
+        step they are evaluated once more.
+      key: key of all selection and exploration.
+      devices: devices over which the members are spread; by default the first alone.
+      fraction: share of members replaced at a time.
+      resample: probability that a copy draws a new hyperparameter.
 
     Returns:
       The best state, without the member axis, and the generations in order, the last of
-      which copies nobody.
+      which copies no member.
 
     Raises:
       UserError: P does not divide by the devices, or numbers or bounds are out of range.
@@ -179,7 +179,7 @@ def train_population(
     devices = default_devices(1) if devices is None else devices
     _check_sizes(states.step.shape[0], len(devices), steps, ready_every, fraction)
     mapped_step = parallel_members(step, devices, donate=True)
-    judged = parallel_members(lambda state, _: evaluate(state), devices)
+    evaluated = parallel_members(lambda state, _: evaluate(state), devices)
     breed = jax.jit(functools.partial(_breed, bounds=bounds, fraction=fraction, resample=resample))
     members = _over_devices(states, len(devices))
     history: list[Generation] = []
@@ -187,11 +187,11 @@ def train_population(
         members, _ = mapped_step(members, sample(number - 1))
         if number % ready_every and number < steps:
             continue
-        scores, hparams = judged(members, None), members.hparams
+        scores, hparams = evaluated(members, None), members.hparams
         parents = jnp.arange(scores.size, dtype=jnp.int32)
         if number < steps:
             bred, parents = breed(members, scores, jax.random.fold_in(key, number))
-            # Where they were, or the mapped step would not take typed keys.
+            # With the sharding of before, or the mapped step would not take typed keys.
             members = jax.device_put(bred, jax.tree.map(lambda x: x.sharding, members))
         history.append(_generation(number, scores, hparams, parents))
     best = _best(history[-1])
@@ -199,12 +199,11 @@ def train_population(
 
 
 def lineage(history: Sequence[Generation], member: int | None = None) -> list[tuple[int, int]]:
-    """Whom a member of the last generation (by default the best) comes from.
+    """The ancestors of a member of the last generation, by default of the best.
 
     Returns:
-      ``(step, member)`` for each generation in order: which member the training that ended
-      as this one was at that step, so that ``history[i].hparams[name][member]`` is the
-      schedule that it was trained with.
+      ``(step, member)`` for each generation in order: the ancestor at that step, so that
+      ``history[i].hparams[name][member]`` is the schedule that it was trained with.
     """
     member = _best(history[-1]) if member is None else member
     path = []

@@ -6,7 +6,7 @@ from typing import Self
 from rich import progress as rich_progress
 from rich.console import Console
 
-from metaopt.console import is_first_process, printable, say
+from metaopt.console import is_first_process, log, printable
 
 _SECONDS_BETWEEN_LINES = 10.0
 
@@ -62,7 +62,7 @@ class Progress:
         pace = (self._last_line - self._began) / max(1, self._done - self._start)
         left = pace * (self._total - self._done)
         ending = f"  {left:.0f} s left" if left > 0 else ""
-        say(f"{self._description}: {self._done}/{self._total}  {self._numbers}{ending}")
+        log(f"{self._description}: {self._done}/{self._total}  {self._numbers}{ending}")
 
 
 def _label(name: str) -> str:

@@ -7,27 +7,25 @@ import socket
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import jax
 import numpy as np
 
-from metaopt.console import is_first_process, printable, say
+from metaopt.console import is_first_process, log, printable
 from metaopt.errors import Diverged
 from metaopt.files import Line, append_json_line, keep_json_lines
 from metaopt.training.progress import Progress
 from metaopt.training.runs import slug
+from metaopt.training.types import TrainConfig, Training
 from metaopt.types import Metrics
-
-if TYPE_CHECKING:
-    from metaopt.training.loop import TrainConfig
 
 SECONDS_BETWEEN_FLUSHES = 30.0  # of TensorBoard's curves, each of which waits for the disk
 
 
-def is_due(step: int, every: int) -> bool:
-    """Whether something done every so many steps is done after this one; 0 is never."""
-    return every > 0 and step % every == 0
+def is_due(before: int, step: int, every: int) -> bool:
+    """Whether steps ``before + 1`` to ``step`` hold a multiple of ``every``; 0 is never."""
+    return every > 0 and step // every > before // every
 
 
 class Recorder:
@@ -35,28 +33,31 @@ class Recorder:
 
     def __init__(
         self,
-        directory: Path,
-        name: str,
-        config: "TrainConfig",
+        training: Training,
+        config: TrainConfig,
+        directory: Path | None,
         *,
         start: int,
         notes: dict[str, Any],
-        tasks_per_step: int,
-        tokens_per_task: int,
     ):
-        """Go on with ``metrics.jsonl`` after step ``start``; later lines of ``name`` are dropped.
+        """Append to ``metrics.jsonl`` from step ``start``; later lines of the name are dropped.
 
-        ``notes`` are what `notes` gave when the state of step ``start`` was saved.
+        Args:
+          training: what is recorded; its name and its sizes are read.
+          config: interval of the lines, length, and limit of the loss.
+          directory: directory of the run; None writes nothing.
+          start: step of the state that the run starts from, or is resumed from.
+          notes: what `notes` gave when that state was saved.
         """
-        self.name = name
-        self._config, self._path = config, directory / "metrics.jsonl"
-        self._tasks_per_step, self._tokens_per_task = tasks_per_step, tokens_per_task
+        self.name = name = training.name
+        self._training, self._config, self._seen = training, config, start
         self._first_loss: float | None = notes.get("first_loss")
         self._began = time.monotonic() - notes.get("seconds", 0.0)
         self._mark: tuple[int, float] | None = None  # from where on throughput is measured
         self._throughput: dict[str, float] = {}
-        self._tensorboard = None
-        if is_first_process():
+        self._path = self._tensorboard = None
+        if directory is not None and is_first_process():
+            self._path = directory / "metrics.jsonl"
             keep_json_lines(self._path, lambda x: x["name"] != name or x["step"] <= start, Line)
             self._tensorboard = TensorBoard(directory / "tensorboard" / slug(name), start)
         self._progress = Progress(name, total=config.num_steps, start=start)
@@ -84,7 +85,8 @@ class Recorder:
             raise self.diverged(step, problem)
         if self._first_loss is None:
             self._first_loss = loss
-        if is_due(step, self._config.log_every):
+        before, self._seen = self._seen, step
+        if is_due(before, step, self._config.log_every):
             self._measure_throughput(step)
             logged = {key: value.tolist() for key, value in values.items()}
             self._write(step, logged | self._throughput)
@@ -109,15 +111,15 @@ class Recorder:
         now = time.monotonic()
         if self._mark is not None and step > self._mark[0]:
             seconds_per_step = (now - self._mark[1]) / (step - self._mark[0])
-            tasks_per_second = self._tasks_per_step / seconds_per_step
+            tasks_per_second = self._training.tasks_per_step / seconds_per_step
             self._throughput = {
                 "tasks_per_second": tasks_per_second,
-                "tokens_per_second": tasks_per_second * self._tokens_per_task,
+                "tokens_per_second": tasks_per_second * self._training.tokens_per_task,
             }
         self._mark = (step, now)
 
     def _write(self, step: int, values: dict[str, Any]) -> None:
-        if self._tensorboard is None:
+        if self._path is None or self._tensorboard is None:
             return
         seconds = time.monotonic() - self._began
         line = {"name": self.name, "step": step} | values | {"seconds": round(seconds, 3)}
@@ -176,7 +178,7 @@ class TensorBoard:
         try:
             yield
         except OSError as error:
-            say(f"warning: no TensorBoard curves in {self._directory} from here on ({error})")
+            log(f"warning: no TensorBoard curves in {self._directory} from here on ({error})")
             if self._file:
                 with contextlib.suppress(OSError):
                     self._file.close()

@@ -25,7 +25,7 @@ from typing import Any, Self
 
 import filelock
 
-from metaopt.console import is_first_process, say
+from metaopt.console import is_first_process, log
 from metaopt.errors import UserError
 from metaopt.files import (
     check_directory,
@@ -293,7 +293,7 @@ def _lock(directory: Path) -> filelock.BaseFileLock | None:
         if getattr(error, "errno", None) in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC):
             with one_line(directory, "written"):
                 raise
-        say(f"warning: {directory} cannot be locked ({error}): let no second process use it")
+        log(f"warning: {directory} cannot be locked ({error}): let no second process use it")
         return None
     if lock.lock_counter == 1:
         write_text(directory / HOLDER, f"process {os.getpid()} on {socket.gethostname()}")

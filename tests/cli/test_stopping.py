@@ -93,8 +93,8 @@ def test_sigterm_while_a_command_is_imported_is_one_line():
 
 BODY = """
     import os, signal, sys, time
-    from experiments import stopping
-    from experiments.command_line import one_line_exits
+    from metaopt.cli import stopping
+    from metaopt.cli.command_line import one_line_exits
     stopping.PATIENCE = 0.1
     stopping.listen()
     with one_line_exits([], resumes=True):
@@ -113,7 +113,7 @@ LOSES_IT = """
             print("saved", flush=True)
 """
 TRAINS = """
-        from metaopt.train import StopSignals
+        from metaopt.training.loop import StopSignals
         with StopSignals() as stop:
             print("ready", flush=True)
             while stop.received is None:

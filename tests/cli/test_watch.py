@@ -177,7 +177,7 @@ def test_what_is_no_run(tmp_path):
 
 def test_the_command_needs_no_jax(run):
     code = (
-        "import sys; from experiments import watch; watch.main(); "
+        "import sys; from metaopt.cli import main; main(['watch', *sys.argv[1:]]); "
         "sys.exit('jax was imported' if 'jax' in sys.modules else 0)"
     )
     done = subprocess.run(
@@ -193,7 +193,7 @@ def test_the_command_needs_no_jax(run):
 def test_any_encoding_of_the_terminal_will_do(run, encoding):
     append_json_line(run / "metrics.jsonl", {"name": "π \x1b[2J \udcff", "step": 1, "loss": 1.0})
     environment = os.environ | {"PYTHONIOENCODING": encoding, "LANG": "C", "LC_ALL": "C"}
-    command = [sys.executable, "-m", "metaopt.cli.watch", str(run), "--once"]
+    command = [sys.executable, "-m", "metaopt", "watch", str(run), "--once"]
     done = subprocess.run(command, capture_output=True, env=environment)
     assert done.returncode == 0, done.stderr
     shown = done.stdout.decode(encoding)

@@ -105,7 +105,8 @@ def one_line_or_result(call):
 @given(damaged())
 def test_a_damaged_file_gives_a_result_or_one_line(tmp_path_factory, file):
     name, data = file
-    results = tmp_path_factory.mktemp("results")
+    project = tmp_path_factory.mktemp("project")
+    results = tables.results_of(project)
     run = results / "a" / "cpu"
     run.mkdir(parents=True)
     for other, lines in FILES.items():
@@ -117,10 +118,10 @@ def test_a_damaged_file_gives_a_result_or_one_line(tmp_path_factory, file):
     shown = console.file.getvalue()
     assert shown.replace("\n", "").isprintable()
 
-    readme = results / "README.md"
+    readme = project / "README.md"
     readme.write_text("<!-- table: a/cpu -->\n<!-- end -->\n")
-    one_line_or_result(lambda: tables.check(results, readme))
-    one_line_or_result(lambda: tables.with_tables(readme.read_text(), results))
+    one_line_or_result(lambda: tables.check(project))
+    one_line_or_result(lambda: tables.with_tables(readme, results))
 
     one_line_or_result(lambda: resume(run))
     for lines in ("metrics.jsonl", "monitor.jsonl"):

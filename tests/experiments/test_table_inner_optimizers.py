@@ -65,7 +65,7 @@ def bigram():
     """A model that compiles in no time."""
     with pytest.MonkeyPatch.context() as patch:
         make_model = adapt_languages.make_model
-        patch.setattr(adapt_languages, "make_model", lambda _, size: models.bigram(size))
+        patch.setattr(adapt_languages, "make_model", lambda _: models.bigram(256))
         yield make_model
 
 

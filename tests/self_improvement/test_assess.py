@@ -1,17 +1,14 @@
 import json
 import math
-import sys
 
 import numpy as np
 import pytest
 from scipy import stats
 
-from metaopt.errors import UserError
 from metaopt.self_improvement.assess import (
     Measurement,
     as_record,
     assess,
-    classification,
     compare,
 )
 
@@ -149,26 +146,3 @@ def test_an_assessment_is_strict_json_also_where_it_diverged():
     assert record["per_cost"] == 1.0
     nested = {"array": np.array([1.0, np.nan], np.float32), "flag": np.bool_(True), 3: (1, "a")}
     assert as_record(nested) == {"array": [1.0, None], "flag": True, "3": [1, "a"]}
-
-
-def test_precision_and_recall_of_a_small_table():
-    targets = np.array([[0, 0, 0], [1, 1, 2]])
-    predictions = np.array([[0, 0, 1], [1, 3, 0]])
-    found = classification(targets, predictions)
-    assert found.accuracy == pytest.approx(3 / 6)
-    expected = {"0": (2 / 3, 2 / 3, 2 / 3, 3), "1": (1 / 2, 1 / 2, 1 / 2, 2)}
-    expected |= {"2": (0, 0, 0, 1), "3": (0, 0, 0, 0)}
-    assert list(found.per_class) == list(expected)
-    for name, values in expected.items():
-        assert tuple(found.per_class[name].values()) == pytest.approx(values)
-    assert found[1:4] == pytest.approx([(2 / 3 + 1 / 2) / 4] * 3)
-    words = np.array(["cat", "dog"])
-    assert classification(words, words)[:4] == (1.0, 1.0, 1.0, 1.0)
-    with pytest.raises(ValueError, match="one shape"):
-        classification(targets, predictions[0])
-
-
-def test_without_scikit_learn_the_extra_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "sklearn.metrics", None)
-    with pytest.raises(UserError, match=r"metaopt\[improve\]"):
-        classification(np.zeros(1, int), np.zeros(1, int))

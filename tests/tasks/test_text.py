@@ -160,9 +160,9 @@ KILLED_HALFWAY = """
 import os, sys
 from pathlib import Path
 import metaopt.tasks.text
-from metaopt.tasks import text_sources
+from metaopt.tasks.sources import text as text_sources
 assert "tensorflow_datasets" not in sys.modules
-from metaopt.tasks import text_dataset
+from metaopt.tasks.sources import tfds as text_dataset
 
 def read_then_die(start, length):
     if start >= 8192:

@@ -7,16 +7,18 @@ import pytest
 PROGRAM = r"""
 import sys
 from rich.console import Console
-from metaopt import progress, tables
-progress.set_up_output()
+from metaopt import console
+from metaopt.training import progress
+from metaopt.reporting import tables
+console.set_up_output()
 name = "π [/bold] \x1b[2J \udcff|"
 record = {"table": name, "row": name, "column": "±", "value": 1.0, "ci95": 0.5, "unit": "▁"}
 (table,) = tables.arrange([record])
 print(tables.to_markdown(table), tables.to_latex(table))
 Console().print(*tables.to_rich(table, 80))
-progress.say(name)
-for console in (True, False):
-    if console:
+console.log(name)
+for terminal in (True, False):
+    if terminal:
         sys.stderr.isatty = lambda: True
     with progress.Progress(name, total=3) as bar:
         bar.update(3, loss=1.0)

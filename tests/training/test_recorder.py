@@ -8,7 +8,7 @@ from metaopt.training.recorder import TensorBoard
 FULL = """
 import resource, sys
 from pathlib import Path
-from metaopt.recorder import TensorBoard
+from metaopt.training.recorder import TensorBoard
 
 resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))
 curves = TensorBoard(Path(sys.argv[1]), 0)

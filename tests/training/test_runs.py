@@ -75,7 +75,7 @@ def test_a_given_directory_that_is_no_run_is_left_alone(tmp_path):
 
 OPEN = """
 import sys
-from metaopt import runs
+from metaopt.training import runs
 from metaopt.errors import UserError
 try:
     run = runs.open_run(sys.argv[1], "toy", "cpu", {"seed": 0}, run_dir=(sys.argv[2:] or [None])[0])
@@ -198,7 +198,7 @@ def test_the_commit_is_that_of_the_package_itself(tmp_path):
 
     package = tmp_path / "env" / "site-packages"
     package.mkdir(parents=True)
-    shutil.copytree(Path(runs.__file__).parent, package / "metaopt")
+    shutil.copytree(Path(runs.__file__).parents[1], package / "metaopt")
     assert found() == "None"
     git("init")
     (tmp_path / "thesis.tex").write_text("...")

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import scipy.sparse
 
-from metaopt.console import say
+from metaopt.console import log
 from metaopt.errors import UserError
 from metaopt.tasks.sources.text import Domain
 
@@ -57,7 +57,7 @@ def check_text(domains: Sequence[Domain], where: Callable[[int], str] = lambda i
     """
     for line in (check_readable(domains), check_distinct(domains, where)):
         if line is not None:
-            say(f"note: {line}")
+            log(f"note: {line}")
 
 
 def check_readable(domains: Sequence[Domain]) -> str | None:

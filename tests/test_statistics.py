@@ -1,9 +1,11 @@
 import math
+import sys
 
 import numpy as np
 import pytest
 
-from metaopt.statistics import rank_among_runs
+from metaopt.errors import UserError
+from metaopt.statistics import classification, rank_among_runs
 
 
 def curve(offset, tokens=(10, 100, 1000)):
@@ -64,3 +66,26 @@ def test_tokens_that_are_none_are_refused():
     for tokens in (-1, math.nan):
         with pytest.raises(ValueError, match="tokens"):
             rank_among_runs([(tokens, 1.0)], [curve(0.0)])
+
+
+def test_precision_and_recall_of_a_small_table():
+    targets = np.array([[0, 0, 0], [1, 1, 2]])
+    predictions = np.array([[0, 0, 1], [1, 3, 0]])
+    found = classification(targets, predictions)
+    assert found.accuracy == pytest.approx(3 / 6)
+    expected = {"0": (2 / 3, 2 / 3, 2 / 3, 3), "1": (1 / 2, 1 / 2, 1 / 2, 2)}
+    expected |= {"2": (0, 0, 0, 1), "3": (0, 0, 0, 0)}
+    assert list(found.per_class) == list(expected)
+    for name, values in expected.items():
+        assert tuple(found.per_class[name].values()) == pytest.approx(values)
+    assert found[1:4] == pytest.approx([(2 / 3 + 1 / 2) / 4] * 3)
+    words = np.array(["cat", "dog"])
+    assert classification(words, words)[:4] == (1.0, 1.0, 1.0, 1.0)
+    with pytest.raises(ValueError, match="one shape"):
+        classification(targets, predictions[0])
+
+
+def test_without_scikit_learn_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.metrics", None)
+    with pytest.raises(UserError, match=r"metaopt\[improve\]"):
+        classification(np.zeros(1, int), np.zeros(1, int))

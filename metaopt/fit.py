@@ -1,0 +1,435 @@
+"""One call that trains a learner: state, outer optimiser, devices, loop, validation, checkpoints.
+
+    fitted = fit(Problem(family, model, loss_fn), learners.maml(), config=FitConfig(num_steps=500))
+
+What runs the steps is an argument: `metaopt.training.loop.train`, or the closed loop of
+`metaopt.self_improvement`, which this module does not import.
+"""
+
+import dataclasses
+import functools
+import math
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from metaopt import parallel
+from metaopt.diagnostics import feasible
+from metaopt.errors import UserError
+from metaopt.evaluate import CurveFn, make_curves
+from metaopt.files import check_directory
+from metaopt.inner_loop import InnerLoop
+from metaopt.meta_gradients import reverse
+from metaopt.optimizers.outer import OuterConfig, outer_optimizer
+from metaopt.outer_step import MetaStep, check_groups, init_state, make_meta_step
+from metaopt.ranges import Count, CountOr0, Seed, Steps, StepsOr0
+from metaopt.statistics import task_means
+from metaopt.training.fingerprint import Fingerprint, of_arrays, of_program
+from metaopt.training.loop import train
+from metaopt.training.types import Evaluate, StepFn, TrainConfig, TrainFn, Training
+from metaopt.types import (
+    Array,
+    Episode,
+    Estimator,
+    Hparams,
+    Key,
+    Learner,
+    LossFn,
+    MetaGradFn,
+    MetaParams,
+    MetaState,
+    Model,
+    Params,
+    TaskFamily,
+)
+
+INNER_RATE = 0.1
+"""``hparams['inner_learning_rate']`` if it is not given."""
+EXECUTION: dict[str, Any] = {
+    "unroll": False,
+    "remat": False,
+    "save_gradients": False,
+    "kept_states": None,
+}
+"""Fields of `InnerLoop` that change how it is computed and not what it is: the default form."""
+
+StepKey = Callable[[Key, Any], Key]
+"""``(key, step) -> key`` that the tasks of a step are drawn from; ``step`` may be traced."""
+
+
+class Problem(NamedTuple):
+    """What a learner is trained on.
+
+    Attributes:
+      family: the tasks.
+      model: the model.
+      loss_fn: loss that the inner loop steps on, in nats or as squared error. It judges too,
+        unless there is an ``outer_loss``.
+      outer_loss: loss of the query that the adapted model is judged by.
+    """
+
+    family: TaskFamily
+    model: Model
+    loss_fn: LossFn
+    outer_loss: LossFn | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FitConfig(TrainConfig):
+    """Length of a training, its data, and how it is computed. Intervals are in meta-updates.
+
+    Attributes:
+      seed: seed of the initialisation and of the training episodes.
+      num_steps: number of meta-updates.
+      tasks_per_step: meta-batch, over all devices.
+      annealing_steps: meta-updates over which the weights of ``query_loss='annealed'`` go to the
+        last step; 0 is the whole training.
+      valid_episodes: number of episodes that the best checkpoint is chosen on.
+      eval_seed: seed of those; fixed, so that two trainings are comparable.
+      num_devices: number of devices; 0 for all.
+      tasks_at_a_time: tasks computed together on one device; 0 all by vmap, 1 one by one in a
+        scan, between them groups.
+      steps_per_call: meta-updates in one compiled call, in which the tasks are drawn too. For
+        steps that take less time than a call; the sampler must be traceable.
+      eval_every: interval between evaluations on the validation episodes, of which the best
+        state is the result; 0 gives the last state.
+      log_every: see `TrainConfig`.
+      checkpoint_every: see `TrainConfig`.
+      keep_last: see `TrainConfig`.
+      divergence_factor: see `TrainConfig`.
+    """
+
+    seed: Seed = 0
+    num_steps: Steps = 1000
+    tasks_per_step: Count = 8
+    annealing_steps: StepsOr0 = 0
+    valid_episodes: Count = 64
+    eval_seed: Seed = 1234
+    num_devices: CountOr0 = 0
+    tasks_at_a_time: CountOr0 = 0
+    steps_per_call: Count = 1
+
+
+INNER, OUTER, CONFIG = InnerLoop(), OuterConfig(), FitConfig()
+
+
+class Fitted(NamedTuple):
+    """What a training gave.
+
+    Attributes:
+      state: best evaluated state, or the last one if none was evaluated.
+      seconds: duration of the call.
+      from_checkpoint: step of the checkpoint that the state was taken from, if nothing had to
+        be trained; None otherwise.
+    """
+
+    state: MetaState
+    seconds: float
+    from_checkpoint: int | None = None
+
+    @property
+    def meta_params(self) -> MetaParams:
+        """What was learned."""
+        return self.state.meta_params
+
+    @property
+    def hparams(self) -> Hparams:
+        """The scalars at the end: those of the start, unless a closed loop changed them."""
+        return self.state.hparams
+
+
+def fit(
+    problem: Problem,
+    learner: Learner,
+    estimator: Estimator = reverse,
+    *,
+    inner: InnerLoop = INNER,
+    outer: OuterConfig = OUTER,
+    config: FitConfig = CONFIG,
+    directory: Path | str | None = None,
+    name: str = "fit",
+    params: Params | None = None,
+    state: MetaState | None = None,
+    hparams: Hparams | None = None,
+    key: Key | None = None,
+    step_key: StepKey = jax.random.fold_in,
+    valid: Episode | None = None,
+    evaluate: Evaluate | None = None,
+    train_fn: TrainFn = train,
+) -> Fitted:
+    """Trains a learner on the tasks of a problem.
+
+    All that can be wrong is found before anything is compiled. In a directory the training is
+    resumed from its latest checkpoint; a checkpoint of other data, another start, config or
+    program is refused. What changes only how it is computed (devices, tasks at a time, steps per
+    call, unrolling, rematerialisation) may change. The result then differs in the last digits.
+
+    Args:
+      problem: tasks, model and loss.
+      learner: what is meta-learned.
+      estimator: how its gradient is found.
+      inner: the inner loop.
+      outer: the outer optimiser. `OuterConfig.ending_at` gives it a cosine to the end.
+      config: length, data, and how it is computed.
+      directory: directory of the run; without one nothing is written.
+      name: name of the training in files and messages.
+      params: initial parameters; if not given, ``model.init`` on a key from ``config.seed``.
+      state: state of an earlier training to start from in place of parameters, with its step,
+        optimiser state, scalars and key. It is copied.
+      hparams: scalars of the state beside those of the outer optimiser;
+        ``{'inner_learning_rate': INNER_RATE}`` if not given.
+      key: key of the training episodes and of the noise of every step; if not given, one from
+        ``config.seed``.
+      step_key: the key that the tasks of a step are drawn from.
+      valid: validation episodes, ``[E, ...]``; if not given, and ``config.eval_every`` is not 0,
+        they are drawn from the family.
+      evaluate: ``state -> loss`` in place of the loss of adapted parameters on the validation
+        episodes. What it reads is not part of the fingerprint.
+      train_fn: what runs the steps.
+
+    Returns:
+      `Fitted`.
+
+    Raises:
+      UserError: sizes do not fit the devices, one another, the memory or the learner; the
+        directory is of another training; and whatever the learner and the estimator refuse.
+      Diverged, Interrupted: as for `metaopt.training.loop.train`.
+    """
+    began = time.monotonic()
+    directory = None if directory is None else check_directory(directory)
+    devices = check_devices(config.num_devices, config.tasks_per_step, config.tasks_at_a_time)
+    init_key, data_key = jax.random.split(jax.random.key(config.seed))
+    used = key if key is not None else data_key if state is None else state.key
+    parts = _Parts(problem, learner, estimator, inner, outer, config)
+    tasks = _Tasks(problem.family, config, devices, used, step_key)
+    first = tasks.draw(0 if state is None else int(state.step))
+    if valid is None and config.eval_every and evaluate is None:
+        valid = validation_episodes(problem.family, config.eval_seed, config.valid_episodes)
+    parts.check_memory(params, first, 0 if valid is None else len(valid.task))
+    if state is None:
+        params = problem.model.init(init_key) if params is None else params
+        scalars = {"inner_learning_rate": INNER_RATE} if hparams is None else dict(hparams)
+        start = init_state(used, params, learner, outer_optimizer(outer), outer.hparams() | scalars)
+    else:
+        scalars = {name: jnp.float32(value) for name, value in (hparams or {}).items()}
+        start = jax.tree.map(jnp.copy, state._replace(hparams=state.hparams | scalars, key=used))
+    fingerprint = parts.fingerprint(start, first, valid)
+    if valid is not None and evaluate is None:
+        evaluate = make_evaluate(problem, learner, inner, valid, devices, config.tasks_at_a_time)
+    training = Training(
+        name=name,
+        state=parallel.replicate(start, devices),
+        step_fn=tasks.parallel_step(parts.step()),
+        sample=tasks.batches(first, int(start.step)),
+        tasks_per_step=config.tasks_per_step,
+        tokens_per_task=tokens_per_task(first),
+        fingerprint=fingerprint,
+        evaluate=evaluate,
+        steps_per_call=config.steps_per_call,
+    )
+    trained = train_fn(training, config, directory)
+    return Fitted(trained.state, time.monotonic() - began, trained.from_checkpoint)
+
+
+def check_devices(
+    num_devices: int, tasks_per_step: int, tasks_at_a_time: int
+) -> list[parallel.Device]:
+    """The devices of a training, if its meta-batch divides by them and by its groups.
+
+    Raises:
+      UserError: it does not, or there are fewer devices.
+    """
+    devices = parallel.default_devices(num_devices)
+    parallel.check_divides(tasks_per_step, len(devices))
+    check_groups(tasks_per_step // len(devices), tasks_at_a_time)
+    return devices
+
+
+def validation_episodes(family: TaskFamily, eval_seed: int, number: int) -> Episode:
+    """The episodes that rates and checkpoints are chosen on, ``[number, ...]``."""
+    return family.valid.sample(jax.random.split(jax.random.key(eval_seed))[0], number)
+
+
+def make_evaluate(
+    problem: Problem,
+    learner: Learner,
+    inner: InnerLoop,
+    valid: Episode,
+    devices: Sequence[parallel.Device],
+    tasks_at_a_time: int = 0,
+) -> Evaluate:
+    """``state -> losses [tasks]`` after the inner steps of training, on validation episodes."""
+    curves = curves_of(problem, learner, inner, inner.num_steps, devices, tasks_at_a_time)
+
+    def losses(state: MetaState) -> np.ndarray:
+        found = curves(state.meta_params, state.hparams, valid)
+        return task_means(found[:, -1], np.asarray(valid.task))
+
+    return losses
+
+
+def curves_of(
+    problem: Problem,
+    learner: Learner,
+    inner: InnerLoop,
+    num_steps: int,
+    devices: Sequence[parallel.Device],
+    tasks_at_a_time: int = 0,
+) -> CurveFn:
+    """`metaopt.evaluate.make_curves` of a problem, by its outer loss if it has one."""
+    judge = problem.outer_loss
+    measure = None if judge is None else lambda params, episode: judge(params, episode.query)
+    return make_curves(
+        learner, problem.loss_fn, inner, num_steps, devices, tasks_at_a_time, measure
+    )
+
+
+def tokens_per_task(episodes: Episode) -> int:
+    """The targets in the support and the query of one task: tokens, images or examples."""
+    targets = jax.tree.leaves((episodes.support.targets, episodes.query.targets))
+    return sum(math.prod(np.shape(leaf)[1:]) for leaf in targets)
+
+
+class _Parts(NamedTuple):
+    """What a training is made of."""
+
+    problem: Problem
+    learner: Learner
+    estimator: Estimator
+    inner: InnerLoop
+    outer: OuterConfig
+    config: FitConfig
+
+    @property
+    def annealing_steps(self) -> int:
+        if self.inner.query_loss != "annealed":
+            return 0
+        return self.config.annealing_steps or self.config.num_steps
+
+    def estimate(self, inner: InnerLoop) -> MetaGradFn:
+        loss_fn, outer_loss = self.problem.loss_fn, self.problem.outer_loss
+        if outer_loss is None:
+            return self.estimator(self.learner, loss_fn, inner)
+        return self.estimator(self.learner, loss_fn, inner, outer_loss=outer_loss)  # type: ignore
+
+    def step(self) -> MetaStep:
+        return make_meta_step(
+            self.estimate(self.inner),
+            outer_optimizer(self.outer),
+            tasks_at_a_time=self.config.tasks_at_a_time,
+            axis_name=parallel.AXIS,
+            annealing_steps=self.annealing_steps,
+        )
+
+    def check_memory(self, params: Params | None, first: Episode, num_valid: int) -> None:
+        """Raises UserError where parameters, episodes or arrays of the loss are too large."""
+        support, query = jax.tree.map(_one, (first.support, first.query))
+        init = self.problem.model.init if params is None else lambda _: params
+        if self.problem.outer_loss is not None:  # the inner loss may not take a query
+            query = support
+        number = max(self.config.tasks_per_step, num_valid)
+        feasible.check([], init, self.problem.loss_fn, support, query, number)
+
+    def fingerprint(self, start: MetaState, first: Episode, valid: Episode | None) -> Fingerprint:
+        """Of the estimate of one task, in its default form: it is traced, and not compiled."""
+        hparams = dict(start.hparams)
+        decisive = {
+            "inner": {k: v for k, v in vars(self.inner).items() if k not in EXECUTION},
+            "outer": self.outer,
+            "hparams": {name: float(value) for name, value in hparams.items()},
+            "tasks_per_step": self.config.tasks_per_step,
+            "eval_every": self.config.eval_every,
+            "annealing_steps": self.annealing_steps,
+        }
+        arrays = {
+            "initial state": of_arrays((start.step, start.meta_params, start.opt_state)),
+            "random key": of_arrays(start.key),
+            "first tasks": of_arrays(first),
+        }
+        if valid is not None:
+            arrays["validation tasks"] = of_arrays(valid)
+        if self.annealing_steps:
+            hparams["query_annealing"] = jnp.float32(0)
+        program = of_program(
+            self.estimate(dataclasses.replace(self.inner, **EXECUTION)),
+            start.meta_params,
+            hparams,
+            jax.tree.map(_one, first),
+            start.key,
+        )
+        execution = {name: getattr(self.inner, name) for name in EXECUTION}
+        execution |= {n: getattr(self.config, n) for n in ("tasks_at_a_time", "steps_per_call")}
+        return Fingerprint(decisive, arrays, {"loss, learner or estimator": program}, execution)
+
+
+class _Tasks(NamedTuple):
+    """The tasks of each step: drawn on the host, or in the call where that holds several."""
+
+    family: TaskFamily
+    config: FitConfig
+    devices: Sequence[parallel.Device]
+    key: Key
+    step_key: StepKey
+
+    def draw(self, step: int) -> Episode:
+        key = self.step_key(self.key, step)
+        return self.family.train.sample(key, self.config.tasks_per_step)
+
+    def batches(self, first: Episode, start: int) -> Callable[[int], Any]:
+        """``step -> batch``: episodes ``[N, T, ...]``, or the keys of a call's tasks ``[N, m]``.
+
+        A call that would pass the end of the training is cut short there, and after the end a
+        batch is of one step.
+        """
+        number, last = len(self.devices), self.config.num_steps
+
+        def episodes(step: int) -> Episode:
+            drawn = first if step == start else self.draw(step)
+            return parallel.split_over_devices(drawn, number)
+
+        @functools.partial(jax.jit, static_argnames="size")
+        def step_keys(step: Array, size: int) -> Key:
+            keys = jax.vmap(lambda i: self.step_key(self.key, i))(step + jnp.arange(size))
+            return jnp.broadcast_to(keys, (number, size))
+
+        def keys(step: int) -> Key:
+            size = min(self.config.steps_per_call, last - step) if step < last else 1
+            return step_keys(jnp.asarray(step), size)
+
+        return episodes if self.config.steps_per_call == 1 else keys
+
+    def parallel_step(self, step: MetaStep) -> StepFn:
+        """The compiled step, or several of them with their tasks drawn in between."""
+        if self.config.steps_per_call == 1:
+            return parallel.parallel_step(step, self.devices)
+        total = self.config.tasks_per_step
+        size = total // len(self.devices)
+
+        def sample(key: Key) -> Episode:
+            episodes = self.family.train.sample(key, total)
+            begin = jax.lax.axis_index(parallel.AXIS) * size
+            return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, begin, size), episodes)
+
+        try:
+            jax.eval_shape(lambda key: self.family.train.sample(key, total), self.key)
+        except jax.errors.JAXTypeError as error:
+            raise UserError(
+                f"the tasks of {self.family.name} are drawn on the host, and steps_per_call="
+                f"{self.config.steps_per_call} would draw them in a compiled call: give 1"
+            ) from error
+
+        def call(state: MetaState, keys: Key):
+            state, metrics = jax.lax.scan(lambda s, key: step(s, sample(key)), state, keys)
+            return state, jax.tree.map(lambda x: x.mean(0), metrics)
+
+        return parallel.parallel_step(call, self.devices)
+
+
+def _one(batched: Any) -> Any:
+    """The shape and dtype of one entry of an array of several."""
+    return jax.ShapeDtypeStruct(np.shape(batched)[1:], batched.dtype)

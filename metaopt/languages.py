@@ -1,0 +1,193 @@
+"""Language models that adapt: tasks, model and learners from the config of a run.
+
+What `experiments.adapt_languages` trains is decided by a `LanguageConfig`, which a run keeps in
+its ``config.json``: with it `metaopt.load` rebuilds model and learner anywhere. Tasks, a model
+and rows of one's own are given as ``module:function``.
+"""
+
+import dataclasses
+from typing import Literal, get_args
+
+from metaopt import learners, meta_gradients, models
+from metaopt.comparison import Row, select
+from metaopt.errors import UserError
+from metaopt.inner_loop import InnerLoop
+from metaopt.learners.maml import InnerOptimizer
+from metaopt.optimizers.inner import INNER_OPTIMIZERS, OptimizerName
+from metaopt.parts import load_part, make_part
+from metaopt.ranges import Checked, Count, Heads, Layers, Length, Seed, Width
+from metaopt.tasks import text
+from metaopt.tasks.markov import Concentration, MarkovConfig, Order, Symbols, markov
+from metaopt.types import Estimator, Learner, Model, TaskFamily
+
+ModelName = Literal["bigram", "rnn", "gru", "lstm", "transformer"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LanguageConfig(Checked):
+    """Languages, the model of them, and how it adapts.
+
+    Attributes:
+      tasks: markov, text (with --folder), stdlib, tfds:NAME, or module:function of your own,
+        which takes nothing and returns a `TaskFamily`.
+      folder: Folder of text, one file a domain.
+      model: bigram, rnn, gru, lstm, transformer, or module:function of your own, which takes the
+        size of the vocabulary and returns a `Model`.
+      width: Width of the recurrent and transformer models.
+      num_layers: Number of layers of the recurrent and transformer models.
+      num_heads: Number of heads of the transformer.
+      compute_dtype: Dtype of the activations of the transformer.
+      num_support: S, sequences to adapt on.
+      num_query: Q, sequences to be judged on.
+      length: L, tokens in a sequence.
+      vocab_size: Vocabulary of the Markov languages and of tasks of your own; bytes have 256.
+      order: Order of the Markov languages.
+      concentration: Concentration of the Dirichlet prior of the Markov languages.
+      num_valid_domains: Number of domains of text held out for choosing rates and checkpoints.
+      num_test_domains: Number of domains of text held out for the table.
+      split_seed: Seed of the choice of held-out domains.
+      inner_optimizer: Optimiser of the inner loop, or module:function of your own, which takes
+        the learning rate and returns an `optax.GradientTransformation`.
+      inner: The inner loop.
+      rows: Names of the rows to run, all if none; or module:function of your own, which takes
+        the model, the inner optimiser and the number of inner steps, and returns a
+        `metaopt.comparison.Row`.
+    """
+
+    tasks: str = "markov"
+    folder: str | None = None
+    model: ModelName | str = "bigram"
+    width: Width = 64
+    num_layers: Layers = 2
+    num_heads: Heads = 2
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    num_support: Count = 4
+    num_query: Count = 8
+    length: Length = 32
+    vocab_size: Symbols = 16
+    order: Order = 1
+    concentration: Concentration = 0.3
+    num_valid_domains: Count = 8
+    num_test_domains: Count = 10
+    split_seed: Seed = 0
+    inner_optimizer: OptimizerName | str = "sgd"
+    inner: InnerLoop = dataclasses.field(default_factory=InnerLoop)
+    rows: tuple[str, ...] = ()
+
+
+def is_text(tasks: str) -> bool:
+    """Whether tasks of this name are domains of bytes."""
+    return tasks in ("text", "stdlib") or tasks.startswith("tfds:")
+
+
+def is_own(name: str) -> bool:
+    """Whether a name is ``module:function``, and not ``tfds:NAME``."""
+    return ":" in name and not name.startswith("tfds:")
+
+
+def markov_config(config: LanguageConfig) -> MarkovConfig:
+    """The Markov languages of a config."""
+    names = [field.name for field in dataclasses.fields(MarkovConfig)]
+    return MarkovConfig(**{name: getattr(config, name) for name in names})
+
+
+def make_family(config: LanguageConfig) -> TaskFamily:
+    """The task family of a config.
+
+    Raises:
+      UserError: there are no such tasks, or their folder is missing, or given and not read.
+    """
+    if config.folder is not None and config.tasks != "text":
+        raise UserError(f"--folder is for --tasks text, not {config.tasks}: leave one of them out")
+    if config.tasks == "markov":
+        return markov(markov_config(config))
+    if is_own(config.tasks):
+        return make_part("--tasks", config.tasks, TaskFamily)
+    if config.tasks == "text" and config.folder is None:
+        raise UserError("--tasks text needs --folder, with one file a domain")
+    if not is_text(config.tasks):
+        raise UserError(
+            f"unknown tasks {config.tasks!r}: markov, text, stdlib, tfds:NAME or module:function "
+            "of your own"
+        )
+    return text.text(
+        text.TextConfig(
+            source=str(config.folder if config.tasks == "text" else config.tasks),
+            num_valid_domains=config.num_valid_domains,
+            num_test_domains=config.num_test_domains,
+            split_seed=config.split_seed,
+            num_support=config.num_support,
+            num_query=config.num_query,
+            length=config.length,
+        )
+    )
+
+
+def make_model(config: LanguageConfig) -> Model:
+    """The model of a config, of the vocabulary of its tasks.
+
+    Raises:
+      UserError: there is no such model.
+    """
+    vocab_size = text.VOCAB_SIZE if is_text(config.tasks) else config.vocab_size
+    if is_own(config.model):
+        return make_part("--model", config.model, Model, {"vocab_size": vocab_size})
+    if config.model == "bigram":
+        return models.bigram(vocab_size)
+    if config.model == "transformer":
+        return models.transformer(
+            models.TransformerConfig(
+                vocab_size=vocab_size,
+                width=config.width,
+                num_layers=config.num_layers,
+                num_heads=config.num_heads,
+                compute_dtype=config.compute_dtype,
+            )
+        )
+    if config.model in ("rnn", "gru", "lstm"):
+        return models.recurrent(vocab_size, config.width, config.model, config.num_layers)
+    choices = ", ".join(get_args(ModelName))
+    raise UserError(
+        f"unknown model {config.model!r}: choose one of {choices}, or module:function of your own"
+    )
+
+
+def make_rows(config: LanguageConfig, model: Model) -> list[Row]:
+    """The rows of a config, in the order of the table, those of one's own last.
+
+    Raises:
+      UserError: there is no row of a name.
+    """
+    optimizer = load_part(
+        "--inner-optimizer", config.inner_optimizer, ("learning_rate",), INNER_OPTIMIZERS
+    )
+    steps = config.inner.num_steps
+    arguments = {"model": model, "inner_optimizer": optimizer, "num_steps": steps}
+    own = [make_part("--rows", name, Row, arguments) for name in config.rows if is_own(name)]
+    named = [name for name in config.rows if not is_own(name)]
+    known = _library_rows(config, model, optimizer)
+    return [*([] if own and not named else select(known, named)), *own]
+
+
+def _library_rows(config: LanguageConfig, model: Model, optimizer: InnerOptimizer) -> list[Row]:
+    steps = config.inner.num_steps
+    maml, reverse = learners.maml(optimizer), meta_gradients.reverse
+
+    def row(name: str, learner: Learner, estimator: Estimator | None) -> Row:
+        return Row(name, learner, estimator, optimizer)
+
+    rows = [
+        row("random init", maml, None),
+        row("joint pretraining", maml, meta_gradients.joint),
+        row("Reptile", maml, meta_gradients.reptile),
+        row("FOMAML", maml, meta_gradients.first_order),
+        row("ANIL", learners.anil(model, optimizer), reverse),
+        row("MAML", maml, reverse),
+        row("per-layer-per-step", learners.per_layer_per_step(optimizer, num_steps=steps), reverse),
+        row("Meta-SGD", learners.meta_sgd(optimizer, num_steps=steps), reverse),
+    ]
+    if config.tasks == "markov" and config.inner_optimizer == "sgd":
+        adagrad = INNER_OPTIMIZERS["adagrad"]
+        learner = learners.meta_sgd(adagrad, num_steps=steps)
+        rows.append(Row("Meta-SGD on Adagrad", learner, reverse, adagrad))
+    return rows

@@ -1,0 +1,86 @@
+"""What a training is: the arguments of `metaopt.training.loop.train` and its substitutes."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import numpy as np
+
+from metaopt.ranges import Checked, Count, Range, Steps, StepsOr0
+from metaopt.training.fingerprint import Fingerprint
+from metaopt.types import MetaState, Metrics
+
+StepFn = Callable[[MetaState, Any], tuple[MetaState, Metrics]]
+"""``(state, batch) -> (state, metrics)``: one call, of one meta-update or several."""
+Evaluate = Callable[[MetaState], float | np.ndarray]
+"""``state -> loss`` on held-out tasks, lower is better; or the losses of all of them, ``[E]``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(Checked):
+    """Length of a training and how often it does what; all but the last two in meta-updates.
+
+    Attributes:
+      num_steps: length of the training.
+      log_every: interval between lines of metrics.
+      eval_every: interval between evaluations, each with a checkpoint; 0 is never.
+      checkpoint_every: interval between checkpoints; another is written at the end.
+      keep_last: number of checkpoints that are kept, beside the best evaluated one.
+      divergence_factor: limit of the query loss, as a multiple of the first one, beyond which the
+        training stops; infinity is no limit.
+    """
+
+    num_steps: Steps
+    log_every: Steps = 10
+    eval_every: StepsOr0 = 0
+    checkpoint_every: Steps = 100
+    keep_last: Count = 3
+    divergence_factor: Annotated[float, Range(1.001, math.inf)] = 5.0
+
+
+class Training(NamedTuple):
+    """One training, ready to be run.
+
+    Attributes:
+      name: name in files and messages; several trainings may share a directory.
+      state: state to start from. A train function may donate it.
+      step_fn: compiled call that donates the state. Its metrics hold at least ``loss``,
+        ``grad_norm`` (scalars) and ``inner_losses`` ([K]).
+      sample: ``step -> batch`` for the call that begins after that many meta-updates, placed
+        where ``step_fn`` wants it; a pure function. It is called from another thread, so it must
+        not talk to other processes. From the end of the training on, the batch is of one update.
+      tasks_per_step: tasks of a meta-update, on all devices together.
+      tokens_per_task: tokens of support and query together.
+      fingerprint: what decides the states; a checkpoint of another is refused.
+      evaluate: loss that the best checkpoint is chosen by; it must not donate the state.
+      steps_per_call: meta-updates in one call.
+    """
+
+    name: str
+    state: MetaState
+    step_fn: StepFn
+    sample: Callable[[int], Any]
+    tasks_per_step: int
+    tokens_per_task: int
+    fingerprint: Fingerprint
+    evaluate: Evaluate | None = None
+    steps_per_call: int = 1
+
+
+class Trained(NamedTuple):
+    """What a training gives.
+
+    Attributes:
+      state: best evaluated state, or the last one if none was evaluated.
+      from_checkpoint: step of the checkpoint that holds the result, if nothing had to be trained;
+        None otherwise.
+    """
+
+    state: MetaState
+    from_checkpoint: int | None = None
+
+
+TrainFn = Callable[[Training, TrainConfig, Path | None], Trained]
+"""`metaopt.training.loop.train`, or what takes its place."""
