@@ -26,7 +26,8 @@ from metaopt.self_improvement.drop_in import improving_train, trainer
 from metaopt.self_improvement.loop import LoopConfig, run
 from metaopt.self_improvement.trials import TrialConfig
 from metaopt.self_improvement.workload import Choice, Scale, begin, steps
-from metaopt.training.loop import Interrupted, TrainConfig, train
+from metaopt.training.fingerprint import Fingerprint
+from metaopt.training.loop import Interrupted, TrainConfig, Training, train
 from metaopt.types import Batch, Episode, Model
 
 WEIGHTS = np.array([1.0, -2.0, 0.5], np.float32)
@@ -264,19 +265,17 @@ def drop_in(function, directory, evaluate=None, num_steps=60, **options):
     state = init_state(
         jax.random.key(0), MODEL.init(jax.random.key(0)), learner, outer_optimizer(outer), hparams
     )
-    return function(
-        parallel.replicate(state, devices),
-        compiled[0],
-        lambda i: parallel.split_over_devices(episodes(100 * i), 2),
-        config=TrainConfig(num_steps=num_steps),
-        directory=directory,
+    training = Training(
         name="drop-in",
+        state=parallel.replicate(state, devices),
+        step_fn=compiled[0],
+        sample=lambda i: parallel.split_over_devices(episodes(100 * i), 2),
         tasks_per_step=4,
         tokens_per_task=8,
-        fingerprint={"seed": 0},
+        fingerprint=Fingerprint({"seed": 0}),
         evaluate=evaluate,
-        **options,
     )
+    return function(training, TrainConfig(num_steps=num_steps), directory, **options).state
 
 
 HELD_OUT = draw(10**6, 32)

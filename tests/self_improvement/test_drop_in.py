@@ -16,7 +16,8 @@ from metaopt.self_improvement.drop_in import HELD_OUT_BATCHES, improving_train, 
 from metaopt.self_improvement.loop import LoopConfig, run
 from metaopt.self_improvement.monitor import MonitorConfig
 from metaopt.self_improvement.trials import TrialConfig
-from metaopt.training.loop import Interrupted, TrainConfig
+from metaopt.training.fingerprint import Fingerprint
+from metaopt.training.loop import Interrupted, TrainConfig, Training
 
 LOOP = LoopConfig(
     phases=(0.0,),
@@ -50,19 +51,17 @@ def train(directory, state=None, step=STEP, num_steps=60, sample=sample, loop=LO
         state = quadratic.initial_state()
         scalars = {"outer_learning_rate": 0.2, "weight_decay": 1e-4, "query_annealing": 0.1}
         state = state._replace(hparams={k: jnp.float32(v) for k, v in scalars.items()})
-    return improving_train(
-        state,
-        step,
-        sample,
-        config=TrainConfig(num_steps=num_steps),
-        directory=directory,
+    training = Training(
         name="drop-in",
+        state=state,
+        step_fn=step,
+        sample=sample,
         tasks_per_step=SIZE,
         tokens_per_task=2,
-        fingerprint={},
-        loop=loop,
-        **options,
+        fingerprint=Fingerprint({}),
     )
+    config = TrainConfig(num_steps=num_steps)
+    return improving_train(training, config, directory, loop=loop, **options).state
 
 
 def tried(directory):
