@@ -51,22 +51,14 @@ def train(directory, state=None, step=STEP, num_steps=60, sample=sample, loop=LO
         state = quadratic.initial_state()
         scalars = {"outer_learning_rate": 0.2, "weight_decay": 1e-4, "query_annealing": 0.1}
         state = state._replace(hparams={k: jnp.float32(v) for k, v in scalars.items()})
-    training = Training(
-        name="drop-in",
-        state=state,
-        step_fn=step,
-        sample=sample,
-        tasks_per_step=SIZE,
-        tokens_per_task=2,
-        fingerprint=Fingerprint({}),
-    )
+    training = Training("drop-in", state, step, sample, SIZE, 2, Fingerprint({}))
     config = TrainConfig(num_steps=num_steps)
     return improving_train(training, config, directory, loop=loop, **options).state
 
 
 def tried(directory):
     lines = read_json_lines(directory / "decisions.jsonl")
-    return {name for d in lines for e in d["evidence"] for name in e["settings"]}
+    return {name for d in lines for e in d["trials"] for name in e["settings"]}
 
 
 def test_what_the_training_sets_is_searched_only_where_the_caller_names_it(tmp_path):
@@ -165,7 +157,7 @@ def test_a_step_that_cannot_be_judged_without_an_update_is_refused(tmp_path):
 def timeless(directory):
     lines = read_json_lines(directory / "decisions.jsonl")
     return [
-        {k: v for k, v in d.items() if k not in ("seconds", "evidence", "checksum")} for d in lines
+        {k: v for k, v in d.items() if k not in ("seconds", "trials", "checksum")} for d in lines
     ]
 
 
