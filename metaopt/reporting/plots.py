@@ -1,13 +1,17 @@
 """Figures, drawn without a display and written as PNG."""
 
 import io
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
+from matplotlib.artist import Artist
+from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 from metaopt.console import printable
 from metaopt.files import write_bytes
@@ -44,6 +48,25 @@ def save(figure: Figure, path: Path) -> None:
     drawn = io.BytesIO()
     figure.savefig(drawn)
     write_bytes(path, drawn.getvalue())
+
+
+def overlapping_labels(figure: Figure) -> list[tuple[str, str]]:
+    """Pairs of texts that a figure draws over one another, for tests of figures."""
+    figure.draw_without_rendering()
+    axes = [axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)]
+    hidden = {label for axis in axes for label in _labels_outside(axis)}
+    texts = [t for t in figure.findobj(Text) if t.get_text().strip() and t not in hidden]
+    boxes = [(text.get_text(), text.get_window_extent()) for text in texts if text.get_visible()]
+    pairs = itertools.combinations(boxes, 2)
+    return [(one, other) for (one, a), (other, b) in pairs if a.overlaps(b)]
+
+
+def _labels_outside(axis: Axis) -> Iterator[Artist]:
+    """The labels of ticks outside the limits of an axis, which are not drawn."""
+    low, high = sorted(axis.get_view_interval())
+    for tick in (*axis.get_major_ticks(), *axis.get_minor_ticks()):
+        if not low <= tick.get_loc() <= high:
+            yield from (tick.label1, tick.label2)
 
 
 def label(name: str) -> str:
