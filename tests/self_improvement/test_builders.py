@@ -308,7 +308,7 @@ def test_improving_train_finds_a_rate_whatever_it_is_judged_by(tmp_path, evaluat
     assert int(state.step) == 60
     assert losses_of(state).mean() < 0.3 * losses_of(plain).mean()
     decisions = read_json_lines(tmp_path / "improved" / "decisions.jsonl")
-    assert {e["setting"] for d in decisions for e in d["evidence"]} == {"outer_learning_rate"}
+    assert {e["setting"] for d in decisions for e in d["trials"]} == {"outer_learning_rate"}
 
 
 def test_the_trainer_remembers_where_the_environment_says(monkeypatch):
