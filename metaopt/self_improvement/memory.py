@@ -143,7 +143,7 @@ def choose(
 def _rejected_choices(decisions: Sequence[Any], better: Settings) -> list[dict[str, Any]]:
     """The accepted choices that ``better`` does not have, as worse than no change.
 
-    Empty if these are no decisions.
+    Empty if the decisions cannot be read.
     """
     found = []
     for decision in past_search(decisions) or []:

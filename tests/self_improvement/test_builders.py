@@ -126,7 +126,7 @@ def test_another_optimiser_is_taken_and_survives_a_stop(tmp_path):
     workload = least_squares(space=space)
     straight = run(workload, settings, directory=tmp_path / "straight", config=config)
     (decision,) = straight.decisions
-    assert decision.changes["optimizer"] == ["sgd", "momentum"]
+    assert decision.changes["optimizer"] == ("sgd", "momentum")
     at = [30]
 
     def stopping(settings):
