@@ -141,7 +141,7 @@ def check_call(
     check_hparams(hparams)
     check_episode(episode)
     check_examples("support", episode.support)
-    if needs_query:
+    if needs_query or any(map(np.size, jax.tree.leaves(episode.query))):
         check_examples("query", episode.query)
 
 
