@@ -141,7 +141,8 @@ def check_call(
     check_hparams(hparams)
     check_episode(episode)
     check_examples("support", episode.support)
-    if needs_query or any(map(np.size, jax.tree.leaves(episode.query))):
+    leaves = jax.tree.leaves(episode.query)
+    if needs_query or not leaves or any(np.shape(leaf)[:1] != (0,) for leaf in leaves):
         check_examples("query", episode.query)
 
 
