@@ -1,8 +1,9 @@
-"""Checks of what users pass, made when a function is traced: compiled programs have none.
+"""Checks of what users pass, made when a function is called or traced, never in what is compiled.
 
-Each says in one line what was wrong and what to pass in its place.
+Each says in one line what is wrong and what to pass instead.
 """
 
+import types
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -14,8 +15,18 @@ from jax.extend import core
 
 from metaopt.errors import UserError
 from metaopt.measure import equations
-from metaopt.pytrees import entries
-from metaopt.types import Array, Batch, Episode, Hparams, Learner, MetaParams, Model, Params
+from metaopt.pytrees import entries, is_smooth
+from metaopt.types import (
+    Array,
+    Batch,
+    Episode,
+    Hparams,
+    Learner,
+    LossFn,
+    MetaParams,
+    Model,
+    Params,
+)
 
 HPARAMS = {
     "inner_learning_rate": "the learning rate of the inner optimizer",
@@ -25,7 +36,7 @@ HPARAMS = {
 
 
 def check_factory(factory: Any, which: Literal["inner", "outer"] = "inner") -> None:
-    """Raises UserError where an optimiser is given in place of what makes one."""
+    """Raises UserError if an optimiser is given in place of a function that makes one."""
     if isinstance(factory, optax.GradientTransformation) or not callable(factory):
         example = {
             "inner": "optax.sgd, not optax.sgd(0.1), or lambda rate: optax.adam(rate, b1=0.5)",
@@ -33,7 +44,7 @@ def check_factory(factory: Any, which: Literal["inner", "outer"] = "inner") -> N
         }[which]
         raise UserError(
             f"the {which} optimizer is made in every step, by a function of its scalars, and this "
-            f"is an object of type {type(factory).__name__}: give {example}"
+            f"is an object of type {_kind(factory)}: give {example}"
         )
 
 
@@ -54,18 +65,13 @@ def check_adapt(
             f"{type(optimizer).__name__}: give optax.sgd(0.1) rather than optax.sgd"
         )
     check_parameters(params)
-    if any(0 in np.shape(leaf) for leaf in jax.tree.leaves(support)):
-        shapes = ", ".join(str(np.shape(leaf)) for leaf in jax.tree.leaves(support))
-        raise UserError(
-            f"the support has no examples to adapt on, its arrays are {shapes}: give at least one, "
-            "or use the parameters as they are"
-        )
+    check_examples("support", support)
     if num_steps < 0:
         raise UserError(f"num_steps is {num_steps}: give the number of inner steps, 0 or more")
 
 
 def check_loss(loss_fn: Any) -> None:
-    """Raises UserError where a loss cannot be called, such as a `Model`."""
+    """Raises UserError if a loss cannot be called, such as a `Model`."""
     if not callable(loss_fn):
         hint = (
             "; metaopt.losses makes one of a model: losses.next_token(model)"
@@ -78,33 +84,124 @@ def check_loss(loss_fn: Any) -> None:
         )
 
 
-def check_parts(learner: Any, loss_fn: Any) -> None:
-    """Checks what an estimator is bound to.
-
-    Raises:
-      UserError: the learner is no `Learner`, or the loss cannot be called.
-    """
+def check_learner(learner: Any) -> None:
+    """Raises UserError if a learner is no `Learner`, such as the function that makes one."""
     if not isinstance(learner, Learner):
         raise UserError(
-            f"an estimator takes a metaopt.types.Learner, not an object of type "
-            f"{type(learner).__name__}: call its function, as in reverse(maml(), loss_fn, inner)"
+            f"a metaopt.Learner is needed here, not an object of type {type(learner).__name__}: "
+            "call its function, as in reverse(maml(), loss_fn, inner)"
         )
-    check_loss(loss_fn)
 
 
-def check_call(learner: Learner, meta_params: MetaParams, episode: Episode) -> None:
+def check_count(name: str, count: Any) -> None:
+    """Raises UserError if a number of things is no integer of 1 or more."""
+    if isinstance(count, bool) or not isinstance(count, int | np.integer) or count < 1:
+        raise UserError(f"{name} is {count!r}: give a whole number, 1 or more")
+
+
+def check_parts(learner: Any, loss_fn: Any, inner: Any, outer_loss: Any = None) -> LossFn:
+    """Checks what an estimator is bound to.
+
+    Returns:
+      What the adapted parameters are judged by: ``outer_loss``, or ``loss_fn`` if it is None.
+
+    Raises:
+      UserError: the learner is no `Learner`, the inner loop is no `InnerLoop`, or a loss cannot be
+        called.
+    """
+    check_learner(learner)
+    judge = loss_fn if outer_loss is None else outer_loss
+    for loss in (loss_fn, judge):
+        check_loss(loss)
+    if isinstance(inner, type) or not hasattr(inner, "num_steps"):
+        what = "its class" if isinstance(inner, type) else f"an object of type {_kind(inner)}"
+        raise UserError(
+            f"the third argument of an estimator is a metaopt.InnerLoop, not {what}: give "
+            "InnerLoop(num_steps=5)"
+        )
+    return scalar_loss(judge)
+
+
+def check_call(
+    learner: Learner, meta_params: MetaParams, hparams: Hparams, episode: Episode
+) -> None:
     """Checks what an estimator is called with.
 
     Raises:
-      UserError: the meta-parameters are not those of the learner, their parameters are not all
-        floating-point, or what is given is not one episode.
+      UserError: the meta-parameters are not those of the learner, or are not all floating-point;
+        the hparams are no dict of scalars; or what is given is not one episode with examples.
     """
     check_meta_params(learner, meta_params)
-    check_parameters(meta_params["params"])
+    check_parameters(meta_params if len(meta_params) > 1 else next(iter(meta_params.values())))
+    check_hparams(hparams)
+    check_episode(episode)
+    check_examples("support", episode.support)
+    check_examples("query", episode.query)
+
+
+def check_hparams(hparams: Any) -> None:
+    """Raises UserError if hparams are no dict of scalars."""
+    if not isinstance(hparams, Mapping):
+        raise UserError(
+            f"hparams are a dict of scalars, not an object of type {_kind(hparams)}: give "
+            "{'inner_learning_rate': 0.1}"
+        )
+    if wrong := [name for name, value in hparams.items() if np.ndim(value)]:
+        raise UserError(
+            f"hparams are scalars, and {wrong[0]!r} has {np.ndim(hparams[wrong[0]])} axes: learn "
+            "rates of their own for parameters by the learner meta_sgd or per_layer_per_step"
+        )
+
+
+def check_examples(name: Literal["support", "query"], batch: Any) -> None:
+    """Raises UserError if a batch has no examples, or not as many inputs as targets."""
+    leaves = jax.tree.leaves(batch)
+    shapes = ", ".join(str(np.shape(leaf)) for leaf in leaves) or "none"
+    if not leaves or any(0 in np.shape(leaf) for leaf in leaves):
+        raise UserError(
+            f"the {name} has no examples, its arrays are {shapes}: give at least one, or use the "
+            "parameters as they are"
+        )
+    if isinstance(batch, Batch) and len({np.shape(leaf)[:1] for leaf in leaves}) > 1:
+        raise UserError(
+            f"the {name} must have as many inputs as targets along the first axis, and its arrays "
+            f"are {shapes}"
+        )
+
+
+def scalar_loss(loss_fn: LossFn) -> LossFn:
+    """The loss, which raises UserError when traced if it returns anything but a scalar."""
+
+    def checked(params: Params, batch: Batch) -> Array:
+        loss = loss_fn(params, batch)
+        if isinstance(loss, tuple | list | dict | types.NoneType):
+            raise UserError(
+                f"a loss returns one scalar, and this one returns an object of type {_kind(loss)}: "
+                "return the loss alone"
+            )
+        if jnp.ndim(loss):
+            raise UserError(
+                f"a loss returns one scalar, and this one returns an array {jnp.shape(loss)}: "
+                "return its mean"
+            )
+        return loss
+
+    return checked
+
+
+def check_key(key: Any) -> None:
+    """Raises UserError if a key is none, such as the seed of one."""
+    dtype = getattr(key, "dtype", None)
+    if dtype is None or not (jnp.issubdtype(dtype, jax.dtypes.prng_key) or np.shape(key) == (2,)):
+        raise UserError(f"a key is needed, not an object of type {_kind(key)}: jax.random.key(0)")
+
+
+def check_episode(episode: Any) -> None:
+    """Raises UserError if what is given is no episode, or more than one."""
     if not (hasattr(episode, "support") and hasattr(episode, "query")):
         raise UserError(
-            "an estimator takes one metaopt.types.Episode(support, query, task), not an object of "
-            f"type {type(episode).__name__}"
+            "an estimator takes one metaopt.Episode(support, query), not an object of type "
+            f"{_kind(episode)}"
         )
     if num_axes := np.ndim(getattr(episode, "task", 0)):
         raise UserError(
@@ -115,8 +212,8 @@ def check_call(learner: Learner, meta_params: MetaParams, episode: Episode) -> N
 
 
 def check_meta_params(learner: Learner, meta_params: Any) -> None:
-    """Raises UserError where the entries are not those that the learner learns."""
-    expected = ("params", *learner.learned)
+    """Raises UserError if the entries are not those that the learner learns."""
+    expected = learner.names
     found = tuple(meta_params) if isinstance(meta_params, Mapping) else entries(meta_params)
     if set(found) != set(expected) or not isinstance(meta_params, Mapping):
         raise UserError(
@@ -138,13 +235,13 @@ def check_parameters(params: Params) -> Params:
             "parameters are float16, whose range is too small for inner steps and their "
             "derivatives: use bfloat16 or float32"
         )
-    if leaves and all(map(_is_floating, leaves)):
+    if leaves and all(map(_is_real, leaves)):
         return params
     wrong = [
         f"{jax.tree_util.keystr(path, simple=True, separator='/') or 'they'} "
         f"({getattr(leaf, 'dtype', type(leaf).__name__)})"
         for path, leaf in jax.tree.leaves_with_path(params)
-        if not _is_floating(leaf)
+        if not _is_real(leaf)
     ]
     if not wrong:
         raise UserError("there are no parameters to learn: the tree of parameters has no arrays")
@@ -155,9 +252,12 @@ def check_parameters(params: Params) -> Params:
     )
 
 
-def _is_floating(leaf: Any) -> bool:
-    dtype = getattr(leaf, "dtype", None) or (type(leaf) if isinstance(leaf, float) else None)
-    return dtype is not None and jnp.issubdtype(dtype, jnp.floating)
+def _is_real(leaf: Any) -> bool:
+    return is_smooth(leaf) and not np.iscomplexobj(leaf)
+
+
+def _kind(value: Any) -> str:
+    return type(value).__name__
 
 
 def hparam(hparams: Hparams, name: str) -> Array | float:

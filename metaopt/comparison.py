@@ -11,15 +11,16 @@ import functools
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, NamedTuple, Protocol, TypeVar
 
 import jax
 import numpy as np
 import optax
 
-from metaopt import evaluate, parallel
+from metaopt import parallel
 from metaopt.console import log
 from metaopt.errors import UserError
+from metaopt.evaluate import CurveFn, TunedCurves, tuned_curves
 from metaopt.fit import (
     FitConfig,
     Problem,
@@ -177,7 +178,6 @@ class Comparison:
         self.problem, self.inner, self.outer, self.config = problem, inner, outer, config
         self._train_fn = train_fn
         self.devices = check_settings(inner, config)
-        self._init_key, _ = jax.random.split(jax.random.key(config.seed))
         self._tuned: dict[tuple[Callable, str], float] = {}
 
     @functools.cached_property
@@ -194,7 +194,8 @@ class Comparison:
 
     def random_init(self) -> Params:
         """The initial parameters that every row shares."""
-        return self.problem.model.init(self._init_key)
+        init_key, _ = jax.random.split(jax.random.key(self.config.seed))
+        return self.problem.model.init(init_key)
 
     def pretrain(self, directory: Path) -> Params:
         """Joint pretraining before the rows part, or the random initialisation for 0 steps."""
@@ -232,7 +233,7 @@ class Comparison:
 
     def _test(
         self, learner: Learner, meta_params: MetaParams, rate: float, one_rate: bool
-    ) -> evaluate.TunedCurves:
+    ) -> TunedCurves:
         """Curves of the test episodes; ``rate`` is that of training.
 
         Rates that are learned are not tuned as well: they are used as they were trained.
@@ -241,11 +242,11 @@ class Comparison:
         if one_rate:
             rate = rate if learner.learned else self._best_rate(learner, meta_params)
             losses = curves(meta_params, {"inner_learning_rate": np.float32(rate)}, self.test)
-            return evaluate.TunedCurves(losses, np.full(losses.shape[1], rate))
+            return TunedCurves(losses, np.full(losses.shape[1], rate))
         rates = (rate,) if learner.learned else self.config.inner_rates
-        return evaluate.tuned_curves(curves, meta_params, {}, rates, self.valid, self.test)
+        return tuned_curves(curves, meta_params, {}, rates, self.valid, self.test)
 
-    def _curves(self, learner: Learner, num_steps: int | None = None) -> evaluate.CurveFn:
+    def _curves(self, learner: Learner, num_steps: int | None = None) -> CurveFn:
         return curves_of(
             self.problem,
             learner,
@@ -267,7 +268,7 @@ class Comparison:
         """The rate best on the validation tasks after the trained number of steps."""
         curves = self._curves(learner, self.inner.num_steps)
         rates = self.config.inner_rates
-        tuned = evaluate.tuned_curves(curves, meta_params, {}, rates, self.valid, self.valid)
+        tuned = tuned_curves(curves, meta_params, {}, rates, self.valid, self.valid)
         return float(tuned.rates[-1])
 
     def _train(
@@ -306,7 +307,19 @@ class Comparison:
         return fitted.meta_params
 
 
-def select(rows: Sequence[Row], names: Sequence[str]) -> list[Row]:
+class Named(Protocol):
+    """Something with a name, such as a row."""
+
+    @property
+    def name(self) -> str:
+        """The name in a table."""
+        ...
+
+
+AnyNamed = TypeVar("AnyNamed", bound=Named)
+
+
+def select(rows: Sequence[AnyNamed], names: Sequence[str]) -> list[AnyNamed]:
     """The rows of these names, in the order of ``rows``; all of them for no names.
 
     Raises:

@@ -1,17 +1,24 @@
-"""Evaluation: the loss after 0..K inner steps on held-out tasks, with intervals over tasks."""
+"""Evaluation: the loss after 0..K inner steps on held-out tasks, with intervals over tasks.
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+`evaluate` is the one call for a trained learner. `make_curves` and `tuned_curves` are its parts.
+"""
+
+from collections.abc import Callable, Collection, Sequence
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from metaopt.checks import check_call, check_parts
+from metaopt.checks import check_call, check_count, check_parts
+from metaopt.errors import UserError
 from metaopt.inner_loop import InnerLoop, adapt
-from metaopt.parallel import Device, parallel_map
-from metaopt.statistics import task_means
+from metaopt.parallel import Device, default_devices, parallel_map
+from metaopt.statistics import Interval, interval, task_means
 from metaopt.types import Array, Episode, Hparams, Learner, LossFn, MetaParams, Params
+
+if TYPE_CHECKING:
+    from metaopt.fit import Problem
 
 MAX_RATES_TRIED = 24
 
@@ -20,6 +27,83 @@ CurveFn = Callable[[MetaParams, Hparams, Episode], np.ndarray]
 
 MeasureFn = Callable[[Params, Episode], Array]
 """``(params, episode) -> float32 scalar, or array``: how good adapted parameters are."""
+
+
+class Evaluation(NamedTuple):
+    """Losses of held-out episodes while they are adapted to.
+
+    Attributes:
+      losses: float64 ``[E, K + 1]``, the loss of each episode after 0..K inner steps.
+      intervals: mean and 95 % interval over tasks after 0..K steps, ``K + 1`` of them.
+    """
+
+    losses: np.ndarray
+    intervals: tuple[Interval, ...]
+
+
+def evaluate(
+    problem: "Problem",
+    learner: Learner,
+    meta_params: MetaParams,
+    hparams: Hparams,
+    *,
+    inner: InnerLoop | None = None,
+    num_steps: int | None = None,
+    split: Literal["valid", "test"] = "test",
+    num_episodes: int = 256,
+    seed: int = 0,
+    measure: MeasureFn | None = None,
+    num_devices: int = 0,
+    tasks_at_a_time: int = 0,
+) -> Evaluation:
+    """The loss of a trained learner on held-out tasks, after 0..K inner steps on each.
+
+    Args:
+      problem: tasks and losses; the outer loss judges if there is one.
+      learner: what was meta-learned.
+      meta_params: its meta-parameters.
+      hparams: scalars of the learner, ``inner_learning_rate`` among them: ``fitted.hparams``.
+      inner: the inner loop of training; ``InnerLoop()`` if not given.
+      num_steps: K; that of the inner loop if not given, which it may exceed.
+      split: which tasks.
+      num_episodes: E.
+      seed: seed of the episodes: the same for all learners that are compared.
+      measure: what takes the place of the loss, such as an accuracy.
+      num_devices: number of devices; 0 for all.
+      tasks_at_a_time: episodes computed together on one device; 0 for 64.
+
+    Returns:
+      `Evaluation`.
+
+    Raises:
+      UserError: an argument is not what it should be.
+
+    Example:
+      >>> fitted = fit(problem, learner)
+      >>> evaluate(problem, learner, fitted.meta_params, fitted.hparams).intervals[-1]
+    """
+    inner = InnerLoop() if inner is None else inner
+    check_count("num_episodes", num_episodes)
+    if split not in ("valid", "test"):
+        raise UserError(f"split is {split!r}: give 'valid' or 'test'")
+    judge = problem.outer_loss
+    if measure is None and judge is not None:
+        measure = lambda params, episode: judge(params, episode.query)  # noqa: E731
+    curves = make_curves(
+        learner,
+        problem.loss_fn,
+        inner,
+        inner.num_steps if num_steps is None else num_steps,
+        default_devices(num_devices),
+        tasks_at_a_time,
+        measure,
+    )
+    family = problem.family
+    chosen = family.test if split == "test" else family.valid
+    episodes = chosen.sample(jax.random.key(seed), num_episodes)
+    losses = curves(meta_params, hparams, episodes)
+    tasks = np.asarray(episodes.task)
+    return Evaluation(losses, tuple(interval(column, tasks) for column in losses.T))
 
 
 def adaptation_curve(
@@ -33,7 +117,7 @@ def adaptation_curve(
 
     Args:
       learner: what was meta-learned.
-      loss_fn: what the inner loop steps on.
+      loss_fn: what the inner loop descends, as the learner changes it, and what judges.
       inner: the inner loop of training.
       num_steps: how far the curve goes; it may exceed the trained number.
       measure: what takes the place of the query loss, such as an accuracy. It may give
@@ -44,17 +128,17 @@ def adaptation_curve(
       in the unit of the loss or the measure. Every step takes all of the support, also where
       training splits it.
     """
-    check_parts(learner, loss_fn)
+    check_parts(learner, loss_fn, inner)
     scanned = InnerLoop(num_steps=inner.num_steps, batching="same", unroll=False)
 
     def curve(meta_params: MetaParams, hparams: Hparams, episode: Episode):
-        check_call(learner, meta_params, episode)
+        check_call(learner, meta_params, hparams, episode)
 
-        def judge(params):
+        def judge(params, _=None):
             return loss_fn(params, episode.query) if measure is None else measure(params, episode)
 
         adapted = adapt(
-            loss_fn,
+            learner.inner_loss(meta_params, loss_fn),
             learner.inner_opt(meta_params, hparams),
             learner.start(meta_params),
             episode.support,
@@ -133,7 +217,7 @@ def tuned_curves(
       curves: from `make_curves`.
       meta_params: the learner's meta-parameters.
       hparams: the other hyperparameters.
-      rates: the inner learning rates to try. Where the best of several is an outermost
+      rates: the inner learning rates to try. If the best of several is an outermost
         one, further ones are tried beyond it in the same ratio, up to
         `MAX_RATES_TRIED`: what is reported is no artefact of the grid.
       valid: episodes to choose on, ``[E_v, ...]``.
@@ -153,7 +237,7 @@ def tuned_curves(
 
     tried = on_valid(sorted(rates))
     best = _best_rates(tried)
-    while more := _beyond(sorted(tried), best, MAX_RATES_TRIED if len(tried) > 1 else 1):
+    while more := rates_beyond(sorted(tried), best.tolist()):
         tried |= on_valid(more)
         best = _best_rates(tried)
     on_test = {rate: at(rate, test) for rate in np.unique(best)}
@@ -169,9 +253,17 @@ def _best_rates(tried: dict[float, np.ndarray]) -> np.ndarray:
     return best
 
 
-def _beyond(tried: Sequence[float], best: np.ndarray, most: int) -> list[float]:
-    """Rates outside those tried, on each side where an outermost one is the best."""
-    if len(tried) >= most:
+def rates_beyond(
+    tried: Sequence[float], best: Collection[float], most: int = MAX_RATES_TRIED
+) -> list[float]:
+    """Rates outside those tried, on each side where an outermost one is among the best.
+
+    Args:
+      tried: ascending rates; nothing is beyond a single one.
+      best: the best rates of several streams or numbers of steps.
+      most: the number of rates from which on there are no more.
+    """
+    if not 1 < len(tried) < most:
         return []
     outside = ((tried[0], tried[0] ** 2 / tried[1]), (tried[-1], tried[-1] ** 2 / tried[-2]))
     return [rate for edge, rate in outside if edge in best]

@@ -224,7 +224,7 @@ def fit(
     training = Training(
         name=name,
         state=parallel.replicate(start, devices),
-        step_fn=tasks.parallel_step(parts.step()),
+        step_fn=tasks.compile(parts.step(tasks.axis_name)),
         sample=tasks.batches(first, int(start.step)),
         tasks_per_step=config.tasks_per_step,
         tokens_per_task=tokens_per_task(first),
@@ -317,12 +317,12 @@ class _Parts(NamedTuple):
             return self.estimator(self.learner, loss_fn, inner)
         return self.estimator(self.learner, loss_fn, inner, outer_loss=outer_loss)  # type: ignore
 
-    def step(self) -> MetaStep:
+    def step(self, axis_name: str | None) -> MetaStep:
         return make_meta_step(
             self.estimate(self.inner),
             outer_optimizer(self.outer),
             tasks_at_a_time=self.config.tasks_at_a_time,
-            axis_name=parallel.AXIS,
+            axis_name=axis_name,
             annealing_steps=self.annealing_steps,
         )
 
@@ -376,6 +376,11 @@ class _Tasks(NamedTuple):
     key: Key
     step_key: StepKey
 
+    @property
+    def axis_name(self) -> str | None:
+        """The axis that a step averages over."""
+        return parallel.AXIS if len(self.devices) > 1 else None
+
     def draw(self, step: int) -> Episode:
         key = self.step_key(self.key, step)
         return self.family.train.sample(key, self.config.tasks_per_step)
@@ -403,16 +408,24 @@ class _Tasks(NamedTuple):
 
         return episodes if self.config.steps_per_call == 1 else keys
 
-    def parallel_step(self, step: MetaStep) -> StepFn:
+    def compile(self, step: MetaStep) -> StepFn:
         """The compiled step, or several of them with their tasks drawn in between."""
-        if self.config.steps_per_call == 1:
-            return parallel.parallel_step(step, self.devices)
+        if self.config.steps_per_call > 1:
+            step = self._several(step)
+        if self.axis_name is None:
+            return parallel.single_step(step)
+        return parallel.parallel_step(step, self.devices)
+
+    def _several(self, step: MetaStep) -> Callable:
+        """``(state, keys [m]) -> (state, metrics)``: m steps, and the means of their metrics."""
         total = self.config.tasks_per_step
         size = total // len(self.devices)
 
         def sample(key: Key) -> Episode:
             episodes = self.family.train.sample(key, total)
-            begin = jax.lax.axis_index(parallel.AXIS) * size
+            if self.axis_name is None:
+                return episodes
+            begin = jax.lax.axis_index(self.axis_name) * size
             return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, begin, size), episodes)
 
         try:
@@ -427,7 +440,7 @@ class _Tasks(NamedTuple):
             state, metrics = jax.lax.scan(lambda s, key: step(s, sample(key)), state, keys)
             return state, jax.tree.map(lambda x: x.mean(0), metrics)
 
-        return parallel.parallel_step(call, self.devices)
+        return call
 
 
 def _one(batched: Any) -> Any:

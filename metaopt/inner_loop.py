@@ -1,8 +1,8 @@
 """The inner loop: K differentiable optax steps on the support of one episode.
 
-Every estimator is this loop with another inner-gradient function: reverse mode
-differentiates through `jax.value_and_grad`; first order puts a stop-gradient
-behind it; mixed mode has a rule for its derivative.
+The estimators differ in how they differentiate it. Reverse mode, first order and mixed mode go
+through the steps, each by an inner-gradient function of its own; truncated goes through a window of
+them, implicit through the solution they lead to, and evolution strategies through none.
 """
 
 import dataclasses
@@ -15,9 +15,10 @@ import jax.numpy as jnp
 import optax
 from jax.ad_checkpoint import checkpoint_name
 
-from metaopt.checks import check_adapt
+from metaopt.checks import check_adapt, scalar_loss
 from metaopt.eager import compile_once
 from metaopt.errors import UserError
+from metaopt.pytrees import is_smooth
 from metaopt.ranges import Checked, InnerSteps
 from metaopt.rematerialization.scan import planned_scan
 from metaopt.types import Array, Batch, InnerGradFn, LossFn, Params, PyTree
@@ -82,7 +83,7 @@ class Adapted(NamedTuple):
       params: the adapted parameters.
       losses: float32 ``[K]``, the support loss before each step.
       opt_state: of the inner optimiser after the last step, to go on from.
-      probes: ``probe(params)`` before each step, stacked ``[K, ...]``; None without a probe.
+      probes: ``probe(params, batch)`` before each step, stacked ``[K, ...]``; None without one.
     """
 
     params: Params
@@ -101,7 +102,7 @@ def adapt(
     num_steps: int | None = None,
     opt_state: optax.OptState | None = None,
     grad_fn: InnerGradFn = jax.value_and_grad,
-    probe: Callable[[Params], Any] | None = None,
+    probe: Callable[[Params, Batch], Any] | None = None,
 ) -> Adapted:
     """Takes K inner steps, ``θ_{k+1} = θ_k + u_k(∇L(θ_k))``, differentiably.
 
@@ -124,7 +125,8 @@ def adapt(
         on past the trained number of steps (only with ``batching='same'``); 0 takes none.
       opt_state: of the inner optimiser, where an earlier run is gone on with; None starts anew.
       grad_fn: turns the loss into ``(params, batch) -> (loss, gradient)``.
-      probe: what else to measure at the parameters before each step.
+      probe: what else to measure before each step: a function of the parameters and of the
+        batch that the step is about to take.
 
     Returns:
       `Adapted`.
@@ -143,7 +145,7 @@ def adapt(
     """
     steps = config.num_steps if num_steps is None else num_steps
     check_adapt(loss_fn, optimizer, params, support, steps)
-    run = functools.partial(_adapt, loss_fn, optimizer, config, steps, grad_fn, probe)
+    run = functools.partial(_adapt, scalar_loss(loss_fn), optimizer, config, steps, grad_fn, probe)
     return compile_once(run)(params, support, opt_state)
 
 
@@ -159,7 +161,7 @@ def _adapt(loss_fn, optimizer, config, steps, grad_fn, probe, params, support, o
         updates, opt_state = _update(
             optimizer, grads, opt_state, params, loss, lambda params: loss_fn(params, batch)
         )
-        measured = None if probe is None else probe(params)
+        measured = None if probe is None else probe(params, batch)
         return (optax.apply_updates(params, updates), opt_state), (loss, measured)
 
     start = (params, optimizer.init(params) if opt_state is None else opt_state)
@@ -192,11 +194,11 @@ def _update(
 
 def _keep_dtype(new: Any, old: Any) -> Any:
     """``new`` in the dtype of ``old``: lars and schedule_free follow that of the rate."""
-    return jnp.asarray(new, jnp.result_type(old)) if _is_smooth(old) else new
+    return jnp.asarray(new, jnp.result_type(old)) if is_smooth(old) else new
 
 
 def _with_derivative_of(value: Any, other: Any) -> Any:
-    return _first_as_second(value, other) if _is_smooth(value) else value
+    return _first_as_second(value, other) if is_smooth(value) else value
 
 
 @jax.custom_jvp
@@ -209,10 +211,6 @@ def _first_as_second(value: Array, other: Array) -> Array:
 @_first_as_second.defjvp
 def _derivative_of_second(primals, tangents):
     return _first_as_second(*primals), tangents[1]
-
-
-def _is_smooth(leaf: Any) -> bool:
-    return jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
 
 
 def _scan(config: InnerLoop, step: Callable, start: Any, batches: Batch | None, num_steps: int):
@@ -275,7 +273,7 @@ def away_from_zero(tree: PyTree, *, squared: bool = False) -> PyTree:
     """
 
     def guard(x):
-        if not _is_smooth(x):
+        if not is_smooth(x):
             return x
         # 1e3: so that (1 - β2) floor² is still a normal number.
         floor = 1e3 * float(jnp.finfo(jnp.result_type(x)).tiny) ** 0.5

@@ -5,14 +5,17 @@ accumulated in float32; float64 stays float64.
 
 Targets that are classes or tokens may be of any integer dtype. One that is `IGNORED`, such as
 that of padding, is not counted: the mean is over the others, and is 0 with a gradient of 0
-where there are none. (Where a batch is cut up, over steps, devices or microbatches, each part
+if there are none. (If a batch is cut up, over steps, devices or microbatches, each part
 has a mean of its own.) One that is no class is an error, never another class's score: a
 UserError where its value is known, and in a compiled function, where it is not, a loss and a
 gradient of NaN.
 """
 
 import math
+from collections.abc import Callable
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import optax
 
@@ -43,6 +46,7 @@ def next_token(model: Model, ignore_index: int | None = IGNORED) -> LossFn:
     """
 
     def loss(params: Params, batch: Batch) -> Array:
+        _require_batch(batch)
         inputs = as_tokens("inputs", batch.inputs)
         _require_shape("targets", batch.targets, inputs.shape)
         return _cross_entropy(model.apply(params, inputs), batch.targets, ignore_index)
@@ -62,6 +66,7 @@ def regression(model: Model) -> LossFn:
     """
 
     def loss(params: Params, batch: Batch) -> Array:
+        _require_batch(batch)
         predictions = _at_least_float32(model.apply(params, batch.inputs))
         _require_shape("targets", batch.targets, predictions.shape)
         return jnp.mean((predictions - batch.targets) ** 2)
@@ -82,6 +87,7 @@ def classification(model: Model, ignore_index: int | None = IGNORED) -> LossFn:
     """
 
     def loss(params: Params, batch: Batch) -> Array:
+        _require_batch(batch)
         return _cross_entropy(model.apply(params, batch.inputs), batch.targets, ignore_index)
 
     return loss
@@ -102,12 +108,29 @@ def accuracy(model: Model, ignore_index: int | None = IGNORED) -> LossFn:
     """
 
     def share_correct(params: Params, batch: Batch) -> Array:
+        _require_batch(batch)
         logits = model.apply(params, batch.inputs)
         labels = _labels(batch.targets, logits, ignore_index)
         correct = (logits.argmax(-1) == labels).astype(jnp.float32)
         return _mean_of_counted(correct, labels, logits.shape[-1], ignore_index)
 
     return share_correct
+
+
+def per_example(loss_fn: LossFn) -> Callable[[Params, Batch], Array]:
+    """The losses of single examples, of a loss that is a mean over them.
+
+    For weights on the data: ``weights @ per_example(loss_fn)(params, batch)``.
+
+    Returns:
+      ``(params, batch) -> [S]``, for batches whose leaves are ``[S, ...]``.
+    """
+
+    def losses(params: Params, batch: Batch) -> Array:
+        examples = jax.tree.map(lambda x: x[:, None], batch)
+        return jax.vmap(loss_fn, (None, 0))(params, examples)
+
+    return losses
 
 
 def _cross_entropy(logits: Array, targets: Array, ignore_index: int | None) -> Array:
@@ -137,6 +160,14 @@ def _mean_of_counted(
 
 def _at_least_float32(x: Array) -> Array:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def _require_batch(batch: Any) -> None:
+    if not (hasattr(batch, "inputs") and hasattr(batch, "targets")):
+        raise UserError(
+            "a batch has inputs and targets, and this is an object of type "
+            f"{type(batch).__name__}: give metaopt.Batch(inputs, targets)"
+        )
 
 
 def _require_shape(name: str, x: Array, expected: tuple[int, ...]) -> None:

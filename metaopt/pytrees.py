@@ -11,23 +11,30 @@ from metaopt.types import Array, PyTree
 
 
 def partition(tree: PyTree) -> tuple[list[Any], Callable[..., PyTree]]:
-    """Takes the leaves of an inexact dtype out of a tree of arrays.
+    """Takes the leaves that have a derivative out of a tree (see `is_smooth`).
 
     Returns:
-      ``(smooth, join)``: those leaves, and ``join(values)``, the tree with values in
+      ``(smooth, join)``: these leaves, and ``join(values)``, the tree with values in
       their places. ``join(values, cotangent=True)`` has None in place of the other
       leaves: what a rule of `jax.custom_vjp` says of what has no derivative.
     """
     leaves, structure = jax.tree.flatten(tree)
-    is_smooth = [jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in map(_array, leaves)]
+    smooth = [is_smooth(leaf) for leaf in leaves]
 
     def join(values: Sequence[Any], *, cotangent: bool = False) -> PyTree:
         given = iter(values)
         others = [None] * len(leaves) if cotangent else leaves
-        filled = [next(given) if s else x for s, x in zip(is_smooth, others, strict=True)]
+        filled = [next(given) if s else x for s, x in zip(smooth, others, strict=True)]
         return jax.tree.unflatten(structure, filled)
 
-    return [leaf for leaf, s in zip(leaves, is_smooth, strict=True) if s], join
+    return [leaf for leaf, s in zip(leaves, smooth, strict=True) if s], join
+
+
+def is_smooth(leaf: Any) -> bool:
+    """Whether a leaf has a derivative: a floating-point or complex number or array."""
+    is_number = isinstance(leaf, float | complex)
+    dtype = getattr(leaf, "dtype", None) or (type(leaf) if is_number else None)
+    return dtype is not None and jnp.issubdtype(dtype, jnp.inexact)
 
 
 def entry(path: tuple) -> str:
@@ -64,10 +71,6 @@ def take(tree: PyTree, names: Sequence[str] | None) -> PyTree:
 def fill(tree: PyTree, taken: PyTree) -> PyTree:
     """The tree with the leaves of `taken` (see `take`) in place of its own."""
     return jax.tree.map(lambda own, new: own if new is None else new, tree, taken)
-
-
-def _array(leaf: Any) -> Any:
-    return leaf if hasattr(leaf, "dtype") else jnp.asarray(leaf)
 
 
 @jax.jit

@@ -80,7 +80,8 @@ def t_interval(values: np.ndarray, groups: np.ndarray) -> Interval:
     n = len(means)
     if n < 2:
         return Interval(float(means.mean()), float("nan"), n)
-    half = stats.t.ppf(0.975, n - 1) * means.std(ddof=1) / np.sqrt(n)
+    with np.errstate(invalid="ignore"):  # an infinite value has no interval
+        half = stats.t.ppf(0.975, n - 1) * means.std(ddof=1) / np.sqrt(n)
     return Interval(float(means.mean()), float(half), n, "Student t")
 
 

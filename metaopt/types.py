@@ -13,9 +13,10 @@ Losses are float32 scalars in nats a token (language models), mean squared error
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
+import numpy as np
 import optax
 
 Array = jax.Array
@@ -25,7 +26,8 @@ Params = PyTree
 """Parameters of a model: any pytree of floating-point arrays; here, nested dicts of float32."""
 
 MetaParams = dict[str, PyTree]
-"""What is meta-learned: always ``{'params': Params, ...}``, and what a learner adds."""
+"""What is meta-learned, by name: ``params``, where the inner loop starts (unless that is fixed),
+and what a learner adds."""
 
 Hparams = Mapping[str, Any]
 """Scalars that may change while a run goes on, kept in the state and never in a closure."""
@@ -53,12 +55,12 @@ class Episode(NamedTuple):
       support: what the inner loop adapts on.
       query: what the adapted model is judged by; disjoint from the support.
       task: int32 scalar that names the task (the domain, for text), so that
-        intervals can be taken over tasks rather than over episodes.
+        intervals can be taken over tasks rather than over episodes; 0 if there is one task.
     """
 
     support: Batch
     query: Batch
-    task: Array
+    task: Array = cast(Array, np.int32(0))
 
 
 class TaskSplit(NamedTuple):
@@ -110,8 +112,16 @@ InnerGradFn = Callable[[LossFn], Callable[[Params, Batch], tuple[Array, Params]]
 """Turns a loss into ``(params, batch) -> (loss, gradient)``; `jax.value_and_grad` is one."""
 
 
+def unchanged_loss(meta_params: MetaParams, loss_fn: LossFn) -> LossFn:
+    """The inner loss of a learner that learns none: the loss that it is given."""
+    del meta_params
+    return loss_fn
+
+
 class Learner(NamedTuple):
-    """What is meta-learned. It enters the inner loop in these two places.
+    """What is meta-learned. It enters the inner loop in three places.
+
+    These are its start, its optimiser and its loss: ``start``, ``inner_opt``, ``inner_loss``.
 
     Attributes:
       init: ``params -> meta_params``; the meta-parameters that start at ``params``.
@@ -120,6 +130,9 @@ class Learner(NamedTuple):
         it steps. ``hparams['inner_learning_rate']`` is a float32 scalar.
       learned: the names of the meta-parameters beside ``'params'``.
       adapted: the top-level entries of ``params`` that the inner loop moves; None for all.
+      inner_loss: ``(meta_params, loss_fn) -> loss``; what it descends. It may read
+        meta-parameters: a weight decay, weights on the data.
+      learns_start: whether ``'params'`` is one of the meta-parameters; False if the start is fixed.
     """
 
     init: Callable[[Params], MetaParams]
@@ -127,20 +140,32 @@ class Learner(NamedTuple):
     inner_opt: Callable[[MetaParams, Hparams], optax.GradientTransformation]
     learned: tuple[str, ...] = ()
     adapted: tuple[str, ...] | None = None
+    inner_loss: Callable[[MetaParams, LossFn], LossFn] = unchanged_loss
+    learns_start: bool = True
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of all meta-parameters."""
+        return ("params", *self.learned) if self.learns_start else self.learned
 
 
 MetaGradFn = Callable[[MetaParams, Hparams, Episode, Key], tuple[MetaParams, Metrics]]
 """An estimator bound to a learner and a loss: one episode to (meta-gradient, metrics).
 
 The key is for estimators that draw noise. Every estimator reports the metrics
-``loss`` (scalar: the query loss after adaptation, or what stands for it) and
-``inner_losses`` (``[K]``: the support loss before each inner step; ``[0]`` where
+``loss`` (scalar: the outer loss on the query after adaptation, or what takes its place) and
+``inner_losses`` (``[K]``: the inner loss on the support before each step; ``[0]`` if
 there is no inner loop).
 """
 
 
-Estimator = Callable[[Learner, LossFn, Any], MetaGradFn]
-"""``(learner, loss_fn, inner_loop) -> estimate``, with a `metaopt.inner_loop.InnerLoop`."""
+Estimator = Callable[..., MetaGradFn]
+"""``(learner, loss_fn, inner_loop, *, outer_loss=None) -> estimate``.
+
+The inner loop, a `metaopt.inner_loop.InnerLoop`, descends ``loss_fn`` (as the learner changes it,
+`Learner.inner_loss`); the adapted parameters are judged by ``outer_loss``, or by ``loss_fn`` if it
+is None. An estimator of one's own may leave ``outer_loss`` out.
+"""
 
 
 class MetaState(NamedTuple):

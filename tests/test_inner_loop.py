@@ -14,7 +14,7 @@ RATE = 0.3
 
 
 def test_sgd_on_a_quadratic_has_its_closed_form():
-    probe = lambda params: params["head"]  # noqa: E731
+    probe = lambda params, _: params["head"]  # noqa: E731
     adapted = adapt(
         quadratic.loss,
         optax.sgd(RATE),

@@ -12,7 +12,7 @@ import optax
 import optuna
 
 from experiments.table_self_improvement.workloads import Problem
-from metaopt.optimizers.hypergradient import self_tuned
+from metaopt.optimizers.self_tuned import self_tuned
 from metaopt.self_improvement.loop import LoopConfig, Outcome, run
 from metaopt.self_improvement.workload import Setting, Settings, Workload, begin, steps
 from metaopt.training.population import initial_population, train_population

@@ -9,8 +9,9 @@ import jax
 import numpy as np
 
 from experiments.table_self_improvement.config import Config, LanguageModel
-from metaopt import evaluate, learners, losses, meta_gradients, models, parallel
+from metaopt import learners, losses, meta_gradients, models, parallel
 from metaopt.errors import UserError
+from metaopt.evaluate import make_curves
 from metaopt.files import local_path
 from metaopt.indices import check_range
 from metaopt.inner_loop import InnerLoop
@@ -168,9 +169,7 @@ def markov_languages(config: Config) -> Languages:
     keys = [jax.random.fold_in(jax.random.key(config.seed), i) for i in range(3)]
     held_out = family.valid.sample(keys[0], sizes.num_held_out)
     test = family.test.sample(keys[1], sizes.num_test)
-    curves = evaluate.make_curves(
-        learner, loss_fn, inner, inner.num_steps, parallel.default_devices()
-    )
+    curves = make_curves(learner, loss_fn, inner, inner.num_steps, parallel.default_devices())
 
     def losses_on(episodes):
         return lambda state: curves(state.meta_params, state.hparams, episodes)[:, -1]

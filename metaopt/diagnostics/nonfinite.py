@@ -84,30 +84,33 @@ class Trajectory(NamedTuple):
 
 
 def run_inner_loop(
-    learner: Learner, loss_fn: LossFn, inner: InnerLoop
+    learner: Learner, loss_fn: LossFn, inner: InnerLoop, outer_loss: LossFn | None = None
 ) -> Callable[[MetaParams, Hparams, Episode], Trajectory]:
     """The inner loop in plain optax: ``(meta_params, hparams, episode) -> Trajectory``.
 
     Not by `metaopt.inner_loop.adapt`, so that finite differences of it judge `adapt` too.
     """
 
+    judge = loss_fn if outer_loss is None else outer_loss
+
     def run(meta_params: MetaParams, hparams: Hparams, episode: Episode) -> Trajectory:
+        inner_loss = learner.inner_loss(meta_params, loss_fn)
         optimizer = optax.with_extra_args_support(learner.inner_opt(meta_params, hparams))
 
         def step(carry, batch):
             params, opt_state = carry
             batch = episode.support if batch is None else batch
-            loss, grads = jax.value_and_grad(loss_fn)(params, batch)
+            loss, grads = jax.value_and_grad(inner_loss)(params, batch)
             updates, opt_state = optimizer.update(
                 grads,
                 opt_state,
                 params,
                 value=loss,
                 grad=grads,
-                value_fn=lambda params: loss_fn(params, batch),
+                value_fn=lambda params: inner_loss(params, batch),
             )
             params = optax.apply_updates(params, updates)
-            found = Trajectory(loss, all_finite(params), loss_fn(params, episode.query))
+            found = Trajectory(loss, all_finite(params), judge(params, episode.query))
             return (params, opt_state), found
 
         start = learner.start(meta_params)
@@ -126,15 +129,17 @@ def find_failure(
     meta_params: MetaParams,
     hparams: Hparams,
     episode: Episode,
+    outer_loss: LossFn | None = None,
 ) -> Failure:
     """Where an inner run whose meta-gradient is not finite goes wrong.
 
     The steps of the backward pass are taken one by one, from the last, so that each is
     judged by a finite cotangent.
     """
-    run = jax.jit(run_inner_loop(learner, loss_fn, inner))
+    run = jax.jit(run_inner_loop(learner, loss_fn, inner, outer_loss))
     found = in_forward(run(meta_params, hparams, episode), inner)
-    return found or _in_backward(learner, loss_fn, inner, meta_params, hparams, episode)
+    judge = loss_fn if outer_loss is None else outer_loss
+    return found or _in_backward(learner, loss_fn, judge, inner, meta_params, hparams, episode)
 
 
 def in_forward(trajectory: Trajectory, inner: InnerLoop) -> Failure | None:
@@ -151,7 +156,7 @@ def in_forward(trajectory: Trajectory, inner: InnerLoop) -> Failure | None:
     return None
 
 
-def _in_backward(learner, loss_fn, inner, meta_params, hparams, episode) -> Failure:
+def _in_backward(learner, loss_fn, judge, inner, meta_params, hparams, episode) -> Failure:
     """Walks back from the last step, the forward pass being finite."""
     step = _one_step(learner, loss_fn, hparams)
 
@@ -167,7 +172,7 @@ def _in_backward(learner, loss_fn, inner, meta_params, hparams, episode) -> Fail
     def add_query_gradient(state, cotangents):
         """The cotangents with those of the query loss after a step; whether these are finite."""
         params, opt_state = state
-        grads = jax.grad(loss_fn)(params, episode.query)
+        grads = jax.grad(judge)(params, episode.query)
         own, _ = partition((grads, jax.tree.map(jnp.zeros_like, opt_state)))
         return jax.tree.map(jnp.add, cotangents, own), all_finite(own)
 
@@ -194,9 +199,10 @@ def _one_step(learner: Learner, loss_fn: LossFn, hparams: Hparams):
 
     def step(meta_params: MetaParams, state, batch: Batch):
         params, opt_state = state
+        inner_loss = learner.inner_loss(meta_params, loss_fn)
         optimizer = learner.inner_opt(meta_params, hparams)
         once = InnerLoop(num_steps=1)
-        adapted = adapt(loss_fn, optimizer, params, batch, once, opt_state=opt_state)
+        adapted = adapt(inner_loss, optimizer, params, batch, once, opt_state=opt_state)
         return adapted.params, adapted.opt_state
 
     return step

@@ -1,16 +1,18 @@
-"""Training as a learner: how it steps is what is meta-learned, and which data it listens to."""
+"""Training as a learner: how it steps is what is meta-learned, and how it weighs its data."""
 
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import optax
 
 from metaopt.errors import UserError
-from metaopt.optimizers.hyperparameters import Scope, constant, float_dtype, spread
-from metaopt.types import Array, Learner, LossFn, Params, PyTree
+from metaopt.losses import per_example
+from metaopt.optimizers.self_tuned import Scope, float_dtype, initial_values, spread
+from metaopt.types import Array, Learner, LossFn, Params, PyTree, unchanged_loss
 
 DOMAINS = "domain_logits"
 """The name of the weights on the domains among what is learned."""
@@ -47,7 +49,7 @@ def tuned_learner(
     """A training run as a learner: what is learned is how it steps, beside where it starts.
 
     Args:
-      optimizer: ``values -> optimiser``, such as `sgd` and `adamw`. Its
+      optimizer: ``values -> optimiser``, such as `sgd_from_values` and `adamw_from_values`. Its
         ``values['learning_rate']`` is a tree like the parameters.
       start: the values at the start, by name.
       learned: which of them are meta-parameters.
@@ -68,10 +70,13 @@ def tuned_learner(
         logs = {}
         for name in learned:
             scope_of_value = rate_scope if name == "learning_rate" else "scalar"
-            logs[name] = constant(scope_of_value, params, _to_log(name, start[name]))
+            logs[name] = initial_values(scope_of_value, params, _to_log(name, start[name]))
         if num_domains:
             logs[DOMAINS] = jnp.zeros((num_domains,), float_dtype(params))
         return {"params": params, **logs}
+
+    def inner_loss(meta_params, loss_fn):
+        return weighted_by_domain(loss_fn, meta_params[DOMAINS])
 
     def inner_opt(meta_params, hparams):
         del hparams
@@ -84,6 +89,7 @@ def tuned_learner(
         start=lambda meta_params: meta_params["params"],
         inner_opt=inner_opt,
         learned=(*learned, *([DOMAINS] if num_domains else [])),
+        inner_loss=inner_loss if num_domains else unchanged_loss,
     )
 
 
@@ -98,16 +104,14 @@ def values_in_force(start: Mapping[str, float], logs: Mapping[str, PyTree]) -> d
     return values
 
 
-def weighted_by_domain(
-    example_losses: Callable[[Params, Any], Array], domain_logits: Array
-) -> LossFn:
+def weighted_by_domain(loss_fn: LossFn, domain_logits: Array) -> LossFn:
     """The mean of the losses of examples by weights on their domains.
 
     Mathematics: ``Σ_i w_i l_i`` with ``w = softmax_i(z[d_i])`` over the batch: the plain mean
-    where all logits z are equal.
+    if all logits z are equal.
 
     Args:
-      example_losses: ``(params, batch) -> [S]``.
+      loss_fn: a mean over examples, of a batch with a field ``domains`` (`DomainBatch`).
       domain_logits: z, ``[num_domains]``.
 
     References:
@@ -115,22 +119,23 @@ def weighted_by_domain(
     """
 
     def loss(params: Params, batch: Any) -> Array:
+        chex.assert_rank((domain_logits, batch.domains), 1)  # more axes would broadcast
         weights = jax.nn.softmax(domain_logits[batch.domains])
-        return weights @ example_losses(params, batch)
+        return weights @ per_example(loss_fn)(params, batch)
 
     return loss
 
 
-def sgd(values: Mapping[str, PyTree]) -> optax.GradientTransformation:
+def sgd_from_values(values: Mapping[str, PyTree]) -> optax.GradientTransformation:
     """Gradient descent with ``momentum`` and decoupled ``weight_decay``, both 0 if not given."""
     return optax.chain(
         optax.trace(values.get("momentum", 0.0)),
         optax.add_decayed_weights(values.get("weight_decay", 0.0)),
-        _scale_by_rates(values["learning_rate"]),
+        _scale_each(values["learning_rate"]),
     )
 
 
-def adamw(values: Mapping[str, PyTree]) -> optax.GradientTransformation:
+def adamw_from_values(values: Mapping[str, PyTree]) -> optax.GradientTransformation:
     """AdamW with ``b1``, ``b2`` and ``weight_decay``, 0.9, 0.999 and 0 if not given.
 
     Its ``eps_root`` keeps the derivative finite (see `metaopt.optimizers.inner`).
@@ -138,11 +143,11 @@ def adamw(values: Mapping[str, PyTree]) -> optax.GradientTransformation:
     return optax.chain(
         optax.scale_by_adam(values.get("b1", 0.9), values.get("b2", 0.999), eps_root=1e-8),
         optax.add_decayed_weights(values.get("weight_decay", 0.0)),
-        _scale_by_rates(values["learning_rate"]),
+        _scale_each(values["learning_rate"]),
     )
 
 
-def _scale_by_rates(rates: PyTree) -> optax.GradientTransformation:
+def _scale_each(rates: PyTree) -> optax.GradientTransformation:
     return optax.stateless(lambda u, _: jax.tree.map(lambda u, rate: -rate * u, u, rates))
 
 

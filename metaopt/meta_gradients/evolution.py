@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from metaopt.checks import check_call, check_parts
+from metaopt.checks import check_call, check_key, check_parts
 from metaopt.errors import UserError
 from metaopt.inner_loop import InnerLoop
 from metaopt.meta_gradients.windows import (
@@ -32,6 +32,7 @@ def evolution(
     window: int | None = None,
     reuse_noise: bool = False,
     pairs_at_a_time: int = 0,
+    outer_loss: LossFn | None = None,
 ) -> MetaGradFn:
     """The gradient of the loss smoothed by Gaussian noise on the meta-parameters.
 
@@ -43,20 +44,22 @@ def evolution(
     this one, so the mean over windows is unbiased where `truncated` is not.
 
     Noise on ``params`` is drawn once a run, since they are read where it starts: new noise
-    would be variance and no more. ``reuse_noise`` does so for all meta-parameters.
+    would only add variance. ``reuse_noise`` does so for all meta-parameters.
 
-    Nothing is differentiated but the inner loss, for the inner steps: the query loss may be flat
-    in places or not differentiable. The variance grows with the number of meta-parameters.
+    Nothing is differentiated but the inner loss, for the inner steps: the outer loss may be flat
+    in places or not differentiable (an error rate). The variance grows with the number of
+    meta-parameters.
 
     Args:
       learner: what is meta-learned.
-      loss_fn: the inner and the outer loss.
+      loss_fn: what the inner loop descends, as the learner changes it.
       inner: the inner loop, of K steps.
       num_pairs: P, the antithetic pairs.
       sigma: σ, the standard deviation of the noise, of meta-parameters of every kind.
       window: W, a divisor of K; None for K, which is plain antithetic ES.
       reuse_noise: one noise a run instead of one a window.
       pairs_at_a_time: pairs that are run together, for less memory; 0 for all.
+      outer_loss: what the adapted parameters are judged by; None for ``loss_fn``.
 
     Returns:
       ``(meta_params, hparams, episode, key) -> (meta-gradient, metrics)``; the metrics are
@@ -80,6 +83,7 @@ def evolution(
         window=window,
         reuse_noise=reuse_noise,
         pairs_at_a_time=pairs_at_a_time,
+        outer_loss=outer_loss,
     )
     return mean_over_windows(windows, inner, check_window(inner, window))
 
@@ -88,11 +92,11 @@ class Particles(NamedTuple):
     """The carry of `evolution_windows`.
 
     Attributes:
-      params: of the particles, ``[P, 2, ...]``, the one at ``m + ε`` first.
-      opt_state: of their inner optimisers, ``[P, 2, ...]``.
+      params: parameters of the particles, ``[P, 2, ...]``, the one at ``m + ε`` first.
+      opt_state: states of their inner optimisers, ``[P, 2, ...]``.
       step: int32 scalar, inner steps so far; 0 once there are K of them.
-      noise_sum: ξ, all noise that the first of each pair has met in this run, ``[P, ...]``.
-      key: for the noise of the next windows.
+      noise_sum: ξ, the sum of all noise on the first of each pair in this run, ``[P, ...]``.
+      key: key for the noise of the next windows.
     """
 
     params: Params
@@ -112,15 +116,17 @@ def evolution_windows(
     window: int | None = None,
     reuse_noise: bool = False,
     pairs_at_a_time: int = 0,
+    outer_loss: LossFn | None = None,
 ) -> Windows:
     """`evolution` one window at a time; arguments and errors are its own."""
-    check_parts(learner, loss_fn)
+    outer_loss = check_parts(learner, loss_fn, inner, outer_loss)
     window = check_window(inner, window)
     _check_options(num_pairs, sigma, pairs_at_a_time)
-    loss_of_window = run_window(learner, loss_fn, inner, window)
+    loss_of_window = run_window(learner, loss_fn, inner, window, outer_loss=outer_loss)
 
     def init(meta_params, hparams, episode, key):
-        check_call(learner, meta_params, episode)
+        check_call(learner, meta_params, hparams, episode)
+        check_key(key)
         run = start_run(learner, meta_params, hparams)
         params, opt_state = jax.tree.map(
             lambda x: jnp.broadcast_to(x, (num_pairs, 2, *jnp.shape(x))),

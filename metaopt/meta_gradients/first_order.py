@@ -1,34 +1,46 @@
-"""First order: the meta-gradient with the inner gradients held constant (FOMAML)."""
+"""First order: the meta-gradient with the curvature of the inner loss left out (FOMAML)."""
 
 import jax
 
 from metaopt.inner_loop import InnerLoop
 from metaopt.meta_gradients.reverse import reverse
-from metaopt.types import Learner, LossFn, MetaGradFn
+from metaopt.types import Batch, Learner, LossFn, MetaGradFn, Params
 
 
-def first_order(learner: Learner, loss_fn: LossFn, inner: InnerLoop) -> MetaGradFn:
-    """The meta-gradient without second derivatives.
+def first_order(
+    learner: Learner, loss_fn: LossFn, inner: InnerLoop, *, outer_loss: LossFn | None = None
+) -> MetaGradFn:
+    """The meta-gradient without the second derivatives in the parameters.
 
     Mathematics: ``∇²L_S`` is taken as zero, so that for the initialisation
     ``d L_Q(θ_K) / d θ_0 ≈ ∇L_Q(θ_K)``. Learned rates still get a gradient, since the
     update is a product of the rate and the (constant) inner gradient; it is exact
-    for the rates of the last step, which no inner gradient comes after.
+    for the rates of the last step, which no inner gradient comes after. Meta-parameters λ of the
+    inner loss keep their cross derivative ``∂²L_S / ∂θ∂λ`` at every step, and the steps after it
+    are taken as if they moved by a constant.
+
+    Args:
+      learner: what is meta-learned.
+      loss_fn: what the inner loop descends, as the learner changes it.
+      inner: the inner loop.
+      outer_loss: what the adapted parameters are judged by; None for ``loss_fn``.
 
     Returns:
       ``(meta_params, hparams, episode, key) -> (meta-gradient, metrics)``.
 
     References:
       Finn et al., 2017, "Model-Agnostic Meta-Learning", section 5.2;
-      Nichol et al., 2018, "On First-Order Meta-Learning Algorithms".
+      Nichol et al., 2018, "On First-Order Meta-Learning Algorithms";
+      Luketina et al., 2016, "Scalable Gradient-Based Tuning of Continuous Regularization
+      Hyperparameters" (the cross derivative alone).
     """
-    return reverse(learner, loss_fn, inner, grad_fn=constant_gradient)
+    return reverse(learner, loss_fn, inner, outer_loss=outer_loss, grad_fn=without_curvature)
 
 
-def constant_gradient(loss_fn: LossFn):
-    """`jax.value_and_grad` behind a stop-gradient."""
+def without_curvature(loss_fn: LossFn):
+    """`jax.value_and_grad` at parameters behind a stop-gradient."""
 
-    def value_and_grad(params, batch):
-        return jax.lax.stop_gradient(jax.value_and_grad(loss_fn)(params, batch))
+    def value_and_grad(params: Params, batch: Batch):
+        return jax.value_and_grad(loss_fn)(jax.lax.stop_gradient(params), batch)
 
     return value_and_grad

@@ -10,7 +10,13 @@ from metaopt.inner_loop import InnerLoop
 from metaopt.types import Batch, Episode, Learner, LossFn, MetaGradFn
 
 
-def joint(learner: Learner, loss_fn: LossFn, inner: InnerLoop | None = None) -> MetaGradFn:
+def joint(
+    learner: Learner,
+    loss_fn: LossFn,
+    inner: InnerLoop | None = None,
+    *,
+    outer_loss: LossFn | None = None,
+) -> MetaGradFn:
     """The gradient of the plain loss on all of the episode: ``∇ L_{S ∪ Q}(θ)``.
 
     It sees the very tokens that a meta-learner sees, support and query, and learns one
@@ -21,17 +27,19 @@ def joint(learner: Learner, loss_fn: LossFn, inner: InnerLoop | None = None) -> 
       loss_fn: the loss.
       inner: not used, its ``query_loss`` neither; it is here so that all estimators have one
         signature.
+      outer_loss: must be None; there is one loss here.
 
     Returns:
       ``(meta_params, hparams, episode, key) -> (meta-gradient, metrics)``, where the
       metric ``inner_losses`` is ``[0]``.
 
     Raises:
-      UserError: the learner has meta-parameters that this gradient does not reach.
+      UserError: the learner has meta-parameters that this gradient does not reach, or an
+        outer loss is given.
     """
-    del inner
-    check_parts(learner, loss_fn)
+    loss_fn = check_parts(learner, loss_fn, inner or InnerLoop())
     require_initialisation_only(learner, "joint pretraining")
+    require_one_loss(outer_loss, "joint pretraining")
 
     def objective(meta_params, episode):
         return loss_fn(learner.start(meta_params), support_and_query(episode))
@@ -39,8 +47,8 @@ def joint(learner: Learner, loss_fn: LossFn, inner: InnerLoop | None = None) -> 
     value_and_gradient = compile_once(jax.value_and_grad(objective))
 
     def estimate(meta_params, hparams, episode, key):
-        del hparams, key
-        check_call(learner, meta_params, episode)
+        del key
+        check_call(learner, meta_params, hparams, episode)
         loss, grads = value_and_gradient(meta_params, episode)
         return grads, {"loss": loss, "inner_losses": jnp.zeros((0,), loss.dtype)}
 
@@ -53,9 +61,18 @@ def support_and_query(episode: Episode) -> Batch:
 
 
 def require_initialisation_only(learner: Learner, estimator: str) -> None:
-    """Refuses learners with meta-parameters that an estimator gives no gradient."""
-    if learner.learned:
+    """Raises UserError if an estimator gives some meta-parameters no gradient."""
+    if learner.names != ("params",):
         raise UserError(
             f"{estimator} trains the initialisation alone and gives no gradient for "
             f"{', '.join(learner.learned)}: use the learner maml, or the estimator reverse"
+        )
+
+
+def require_one_loss(outer_loss: LossFn | None, estimator: str) -> None:
+    """Raises UserError if an estimator that has no outer loss is given one."""
+    if outer_loss is not None:
+        raise UserError(
+            f"{estimator} descends one loss and has no outer_loss: leave it out, or use an "
+            "estimator that has one, such as reverse or first_order"
         )

@@ -9,7 +9,9 @@ from metaopt.pytrees import partition
 from metaopt.types import Batch, Learner, LossFn, MetaGradFn, Params
 
 
-def mixed_mode(learner: Learner, loss_fn: LossFn, inner: InnerLoop) -> MetaGradFn:
+def mixed_mode(
+    learner: Learner, loss_fn: LossFn, inner: InnerLoop, *, outer_loss: LossFn | None = None
+) -> MetaGradFn:
     """The gradient of `reverse`, for less memory and usually less time.
 
     Reverse mode differentiates the backward pass of every inner gradient by another
@@ -17,6 +19,12 @@ def mixed_mode(learner: Learner, loss_fn: LossFn, inner: InnerLoop) -> MetaGradF
     the product of the Hessian with a cotangent v, and Hessians are symmetric:
     ``v' ∂(∇L)/∂θ = ∂/∂ε ∇L(θ + ε v)``, one forward-mode derivative of the gradient,
     which keeps nothing. Inner loop, learners and outer loop are those of `reverse`.
+
+    Args:
+      learner: what is meta-learned.
+      loss_fn: what the inner loop descends, as the learner changes it.
+      inner: the inner loop.
+      outer_loss: what the adapted parameters are judged by; None for ``loss_fn``.
 
     Returns:
       ``(meta_params, hparams, episode, key) -> (meta-gradient, metrics)``.
@@ -29,7 +37,7 @@ def mixed_mode(learner: Learner, loss_fn: LossFn, inner: InnerLoop) -> MetaGradF
       Kemaev et al., 2025, "Scalable Meta-Learning via Mixed-Mode Differentiation"
       (MixFlow-MG), arXiv:2505.00793.
     """
-    return reverse(learner, loss_fn, inner, grad_fn=forward_over_reverse)
+    return reverse(learner, loss_fn, inner, outer_loss=outer_loss, grad_fn=forward_over_reverse)
 
 
 def forward_over_reverse(loss_fn: LossFn):

@@ -14,6 +14,7 @@ def reverse(
     loss_fn: LossFn,
     inner: InnerLoop,
     *,
+    outer_loss: LossFn | None = None,
     grad_fn: InnerGradFn = jax.value_and_grad,
 ) -> MetaGradFn:
     """The exact gradient of the query loss after adaptation.
@@ -27,8 +28,9 @@ def reverse(
 
     Args:
       learner: what is meta-learned.
-      loss_fn: the inner and the outer loss.
+      loss_fn: what the inner loop descends, as the learner changes it.
       inner: the inner loop.
+      outer_loss: what the adapted parameters are judged by; None for ``loss_fn``.
       grad_fn: the inner-gradient function; another one makes another estimator.
 
     Returns:
@@ -43,19 +45,16 @@ def reverse(
       Finn et al., 2017, "Model-Agnostic Meta-Learning", algorithm 1; Antoniou et al.,
       2019, "How to train your MAML" (the multi-step loss).
     """
-    check_parts(learner, loss_fn)
+    judge = check_parts(learner, loss_fn, inner, outer_loss)
 
     def objective(meta_params, hparams, episode):
-        optimizer = learner.inner_opt(meta_params, hparams)
-        start = learner.start(meta_params)
-
-        def query_loss(params):
-            return loss_fn(params, episode.query)
+        def query_loss(params, _=None):
+            return judge(params, episode.query)
 
         adapted = adapt(
-            loss_fn,
-            optimizer,
-            start,
+            learner.inner_loss(meta_params, loss_fn),
+            learner.inner_opt(meta_params, hparams),
+            learner.start(meta_params),
             episode.support,
             inner,
             grad_fn=grad_fn,
@@ -76,7 +75,7 @@ def reverse(
 
     def estimate(meta_params, hparams, episode, key):
         del key
-        check_call(learner, meta_params, episode)
+        check_call(learner, meta_params, hparams, episode)
         return gradient(meta_params, hparams, episode)
 
     return estimate

@@ -21,6 +21,7 @@ def truncated(
     inner: InnerLoop,
     *,
     window: int | None = None,
+    outer_loss: LossFn | None = None,
     grad_fn: InnerGradFn = jax.value_and_grad,
 ) -> MetaGradFn:
     """The gradient of each window's loss through the W steps of that window alone.
@@ -35,9 +36,10 @@ def truncated(
 
     Args:
       learner: one that learns more than the initialisation, unless W = K.
-      loss_fn: the inner and the outer loss.
+      loss_fn: what the inner loop descends, as the learner changes it.
       inner: the inner loop, of K steps.
       window: W, a divisor of K; None for K.
+      outer_loss: what the adapted parameters are judged by; None for ``loss_fn``.
       grad_fn: the inner-gradient function; `mixed_mode`'s serves too.
 
     Returns:
@@ -51,7 +53,9 @@ def truncated(
       Shaban et al., 2019, "Truncated Back-propagation for Bilevel Optimization";
       Wu et al., 2018, "Understanding Short-Horizon Bias in Stochastic Meta-Optimization".
     """
-    windows = truncated_windows(learner, loss_fn, inner, window=window, grad_fn=grad_fn)
+    windows = truncated_windows(
+        learner, loss_fn, inner, window=window, outer_loss=outer_loss, grad_fn=grad_fn
+    )
     return mean_over_windows(windows, inner, check_window(inner, window))
 
 
@@ -61,6 +65,7 @@ def truncated_windows(
     inner: InnerLoop,
     *,
     window: int | None = None,
+    outer_loss: LossFn | None = None,
     grad_fn: InnerGradFn = jax.value_and_grad,
 ) -> Windows:
     """`truncated` one window at a time; arguments and errors are its own.
@@ -71,7 +76,7 @@ def truncated_windows(
       Metz et al., 2019, "Understanding and Correcting Pathologies in the Training of
       Learned Optimizers" (outer updates within an inner run).
     """
-    check_parts(learner, loss_fn)
+    outer_loss = check_parts(learner, loss_fn, inner, outer_loss)
     window = check_window(inner, window)
     if window < inner.num_steps and not learner.learned:
         raise UserError(
@@ -79,11 +84,13 @@ def truncated_windows(
             "initialisation in the first window only, and this learner has nothing else to "
             "learn: use the estimator reverse, or a learner with rates such as meta_sgd"
         )
-    loss_of_window = run_window(learner, loss_fn, inner, window, grad_fn=grad_fn)
+    loss_of_window = run_window(
+        learner, loss_fn, inner, window, outer_loss=outer_loss, grad_fn=grad_fn
+    )
 
     def init(meta_params, hparams, episode, key):
         del key
-        check_call(learner, meta_params, episode)
+        check_call(learner, meta_params, hparams, episode)
         return start_run(learner, meta_params, hparams)
 
     def step(meta_params, hparams, episode, run):

@@ -40,7 +40,7 @@ class Windows(NamedTuple):
         query loss where the window ends, and ``inner_losses`` ``[W]``.
 
     The carry is a pytree of arrays. Its ``step`` counts the inner steps of the run so far
-    and is 0 again when the run has come to K: the window after that starts anew, from the
+    and is 0 again after K of them: the next window starts a new run, from the
     meta-parameters and the episode that it is given.
     """
 
@@ -49,11 +49,11 @@ class Windows(NamedTuple):
 
 
 class InnerRun(NamedTuple):
-    """Where an inner run stands.
+    """The state of an inner run.
 
     Attributes:
-      params: the parameters so far.
-      opt_state: of the inner optimiser.
+      params: parameters so far.
+      opt_state: state of the inner optimiser.
       step: int32 scalar, inner steps so far; 0 once there are K of them.
     """
 
@@ -96,20 +96,21 @@ def run_window(
     inner: InnerLoop,
     window: int,
     *,
+    outer_loss: LossFn | None = None,
     grad_fn: InnerGradFn = jax.value_and_grad,
 ) -> Callable[[MetaParams, Hparams, Episode, InnerRun], tuple[Array, tuple[Metrics, InnerRun]]]:
     """The next W steps of a run of K, as a function of the meta-parameters.
 
     Returns:
       ``(meta_params, hparams, episode, run) -> (loss of the window, (metrics, run))``, as
-      `go_on`, but that the run starts anew, from the meta-parameters, where its step is 0,
-      as it is again after K steps, and that each window takes its part of the support.
+      `unroll_window`, except that the run starts again, from the meta-parameters, if its step
+      is 0, as it is after K steps, and that each window takes its part of the support.
     """
-    steps = go_on(learner, loss_fn, inner, window, grad_fn=grad_fn)
+    steps = unroll_window(learner, loss_fn, inner, window, outer_loss=outer_loss, grad_fn=grad_fn)
 
     def in_window(meta_params, hparams, episode, run):
-        anew = start_run(learner, meta_params, hparams)
-        run = jax.tree.map(lambda a, b: jnp.where(run.step == 0, a, b), anew, run)
+        first = start_run(learner, meta_params, hparams)
+        run = jax.tree.map(lambda a, b: jnp.where(run.step == 0, a, b), first, run)
         support = _support_of(episode, inner, window, run.step)
         loss, (metrics, run) = steps(meta_params, hparams, episode._replace(support=support), run)
         return loss, (metrics, run._replace(step=run.step % inner.num_steps))
@@ -117,24 +118,24 @@ def run_window(
     return in_window
 
 
-def go_on(
+def unroll_window(
     learner: Learner,
     loss_fn: LossFn,
     inner: InnerLoop,
     window: int,
     *,
+    outer_loss: LossFn | None = None,
     grad_fn: InnerGradFn = jax.value_and_grad,
-    inner_loss: Callable[[MetaParams], LossFn] | None = None,
 ) -> Callable[[MetaParams, Hparams, Episode, InnerRun], tuple[Array, tuple[Metrics, InnerRun]]]:
-    """W more steps of a run that has no end, as a function of the meta-parameters.
+    """W more steps of a run of any length, as a function of the meta-parameters.
 
     Args:
-      learner: says how to step; where the run started is no concern here.
-      loss_fn: of the query, and of the inner steps where ``inner_loss`` is None.
+      learner: how to step, and on what; its start is not read.
+      loss_fn: what the steps descend, as the learner changes it.
       inner: how to step; its number of steps is not read.
       window: W.
+      outer_loss: what the query is judged by; None for ``loss_fn``.
       grad_fn: the inner-gradient function.
-      inner_loss: ``meta_params -> loss`` of the inner steps, where the loss is learned.
 
     Returns:
       ``(meta_params, hparams, episode, run) -> (loss of the window, (metrics, run))``,
@@ -142,12 +143,14 @@ def go_on(
       ``inner.query_loss='mean'`` the mean of the query loss after each of its steps.
     """
 
+    judge = loss_fn if outer_loss is None else outer_loss
+
     def steps(meta_params, hparams, episode, run):
-        def query_loss(params):
-            return loss_fn(params, episode.query)
+        def query_loss(params, _=None):
+            return judge(params, episode.query)
 
         adapted = adapt(
-            loss_fn if inner_loss is None else inner_loss(meta_params),
+            learner.inner_loss(meta_params, loss_fn),
             learner.inner_opt(meta_params, hparams),
             run.params,
             episode.support,

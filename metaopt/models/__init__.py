@@ -1,13 +1,24 @@
 """Models, one file an architecture: constructors that return `metaopt.types.Model`.
 
 flax is imported nowhere else. A new architecture is a new file with one function
-that returns a ``Model``; `linen.as_model` makes one of a flax module.
+that returns a ``Model``; `as_model` makes one of a module of Linen, NNX or Equinox, or of a pair
+of functions.
 """
 
 from metaopt.models.bigram import bigram, ngram
 from metaopt.models.conv import conv
 from metaopt.models.mlp import mlp
+from metaopt.models.own import as_model
 from metaopt.models.recurrent import recurrent
 from metaopt.models.transformer import TransformerConfig, transformer
 
-__all__ = ["TransformerConfig", "bigram", "conv", "mlp", "ngram", "recurrent", "transformer"]
+__all__ = [
+    "TransformerConfig",
+    "as_model",
+    "bigram",
+    "conv",
+    "mlp",
+    "ngram",
+    "recurrent",
+    "transformer",
+]

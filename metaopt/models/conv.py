@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from metaopt.errors import UserError
-from metaopt.models.linen import as_model
+from metaopt.models.linen import from_linen
 from metaopt.types import Array, Model, Params
 
 NUM_LAYERS = 4
@@ -168,7 +168,7 @@ def conv(
             f"use at least {2**NUM_LAYERS}x{2**NUM_LAYERS}, or downsample='stride'"
         )
     network = ConvNet(num_classes, filters, downsample, num_reference)
-    return as_model(network, jnp.zeros((1, *image_shape)))
+    return from_linen(network, jnp.zeros((1, *image_shape)))
 
 
 def is_normalisation(params: Params) -> Params:

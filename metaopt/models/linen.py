@@ -16,7 +16,7 @@ def apply_module(module: nn.Module, params: Params, x: Array) -> Array:
     return cast(Array, module.apply({"params": params}, x))
 
 
-def as_model(
+def from_linen(
     module: nn.Module, example: Array, head: str | Sequence[str] | None = None, **arguments: Any
 ) -> Model:
     """A module as a `Model`.
@@ -24,9 +24,9 @@ def as_model(
     Args:
       module: maps inputs to outputs, with parameters and no other state.
       example: inputs of the right shape and dtype, of any values.
-      head: the names of the layers that are the head, which is what ANIL adapts. None takes
-        ``head`` where a layer has this name, and none else.
-      arguments: of the module's call beside the inputs, such as ``train=False``.
+      head: names of the layers that are the head, which is what ANIL adapts. None takes
+        ``head`` if a layer has this name, and none else.
+      arguments: arguments of the module's call beside the inputs, such as ``train=False``.
 
     Raises:
       UserError: the module has no parameters, or has other collections beside them (running
@@ -48,10 +48,7 @@ def as_model(
         )
     if "params" not in shapes:
         raise UserError(f"{name} has no parameters to learn")
-    layers = tuple(shapes["params"])
-    head = (head,) if isinstance(head, str) else head
-    if missing := [layer for layer in head or () if layer not in layers]:
-        raise UserError(f"{name} has no layer {missing[0]!r} to be its head, only {layers}")
+    head = find_head(name, head, tuple(shapes["params"]))
     try:
         jax.eval_shape(apply, shapes["params"], example)
     except InvalidRngError as error:
@@ -59,5 +56,22 @@ def as_model(
             f"{name} draws random numbers ({str(error).split(' (http')[0]}), and a Model has no "
             "key to draw from: docs/own_model.md shows what to do with dropout"
         ) from None
-    discovered = ("head",) if "head" in layers else ()
-    return Model(init, apply, head=discovered if head is None else tuple(head))
+    return Model(init, apply, head)
+
+
+def find_head(
+    name: str, head: str | Sequence[str] | None, layers: Sequence[str]
+) -> tuple[str, ...]:
+    """The names of the layers of the head; None takes ``head`` if a layer has this name.
+
+    Raises:
+      UserError: there is no layer of a name.
+    """
+    if head is None:
+        return ("head",) if "head" in layers else ()
+    head = (head,) if isinstance(head, str) else tuple(head)
+    if missing := [layer for layer in head if layer not in layers]:
+        raise UserError(
+            f"{name} has no layer {missing[0]!r} to be its head, only {', '.join(layers)}"
+        )
+    return head

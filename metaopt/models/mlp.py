@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from metaopt.errors import UserError
-from metaopt.models.linen import as_model
+from metaopt.models.linen import from_linen
 from metaopt.types import Array, Model
 
 
@@ -54,4 +54,4 @@ def mlp(
         raise UserError(
             f"the widths of the mlp are {(in_dim, *hidden, out_dim)}: each must be at least 1"
         )
-    return as_model(MLP(tuple(hidden), out_dim, activation), jnp.zeros((1, in_dim)))
+    return from_linen(MLP(tuple(hidden), out_dim, activation), jnp.zeros((1, in_dim)))

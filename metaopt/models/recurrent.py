@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from metaopt.errors import UserError
 from metaopt.indices import as_tokens
-from metaopt.models.linen import as_model
+from metaopt.models.linen import from_linen
 from metaopt.types import Array, Model
 
 CELLS = {"rnn": nn.SimpleCell, "gru": nn.GRUCell, "lstm": nn.OptimizedLSTMCell}
@@ -69,6 +69,6 @@ def recurrent(
         raise UserError(f"vocab_size is {vocab_size}: a language model needs at least 2 tokens")
     if min(width, num_layers) < 1:
         raise UserError(f"width is {width}, num_layers {num_layers}: each must be at least 1")
-    return as_model(
+    return from_linen(
         Recurrent(vocab_size, width, CELLS[cell], num_layers), jnp.zeros((1, 1), jnp.int32)
     )

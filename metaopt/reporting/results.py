@@ -1,13 +1,52 @@
 """Result records: one JSON object a table cell, with all that is needed to make it again."""
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
+from metaopt.reporting import tables
 from metaopt.statistics import Interval
 from metaopt.training.runs import device_name, git_commit, versions
 
 RecordCell = Callable[..., dict[str, Any]]
+
+
+class Published(NamedTuple):
+    """The number of a paper for a cell.
+
+    Attributes:
+      value: Number in the unit of the cell.
+      source: Paper and table.
+      ci95: Half of its 95 % interval, if there is one.
+    """
+
+    value: float
+    source: str
+    ci95: float | None = None
+
+    def fields(self) -> dict[str, Any]:
+        """The fields of a record that hold it."""
+        interval = {} if self.ci95 is None else {"paper_ci95": self.ci95}
+        return {"paper": self.value, "source": self.source} | interval
+
+
+def beside_published(records: Iterable[dict[str, Any]]) -> list[str]:
+    """One line for each number that has a published one: below it, within its interval, above it.
+
+    What was not run, or diverged, has no line.
+    """
+    return [
+        f"{record['row']}, {record['column']}: {tables.cell_text(record)}, {_side(record)}; "
+        f"{record['source']}"
+        for record in records
+        if record["paper"] is not None and record["value"] is not None
+    ]
+
+
+def _side(record: dict[str, Any]) -> str:
+    value, paper, half = record["value"], record["paper"], record.get("paper_ci95")
+    side = "within" if abs(value - paper) <= (half or 0) else "below" if value < paper else "above"
+    return f"{side} the published {paper:g}" + (f" ± {half:g}" if half else "")
 
 
 def cell_maker(

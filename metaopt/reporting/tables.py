@@ -7,7 +7,7 @@ that was not run is a dash.
 import collections
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NotRequired, TypedDict
 
@@ -184,10 +184,30 @@ def to_latex(table: Table) -> str:
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
 
 
-def write(directory: Path, tables: Sequence[Table]) -> None:
-    """Writes ``table.md`` and ``table.tex``, the tables one after the other."""
-    write_text(directory / "table.md", "\n".join(map(to_markdown, tables)))
-    write_text(directory / "table.tex", "\n".join(map(to_latex, tables)))
+def write(
+    directory: Path,
+    tables: Sequence[Table],
+    notes: Sequence[str] = (),
+    titles: Mapping[str, str] | None = None,
+) -> None:
+    """Writes ``table.md`` and ``table.tex``, the tables one after the other.
+
+    Args:
+      directory: of both files.
+      tables: in their order.
+      notes: lines below the tables, in Markdown.
+      titles: headings by the name of a table; its name by default, if there are several.
+    """
+    names = {table.name: table.name for table in tables} if len(tables) > 1 else {}
+    headings = {name: printable(title) for name, title in (names | dict(titles or {})).items()}
+    markdown, latex = [], []
+    for table in tables:
+        heading = headings.get(table.name)
+        markdown.append((f"### {heading}\n\n" if heading else "") + to_markdown(table))
+        latex.append((f"% {heading}\n" if heading else "") + to_latex(table))
+    markdown += ["".join(f"- {line}\n" for line in notes)] if notes else []
+    write_text(directory / "table.md", "\n".join(markdown))
+    write_text(directory / "table.tex", "\n".join(latex))
 
 
 def to_rich(table: Table, width: int) -> list:

@@ -3,12 +3,12 @@
 The stream is cut into segments. Each is scored first and stepped on afterwards, so every
 token is predicted by a model that has never seen it (Krause et al., 2018, arXiv:1709.07432).
 That is the inner loop with one segment a step, whose losses are the score; here are the cut,
-the walk, the two update rules of the paper, and the meta-gradient of the score itself.
+the walk and the two update rules of the paper. The meta-gradient of the score is the estimator
+`metaopt.meta_gradients.streaming`.
 
 N counts segments here, C the tokens of context before each, L the tokens of each.
 """
 
-import dataclasses
 from typing import Any
 
 import jax
@@ -17,12 +17,10 @@ import numpy as np
 import optax
 
 from metaopt import losses
-from metaopt.checks import check_call, check_parts
 from metaopt.errors import UserError
 from metaopt.indices import NO_INDEX, as_tokens, check_range
 from metaopt.inner_loop import Adapted, InnerLoop, adapt
-from metaopt.meta_gradients.joint import support_and_query
-from metaopt.types import Array, Batch, InnerGradFn, Learner, LossFn, MetaGradFn, Model, Params
+from metaopt.types import Array, Batch, InnerGradFn, LossFn, Model, Params
 
 
 def cut_segments(tokens: np.ndarray, length: int, context: int = 0) -> Batch:
@@ -145,7 +143,7 @@ def decay_towards(
     return optax.stateless(update)
 
 
-def sgd(
+def sgd_with_prior(
     anchor: Params, learning_rate: Array | float, decay: Array | float = 0.0
 ) -> optax.GradientTransformation:
     """Gradient descent with a global prior: ``θ ← θ − η g + λ (θ_g − θ)``.
@@ -160,7 +158,7 @@ def sgd(
     return optax.chain(optax.sgd(learning_rate), decay_towards(anchor, decay))
 
 
-def rms(
+def rms_with_prior(
     anchor: Params,
     learning_rate: Array | float,
     decay: Array | float,
@@ -215,57 +213,3 @@ def mean_squared_gradients(loss_fn: LossFn, params: Params, segments: Batch) -> 
     total, _ = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), segments)
     count = jax.tree.leaves(segments)[0].shape[0]
     return jax.tree.map(lambda t: t / count, total)
-
-
-def online(
-    learner: Learner,
-    loss_fn: LossFn,
-    inner: InnerLoop,
-    *,
-    grad_fn: InnerGradFn = jax.value_and_grad,
-) -> MetaGradFn:
-    """The exact meta-gradient of the score of dynamic evaluation on a short stream.
-
-    An estimator (see `metaopt.meta_gradients`) whose episodes are stretches of text: support
-    and query are consecutive segments, N together. It descends
-    ``1/N Σ_i L_i(θ_i)`` with ``θ_{i+1} = θ_i − α ∇L_i(θ_i)``, which is what a walk is judged
-    by, by backpropagation through the walk. The first term is the static loss.
-
-    Args:
-      learner: what is meta-learned.
-      loss_fn: of a batch of one segment, the inner and the outer loss.
-      inner: how the walk is laid out and what it keeps; steps and batching follow the episode.
-      grad_fn: the inner-gradient function.
-
-    Returns:
-      ``(meta_params, hparams, episode, key) -> (meta-gradient, metrics)``; ``loss`` is the
-      score and ``inner_losses`` ``[N]`` its terms.
-
-    Raises:
-      UserError: ``inner.query_loss`` is not left at ``'last'``.
-
-    References:
-      Finn et al., 2017, arXiv:1703.03400, algorithm 1; Krause et al., 2018, section 3.
-    """
-    check_parts(learner, loss_fn)
-    if inner.query_loss != "last":
-        raise UserError(
-            "a walk is judged by the mean loss of its segments, each before the step on it, and "
-            f"has no query of which query_loss={inner.query_loss!r} could be: leave it at 'last'"
-        )
-
-    def objective(meta_params, hparams, episode):
-        segments = support_and_query(episode)
-        count = jax.tree.leaves(segments)[0].shape[0]
-        config = dataclasses.replace(inner, num_steps=count, batching="split")
-        optimizer = learner.inner_opt(meta_params, hparams)
-        start = learner.start(meta_params)
-        found = adapt(loss_fn, optimizer, start, segments, config, grad_fn=grad_fn).losses
-        return found.mean(), {"loss": found.mean(), "inner_losses": found}
-
-    def estimate(meta_params, hparams, episode, key):
-        del key
-        check_call(learner, meta_params, episode)
-        return jax.grad(objective, has_aux=True)(meta_params, hparams, episode)
-
-    return estimate

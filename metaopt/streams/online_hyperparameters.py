@@ -14,18 +14,12 @@ import optax
 
 from metaopt.errors import UserError
 from metaopt.inner_loop import InnerLoop
-from metaopt.learners.training_run import (
-    DOMAINS,
-    Optimizer,
-    tuned_learner,
-    values_in_force,
-    weighted_by_domain,
-)
-from metaopt.meta_gradients.windows import InnerRun, go_on, start_run
-from metaopt.optimizers.hyperparameters import Scope, check_factors, check_scope, moved
+from metaopt.learners.training_run import Optimizer, tuned_learner, values_in_force
+from metaopt.meta_gradients.windows import InnerRun, start_run, unroll_window
+from metaopt.optimizers.self_tuned import Scope, check_factors, check_scope, moved
 from metaopt.pytrees import all_finite
 from metaopt.ranges import Checked, CountOr0, Positive, Rate, Steps
-from metaopt.types import Array, Episode, InnerGradFn, Learner, LossFn, Metrics, Params, PyTree
+from metaopt.types import Episode, InnerGradFn, Learner, LossFn, Metrics, Params, PyTree
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -109,7 +103,6 @@ def online(
     loss_fn: LossFn,
     config: OnlineConfig,
     *,
-    example_losses: Callable[[Params, Any], Array] | None = None,
     grad_fn: InnerGradFn = jax.value_and_grad,
 ) -> Online:
     """Training whose hyperparameters descend the held-out loss at the end of each window.
@@ -127,24 +120,24 @@ def online(
     (``remat`` and `forward_over_reverse` reduce it). For one device; vmap for several runs.
 
     Args:
-      optimizer: ``values -> optimiser``, such as `metaopt.learners.training_run.sgd`
-        and ``adamw``.
+      optimizer: ``values -> optimiser``, such as
+        `metaopt.learners.training_run.sgd_from_values` and ``adamw_from_values``.
       start: the values at the start, by name.
-      loss_fn: ``(params, batch) -> scalar``, of the training and held-out batches.
+      loss_fn: ``(params, batch) -> scalar``, of the training and held-out batches. For weights on
+        domains it is a mean over examples, and the training batches have a field ``domains``
+        (`metaopt.learners.training_run.DomainBatch`).
       config: what is learned.
-      example_losses: ``(params, batch) -> [S]``, for weights on domains; the batches then
-        have a field ``domains`` (`metaopt.learners.training_run.DomainBatch`).
       grad_fn: the inner-gradient function; `metaopt.meta_gradients.mixed_mode`'s serves too.
 
     Returns:
       `Online`; its ``step`` is to be compiled, and may donate the state.
 
     Raises:
-      UserError: a learned value is not in ``start`` or out of its range, or there are
-        weights on domains and no ``example_losses``.
+      UserError: a learned value is not in ``start`` or out of its range.
 
     Example:
-      >>> training = online(sgd, {"learning_rate": 0.1, "momentum": 0.9}, loss_fn, OnlineConfig())
+      >>> start = {"learning_rate": 0.1, "momentum": 0.9}
+      >>> training = online(sgd_from_values, start, loss_fn, OnlineConfig())
       >>> state, metrics = jax.jit(training.step)(training.init(params), batches, held_out)
 
     References:
@@ -159,15 +152,8 @@ def online(
         scope=config.scope,
         num_domains=config.num_domains,
     )
-    if config.num_domains and example_losses is None:
-        raise UserError("weights on domains need example_losses: (params, batch) -> [S]")
-    window = go_on(
-        learner,
-        loss_fn,
-        config.window,
-        config.window.num_steps,
-        grad_fn=grad_fn,
-        inner_loss=_inner_loss(config, example_losses),
+    window = unroll_window(
+        learner, loss_fn, config.window, config.window.num_steps, grad_fn=grad_fn
     )
     meta_optimizer = optax.adam(config.meta_rate)
 
@@ -213,12 +199,6 @@ def online(
         return jax.lax.cond(due, differentiated, plain, state, episode)
 
     return Online(init, step, lambda state: values_in_force(start, state.logs), learner)
-
-
-def _inner_loss(config: OnlineConfig, example_losses: Callable[[Params, Any], Array] | None):
-    if not config.num_domains or example_losses is None:
-        return None
-    return lambda meta_params: weighted_by_domain(example_losses, meta_params[DOMAINS])
 
 
 def _flat(batches: Any, config: OnlineConfig) -> Any:

@@ -1,1 +1,29 @@
-"""Task families, one file each: distributions over episodes of support and query."""
+"""Task families, one file each: distributions over episodes of support and query.
+
+Each is a function of its config, of the same name as its file: `linear`, `sinusoid`, `markov`,
+`text`, `images`. `fresh_tasks` makes one of a function that draws the examples of a task, and
+`one_episode` one of a single episode.
+"""
+
+from metaopt.tasks.fresh import fresh_tasks
+from metaopt.tasks.images import ImagesConfig, images
+from metaopt.tasks.linear import LinearConfig, linear
+from metaopt.tasks.markov import MarkovConfig, markov
+from metaopt.tasks.single import one_episode
+from metaopt.tasks.sinusoid import SinusoidConfig, sinusoid
+from metaopt.tasks.text import TextConfig, text
+
+__all__ = [
+    "ImagesConfig",
+    "LinearConfig",
+    "MarkovConfig",
+    "SinusoidConfig",
+    "TextConfig",
+    "fresh_tasks",
+    "images",
+    "linear",
+    "markov",
+    "one_episode",
+    "sinusoid",
+    "text",
+]

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
@@ -61,6 +62,7 @@ class Checkpoints:
         *,
         fingerprint: Fingerprint,
         keep_last: int = 3,
+        read_only: bool = False,
     ):
         """Open, or create, the checkpoints in ``directory``.
 
@@ -68,6 +70,7 @@ class Checkpoints:
           directory: where they are.
           fingerprint: what must not change between saving and restoring.
           keep_last: number of the newest that are kept, at least one, beside the best.
+          read_only: nothing is created or changed; only `best_leaves` may be called.
 
         Raises:
           UserError: the directory cannot be made or written to.
@@ -77,7 +80,8 @@ class Checkpoints:
         self._preservation = _LatestAndBest(keep_last)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=self._preservation,
-            cleanup_tmp_directories=True,
+            cleanup_tmp_directories=not read_only,
+            read_only=read_only,
             async_options=ocp.options.AsyncOptions(post_finalization_callback=self._seal),
         )
         with self._one_line("opened"):
@@ -184,6 +188,26 @@ class Checkpoints:
         # One whose record is damaged may have been the best: it is not passed over in silence.
         damaged = [step for step in self.steps if math.isnan(losses[step])] if evaluated else []
         return self._restore(damaged + sorted(evaluated, key=lambda step: losses[step]), example)
+
+    def best_leaves(self) -> dict[str, np.ndarray]:
+        """The best checkpoint, or the newest if none was evaluated: path to value of each leaf.
+
+        A path reads like ``.meta_params['params']['head']``. Nothing is compared with the
+        fingerprint.
+
+        Raises:
+          UserError: there is no checkpoint, or it is damaged.
+        """
+        losses = self._preservation.valid_losses
+        evaluated = [step for step in self.steps if not math.isinf(losses[step])]
+        candidates = sorted(evaluated, key=lambda step: losses[step]) or self.steps[::-1]
+        if not candidates:
+            raise UserError(f"there is no checkpoint in {self._directory}")
+        try:
+            return self._load(candidates[0], "state", ocp.args.StandardRestore())
+        except _Damaged as error:
+            damage = _in_words({candidates[0]: str(error)})
+            raise UserError(f"{damage} in {self._directory}: put back a good copy") from None
 
     def _restore(self, steps: Sequence[int], example: Example) -> Restored | None:
         """The first of ``steps`` that can be read."""

@@ -15,7 +15,7 @@ from matplotlib.image import imread
 
 from experiments import adapt_languages
 from experiments.adapt_languages.report import Report
-from metaopt import learners
+from metaopt import languages, learners
 from metaopt.cli import command_line
 from metaopt.comparison import Row, RowResult
 from metaopt.files import read_json_lines
@@ -156,8 +156,8 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_results(markov_run, tmp_path
 
         return family._replace(train=family.train._replace(sample=sample))
 
-    real = adapt_languages.markov
-    monkeypatch.setattr(adapt_languages, "markov", markov_with_a_signal)
+    real = languages.markov
+    monkeypatch.setattr(languages, "markov", markov_with_a_signal)
     with pytest.raises(Interrupted) as stop:
         run_in(tmp_path, MARKOV)
     assert stop.value.code == 128 + signal.SIGTERM
@@ -254,7 +254,10 @@ def test_the_command_of_a_config_gives_that_config(line):
 
 WRONG = [
     ("--preset huge", "unknown preset 'huge': choose smoke, cpu or gpu"),
-    ("--tasks novels", "unknown tasks 'novels': markov, text, stdlib or tfds:NAME"),
+    (
+        "--tasks novels",
+        "unknown tasks 'novels': markov, text, stdlib, tfds:NAME or module",
+    ),
     ("--tasks text", "needs --folder"),
     ("--tasks text --folder nowhere", "'nowhere' is no folder"),
     ("--tasks text --folder empty", "folder empty is empty"),

@@ -8,17 +8,12 @@ import optax
 import pytest
 from matplotlib.image import imread
 
-from experiments import table_sinusoid
-from experiments.table_sinusoid.report import PUBLISHED, compared
-from experiments.table_sinusoid.rows import first_rate, make_rows, signed_meta_sgd
-from metaopt import learners, losses, meta_gradients, models
-from metaopt.cli import command_line
+from experiments import harness, table_sinusoid
+from experiments.table_sinusoid import PUBLISHED, first_rate, make_rows, signed_meta_sgd
+from metaopt import models
 from metaopt.errors import UserError
 from metaopt.files import read_json_lines
 from metaopt.inner_loop import InnerLoop, adapt
-from metaopt.optimizers.outer import OuterConfig, outer_optimizer
-from metaopt.outer_step import init_state, make_meta_step
-from metaopt.tasks.sinusoid import SinusoidConfig, sinusoid
 from metaopt.types import Batch
 
 SIZES = "--preset smoke --meta-steps 4 --steps-per-call 2 --test-curves 6 --test-points 8"
@@ -27,9 +22,7 @@ FINN = shlex.split(f"{SIZES} --protocol finn --rows 'joint pretraining' MAML --m
 
 
 def main(*args, run=table_sinusoid.run):
-    preset, chosen_by = table_sinusoid.preset, table_sinusoid.CHOSEN_BY
-    config_type = table_sinusoid.Config
-    command_line.main("table_sinusoid", run, config_type, preset, chosen_by, "", list(args))
+    harness.main("table_sinusoid", run, table_sinusoid.presets, "", list(args))
 
 
 def parse(*args):
@@ -92,36 +85,6 @@ def test_curves_of_finn(tmp_path):
     assert imread(directory / "curves.png").std() > 0.01
 
 
-def test_many_steps_in_one_call_are_the_steps_one_by_one():
-    model = models.mlp(1, 1, (3,))
-    learner, outer_opt = learners.maml(), outer_optimizer(OuterConfig())
-    family = sinusoid(SinusoidConfig())
-    inner = InnerLoop(num_steps=1)
-    estimate = meta_gradients.reverse(learner, losses.regression(model), inner)
-    step = jax.jit(make_meta_step(estimate, outer_opt))
-
-    def sample(key):
-        return family.train.sample(key, 2)
-
-    params = model.init(jax.random.key(0))
-    hparams = OuterConfig().hparams() | {"inner_learning_rate": 0.1}
-    state = init_state(jax.random.key(1), params, learner, outer_opt, hparams)
-    expected = []
-    for key in jax.random.split(jax.random.key(2), 3):
-        state, metrics = step(state, sample(key))
-        expected.append(metrics["loss"])
-    many = table_sinusoid.many_steps(step, sample, 3)
-    found = init_state(jax.random.key(1), params, learner, outer_opt, hparams)
-    found, metrics = many(found, jax.random.key(2))  # type: ignore[arg-type]
-    assert int(found.step) == 1 and int(state.step) == 3
-    np.testing.assert_allclose(metrics["loss"], np.mean(expected), rtol=1e-5)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
-        found.meta_params,
-        state.meta_params,
-    )
-
-
 def test_published_rates_have_either_sign():
     def loss(params, batch):
         return 0.5 * jnp.sum((params["w"] - batch.inputs[0]) ** 2)
@@ -156,16 +119,6 @@ def test_published_weights_are_narrow_and_biases_zero():
     assert float(optax.global_norm([layer["bias"] for layer in params.values()])) == 0
 
 
-def test_comparison_says_on_which_side():
-    def record(value):
-        shared = {"row": "MAML", "column": "5-shot", "ci95": 0.05, "source": "S"}
-        return shared | {"value": value, "paper": 1.13, "paper_ci95": 0.18}
-
-    lines = compared([record(0.9), record(1.0), record(1.4), record(None)])
-    assert [line.split(", ")[2].split(" the ")[0] for line in lines] == ["below", "within", "above"]
-    assert lines[1] == "MAML, 5-shot: 1.000 ± 0.050, within the published 1.13 ± 0.18; S"
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -184,9 +137,10 @@ def test_bad_configs(changes, message):
         table_sinusoid.Config(**changes)
 
 
-def test_bad_flags():
-    for flags in ({"preset": "huge"}, {"protocol": "other"}):
-        with pytest.raises(UserError, match="unknown"):
-            table_sinusoid.preset(flags)
+def test_bad_flags(capsys):
+    for flag in ("preset", "protocol"):
+        with pytest.raises(SystemExit) as stop:
+            main(f"--{flag}", "other")
+        assert stop.value.code == 2 and f"unknown {flag} 'other'" in capsys.readouterr().err
     with pytest.raises(UserError, match="no row 'MALM'"):
         make_rows(table_sinusoid.Config(rows=("MALM",)))

@@ -33,7 +33,7 @@ def path(learner, meta_params, loss, support, num_steps):
         learner.start(meta_params),
         support,
         InnerLoop(num_steps=num_steps),
-        probe=lambda params: params,
+        probe=lambda params, _: params,
     )
     return jax.tree.map(
         lambda probes, last: np.concatenate([probes, last[None]]), adapted.probes, adapted.params

@@ -1,6 +1,7 @@
 import json
 import math
 
+from metaopt.reporting import results
 from metaopt.reporting.results import cell_maker
 from metaopt.reporting.tables import arrange, to_markdown
 from metaopt.statistics import Interval
@@ -44,3 +45,13 @@ def test_what_is_not_finite_is_written_as_json_and_shown_as_a_dash():
     (table,) = arrange(records)
     lines = to_markdown(table).splitlines()[2:5]
     assert lines == ["| diverged | – |", "| one task | 2.500 |", "| MAML | **2.00 ± 0.50** |"]
+
+
+def test_a_line_says_on_which_side_of_a_published_number_a_cell_is():
+    def record(value):
+        shared = {"row": "MAML", "column": "5-shot", "ci95": 0.05, "source": "S"}
+        return shared | {"value": value, "paper": 1.13, "paper_ci95": 0.18}
+
+    lines = results.beside_published(map(record, (0.9, 1.0, 1.4, None)))
+    assert [line.split(", ")[2].split(" the ")[0] for line in lines] == ["below", "within", "above"]
+    assert lines[1] == "MAML, 5-shot: 1.000 ± 0.050, within the published 1.13 ± 0.18; S"

@@ -10,14 +10,14 @@ from metaopt import learners, models
 from metaopt.diagnostics.finite_differences import directional_derivative, normal_like
 from metaopt.errors import UserError
 from metaopt.inner_loop import InnerLoop
+from metaopt.meta_gradients import streaming
 from metaopt.streams.dynamic_evaluation import (
     cut_segments,
     decay_towards,
     mean_squared_gradients,
-    online,
-    rms,
+    rms_with_prior,
     segment_loss,
-    sgd,
+    sgd_with_prior,
     walk,
 )
 from metaopt.types import Batch, Episode, Model
@@ -79,7 +79,7 @@ def test_context_is_read_and_not_scored():
 
 
 def test_sgd_with_a_prior_has_its_closed_form():
-    optimizer = sgd(START, RATE, DECAY)
+    optimizer = sgd_with_prior(START, RATE, DECAY)
     found = walk(half_square, optimizer, START, STREAM)
     expected, last = by_hand(lambda w, g: w - RATE * g + DECAY * (START["w"] - w))
     np.testing.assert_allclose(found.losses, expected, rtol=1e-5)
@@ -92,7 +92,7 @@ def test_sgd_with_a_prior_has_its_closed_form():
 
 
 def test_no_rate_and_no_decay_is_static_evaluation():
-    found = walk(half_square, sgd(START, 0.0), START, STREAM)
+    found = walk(half_square, sgd_with_prior(START, 0.0), START, STREAM)
     np.testing.assert_array_equal(found.params["w"], START["w"])
     np.testing.assert_allclose(found.losses, by_hand(lambda w, g: w)[0], rtol=1e-6)
 
@@ -101,7 +101,7 @@ def test_rms_rule_has_its_closed_form():
     squares = {"w": np.array([0.04, 4.0], np.float32)}
     roots, mean = np.array([0.2, 2.0]), 1.1
     decay = 0.6  # clipped at 1 for the second parameter: 0.6 * 2 / 1.1 > 1
-    found = walk(half_square, rms(START, RATE, decay, squares, 0.1), START, STREAM)
+    found = walk(half_square, rms_with_prior(START, RATE, decay, squares, 0.1), START, STREAM)
 
     def step(w, g):
         pull = np.minimum(decay * roots / mean, 1) * (START["w"] - w)
@@ -128,8 +128,8 @@ def test_mean_squared_gradients_are_of_single_segments():
 def test_a_segment_is_scored_before_it_is_learned_from():
     changed = Batch(STREAM.inputs.copy(), STREAM.targets)
     changed.inputs[2] += 1
-    before = walk(half_square, sgd(START, RATE), START, STREAM).losses
-    after = walk(half_square, sgd(START, RATE), START, changed).losses
+    before = walk(half_square, sgd_with_prior(START, RATE), START, STREAM).losses
+    after = walk(half_square, sgd_with_prior(START, RATE), START, changed).losses
     np.testing.assert_array_equal(before[:2], after[:2])
     assert (before[2:] != after[2:]).all()
 
@@ -158,7 +158,7 @@ def test_meta_gradient_is_that_of_the_score_of_a_walk():
         episode, segments = text_episode()
         draw = normal_like(jax.random.key(0), model.init(jax.random.key(1)))
         params = jax.tree.map(lambda x: x.astype(jnp.float64), draw)
-        estimate = online(learners.maml(), loss, InnerLoop(unroll=False))
+        estimate = streaming(learners.maml(), loss, InnerLoop(unroll=False))
         hparams = {"inner_learning_rate": jnp.float64(0.7)}
         grads, metrics = jax.jit(estimate, compiler_options=QUICKLY)(
             {"params": params}, hparams, episode, jax.random.key(0)
@@ -189,7 +189,7 @@ def test_without_a_rate_it_is_plain_training_on_the_segments():
     support, query = (Batch(x, x) for x in np.split(POINTS, 2))
     episode, key = Episode(support, query, jnp.int32(0)), jax.random.key(0)
     hparams = {"inner_learning_rate": jnp.float32(0.0)}
-    estimate = jax.jit(online(learners.maml(), half_square, InnerLoop(unroll=False)))
+    estimate = jax.jit(streaming(learners.maml(), half_square, InnerLoop(unroll=False)))
     grads, metrics = estimate({"params": START}, hparams, episode, key)
     np.testing.assert_allclose(grads["params"]["w"], START["w"] - POINTS.mean(0), rtol=1e-6)
     static = by_hand(lambda w, g: w)[0]
@@ -200,4 +200,4 @@ def test_without_a_rate_it_is_plain_training_on_the_segments():
 @pytest.mark.parametrize("query_loss", ["mean", "annealed"])
 def test_a_walk_has_no_query_to_weigh(query_loss):
     with pytest.raises(UserError, match="query_loss"):
-        online(learners.maml(), half_square, InnerLoop(query_loss=query_loss))
+        streaming(learners.maml(), half_square, InnerLoop(query_loss=query_loss))

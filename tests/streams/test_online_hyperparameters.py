@@ -9,7 +9,13 @@ import quadratic
 
 from metaopt.errors import UserError
 from metaopt.inner_loop import InnerLoop
-from metaopt.learners.training_run import DOMAINS, DomainBatch, adamw, sgd, weighted_by_domain
+from metaopt.learners.training_run import (
+    DOMAINS,
+    DomainBatch,
+    adamw_from_values,
+    sgd_from_values,
+    weighted_by_domain,
+)
 from metaopt.meta_gradients import truncated_windows
 from metaopt.meta_gradients.mixed_mode import forward_over_reverse
 from metaopt.streams.online_hyperparameters import OnlineConfig, online
@@ -22,10 +28,6 @@ WINDOW = InnerLoop(num_steps=STEPS, batching="split")
 START = {"learning_rate": 0.1, "momentum": 0.7, "weight_decay": 0.02}
 NAMES = tuple(START)
 jit = partial(jax.jit, compiler_options=QUICK)
-
-
-def example_losses(params, batch):
-    return 0.5 * (batch.inputs @ params["head"] - batch.targets) ** 2
 
 
 def windows_of(num_windows, num_domains=1, size=8):
@@ -48,17 +50,22 @@ def first(batches):
     return jax.tree.map(lambda x: x[0], batches)
 
 
-@pytest.mark.parametrize("optimizer, scope", [(sgd, "per_layer"), (adamw, "per_parameter")])
+@pytest.mark.parametrize(
+    "optimizer, scope", [(sgd_from_values, "per_layer"), (adamw_from_values, "per_parameter")]
+)
 def test_every_meta_gradient_is_the_finite_difference(optimizer, scope):
     """Of the second window, so that the state carried into it counts."""
-    start = START if optimizer is sgd else {"learning_rate": 0.1, "b1": 0.8, "weight_decay": 0.02}
+    start = (
+        START
+        if optimizer is sgd_from_values
+        else {"learning_rate": 0.1, "b1": 0.8, "weight_decay": 0.02}
+    )
     with jax.enable_x64(True):
         batches, held_out = windows_of(2, num_domains=2)
         config = OnlineConfig(
             learned=tuple(start), scope=scope, num_domains=2, window=WINDOW, every=2
         )
-        losses = {"loss_fn": quadratic.loss, "example_losses": example_losses}
-        training = online(optimizer, start, config=config, **losses)
+        training = online(optimizer, start, quadratic.loss, config)
         params = {"head": jnp.asarray(quadratic.START, jnp.float64)}
         step = jit(training.step)
         state, metrics = step(training.init(params), first(batches), held_out)
@@ -90,7 +97,7 @@ def test_it_is_the_estimator_truncated(query_loss, grad_fn):
     held_out = jax.tree.map(lambda x: x.astype(jnp.float32), held_out)
     window = InnerLoop(num_steps=STEPS, batching="split", query_loss=query_loss)
     training = online(
-        sgd,
+        sgd_from_values,
         START,
         quadratic.loss,
         OnlineConfig(learned=NAMES, window=window, every=2),
@@ -120,7 +127,7 @@ def test_weights_on_domains_are_a_softmax_over_the_batch():
     batch = DomainBatch(jnp.eye(3), jnp.array([2.0, 4.0, 6.0]), jnp.array([0, 1, 1]))
     params = {"head": jnp.zeros(3)}  # losses of 2, 8 and 18
     for logits, expected in (([0.7, 0.7], 28 / 3), ([np.log(2.0), 0.0], (2 * 2 + 8 + 18) / 4)):
-        loss = weighted_by_domain(example_losses, jnp.array(logits))
+        loss = weighted_by_domain(quadratic.loss, jnp.array(logits))
         np.testing.assert_allclose(loss(params, batch), expected, rtol=1e-6)
 
 
@@ -149,7 +156,10 @@ def train(training, params, num_windows, **of_data):
 def test_a_domain_of_noise_loses_its_weight(noisy):
     config = OnlineConfig(learned=(), num_domains=3, window=WINDOW)
     training = online(
-        sgd, {"learning_rate": 0.1}, quadratic.loss, config, example_losses=example_losses
+        sgd_from_values,
+        {"learning_rate": 0.1},
+        quadratic.loss,
+        config,
     )
     state, metrics = train(
         training, {"head": jnp.zeros(3)}, 150, num_domains=3, noisy=jnp.bool_(noisy)
@@ -167,7 +177,7 @@ def test_a_domain_of_noise_loses_its_weight(noisy):
 def test_a_wrong_rate_and_decay_are_found_out(rate):
     start = {"learning_rate": rate, "weight_decay": 1.0}
     config = OnlineConfig(learned=tuple(start), window=WINDOW, meta_rate=0.1)
-    training = online(sgd, start, quadratic.loss, config)
+    training = online(sgd_from_values, start, quadratic.loss, config)
     params = {"head": jnp.zeros(3)}
     state, metrics = train(training, params, 150, num_domains=1, noisy=jnp.bool_(False))
     values = training.values(state)
@@ -177,7 +187,7 @@ def test_a_wrong_rate_and_decay_are_found_out(rate):
 
 def test_caps_hold_and_what_is_not_finite_teaches_nothing():
     config = OnlineConfig(window=WINDOW, meta_rate=5.0, max_step_factor=1.5, max_factor=2.0)
-    training = online(sgd, {"learning_rate": 1e-3}, quadratic.loss, config)
+    training = online(sgd_from_values, {"learning_rate": 1e-3}, quadratic.loss, config)
     batches, held_out = regression(KEY, 1, jnp.bool_(False))
     state, step = training.init(quadratic.PARAMS), jax.jit(training.step, donate_argnums=0)
     rates = []
@@ -212,13 +222,16 @@ def test_configs_are_checked(options, words):
 
 def test_what_is_given_is_checked():
     with pytest.raises(UserError, match="no value for momentum"):
-        online(sgd, {"learning_rate": 1.0}, quadratic.loss, OnlineConfig(learned=("momentum",)))
+        online(
+            sgd_from_values,
+            {"learning_rate": 1.0},
+            quadratic.loss,
+            OnlineConfig(learned=("momentum",)),
+        )
     with pytest.raises(UserError, match=r"momentum starts at 1.0.*between 0 and 1"):
         start = {"learning_rate": 1.0, "momentum": 1.0}
-        online(sgd, start, quadratic.loss, OnlineConfig(learned=("momentum",)))
-    with pytest.raises(UserError, match="need example_losses"):
-        online(sgd, START, quadratic.loss, OnlineConfig(num_domains=2))
-    training = online(sgd, START, quadratic.loss, OnlineConfig())
+        online(sgd_from_values, start, quadratic.loss, OnlineConfig(learned=("momentum",)))
+    training = online(sgd_from_values, START, quadratic.loss, OnlineConfig())
     batches, held_out = regression(KEY, 1, jnp.bool_(False))
     with pytest.raises(UserError, match=r"window of 10 steps takes as many.*not \[3\]"):
         training.step(training.init(quadratic.PARAMS), batches, held_out)

@@ -2,6 +2,10 @@
 
 Hypergradient descent and MetaOptimize are one rule with a short and a long memory: a trace
 of how the parameters depend on a hyperparameter, and its product with the next gradient.
+
+Hyperparameters are learned as logarithms, so that one meta-rate serves values of any size, and
+every change is a factor: no factor is larger than a cap, in one update and in all. Their scopes
+and caps at the end of this file serve whoever else learns them while a model trains.
 """
 
 import math
@@ -13,18 +17,11 @@ import jax.numpy as jnp
 import optax
 
 from metaopt.errors import UserError
-from metaopt.optimizers.hyperparameters import (
-    Scope,
-    check_factors,
-    check_scope,
-    constant,
-    float_dtype,
-    moved,
-    spread,
-    total,
-)
 from metaopt.pytrees import all_finite
 from metaopt.types import Array, Params, PyTree
+
+Scope = Literal["scalar", "per_layer", "per_parameter"]
+"""One value for all parameters, one a layer (`layer_name`), or one a parameter."""
 
 Rule = Literal["additive", "multiplicative", "adam", "lion"]
 Tuned = Literal["learning_rate", "weight_decay"]
@@ -34,11 +31,11 @@ class SelfTunedState(NamedTuple):
     """The state of `self_tuned`; the dicts are by the name of the hyperparameter.
 
     Attributes:
-      base: of the optimiser that gives the directions.
+      base: state of the optimiser that gives the directions.
       log_factors: ρ, what is learned: the logarithm of the factor on the given value.
-      values: the values in force in the last update, given value times factor.
+      values: values in force in the last update, given value times factor.
       traces: h, the derivative of the parameters with respect to ρ, like the parameters.
-      meta: of the optimiser of ρ.
+      meta: state of the optimiser of ρ.
     """
 
     base: optax.OptState
@@ -122,7 +119,7 @@ def self_tuned(
     to_steps, meta_optimizer = _meta_rule(rule, meta_rate)
 
     def values_of(log_factors: dict[str, PyTree], params: Params) -> dict[str, PyTree]:
-        values = {name: constant(scopes[name], params, given[name]) for name in given}
+        values = {name: initial_values(scopes[name], params, given[name]) for name in given}
         for name in tuned:
             values[name] = jax.tree.map(
                 lambda v, r: v * jnp.exp(r), values[name], log_factors[name]
@@ -130,7 +127,7 @@ def self_tuned(
         return values
 
     def init(params):
-        log_factors = {name: constant(scopes[name], params, 0.0) for name in tuned}
+        log_factors = {name: initial_values(scopes[name], params, 0.0) for name in tuned}
         zeros = {name: _zeros(params) for name in tuned}
         values = values_of(log_factors, params)
         return SelfTunedState(
@@ -273,3 +270,74 @@ def _check_options(tuned, rule, meta_rate, trace_decay, weight_decay) -> None:
         raise UserError(
             "weight_decay is learned by factors, so that it cannot start at 0: give a small one"
         )
+
+
+def check_scope(scope: str) -> None:
+    """Raises UserError for an unknown scope."""
+    if scope not in get_args(Scope):
+        raise UserError(f"scope is {scope!r}: choose one of {', '.join(get_args(Scope))}")
+
+
+def check_factors(max_step_factor: float, max_factor: float) -> None:
+    """Raises UserError if a cap on a factor is no number above 1."""
+    for name, factor in (("max_step_factor", max_step_factor), ("max_factor", max_factor)):
+        if not 1 < factor < math.inf:
+            raise UserError(f"{name} is {factor}; a cap on a factor is a number above 1")
+
+
+def layer_name(path: tuple) -> str:
+    """The layer of a leaf: the first key of its path, and the second too below ``params``.
+
+    So the layers of a model's parameters are their top-level entries, and of meta-parameters
+    ``params/embed``, ``params/head`` ..., ``log_rates``.
+    """
+    names = [jax.tree_util.keystr((key,), simple=True) for key in path]
+    return "/".join(names[:2] if names[:1] == ["params"] else names[:1])
+
+
+def float_dtype(params: Params) -> jnp.dtype:
+    """Dtype of what is learned beside parameters: float32, or theirs if it is wider."""
+    return jnp.result_type(jnp.float32, *jax.tree.leaves(params))
+
+
+def initial_values(scope: Scope, params: Params, value: float | Array) -> PyTree:
+    """One value for each that the scope has: ``[]``, ``{layer: []}`` or like the parameters."""
+    value = jnp.asarray(value, float_dtype(params))
+    if scope == "scalar":
+        return jnp.array(value)
+    if scope == "per_parameter":
+        return jax.tree.map(lambda p: jnp.full(jnp.shape(p), value), params)
+    return {layer_name(path): jnp.array(value) for path, _ in jax.tree.leaves_with_path(params)}
+
+
+def total(scope: Scope, tree: PyTree) -> PyTree:
+    """The sums of a tree of arrays over all that shares a value: the transpose of `spread`."""
+    if scope == "per_parameter":
+        return tree
+    sums: dict[str, Array] = {}
+    for path, leaf in jax.tree.leaves_with_path(tree):
+        name = layer_name(path) if scope == "per_layer" else ""
+        sums[name] = sums.get(name, jnp.zeros((), leaf.dtype)) + leaf.sum()
+    return sums if scope == "per_layer" else sums[""]
+
+
+def spread(scope: Scope, values: PyTree, tree: PyTree) -> PyTree:
+    """The value that is in force for each leaf of a tree: scalars, or arrays of its shape."""
+    if scope == "per_parameter":
+        return values
+    if scope == "scalar":
+        return jax.tree.map(lambda _: values, tree)
+    return jax.tree.map_with_path(lambda path, _: values[layer_name(path)], tree)
+
+
+def moved(
+    logs: PyTree, steps: PyTree, *, max_step_factor: float, max_factor: float, start: PyTree
+) -> PyTree:
+    """``logs + steps``, limited by the caps on a step and on the distance from the start."""
+    step_cap, cap = math.log(max_step_factor), math.log(max_factor)
+
+    def move(log, step, start):
+        new = log + jnp.clip(step, -step_cap, step_cap).astype(log.dtype)
+        return jnp.clip(new, start - cap, start + cap)
+
+    return jax.tree.map(move, logs, steps, start)

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from metaopt.errors import UserError
-from metaopt.optimizers.hypergradient import current_rate, current_values, self_tuned
+from metaopt.optimizers.self_tuned import current_rate, current_values, self_tuned
 from metaopt.outer_step import init_state, make_meta_step
 from metaopt.types import Episode, Learner
 

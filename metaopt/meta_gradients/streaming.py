@@ -1,0 +1,78 @@
+"""Streaming: the meta-gradient of a stream's score, where each part is scored before its step."""
+
+import dataclasses
+
+import jax
+
+from metaopt.checks import check_call, check_parts
+from metaopt.eager import compile_once
+from metaopt.errors import UserError
+from metaopt.inner_loop import InnerLoop, adapt
+from metaopt.meta_gradients.joint import support_and_query
+from metaopt.types import InnerGradFn, Learner, LossFn, MetaGradFn, unchanged_loss
+
+
+def streaming(
+    learner: Learner,
+    loss_fn: LossFn,
+    inner: InnerLoop,
+    *,
+    outer_loss: LossFn | None = None,
+    grad_fn: InnerGradFn = jax.value_and_grad,
+) -> MetaGradFn:
+    """The exact meta-gradient of the score of dynamic evaluation on a short stream.
+
+    Its episodes are stretches of a stream: support and query are consecutive segments, N
+    together. It descends ``1/N Σ_i L_i(θ_i)`` with ``θ_{i+1} = θ_i − α ∇L_i(θ_i)``, which is what
+    dynamic evaluation is judged by (`metaopt.streams.dynamic_evaluation`), by backpropagation
+    through the stream. The first term is the static loss.
+
+    Args:
+      learner: what is meta-learned.
+      loss_fn: loss of a batch of one segment, which the steps descend as the learner changes it.
+      inner: how the loop is compiled and what it keeps; steps and batching follow the episode.
+      outer_loss: what a segment is scored by, before the step on it; None for ``loss_fn``.
+      grad_fn: the inner-gradient function.
+
+    Returns:
+      ``(meta_params, hparams, episode, key) -> (meta-gradient, metrics)``; ``loss`` is the
+      score and ``inner_losses`` ``[N]`` its terms.
+
+    Raises:
+      UserError: ``inner.query_loss`` is not left at ``'last'``.
+
+    References:
+      Finn et al., 2017, arXiv:1703.03400, algorithm 1; Krause et al., 2018, "Dynamic Evaluation
+      of Neural Sequence Models", section 3.
+    """
+    judge = check_parts(learner, loss_fn, inner, outer_loss)
+    if inner.query_loss != "last":
+        raise UserError(
+            "a stream is judged by the mean loss of its segments, each before the step on it, and "
+            f"has no query of which query_loss={inner.query_loss!r} could be: leave it at 'last'"
+        )
+    same = outer_loss is None and learner.inner_loss is unchanged_loss
+
+    def objective(meta_params, hparams, episode):
+        segments = support_and_query(episode)
+        count = jax.tree.leaves(segments)[0].shape[0]
+        adapted = adapt(
+            learner.inner_loss(meta_params, loss_fn),
+            learner.inner_opt(meta_params, hparams),
+            learner.start(meta_params),
+            segments,
+            dataclasses.replace(inner, num_steps=count, batching="split"),
+            grad_fn=grad_fn,
+            probe=None if same else judge,
+        )
+        scores = adapted.losses if same else adapted.probes
+        return scores.mean(), {"loss": scores.mean(), "inner_losses": scores}
+
+    gradient = compile_once(jax.grad(objective, has_aux=True))
+
+    def estimate(meta_params, hparams, episode, key):
+        del key
+        check_call(learner, meta_params, hparams, episode)
+        return gradient(meta_params, hparams, episode)
+
+    return estimate
