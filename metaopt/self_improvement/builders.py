@@ -12,23 +12,12 @@ import numpy as np
 from metaopt import parallel
 from metaopt.errors import UserError
 from metaopt.learners import maml
+from metaopt.meta_gradients import joint
 from metaopt.optimizers.outer import OuterConfig, outer_optimizer
 from metaopt.outer_step import init_state, make_meta_step
 from metaopt.self_improvement.workload import Scale, Setting, Settings, Space, Workload
 from metaopt.training.loop import StepFn
-from metaopt.types import (
-    Batch,
-    Episode,
-    Hparams,
-    Key,
-    Learner,
-    LossFn,
-    MetaGradFn,
-    MetaParams,
-    MetaState,
-    Model,
-    Params,
-)
+from metaopt.types import Batch, Episode, Learner, LossFn, MetaGradFn, MetaState, Model, Params
 
 
 def constant(done: float) -> float:
@@ -172,7 +161,7 @@ def plain_training(
     Raises:
       UserError: the held-out examples do not divide by ``examples_at_a_time``.
     """
-    devices = parallel.default_devices(num_devices)
+    learner, devices = maml(), parallel.default_devices(num_devices)
     num_held_out = len(jax.tree.leaves(held_out)[0])
     if num_held_out % examples_at_a_time:
         raise UserError(
@@ -199,20 +188,16 @@ def plain_training(
             lambda x: np.asarray(x).reshape(size // micro, micro, *x.shape[1:]),
             draw(position, size),
         )
+        # All of the batch is support: there is no inner loop to judge.
         nothing = jax.tree.map(lambda x: x[:, :0], batch)
         return Episode(batch, nothing, np.zeros(size // micro, np.int32))  # type: ignore[arg-type]
-
-    def gradient(meta_params: MetaParams, hparams: Hparams, episode: Episode, key: Key):
-        del hparams, key
-        loss, grads = jax.value_and_grad(loss_fn)(meta_params["params"], episode.support)
-        return {"params": grads}, {"loss": loss, "inner_losses": jnp.zeros((0,), loss.dtype)}
 
     return meta_training(
         name,
         task=task,
         params=model.init(jax.random.key(seed)),
-        learner=maml(),
-        estimate=lambda settings: gradient,
+        learner=learner,
+        estimate=lambda settings: joint(learner, loss_fn),
         sample=sample,
         evaluate=lambda state: losses_of(state.meta_params["params"], groups),
         examples_per_step=lambda settings: int(settings["batch_size"]),
