@@ -123,6 +123,7 @@ class Outcome(NamedTuple):
       ledger: what it cost.
       alarms: those raised.
       earlier: decisions of past runs of the same task, with whose search it went on.
+      from_checkpoint: step of the checkpoint that holds the result, if nothing had to be trained.
     """
 
     snapshot: Snapshot
@@ -131,6 +132,7 @@ class Outcome(NamedTuple):
     ledger: Ledger
     alarms: list[Alarm]
     earlier: Sequence[Decision] = ()
+    from_checkpoint: int | None = None
 
 
 DAMAGE = ("nan", "divergence")
@@ -625,11 +627,12 @@ def run(
         journal = Journal(workload, directory, checkpoints, identity, flops)
         loop = Course(workload, config, proposer, journal, stop, interventions)
         snapshot, new = loop.start(first, memory)
+        step = int(snapshot.state.step)
         with loop.watched(snapshot, directory, options):
             outcome = loop.run(snapshot)
     if memory is not None and new:
         memory.remember(record_of(workload, outcome))
-    return outcome
+    return outcome if new else outcome._replace(from_checkpoint=step)
 
 
 def _check_agreement(workload: Workload, memory: Memory | None) -> None:
