@@ -7,6 +7,8 @@ judges several learners alike, as a `ComparisonConfig` says.
 **What is meta-learned, and how**: `learners`, `meta_gradients`, and `Learner`, for one of your own.
 `OuterConfig` describes the outer optimiser, `optimizers` has the optimisers themselves.
 
+**Afterwards**: `load` gives back model, learner and meta-parameters of a row of a run.
+
 **One episode by hand**: `adapt` takes the steps of an `InnerLoop` and gives an `Adapted`.
 
 **Models, tasks and losses**: `models`, `tasks`, `losses`; `as_model` makes a `Model` of what you
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from metaopt.evaluate import evaluate
     from metaopt.fit import FitConfig, Fitted, Problem, fit
     from metaopt.inner_loop import Adapted, InnerLoop, adapt
+    from metaopt.load import load
     from metaopt.models import as_model
     from metaopt.optimizers.outer import OuterConfig
     from metaopt.types import Batch, Episode, Learner, Model, TaskFamily
@@ -55,6 +58,7 @@ __all__ = [
     "evaluate",
     "fit",
     "learners",
+    "load",
     "losses",
     "meta_gradients",
     "models",
@@ -67,6 +71,7 @@ _MODULES = {
     "metaopt.evaluate": ("evaluate",),
     "metaopt.fit": ("FitConfig", "Fitted", "Problem", "fit"),
     "metaopt.inner_loop": ("Adapted", "InnerLoop", "adapt"),
+    "metaopt.load": ("load",),
     "metaopt.models": ("as_model",),
     "metaopt.optimizers.outer": ("OuterConfig",),
     "metaopt.types": ("Batch", "Episode", "Learner", "Model", "TaskFamily"),

@@ -6,13 +6,16 @@ and rows of one's own are given as ``module:function``.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 from metaopt import learners, meta_gradients, models
-from metaopt.comparison import Row, select
+from metaopt.comparison import ComparisonConfig, Row, check_settings, select
+from metaopt.diagnostics import feasible
 from metaopt.errors import UserError
 from metaopt.inner_loop import InnerLoop
 from metaopt.learners.maml import InnerOptimizer
+from metaopt.losses import next_token
 from metaopt.optimizers.inner import INNER_OPTIMIZERS, OptimizerName
 from metaopt.parts import load_part, make_part
 from metaopt.ranges import Checked, Count, Heads, Layers, Length, Seed, Width
@@ -31,8 +34,8 @@ class LanguageConfig(Checked):
       tasks: markov, text (with --folder), stdlib, tfds:NAME, or module:function of your own,
         which takes nothing and returns a `TaskFamily`.
       folder: Folder of text, one file a domain.
-      model: bigram, rnn, gru, lstm, transformer, or module:function of your own, which takes the
-        size of the vocabulary and returns a `Model`.
+      model: bigram, rnn, gru, lstm, transformer, or module:function of your own, which takes
+        what it needs of vocab_size, width, num_layers and num_heads, and returns a `Model`.
       width: Width of the recurrent and transformer models.
       num_layers: Number of layers of the recurrent and transformer models.
       num_heads: Number of heads of the transformer.
@@ -50,7 +53,7 @@ class LanguageConfig(Checked):
         the learning rate and returns an `optax.GradientTransformation`.
       inner: The inner loop.
       rows: Names of the rows to run, all if none; or module:function of your own, which takes
-        the model, the inner optimiser and the number of inner steps, and returns a
+        what it needs of model, inner_optimizer and num_steps, and returns a
         `metaopt.comparison.Row`.
     """
 
@@ -131,7 +134,8 @@ def make_model(config: LanguageConfig) -> Model:
     """
     vocab_size = VOCAB_SIZE if is_text(config.tasks) else config.vocab_size
     if is_own(config.model):
-        return make_part("--model", config.model, Model, {"vocab_size": vocab_size})
+        sizes = {name: getattr(config, name) for name in ("width", "num_layers", "num_heads")}
+        return make_part("--model", config.model, Model, {"vocab_size": vocab_size, **sizes})
     if config.model == "bigram":
         return models.bigram(vocab_size)
     if config.model == "transformer":
@@ -191,3 +195,25 @@ def _library_rows(config: LanguageConfig, model: Model, optimizer: InnerOptimize
         learner = learners.meta_sgd(adagrad, num_steps=steps)
         rows.append(Row("Meta-SGD on Adagrad", learner, reverse, adagrad))
     return rows
+
+
+def check(
+    config: LanguageConfig, comparison: ComparisonConfig, rows: Sequence[Row], model: Model
+) -> None:
+    """Checks, before anything is compiled, that rows can be compared on the tasks of a config.
+
+    Raises:
+      UserError: the settings do not fit one another, the devices or the memory, see
+        `metaopt.comparison.check_settings` and `metaopt.diagnostics.feasible.check`.
+    """
+    check_settings(config.inner, comparison)
+    if config.tasks == "markov":
+        feasible.check_languages(markov_config(config), comparison.most_episodes)
+    feasible.check(
+        [(row.learner, row.estimator, config.inner) for row in rows],
+        model.init,
+        next_token(model),
+        feasible.tokens(config.num_support, config.length),
+        feasible.tokens(config.num_query, config.length),
+        comparison.most_episodes,
+    )

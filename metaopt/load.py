@@ -105,10 +105,10 @@ def load(run: Path | str, row: str, seed: int | None = None) -> Loaded:
 def _read_config(path: Path) -> dict[str, Any]:
     try:
         saved = json.loads(read_text(path))
-    except (ValueError, RecursionError):
-        saved = None
-    known = isinstance(saved, dict) and {"tasks", "model"} <= saved.keys()
-    if not known or not isinstance(saved.get("inner"), dict):
+        is_config = {"tasks", "model"} <= saved.keys() and isinstance(saved["inner"], dict)
+    except (ValueError, RecursionError, AttributeError, KeyError):
+        is_config = False
+    if not is_config:
         raise UserError(f"{path} is not the config of a run of adapt_languages")
     return saved
 

@@ -19,61 +19,55 @@ Made = TypeVar("Made")
 def load_part(
     flag: str,
     name: str,
-    takes: Sequence[str] = (),
+    takes: Sequence[str],
     library: Mapping[str, Callable[..., Any]] | None = None,
 ) -> Callable[..., Any]:
-    """The function that the value of a flag names.
+    """The function that a flag names, itself the part, such as an estimator.
 
     Args:
       flag: such as ``--estimator``, for the messages.
       name: a name of the library's, or ``module:function``.
-      takes: the names of the arguments that it will be given, in their order. A function of the
-        user's own must take so many; what it calls them is its own affair.
+      takes: what the function is given, by position: it must take so many arguments.
       library: the library's own functions of this kind, by name.
 
     Raises:
       UserError: there is no such name, module or function, or the function takes other
         arguments.
     """
-    if library and name in library:
-        return library[name]
-    module_name, colon, function_name = name.partition(":")
-    if not colon or not all(p.isidentifier() for p in [*module_name.split("."), function_name]):
-        choices = f"one of {', '.join(library)}, or " if library else ""
-        raise UserError(f"{flag} takes {choices}module:function of your own, not {name!r}")
-    function = getattr(_import(flag, module_name), function_name, None)
-    if not callable(function):
-        raise UserError(f"{flag} {name}: the module {module_name} has no function {function_name}")
+    function = _find(flag, name, library or {})
     if not can_be_called(function, *takes):
         raise UserError(f"{flag} {name}: the function must take ({', '.join(takes)})")
     return function
 
 
 def make_part(
-    flag: str, name: str, returns: type[Made], arguments: Mapping[str, Any] | None = None
+    flag: str,
+    name: str,
+    returns: type[Made],
+    arguments: Mapping[str, Any] | None = None,
+    library: Mapping[str, Callable[..., Any]] | None = None,
 ) -> Made:
-    """What ``module:function`` of the user's own returns.
+    """What the function that a flag names returns, such as a learner or a model.
 
     Args:
-      flag: such as ``--problem``, for the messages.
-      name: ``module:function``.
-      returns: the type that it must return.
-      arguments: what it is given, in this order; nothing by default.
+      flag: such as ``--learner``, for the messages.
+      name: a name of the library's, or ``module:function``.
+      returns: the type that the function must return.
+      arguments: what the function may take, by name. It is given those that it has a parameter
+        for.
+      library: the library's own functions of this kind, by name.
 
     Raises:
-      UserError: see `load_part`; or the function returns something else.
+      UserError: there is no such name, module or function; or it needs other arguments, or
+        returns something else.
     """
     arguments = arguments or {}
-    function = load_part(flag, name, tuple(arguments))
-    return checked(flag, name, function(*arguments.values()), returns)
-
-
-def checked(flag: str, name: str, made: Any, returns: type[Made]) -> Made:
-    """What a function of the user's own has returned, if it is of the right type.
-
-    Raises:
-      UserError: it is of another type.
-    """
+    function = _find(flag, name, library or {})
+    given = {n: x for n, x in arguments.items() if n in _parameters(function)}
+    if not can_be_called(function, **given):
+        allowed = f"only {', '.join(arguments)}, by name" if arguments else "no arguments"
+        raise UserError(f"{flag} {name}: the function may take {allowed}")
+    made = function(**given)
     if not isinstance(made, returns):
         expected = f"{returns.__module__}.{returns.__qualname__}"
         raise UserError(
@@ -90,6 +84,26 @@ def can_be_called(function: Callable[..., Any], *arguments: Any, **keywords: Any
     except (TypeError, ValueError):
         return False
     return True
+
+
+def _parameters(function: Callable[..., Any]) -> Mapping[str, Any]:
+    try:
+        return inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        return {}
+
+
+def _find(flag: str, name: str, library: Mapping[str, Callable[..., Any]]) -> Callable[..., Any]:
+    if name in library:
+        return library[name]
+    module_name, colon, function_name = name.partition(":")
+    if not colon or not all(p.isidentifier() for p in [*module_name.split("."), function_name]):
+        choices = f"one of {', '.join(library)}, or " if library else ""
+        raise UserError(f"{flag} takes {choices}module:function of your own, not {name!r}")
+    function = getattr(_import(flag, module_name), function_name, None)
+    if not callable(function):
+        raise UserError(f"{flag} {name}: the module {module_name} has no function {function_name}")
+    return function
 
 
 def _import(flag: str, name: str) -> Any:

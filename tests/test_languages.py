@@ -62,8 +62,18 @@ def test_parts_of_ones_own():
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"tasks": "own_languages:model"}, r"--tasks own_languages:model: .* must take \(\)"),
-        ({"model": "own_languages:tasks"}, r"--model own_languages:tasks: .* \(vocab_size\)"),
+        (
+            {"tasks": "own_languages:model"},
+            "own_languages:model: the function may take no arg",
+        ),
+        (
+            {"model": "own_languages:optimizer"},
+            "may take only vocab_size, width, num_layers",
+        ),
+        (
+            {"model": "own_languages:tasks"},
+            r"must return a metaopt\.types\.Model, not",
+        ),
         ({"rows": ("own_languages:none",)}, "no function none"),
         ({"tasks": "nothing"}, r"markov, text, stdlib, tfds:NAME or module:function"),
         ({"model": "nothing"}, "bigram, rnn, gru, lstm, transformer, or module:function"),

@@ -35,16 +35,18 @@ def own(tmp_path, monkeypatch):
 
 
 def test_a_name_of_the_library_or_a_function_of_ones_own():
-    assert load_part("--part", "maximum", library={"maximum": max}) is max
-    function = load_part("--part", "of_ones_own:two", ("x", "y"), {"maximum": max})
+    assert load_part("--part", "power", ("a", "b"), {"power": pow}) is pow
+    function = load_part("--part", "of_ones_own:two", ("x", "y"), {"power": pow})
     assert function(1, 2) == 3
-    assert str(make_part("--part", "of_ones_own:two", int, {"x": 1, "y": 2})) == "3"
+    given = {"b": 2, "a": 1, "of no interest": None}
+    assert make_part("--part", "of_ones_own:two", int, given) == 3
+    assert make_part("--part", "power", int, {"base": 2, "exp": 5}, {"power": pow}) == 32
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("minimum", "--part takes one of maximum, or module:function of your own, not 'minimum'"),
+        ("minimum", "--part takes one of power, or module:function of your own, not 'minimum'"),
         ("of_ones_own:", "module:function"),
         (":two", "module:function"),
         ("..of_ones_own:two", "module:function"),
@@ -58,7 +60,7 @@ def test_a_name_of_the_library_or_a_function_of_ones_own():
 )
 def test_what_is_wrong_with_a_name_is_one_line(name, message):
     with pytest.raises(UserError, match=message) as error:
-        load_part("--part", name, ("x", "y"), {"maximum": max})
+        load_part("--part", name, ("x", "y"), {"power": pow})
     assert "\n" not in str(error.value)
 
 
@@ -66,14 +68,18 @@ def test_what_is_expected_of_a_wrong_value_is_said():
     expected = r"--part of_ones_own:place: .* must return a builtins\.int, not .* PosixPath"
     with pytest.raises(UserError, match=expected):
         make_part("--part", "of_ones_own:place", int)
+    with pytest.raises(UserError, match=r"may take only b, c, by name"):
+        make_part("--part", "of_ones_own:two", int, {"b": 1, "c": 1})
+    with pytest.raises(UserError, match=r"may take no arguments"):
+        make_part("--part", "of_ones_own:two", int)
 
 
 def test_a_module_that_misses_another_one_keeps_its_traceback():
     with pytest.raises(ModuleNotFoundError, match="a_module_that_is_not_there"):
-        load_part("--part", "misses_another:two")
+        load_part("--part", "misses_another:two", ())
 
 
 def test_the_current_directory_is_searched_by_an_installed_command_too():
-    code = "from metaopt.parts import load_part; print(load_part('-', 'of_ones_own:place')())"
+    code = "from metaopt.parts import load_part; print(load_part('-', 'of_ones_own:place', ())())"
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True)
     assert done.stdout == "here\n", done.stderr

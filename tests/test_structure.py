@@ -1,6 +1,7 @@
 """The one-way order of imports, read from the source, so that no import is run to find out."""
 
 import ast
+import graphlib
 import re
 import sys
 from pathlib import Path
@@ -74,6 +75,27 @@ def test_imports_point_one_way(path):
         package, *rest = name.split(".")
         if package == "metaopt" and rest and rest[0] != here:
             assert RANK[rest[0]] < RANK[here], f"{here} imports {rest[0]}"
+
+
+def module_name(path):
+    parts = path.relative_to(ROOT.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def test_no_two_modules_import_one_another():
+    """Nor a circle of more; an import inside a function counts."""
+    modules = {module_name(path): path for path in [*FILES, *OTHERS]}
+
+    def module_of(name):
+        while name and name not in modules:
+            name = name.rpartition(".")[0]
+        return name
+
+    graph = {
+        name: {module_of(imported) for imported in imports(path)} - {"", name}
+        for name, path in modules.items()
+    }
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, which names them
 
 
 def files_that_import(package):

@@ -4,26 +4,27 @@
     metaopt doctor --model mlp --learner maml --estimator first_order
     metaopt doctor --inner-optimizer radam      # NaN, and from which step on
     metaopt doctor --estimator truncated --options window=1
-    metaopt doctor --problem my_module:my_problem --estimator mixed_mode
-    metaopt doctor --estimator my_module:my_estimator
+    metaopt doctor --estimator my_module:my_estimator --learner my_module:my_learner
+    metaopt doctor --problem my_module:my_problem --inner-optimizer my_module:my_optimizer
 
 The estimator is compared with reverse mode and with finite differences of the objective,
 in float64, which shows how exact it is, and in float32, which shows what it costs.
 
-``module:function`` names a function in a module of your own that can be imported from here.
-That of ``--problem`` takes no arguments and returns a `metaopt.diagnostics.doctor.Problem`; that of
-``--estimator`` takes ``(learner, loss_fn, inner_loop)`` as those of `metaopt.meta_gradients`.
+``module:function`` names a function of your own in a module that can be imported from the
+current directory. Each returns what metaopt's own functions of that kind return: an estimator
+takes (learner, loss_fn, inner_loop), an optimiser the learning rate, a learner what it needs of
+model, inner_optimizer and num_steps, a problem nothing: it returns a metaopt.fit.Problem.
 """
 
 import ast
 import dataclasses
 import functools
-import importlib
 import inspect
+import math
 import types
 import typing
-from collections.abc import Callable
-from typing import Annotated, Any, Literal, cast, get_args, get_origin
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import jax
 import numpy as np
@@ -31,13 +32,15 @@ import optax
 from rich.console import Console
 from rich.table import Table
 
-from metaopt import learners, losses, measure, meta_gradients, models, parallel
+from metaopt import languages, learners, losses, measure, meta_gradients, models, parallel
 from metaopt.diagnostics import feasible
-from metaopt.diagnostics.doctor import Estimator, Problem, Report, examine, to_float64
+from metaopt.diagnostics.doctor import Report, examine, to_float64
 from metaopt.errors import UserError
+from metaopt.fit import Problem
 from metaopt.inner_loop import InnerLoop
 from metaopt.learners.maml import InnerOptimizer
 from metaopt.optimizers.inner import INNER_OPTIMIZERS
+from metaopt.parts import can_be_called, load_part, make_part
 from metaopt.ranges import (
     Checked,
     Count,
@@ -50,9 +53,9 @@ from metaopt.ranges import (
     Seed,
     Width,
 )
-from metaopt.tasks.markov import MarkovConfig, Symbols, markov
+from metaopt.tasks.markov import Symbols
 from metaopt.tasks.sinusoid import SinusoidConfig, sinusoid
-from metaopt.types import Batch, Learner, Model
+from metaopt.types import Estimator, Learner
 
 EstimatorName = Literal[
     "reverse",
@@ -64,6 +67,11 @@ EstimatorName = Literal[
     "implicit",
     "evolution",
 ]
+LearnerName = Literal["maml", "anil", "meta_sgd", "per_layer_per_step"]
+ModelName = Literal["mlp", languages.ModelName]
+TAKES = ("learner", "loss_fn", "inner_loop")
+ESTIMATORS = {name: getattr(meta_gradients, name) for name in get_args(EstimatorName)}
+LEARNERS = {name: getattr(learners, name) for name in get_args(LearnerName)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,36 +79,37 @@ class Config(Checked):
     """Examine a meta-gradient.
 
     Attributes:
-      estimator: of the meta-gradient, the one that is examined; one of metaopt's, or
-        ``module:function`` of your own.
-      options: of the estimator, such as ``window=1``.
-      learner: what is meta-learned.
-      model: on one Markov language, or one sinusoid for ``mlp``.
-      inner_optimizer: one of optax, by name.
-      inner_learning_rate: of the inner optimiser.
-      inner: the inner loop. An annealed query loss is examined half way, or where the hparams
-        of ``problem`` say.
-      problem: ``module:function`` of your own, in place of the model, learner, inner
-        optimiser and their sizes.
-      width: of the model.
-      num_layers: of the model.
-      num_heads: of the transformer.
-      vocab_size: of the language.
-      num_support: sequences or points in the support.
-      num_query: sequences or points in the query.
-      length: tokens in a sequence.
-      directions: along which the gradient is compared with finite differences.
-      rounds: timed calls of each, in turns; 0 times nothing.
-      seed: of the parameters, the episode and the directions.
+      estimator: Estimator of the meta-gradient, which is examined.
+      options: Options of the estimator, such as ``window=1``.
+      learner: What is meta-learned.
+      model: Model of one Markov language; of one sinusoid for ``mlp``.
+      inner_optimizer: Optimiser of the inner loop; any of optax by its name too.
+      inner_learning_rate: Rate of the inner optimiser.
+      inner: The inner loop. An annealed query loss is examined half way, unless ``hparams`` says
+        where.
+      hparams: Scalars that a learner of your own reads, such as ``decay=0.1``.
+      problem: Tasks, model and loss of your own, in place of ``model`` and the sizes.
+      width: Width of the model.
+      num_layers: Number of layers of the model.
+      num_heads: Number of heads of the transformer.
+      vocab_size: Number of symbols of the language.
+      num_support: Sequences or points in the support.
+      num_query: Sequences or points in the query.
+      length: Tokens in a sequence.
+      directions: Number of directions along which the gradient is compared with finite
+        differences.
+      rounds: Timed calls of each, alternating; 0 times nothing.
+      seed: Seed of the parameters, the episode and the directions.
     """
 
     estimator: EstimatorName | str = "mixed_mode"
     options: tuple[str, ...] = ()
-    learner: Literal["maml", "anil", "meta_sgd", "per_layer_per_step"] = "meta_sgd"
-    model: Literal["mlp", "bigram", "gru", "lstm", "transformer"] = "transformer"
+    learner: LearnerName | str = "meta_sgd"
+    model: ModelName | str = "transformer"
     inner_optimizer: str = "adam"
     inner_learning_rate: RateOr0 = 0.01
     inner: InnerLoop = InnerLoop(num_steps=5, unroll=False, remat=True)  # noqa: RUF009
+    hparams: tuple[str, ...] = ()
     problem: str | None = None
     width: Width = 32
     num_layers: Layers = 1
@@ -120,37 +129,36 @@ def make_estimator(config: Config) -> Estimator:
     Raises:
       UserError: there is no such estimator, or it has no such option, or one of another type.
     """
-    if config.estimator in get_args(EstimatorName):
-        estimator = getattr(meta_gradients, config.estimator)
-    elif ":" in config.estimator:
-        estimator = load_function("--estimator", config.estimator, num_arguments=3)
-    else:
-        raise UserError(
-            f"no estimator {config.estimator!r}: choose {', '.join(get_args(EstimatorName))}, or "
-            "module:function of your own"
-        )
+    estimator = load_part("--estimator", config.estimator, TAKES, ESTIMATORS)
     hints = typing.get_type_hints(estimator)
     known = [
         name
-        for name in list(inspect.signature(estimator).parameters)[3:]
-        if get_origin(hints.get(name)) is not Callable  # which no text can be
+        for name in list(inspect.signature(estimator).parameters)[len(TAKES) :]
+        if name != "outer_loss" and get_origin(hints.get(name)) is not Callable
     ]
-    options = {}
-    for option in config.options:
-        name, _, text = option.partition("=")
+    options = _values("--options", config.options)
+    for name, value in options.items():
         if name not in known:
             choices = ", ".join(known) or "no options"
             raise UserError(f"{config.estimator} has no option {name!r}; it takes {choices}")
+        if not is_of(hint := hints.get(name, Any), value):
+            wanted = inspect.formatannotation(hint)
+            raise UserError(f"{config.estimator} takes {name} as {wanted}, not {value!r}")
+    return functools.partial(estimator, **options) if options else estimator
+
+
+def _values(flag: str, pairs: Sequence[str]) -> dict[str, Any]:
+    """The values of ``name=value``: Python literals, or else words."""
+    found = {}
+    for pair in pairs:
+        name, _, text = pair.partition("=")
         try:
-            options[name] = ast.literal_eval(text)
+            found[name] = ast.literal_eval(text)
         except (SyntaxError, ValueError):
             if not text.isidentifier():
-                raise UserError(f"--options takes name=value, not {option!r}") from None
-            options[name] = text
-        if not is_of(hint := hints.get(name, Any), options[name]):
-            wanted = inspect.formatannotation(hint)
-            raise UserError(f"{config.estimator} takes {name} as {wanted}, not {text!r}")
-    return functools.partial(estimator, **options) if options else estimator
+                raise UserError(f"{flag} takes name=value, not {pair!r}") from None
+            found[name] = text
+    return found
 
 
 def is_of(hint: Any, value: Any) -> bool:
@@ -165,150 +173,112 @@ def is_of(hint: Any, value: Any) -> bool:
 
 
 def make_optimizer(name: str) -> InnerOptimizer:
-    """An inner optimiser by name: those of the other experiments, or one of optax.
+    """An inner optimiser: by name, metaopt's or else optax's, or one's own.
 
     Raises:
-      UserError: optax has no optimiser of this name that takes a learning rate first.
+      UserError: there is none of this name that takes a learning rate.
     """
-    found = INNER_OPTIMIZERS.get(name) or getattr(optax, name, None)
+    of_optax = {name: getattr(optax, name)} if hasattr(optax, name) else {}
+    known = {**of_optax, **INNER_OPTIMIZERS}
+    optimizer = load_part("--inner-optimizer", name, ("learning_rate",), known)
     try:
-        if callable(found) and isinstance(found(0.1), optax.GradientTransformation):
-            return cast(InnerOptimizer, found)
-    except (TypeError, AttributeError):  # it takes something else
-        pass
+        made = optimizer(0.1)
+    except (TypeError, AttributeError):
+        if name not in known:
+            raise  # a bug of the user's own
+        made = None  # it takes something else than a rate
+    if isinstance(made, optax.GradientTransformation):
+        return optimizer
     raise UserError(
-        f"unknown inner optimizer {name!r}: give one of optax that takes a learning rate, "
-        "such as sgd, adam or radam"
+        f"--inner-optimizer {name} must take a learning rate and return an "
+        "optax.GradientTransformation, as sgd, adam and radam do"
     )
 
 
-def make_learner(config: Config, model: Model) -> Learner:
+def make_learner(config: Config, problem: Problem) -> Learner:
     """The learner of a config."""
-    optimizer, steps = make_optimizer(config.inner_optimizer), config.inner.num_steps
-    if config.learner == "anil":
-        return learners.anil(model, optimizer)
-    if config.learner == "meta_sgd":
-        return learners.meta_sgd(optimizer, num_steps=steps)
-    if config.learner == "per_layer_per_step":
-        return learners.per_layer_per_step(optimizer, num_steps=steps)
-    return learners.maml(optimizer)
-
-
-def make_model(config: Config) -> Model:
-    """The model of a config."""
-    if config.model == "mlp":
-        return models.mlp(1, 1, (config.width,) * config.num_layers)
-    if config.model == "bigram":
-        return models.bigram(config.vocab_size)
-    if config.model != "transformer":
-        return models.recurrent(config.vocab_size, config.width, config.model, config.num_layers)
-    names = ("vocab_size", "width", "num_layers", "num_heads")
-    sizes = {name: getattr(config, name) for name in names}
-    return models.transformer(models.TransformerConfig(**sizes))
+    arguments = {
+        "model": problem.model,
+        "inner_optimizer": make_optimizer(config.inner_optimizer),
+        "num_steps": config.inner.num_steps,
+    }
+    return make_part("--learner", config.learner, Learner, arguments, LEARNERS)
 
 
 def make_problem(config: Config) -> Problem:
-    """One episode, and the model and learner of a config at random parameters."""
-    model = make_model(config)
-    if config.model == "mlp":
-        family = sinusoid(
-            SinusoidConfig(num_support=config.num_support, num_query=config.num_query)
-        )
-        loss = losses.regression(model)
-    else:
-        names = ("num_support", "num_query", "vocab_size", "length")
-        family = markov(MarkovConfig(**{name: getattr(config, name) for name in names}))
-        loss = losses.next_token(model)
-    params_key, episode_key = jax.random.split(jax.random.key(config.seed))
-    episode = jax.tree.map(
-        lambda x: x[0], jax.jit(family.train.sample, static_argnums=1)(episode_key, 1)
-    )
-    hparams = {"inner_learning_rate": config.inner_learning_rate}
-    params = jax.jit(model.init)(params_key)
-    return Problem(make_learner(config, model), loss, params, episode, hparams)
-
-
-def check_memory(config: Config) -> None:
-    """Raises UserError where the episode or the model exceeds the memory of the device."""
-    model = make_model(config)
-    largest = max(config.num_support, config.num_query)
-    if config.model == "mlp":
-        points: Any = jax.ShapeDtypeStruct((largest, 1), "float32")
-        batch, loss = Batch(points, points), losses.regression(model)
-    else:
-        batch, loss = feasible.tokens(largest, config.length), losses.next_token(model)
-    feasible.check([], model.init, loss, batch, batch, num_episodes=1)
-
-
-def load_problem(name: str) -> Problem:
-    """Calls the user's own ``module:function``.
+    """Tasks, model and loss of a config.
 
     Raises:
-      UserError: there is no such module or function, or it returns something else.
+      UserError: there is no such problem or model, or an episode or the model exceeds the memory
+        of the device.
     """
-    problem = load_function("--problem", name, num_arguments=0)()
-    if not isinstance(problem, Problem):
-        raise UserError(
-            f"{name} must return a metaopt.diagnostics.doctor.Problem, not {type(problem)}"
-        )
+    if config.problem:
+        return make_part("--problem", config.problem, Problem)
+    if config.model == "mlp":
+        model = models.mlp(1, 1, (config.width,) * config.num_layers)
+        sizes = SinusoidConfig(num_support=config.num_support, num_query=config.num_query)
+        problem = Problem(sinusoid(sizes), model, losses.regression(model))
+    else:
+        names = {field.name for field in dataclasses.fields(languages.LanguageConfig)}
+        given = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+        shared = languages.LanguageConfig(**{n: x for n, x in given.items() if n in names})
+        model = languages.make_model(shared)
+        problem = Problem(languages.make_family(shared), model, losses.next_token(model))
+    support, query, _ = jax.eval_shape(
+        lambda key: jax.tree.map(lambda x: x[0], problem.family.train.sample(key, 1)),
+        jax.random.key(0),
+    )
+    feasible.check([], model.init, problem.loss_fn, support, query, num_episodes=1)
     return problem
 
 
-def load_function(flag: str, name: str, num_arguments: int) -> Callable[..., Any]:
-    """The function ``module:function`` of the user's own, by import.
+def make_hparams(config: Config) -> dict[str, float]:
+    """The scalars that learner and objective read.
 
     Raises:
-      UserError: there is none that can be called with so many arguments.
+      UserError: a value is not a finite number.
     """
-    module_name, _, function_name = name.partition(":")
-    if not function_name or not all(part.isidentifier() for part in module_name.split(".")):
-        raise UserError(f"{flag} takes module:function, not {name!r}")
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise  # the user's module is there, and misses another one
-        raise UserError(f"no module {module_name!r} can be imported from here") from None
-    function = getattr(module, function_name, None)
-    if not callable(function):
-        raise UserError(f"the module {module_name!r} has no function {function_name!r}")
-    try:
-        inspect.signature(function).bind(*range(num_arguments))
-    except (TypeError, ValueError):  # ValueError: of what is written in C and has no signature
-        raise UserError(f"{name} must be a function of {num_arguments} arguments") from None
-    return function
+    hparams = {"inner_learning_rate": config.inner_learning_rate}
+    if config.inner.query_loss == "annealed":
+        hparams["query_annealing"] = 0.5
+    for name, value in _values("--hparams", config.hparams).items():
+        if not is_of(float, value) or not math.isfinite(value):
+            raise UserError(f"--hparams {name} must be a finite number, not {value!r}")
+        hparams[name] = value
+    return hparams
 
 
 def run(config: Config) -> tuple[Report, Report]:
     """Examines in float64 and in float32, prints both, and returns both."""
     parallel.set_up_backend()
-    estimator = make_estimator(config)
-    if config.problem is None:
-        check_memory(config)
-    problem = load_problem(config.problem) if config.problem else make_problem(config)
-    if config.inner.query_loss == "annealed":
-        problem = problem._replace(hparams={"query_annealing": 0.5, **problem.hparams})
+    estimator, problem = make_estimator(config), make_problem(config)
+    learner, hparams = make_learner(config, problem), make_hparams(config)
+    if problem.outer_loss and not can_be_called(estimator, *TAKES, outer_loss=None):
+        raise UserError(
+            f"{config.problem} has an outer loss: {config.estimator} must take outer_loss by name"
+        )
+    params_key, episode_key = jax.random.split(jax.random.key(config.seed))
+    params = jax.jit(problem.model.init)(params_key)
+    episode = jax.tree.map(lambda x: x[0], problem.family.train.sample(episode_key, 1))
 
-    def report(problem: Problem, rounds: int) -> Report:
-        learner, loss_fn, params, episode, hparams, outer_loss = problem
+    def report(params: Any, episode: Any, rounds: int) -> Report:
         return examine(
             estimator,
             learner,
-            loss_fn,
+            problem.loss_fn,
             config.inner,
             params,
             hparams,
             episode,
             jax.random.key(config.seed),
-            outer_loss=outer_loss,
+            outer_loss=problem.outer_loss,
             directions=config.directions,
             rounds=rounds,
         )
 
     with jax.enable_x64(True):
-        parts = {name: to_float64(getattr(problem, name)) for name in ("params", "episode")}
-        exact = report(problem._replace(**parts), rounds=0)
-    quick = report(problem, config.rounds)
+        exact = report(to_float64(params), to_float64(episode), rounds=0)
+    quick = report(params, episode, config.rounds)
     show(exact, quick)
     return exact, quick
 
@@ -330,17 +300,16 @@ def show(exact: Report, quick: Report) -> None:
 
 def rows(report: Report) -> list[tuple[str, str]]:
     """Label and value of each row of the table."""
-    found: list[tuple[str, Any]] = []
+    found: list[tuple[str, str]] = []
     for name, part in {"": report.agreement, **report.parts}.items():
         label = f" of {name}" if name else ""
         found += [(f"cosine{label}", f"{part.cosine:.6f}"), (f"error{label}", f"{part.error:.1e}")]
-    for of in get_args(Literal["estimator", "reference", "uncertainty"]):
-        label = "of finite differences" if of == "uncertainty" else "from finite differences"
-        name = {"estimator": report.names[0], "reference": report.names[1]}.get(of, of)
-        found.append((f"{name} {label}", f"{np.max(report.errors(of)):.1e}"))
+    for name, of in zip(report.names, ("estimator", "reference"), strict=True):
+        found.append((f"{name} from finite differences", f"{np.max(report.errors(of)):.1e}"))
+    uncertainty = np.max(report.errors("uncertainty"))
+    found.append(("uncertainty of finite differences", f"{uncertainty:.1e}"))
     for name, cost in zip(report.names, (report.estimator, report.reference), strict=True):
         found.append((f"memory of {name}", measure.human_bytes(cost.temp)))
-        timing = cost.seconds
-        text = "–" if timing is None else f"{timing.median * 1e3:.3g} ms"
-        found.append((f"time of {name}", text))
+        seconds = "–" if cost.seconds is None else f"{cost.seconds.median * 1e3:.3g} ms"
+        found.append((f"time of {name}", seconds))
     return found

@@ -1,7 +1,7 @@
 """The doctor: whether a meta-gradient is right, what it costs, and where it breaks.
 
-It examines an estimator on the user's own model, learner and inner optimiser, against
-reverse mode and against finite differences of the objective.
+It compares an estimator, on any model, learner and inner optimiser, with reverse mode and with
+finite differences of the objective.
 """
 
 import functools
@@ -39,26 +39,6 @@ from metaopt.types import (
 )
 
 
-class Problem(NamedTuple):
-    """What an estimator is examined on.
-
-    Attributes:
-      learner: what is meta-learned.
-      loss_fn: what the inner loop descends, as the learner changes it.
-      params: where the learner starts.
-      episode: one task.
-      hparams: ``{'inner_learning_rate': ...}`` and what else the learner reads.
-      outer_loss: what the adapted parameters are judged by; None for ``loss_fn``.
-    """
-
-    learner: Learner
-    loss_fn: LossFn
-    params: Params
-    episode: Episode
-    hparams: Hparams
-    outer_loss: LossFn | None = None
-
-
 class Agreement(NamedTuple):
     """Two gradients: ``cosine`` between them, and ``error = |a − b| / |b|``."""
 
@@ -67,13 +47,13 @@ class Agreement(NamedTuple):
 
 
 class Derivative(NamedTuple):
-    """The derivative of the objective along one random direction, found in three ways.
+    """The derivative of the objective along one random direction, found by three methods.
 
     Attributes:
-      differences: by central finite differences.
+      differences: central finite differences.
       uncertainty: their spread over three neighbouring steps.
-      estimator: the product of the estimator's gradient with the direction.
-      reference: likewise, of the reference.
+      estimator: product of the estimator's gradient with the direction.
+      reference: product of the reference's gradient with the direction.
     """
 
     differences: float
@@ -93,14 +73,15 @@ class Report(NamedTuple):
     """What `examine` found.
 
     Attributes:
-      names: of the estimator and the reference.
-      dtype: of the parameters, such as ``float64``.
-      agreement: of the estimator with the reference.
-      parts: the same for each of the meta-parameters (``params``, ``log_rates``).
-      derivatives: one a direction.
-      estimator: its cost.
-      reference: its cost.
-      failure: of the objective's derivative or else of the estimator; None where all is finite.
+      names: names of the estimator and the reference.
+      dtype: dtype of the parameters, such as ``float64``.
+      agreement: agreement of the estimator with the reference.
+      parts: agreement in each of the meta-parameters (``params``, ``log_rates``).
+      derivatives: one for each direction.
+      estimator: cost of the estimator.
+      reference: cost of the reference.
+      failure: where the objective's derivative, or else the estimator's gradient, becomes NaN or
+        inf; None if both are finite.
     """
 
     names: tuple[str, str]
@@ -115,8 +96,8 @@ class Report(NamedTuple):
     def errors(self, of: Literal["estimator", "reference", "uncertainty"]) -> list[float]:
         """Distance from the finite differences along each direction, relative to their size.
 
-        Their size is the root mean square over the directions, so that one that happens
-        to be level does not count for more than the others.
+        Their size is the root mean square over the directions, so that a direction in which the
+        objective happens to be flat does not dominate.
         """
         differences = np.array([d.differences for d in self.derivatives])
         size = float(np.sqrt(np.mean(differences**2))) or 1.0
@@ -129,11 +110,10 @@ class Report(NamedTuple):
         return self.agreement.error <= float(jnp.finfo(self.dtype).eps) ** 0.5
 
     def confirmed(self, of: Literal["estimator", "reference"]) -> bool | None:
-        """Whether finite differences confirm a gradient; None where they cannot tell.
+        """Whether finite differences confirm a gradient; None if they cannot tell.
 
-        They do where the largest error is at most ten times their own uncertainty and
-        the cube root of the rounding unit together; they cannot tell where their
-        uncertainty is above 0.1.
+        They confirm it if the largest error is at most the sum of ten times their own uncertainty
+        and the cube root of the rounding unit. They cannot tell if their uncertainty is above 0.1.
         """
         uncertainty = np.max(self.errors("uncertainty"))  # NaN if one is, unlike Python's max
         if not uncertainty <= 0.1:
@@ -143,47 +123,41 @@ class Report(NamedTuple):
 
     def describe(self) -> list[str]:
         """The findings in words, one a line."""
-        verdicts = (
-            [self._against_reference(), self._against_differences(0), self._against_differences(1)]
-            if self.failure is None
-            else [self.failure.describe()]
-        )
-        temps = self.estimator.temp, self.reference.temp
-        return [*verdicts, self._of_cost("memory", *temps, measure.human_bytes), *self._of_time()]
+        if self.failure is None:
+            found = [self._against_reference()]
+            found += [
+                self._against_differences("estimator"),
+                self._against_differences("reference"),
+            ]
+        else:
+            found = [self.failure.describe()]
+        ours, theirs = self.estimator, self.reference
+        found.append(self._compared("memory", ours.temp, theirs.temp, measure.human_bytes))
+        if ours.seconds and theirs.seconds:
+            seconds = ours.seconds.median, theirs.seconds.median
+            found.append(self._compared("time", *seconds, lambda s: f"{s * 1e3:.3g} ms"))
+        return found
 
     def _against_reference(self) -> str:
-        cosine, error = self.agreement
         if self.agrees():
-            return f"{self.names[0]} agrees with {self.names[1]} to {error:.1e}"
-        parts = "".join(
-            f"; {name}: cosine {part.cosine:.4f}, error {part.error:.1e}"
-            for name, part in self.parts.items()
-            if len(self.parts) > 1
-        )
-        return f"{self.names[0]} differs from {self.names[1]}: cosine {cosine:.4f}, " + (
-            f"error {error:.1e}{parts}"
+            return f"{self.names[0]} agrees with {self.names[1]} to {self.agreement.error:.1e}"
+        parts = {"": self.agreement} | (self.parts if len(self.parts) > 1 else {})
+        return f"{self.names[0]} differs from {self.names[1]}: " + "; ".join(
+            f"{name}{': ' if name else ''}cosine {part.cosine:.4f}, error {part.error:.1e}"
+            for name, part in parts.items()
         )
 
-    def _against_differences(self, which: Literal[0, 1]) -> str:
-        of: Literal["estimator", "reference"] = "reference" if which else "estimator"
-        verdict = self.confirmed(of)
+    def _against_differences(self, of: Literal["estimator", "reference"]) -> str:
+        name, verdict = self.names[of == "reference"], self.confirmed(of)
         if verdict is None:
-            return (
-                f"finite differences in {self.dtype} are too uncertain to judge {self.names[which]}"
-            )
+            return f"finite differences in {self.dtype} are too uncertain to judge {name}"
         return (
-            f"{self.names[which]} {'agrees' if verdict else 'disagrees'} with finite differences "
+            f"{name} {'agrees' if verdict else 'disagrees'} with finite differences "
             f"along {len(self.derivatives)} directions: error {np.max(self.errors(of)):.1e}, "
             f"their own uncertainty {np.max(self.errors('uncertainty')):.1e}"
         )
 
-    def _of_time(self) -> list[str]:
-        ours, theirs = self.estimator.seconds, self.reference.seconds
-        if ours is None or theirs is None:
-            return []
-        return [self._of_cost("time", ours.median, theirs.median, lambda s: f"{s * 1e3:.3g} ms")]
-
-    def _of_cost(self, what: str, ours: float, theirs: float, show: Callable[[Any], str]) -> str:
+    def _compared(self, what: str, ours: float, theirs: float, show: Callable[[Any], str]) -> str:
         ratio = f"{ours / theirs:.2f} times" if theirs else "against"
         return f"{what} {show(ours)}, {ratio} {self.names[1]}'s {show(theirs)}"
 
@@ -206,23 +180,23 @@ def examine(
 ) -> Report:
     """Compares an estimator with a reference and with finite differences, on one episode.
 
-    Everything is done in the dtype of the parameters. Rounding hides in float32 what it
-    hides in float64 only below 1e-10, so exactness is judged in float64 (``with
-    jax.enable_x64(True)`` and `to_float64`), memory and time in float32.
+    Everything is computed in the dtype of the parameters. Rounding hides in float32 what it
+    hides in float64 only below 1e-10. So judge exactness in float64 (``with
+    jax.enable_x64(True)`` and `to_float64`), and memory and time in float32.
 
     Args:
       estimator: ``(learner, loss_fn, inner) -> MetaGradFn``; options bound by `functools.partial`.
       learner: what is meta-learned.
       loss_fn: what the inner loop descends, as the learner changes it.
       inner: the inner loop.
-      params: where the learner starts; all floating-point leaves of one dtype.
+      params: initial parameters; all floating-point leaves of one dtype.
       hparams: ``inner_learning_rate`` and what else the learner reads.
       episode: one task.
       key: key of the directions, and of the estimator's noise if there is any.
       outer_loss: what the adapted parameters are judged by; None for ``loss_fn``.
-      directions: standard normal ones, along which derivatives are compared.
-      reference: what is taken as the truth.
-      rounds: timed calls of each, in turns; 0 times nothing.
+      directions: number of standard normal directions along which derivatives are compared.
+      reference: estimator that is taken as the truth.
+      rounds: timed calls of each, alternating; 0 times nothing.
       meta_params: where the meta-gradient is taken; by default ``learner.init(params)``.
 
     Returns:
@@ -242,22 +216,16 @@ def examine(
     point = _cast(learner.init(params) if meta_params is None else meta_params, dtype)
     hparams, episode = _cast(hparams, dtype), jax.tree.map(jnp.asarray, episode)
     arguments = (point, hparams, episode, key)
+    estimators = (estimator, reference)
     compiled = [
-        measure.compile_for(_bound(e, learner, loss_fn, inner), *arguments)
-        for e in (estimator, reference)
+        measure.compile_for(_bound(e, learner, loss_fn, inner), *arguments) for e in estimators
     ]
     grads, expected = (
         _gradient(_name(e), run(*arguments), point)
-        for e, run in zip((estimator, reference), compiled, strict=True)
+        for e, run in zip(estimators, compiled, strict=True)
     )
-
     run = run_inner_loop(learner, loss_fn, inner, outer_loss)
-    derivatives = _derivatives(
-        lambda m: run(m, hparams, episode).objective(inner, hparams),
-        point,
-        (grads, expected),
-        jax.random.split(jax.random.fold_in(key, 1), directions),
-    )
+    keys = jax.random.split(jax.random.fold_in(key, 1), directions)
     failure = None
     if not all_finite(expected):
         failure = find_failure(learner, loss_fn, inner, point, hparams, episode, outer_loss)
@@ -269,7 +237,12 @@ def examine(
         dtype=str(dtype),
         agreement=_agreement(grads, expected),
         parts={name: _agreement(grads[name], expected[name]) for name in expected},
-        derivatives=derivatives,
+        derivatives=_derivatives(
+            lambda m: run(m, hparams, episode).objective(inner, hparams),
+            point,
+            (grads, expected),
+            keys,
+        ),
         estimator=costs[0],
         reference=costs[1],
         failure=failure,
@@ -347,7 +320,7 @@ def _derivatives(
     gradients: tuple[MetaParams, MetaParams],
     keys: Key,
 ) -> tuple[Derivative, ...]:
-    """Along one standard normal direction a key, by differences and by the gradients."""
+    """Along one standard normal direction for each key."""
 
     @jax.jit
     def objective_at(direction, step):

@@ -65,7 +65,7 @@ def text(config: TextConfig) -> TaskFamily:
     Episodes are numpy arrays: int32 inputs and targets ``[T, S, L]`` and ``[T, Q, L]``
     of bytes 0 to 255, targets one byte after inputs, and ``task`` int32 ``[T]``, which
     indexes the split's ``task_names``. The first use of a source stores it under
-    ``data_dir``; see `metaopt.tasks.sources.text.store`.
+    ``data_dir``; see `store`.
 
     Raises:
       UserError: the source is missing, empty or unreadable; a domain is shorter than an
@@ -79,7 +79,7 @@ def text(config: TextConfig) -> TaskFamily:
     named = dict(zip(("(training)", "(validation)", "(test)"), splits, strict=True))
     check_text(domains, lambda i: next(name for name, split in named.items() if i in split))
     if not config.source.startswith(_TFDS):
-        domains = text_sources.store(Path(config.source).resolve().name, domains, data_dir)
+        domains = store(Path(config.source).resolve().name, domains, data_dir)
     train, valid, test = ([domains[i] for i in split] for split in splits)
     return TaskFamily(
         name="text",
@@ -148,11 +148,36 @@ def _next_byte(sequences: Any) -> Batch:
 def _find_domains(config: TextConfig, data_dir: Path) -> tuple[Domain, ...]:
     if config.source == "stdlib":
         return text_sources.stdlib_domains()
-    if config.source.startswith(_TFDS):
-        return text_sources.tfds_domains(
-            config.source.removeprefix(_TFDS), config.text_feature, config.domain_feature, data_dir
+    if not config.source.startswith(_TFDS):
+        return text_sources.folder_domains(Path(config.source).expanduser())
+    if not text_sources.has_tfds():
+        raise UserError(
+            f"{config.source!r} needs TensorFlow Datasets: pip install tensorflow-datasets "
+            "array_record"
         )
-    return text_sources.folder_domains(Path(config.source).expanduser())
+    from metaopt.tasks.sources import tfds  # late: it takes a second, and is not always needed
+
+    name = config.source.removeprefix(_TFDS)
+    return tfds.grouped_domains(name, config.text_feature, config.domain_feature, data_dir)
+
+
+def store(label: str, domains: Sequence[Domain], data_dir: Path) -> tuple[Domain, ...]:
+    """Copies domains, once, into a dataset under ``data_dir``, and reads them from there.
+
+    The dataset is keyed by a fingerprint of the names and the contents, so text that
+    has changed is prepared again beside the old. A line says what is copied where. If TensorFlow
+    Datasets or its ArrayRecord is not installed, the domains are returned unchanged; they give the
+    same bytes.
+
+    Raises:
+      UserError: ``data_dir`` cannot be written.
+    """
+    if not text_sources.has_tfds():
+        return tuple(domains)
+    from metaopt.tasks.sources import tfds
+
+    name = f"{text_sources.safe_name(label)}-{text_sources.fingerprint(domains)}"
+    return tfds.stored_domains(data_dir / name, lambda: domains)
 
 
 def _check_sizes(domains: Sequence[Domain], config: TextConfig) -> None:

@@ -110,7 +110,7 @@ def test_what_it_costs_to_judge_by_steps_counts_as_examples_of_training(tmp_path
     evaluations = 0
     for first, (a, b) in enumerate(zip(plain.decisions, counted.decisions, strict=True)):
         longer = a.size != plain.decisions[max(0, first - 1)].size
-        number = len(a.evidence) + (2 if first == 0 else int(longer))
+        number = len(a.trials) + (2 if first == 0 else int(longer))
         assert b.trial_examples - a.trial_examples == math.ceil(number * costly.evaluation_examples)
         evaluations += number
     assert evaluations >= 4

@@ -12,7 +12,7 @@ import pytest
 
 from metaopt.errors import UserError
 from metaopt.tasks.sources import text as text_sources
-from metaopt.tasks.text import TextConfig, split_domains, text
+from metaopt.tasks.text import TextConfig, split_domains, store, text
 
 REAL_TEXT = Path(__file__).parents[3] / "shared" / "data" / "text_domains"
 
@@ -120,7 +120,7 @@ def test_stored_blocks_and_files_in_place_give_the_same_bytes(config, folder, mo
     stored = text(config)
     assert "tensorflow" not in sys.modules
     domains = text_sources.folder_domains(folder)
-    blocks = text_sources.store("source", domains, Path(config.data_dir))
+    blocks = store("source", domains, Path(config.data_dir))
     for one, file in zip(blocks, domains, strict=True):
         assert (one.name, one.size) == (file.name, file.size)
         for start, length in ((0, one.size), (4095, 2), (4096, 4096), (one.size, 0), (8000, 1001)):
@@ -138,13 +138,14 @@ def test_stored_blocks_and_files_in_place_give_the_same_bytes(config, folder, mo
         )
 
 
-def test_changed_text_is_stored_again_beside_the_old(config, folder):
+def test_changed_text_is_stored_again_beside_the_old(config, folder, capsys):
     data_dir = Path(config.data_dir)
     text(config)
     (first,) = data_dir.iterdir()
+    assert f"KiB of text are copied to {first}" in capsys.readouterr().err
     written = {path: path.stat().st_mtime_ns for path in first.rglob("*.*")}
     text(config)
-    assert list(data_dir.iterdir()) == [first]
+    assert list(data_dir.iterdir()) == [first] and "copied" not in capsys.readouterr().err
     assert written == {path: path.stat().st_mtime_ns for path in first.rglob("*.*")}
 
     whole = bytearray((folder / "g").read_bytes())
@@ -315,10 +316,12 @@ def whole(domain):
 
 
 def test_tfds_examples_are_grouped_by_a_feature(reviews):
-    by_label = text_sources.tfds_domains("metaopt_reviews", "text", "label", reviews)
+    from metaopt.tasks.sources import tfds
+
+    by_label = tfds.grouped_domains("metaopt_reviews", "text", "label", reviews)
     assert [domain.name for domain in by_label] == ["good", "poor"]
     assert whole(by_label[0]) == b"review 0\nreview 2\nreview 4\nreview 6\n"
-    by_place = text_sources.tfds_domains("metaopt_reviews:1.0.0", "text", "place", reviews)
+    by_place = tfds.grouped_domains("metaopt_reviews:1.0.0", "text", "place", reviews)
     assert [domain.name for domain in by_place] == ["town 0", "town 1", "town 2"]
     assert whole(by_place[1]) == b"review 1\nreview 5\n"
 
@@ -342,9 +345,11 @@ def test_a_tfds_dataset_makes_episodes(reviews):
 
 
 def test_bad_tfds_datasets_say_what_to_do(reviews, tmp_path, monkeypatch):
+    from metaopt.tasks.sources import tfds
+
     def raises(words, name="metaopt_reviews", text_feature="text", label="label", data_dir=reviews):
         with pytest.raises(UserError, match=words) as caught:
-            text_sources.tfds_domains(name, text_feature, label, data_dir)
+            tfds.grouped_domains(name, text_feature, label, data_dir)
         assert "\n" not in str(caught.value)
 
     raises("cannot open 'tfds:no_such': Dataset no_such not found", name="no_such")
@@ -363,4 +368,5 @@ def test_bad_tfds_datasets_say_what_to_do(reviews, tmp_path, monkeypatch):
         info.write_text(kept)
 
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
-    raises("needs TensorFlow Datasets: pip install")
+    with pytest.raises(UserError, match="needs TensorFlow Datasets: pip install"):
+        text(TextConfig(source="tfds:metaopt_reviews", data_dir=str(reviews)))

@@ -2,8 +2,7 @@
 
 A domain is pieces laid end to end: the files of a package, the blocks of a prepared
 dataset, the examples of one class. `join` turns any of them into a `Domain`, and that
-is all that `metaopt.tasks.text` sees. Nothing here imports TensorFlow Datasets until
-it is used, and without it a folder is read in place.
+is all that `metaopt.tasks.text` sees. `metaopt.tasks.sources.tfds` builds on this module.
 """
 
 import hashlib
@@ -64,6 +63,11 @@ def join(
         return np.concatenate(parts)
 
     return Domain(name, size, read)
+
+
+def draw_window(rng: np.random.Generator, domain: Domain, size: int) -> np.ndarray:
+    """Bytes of a domain from a random position on, uint8 ``[size]``; all positions alike."""
+    return domain.read(int(rng.integers(domain.size - size + 1)), size)
 
 
 def file_domain(name: str, paths: Sequence[Path]) -> Domain:
@@ -128,44 +132,6 @@ def stdlib_domains() -> tuple[Domain, ...]:
         if sum(path.stat().st_size for path in paths) >= STDLIB_MIN_BYTES:
             domains.append(file_domain(entry.stem, paths))
     return tuple(domains)
-
-
-def tfds_domains(
-    name: str, text_feature: str, domain_feature: str, data_dir: Path
-) -> tuple[Domain, ...]:
-    """A TensorFlow Datasets dataset, its examples grouped by a feature.
-
-    See `metaopt.tasks.sources.tfds.grouped_domains`, which this calls.
-
-    Raises:
-      UserError: TensorFlow Datasets is not installed, or as that function says.
-    """
-    if not has_tfds():
-        raise UserError(
-            f"'tfds:{name}' needs TensorFlow Datasets: pip install tensorflow-datasets array_record"
-        )
-    from metaopt.tasks.sources import tfds as text_dataset
-
-    return text_dataset.grouped_domains(name, text_feature, domain_feature, data_dir)
-
-
-def store(label: str, domains: Sequence[Domain], data_dir: Path) -> tuple[Domain, ...]:
-    """Copies domains, once, into a dataset under ``data_dir``, and reads them from there.
-
-    The dataset is keyed by a fingerprint of the names and the contents, so text that
-    has changed is prepared anew beside the old. Where TensorFlow Datasets is not
-    installed, the domains come back as they are and give the same bytes.
-
-    Raises:
-      UserError: ``data_dir`` cannot be written.
-    """
-    if not has_tfds():
-        return tuple(domains)
-    from metaopt.tasks.sources import tfds as text_dataset
-
-    return text_dataset.stored_domains(
-        data_dir / f"{safe_name(label)}-{fingerprint(domains)}", lambda: domains
-    )
 
 
 def fingerprint(domains: Sequence[Domain], chunk: int = 1 << 20) -> str:

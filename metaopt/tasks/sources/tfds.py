@@ -15,7 +15,9 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
+from metaopt.console import log
 from metaopt.errors import UserError
+from metaopt.measure import human_bytes
 from metaopt.tasks.sources.text import Domain, join, safe_name
 
 BLOCK_BYTES = 4096
@@ -66,7 +68,7 @@ def stored_domains(directory: Path, domains: Callable[[], Sequence[Domain]]) -> 
     interrupted is never taken as whole, and of several processes one wins.
 
     Args:
-      directory: of this dataset alone.
+      directory: directory of this dataset alone.
       domains: gives what is to be stored; called only when nothing is there.
 
     Raises:
@@ -74,8 +76,11 @@ def stored_domains(directory: Path, domains: Callable[[], Sequence[Domain]]) -> 
     """
     done = directory / "text_blocks" / str(TextBlocks.VERSION)
     if not done.is_dir():
+        found = domains()
+        size = human_bytes(sum(domain.size for domain in found))
+        log(f"note: {size} of text are copied to {directory}, to be read from there")
         try:
-            TextBlocks(domains(), data_dir=directory).download_and_prepare()
+            TextBlocks(found, data_dir=directory).download_and_prepare()
         except OSError as error:
             if not done.is_dir():
                 raise UserError(

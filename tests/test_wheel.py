@@ -1,0 +1,126 @@
+"""The built wheel, installed outside the repository: what a user has of `pip install`."""
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import metaopt
+
+pytestmark = pytest.mark.slow
+REPOSITORY = Path(__file__).parents[1]
+BUILT_FROM = ("metaopt", "experiments", "benchmarks", "pyproject.toml", "README.md", "LICENSE")
+META_TRAINS = """
+    import jax
+    import optax
+
+    import metaopt
+    from metaopt.tasks.markov import MarkovConfig, markov
+
+    family = markov(MarkovConfig(vocab_size=4, num_support=2, num_query=2, length=8))
+    model = metaopt.models.bigram(4)
+    loss = metaopt.losses.next_token(model)
+    learner = metaopt.learners.meta_sgd(optax.sgd, num_steps=2)
+    inner = metaopt.InnerLoop(num_steps=2)
+    fitted = metaopt.fit(
+        metaopt.Problem(family, model, loss),
+        learner,
+        inner=inner,
+        config=metaopt.FitConfig(num_steps=20, tasks_per_step=4, num_devices=1),
+    )
+    episode = jax.tree.map(lambda x: x[0], family.test.sample(jax.random.key(1), 1))
+    start = learner.start(fitted.meta_params)
+    optimizer = learner.inner_opt(fitted.meta_params, fitted.hparams)
+    adapted = metaopt.adapt(loss, optimizer, start, episode.support, inner).params
+    print(loss(start, episode.query), loss(adapted, episode.query))
+"""
+LOADS = """
+    import sys
+
+    import metaopt
+
+    found = metaopt.load(sys.argv[1], "Meta-SGD")
+    print(sorted(found.meta_params), float(found.hparams["inner_learning_rate"]) > 0)
+"""
+
+
+def run(command, place, **environment):
+    done = subprocess.run(
+        command,
+        cwd=place,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+    )
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """A wheel, built from a copy: a build leaves files beside its sources."""
+    place = tmp_path_factory.mktemp("source")
+    for name in BUILT_FROM:
+        copy = shutil.copytree if (REPOSITORY / name).is_dir() else shutil.copy
+        copy(REPOSITORY / name, place / name)
+    build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", "dist", "."]
+    run(build, place)
+    (found,) = (place / "dist").glob("*.whl")
+    return found
+
+
+@pytest.fixture(scope="module")
+def installed(wheel, tmp_path_factory):
+    """A function that runs Python on the installed wheel; what it depends on is there already."""
+    target, elsewhere = (tmp_path_factory.mktemp(name) for name in ("target", "elsewhere"))
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(target)]
+    run([*pip, str(wheel)], elsewhere)
+
+    def python(*args):
+        command = [str(target / "bin" / args[0]), *args[1:]] if args[0] == "metaopt" else args
+        return run(command, elsewhere, PYTHONPATH=str(target))
+
+    place = python(sys.executable, "-c", "import metaopt; print(metaopt.__file__)")
+    assert place.startswith(str(target))
+    return python
+
+
+def script(text):
+    lines = text.strip("\n").splitlines()
+    return "\n".join(line.removeprefix("    ") for line in lines)
+
+
+def test_the_wheel_holds_the_library_and_nothing_else(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name.split("/")[0].split("-")[0] for name in names} == {"metaopt"}
+    assert "metaopt/py.typed" in names
+    modules = {str(p.relative_to(REPOSITORY)) for p in (REPOSITORY / "metaopt").rglob("*.py")}
+    assert modules <= set(names)
+
+
+def test_the_command(installed):
+    assert installed("metaopt", "--version") == f"metaopt {metaopt.__version__}\n"
+    assert "doctor" in installed("metaopt", "--help")
+    assert "usage: metaopt tables" in installed("metaopt", "tables", "--help")
+    as_module = installed(sys.executable, "-m", "metaopt", "--help")
+    assert as_module == installed("metaopt", "--help")
+
+
+def test_a_script_that_meta_trains_and_adapts(installed):
+    before, after = installed(sys.executable, "-c", script(META_TRAINS)).split()
+    assert 0 < float(after) < float(before)
+
+
+def test_a_row_of_a_run_is_loaded(installed, tmp_path):
+    flags = "--preset smoke --rows Meta-SGD --vocab-size 4 --inner.num-steps 1 "
+    flags += "--comparison.max-inner-steps 1"
+    command = [sys.executable, "-m", "experiments.adapt_languages", *shlex.split(flags)]
+    run([*command, "--run-dir", str(tmp_path / "run")], REPOSITORY, PYTHONPATH=str(REPOSITORY))
+    found = installed(sys.executable, "-c", script(LOADS), str(tmp_path / "run"))
+    assert found == "['log_rates', 'params'] True\n"
