@@ -178,7 +178,6 @@ class Comparison:
         self.problem, self.inner, self.outer, self.config = problem, inner, outer, config
         self._train_fn = train_fn
         self.devices = check_settings(inner, config)
-        self._init_key, _ = jax.random.split(jax.random.key(config.seed))
         self._tuned: dict[tuple[Callable, str], float] = {}
 
     @functools.cached_property
@@ -195,7 +194,8 @@ class Comparison:
 
     def random_init(self) -> Params:
         """The initial parameters that every row shares."""
-        return self.problem.model.init(self._init_key)
+        init_key, _ = jax.random.split(jax.random.key(self.config.seed))
+        return self.problem.model.init(init_key)
 
     def pretrain(self, directory: Path) -> Params:
         """Joint pretraining before the rows part, or the random initialisation for 0 steps."""

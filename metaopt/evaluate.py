@@ -3,7 +3,7 @@
 `evaluate` is the one call for a trained learner. `make_curves` and `tuned_curves` are its parts.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import jax
@@ -237,7 +237,7 @@ def tuned_curves(
 
     tried = on_valid(sorted(rates))
     best = _best_rates(tried)
-    while more := _beyond(sorted(tried), best, MAX_RATES_TRIED if len(tried) > 1 else 1):
+    while more := rates_beyond(sorted(tried), best.tolist()):
         tried |= on_valid(more)
         best = _best_rates(tried)
     on_test = {rate: at(rate, test) for rate in np.unique(best)}
@@ -253,9 +253,17 @@ def _best_rates(tried: dict[float, np.ndarray]) -> np.ndarray:
     return best
 
 
-def _beyond(tried: Sequence[float], best: np.ndarray, most: int) -> list[float]:
-    """Rates outside those tried, on each side where an outermost one is the best."""
-    if len(tried) >= most:
+def rates_beyond(
+    tried: Sequence[float], best: Collection[float], most: int = MAX_RATES_TRIED
+) -> list[float]:
+    """Rates outside those tried, on each side where an outermost one is among the best.
+
+    Args:
+      tried: ascending rates; nothing is beyond a single one.
+      best: the best rates of several streams or numbers of steps.
+      most: the number of rates from which on there are no more.
+    """
+    if not 1 < len(tried) < most:
         return []
     outside = ((tried[0], tried[0] ** 2 / tried[1]), (tried[-1], tried[-1] ** 2 / tried[-2]))
     return [rate for edge, rate in outside if edge in best]

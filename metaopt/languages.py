@@ -6,13 +6,16 @@ and rows of one's own are given as ``module:function``.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 from metaopt import learners, meta_gradients, models
-from metaopt.comparison import Row, select
+from metaopt.comparison import ComparisonConfig, Row, check_settings, select
+from metaopt.diagnostics import feasible
 from metaopt.errors import UserError
 from metaopt.inner_loop import InnerLoop
 from metaopt.learners.maml import InnerOptimizer
+from metaopt.losses import next_token
 from metaopt.optimizers.inner import INNER_OPTIMIZERS, OptimizerName
 from metaopt.parts import load_part, make_part
 from metaopt.ranges import Checked, Count, Heads, Layers, Length, Seed, Width
@@ -192,3 +195,25 @@ def _library_rows(config: LanguageConfig, model: Model, optimizer: InnerOptimize
         learner = learners.meta_sgd(adagrad, num_steps=steps)
         rows.append(Row("Meta-SGD on Adagrad", learner, reverse, adagrad))
     return rows
+
+
+def check(
+    config: LanguageConfig, comparison: ComparisonConfig, rows: Sequence[Row], model: Model
+) -> None:
+    """Checks, before anything is compiled, that rows can be compared on the tasks of a config.
+
+    Raises:
+      UserError: the settings do not fit one another, the devices or the memory, see
+        `metaopt.comparison.check_settings` and `metaopt.diagnostics.feasible.check`.
+    """
+    check_settings(config.inner, comparison)
+    if config.tasks == "markov":
+        feasible.check_languages(markov_config(config), comparison.most_episodes)
+    feasible.check(
+        [(row.learner, row.estimator, config.inner) for row in rows],
+        model.init,
+        next_token(model),
+        feasible.tokens(config.num_support, config.length),
+        feasible.tokens(config.num_query, config.length),
+        comparison.most_episodes,
+    )

@@ -51,7 +51,7 @@ class Recorded:
 
 def make(family, config=CONFIG, inner=INNER):
     model = Model(lambda key: quadratic.PARAMS, lambda params, inputs: inputs @ params["head"])
-    problem = Problem(family, model, quadratic.loss, tokens_per_task=14)
+    problem = Problem(family, model, quadratic.loss)
     return Comparison(problem, inner, OuterConfig(learning_rate=0.05), config)
 
 
@@ -167,6 +167,9 @@ def test_a_row_that_is_done_is_not_trained_again(compared):
     np.testing.assert_array_equal(again.curves, results["joint pretraining"].curves)
 
 
+STEP = "loss, learner or estimator"
+
+
 def scaled_loss(params, batch):
     return 2 * quadratic.loss(params, batch)
 
@@ -175,10 +178,13 @@ def scaled_loss(params, batch):
     ("other", "differs"),
     [
         ({"family": TaskFamily("quadratic", *(TaskSplit(shifted),) * 3)}, "first tasks"),
-        ({"start": {"head": quadratic.PARAMS["head"] + 1}}, "start"),
-        ({"loss_fn": scaled_loss}, "step"),
-        ({"row": {"learner": learners.meta_sgd(optax.adagrad, num_steps=2)}}, "step"),
-        ({"row": {"estimator": meta_gradients.first_order}}, "step"),
+        ({"start": {"head": quadratic.PARAMS["head"] + 1}}, "initial state"),
+        ({"loss_fn": scaled_loss}, STEP),
+        (
+            {"row": {"learner": learners.meta_sgd(optax.adagrad, num_steps=2)}},
+            STEP,
+        ),
+        ({"row": {"estimator": meta_gradients.first_order}}, STEP),
     ],
     ids=["family", "start", "loss", "learner", "estimator"],
 )

@@ -26,272 +26,246 @@ context before it.
     python -m experiments.table_dynamic_evaluation --preset smoke
 """
 
-import dataclasses
-import time
+import functools
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-import optax
+from scipy import ndimage
 
-from experiments.table_dynamic_evaluation.config import CHOSEN_BY, Config, preset
-from experiments.table_dynamic_evaluation.data import (
-    Text,
-    find_text,
-    plain_episodes,
-    statistics_segments,
-    stream_episodes,
-    stretch_bytes,
-)
-from experiments.table_dynamic_evaluation.report import DYNAMIC, META, Report
-from experiments.table_dynamic_evaluation.tuning import Setting, every_stream, tune
-from metaopt import learners, losses, meta_gradients, models, parallel
-from metaopt.cli import command_line
-from metaopt.console import log
+from experiments import harness
+from experiments.table_dynamic_evaluation.config import Config, presets
+from experiments.table_dynamic_evaluation.data import find_text, stretches
+from experiments.table_dynamic_evaluation.walks import STATIC, RuleHparams, Walks, choose_length
+from metaopt import learners, losses, meta_gradients, models
 from metaopt.diagnostics import feasible
-from metaopt.optimizers.outer import OuterConfig, outer_optimizer
-from metaopt.outer_step import check_groups, init_state, make_meta_step
-from metaopt.self_improvement.drop_in import trainer
-from metaopt.streams import dynamic_evaluation
-from metaopt.streams.dynamic_evaluation import cut_segments, segment_loss, walk
-from metaopt.training import types as trained
-from metaopt.training.fingerprint import of_step
-from metaopt.training.runs import open_run
-from metaopt.types import Batch, Episode, Key, MetaGradFn, Params
+from metaopt.fit import FitConfig, Fitted, Problem, check_devices, fit
+from metaopt.losses import NATS_TO_BITS
+from metaopt.reporting import plots
+from metaopt.reporting.results import Published
+from metaopt.statistics import Interval, interval
+from metaopt.streams.dynamic_evaluation import segment_loss
+from metaopt.types import Estimator, Model, Params
 
-PRETRAINING = "pretraining"
-WalksFn = Callable[[Params, Params, Batch, np.ndarray], np.ndarray]
-"""``(params, mean squares, segments [W, N, ...], settings [W, 2]) -> nats a byte [W, N]``."""
-
-
-class Training(NamedTuple):
-    """What a training differs in from the others; those of equal ``data`` read the same places."""
-
-    name: str
-    estimate: MetaGradFn
-    sample: Callable[[Key], Episode]
-    outer: OuterConfig
-    num_steps: int
-    data: int
-    inner_rate: float = 0.0
+UNIT, PER_CENT = "bits/byte", "% of the static loss"
+PUBLISHED_TABLE, COLUMN = "dynamic_evaluation/published", "reduction, %"
+KRAUSE_2018 = "Krause et al., 2018, arXiv:1709.07432"
+KRAUSE_2019 = "Krause et al., 2019, arXiv:1904.08378"
+PUBLISHED = {
+    "Transformer-XL, 277 M, enwik8 (bytes of Wikipedia)": (0.993, 0.940, False, KRAUSE_2019),
+    "Transformer-XL, 277 M, text8 (characters)": (1.085, 1.038, False, KRAUSE_2019),
+    "Transformer-XL, 257 M, WikiText-103 (words)": (18.3, 16.4, True, KRAUSE_2019),
+    "mLSTM, enwik8 (bytes of Wikipedia)": (1.24, 1.08, False, KRAUSE_2018),
+    "mLSTM, text8 (characters)": (1.27, 1.19, False, KRAUSE_2018),
+    "AWD-LSTM, WikiText-2 (words)": (65.8, 44.3, True, KRAUSE_2018),
+    "AWD-LSTM, Penn Treebank (words)": (57.3, 51.1, True, KRAUSE_2018),
+}
+"""Static and dynamic score by the RMS rule: bits a symbol, or perplexities."""
 
 
-class Experiment:
-    """Trainings and walks that share a config, its text and its model."""
+def reduction(static: float, dynamic: float, *, perplexity: bool = False) -> float:
+    """The reduction of a cross-entropy against static evaluation, in per cent.
 
-    def __init__(self, config: Config, text: Text, directory: Path):
-        """``directory`` is where the trainings are kept."""
-        self.config, self.text, self.directory = config, text, directory
-        self.model = models.transformer(config.transformer())
-        self.devices = parallel.default_devices()
-        self.init_key, self.data_key = jax.random.split(jax.random.key(config.seed))
-        rules = {"SGD": sgd_rule, "RMS": self._rms_rule}
-        self.walks = {name: self._make_walks(rule) for name, rule in rules.items()}
-        loss_fn = segment_loss(self.model)
-        self.statistics = jax.jit(
-            lambda params, segments: dynamic_evaluation.mean_squared_gradients(
-                loss_fn, params, segments
-            )
-        )
+    Perplexities are turned into cross-entropies first, ``log p``.
+    """
+    if perplexity:
+        static, dynamic = np.log(static), np.log(dynamic)
+    return float(100 * (1 - dynamic / static))
 
-    def plain(self, name: str, start: Params, outer: OuterConfig, num_steps: int) -> Params:
-        """Trained further by next-token loss on windows that do not overlap."""
-        estimate = meta_gradients.joint(learners.maml(), losses.next_token(self.model))
-        text = self.text.train
 
-        def sample(key):
-            return plain_episodes(self.config, text, key)
+class StreamRow(NamedTuple):
+    """An initialisation, and the rule by which it walks along the streams."""
 
-        data = int(name != PRETRAINING)
-        return self._train(Training(name, estimate, sample, outer, num_steps, data), start)
+    meta_learned: bool
+    rule: Literal["static", "SGD", "RMS"]
 
-    def meta(self, name: str, start: Params, rate: float, length: int) -> Params:
-        """Trained further for the score of walks by SGD at this rate."""
-        loss_fn = segment_loss(self.model)
-        estimate = meta_gradients.streaming(learners.maml(), loss_fn, self.config.inner)
+    @property
+    def label(self) -> str:
+        """Initialisation and rule in words."""
+        return f"{'meta-learned initialisation, ' if self.meta_learned else ''}{self.rule}"
 
-        def sample(key):
-            return stream_episodes(self.config, self.text.train, key, length)
+    @property
+    def name(self) -> str:
+        """Name in the table."""
+        return self.label if self.rule == "static" else f"{self.label} dynamic evaluation"
 
-        steps = self.config.meta_steps
-        outer = self.config.outer
-        return self._train(Training(name, estimate, sample, outer, steps, 1, rate), start)
 
-    def tune(
-        self, rule: str, params: Params, length: int, decays: Sequence[float]
-    ) -> tuple[list[Setting], np.ndarray]:
-        """The best setting of a rule for each stream, and its nats a byte ``[streams]``."""
-        segments = self.segments("valid", length)
-        squares = self._mean_squares(params, length)
-        rates = getattr(self.config, f"{rule.lower()}_rates")
+ROWS = [StreamRow(meta, rule) for meta in (False, True) for rule in ("static", "SGD", "RMS")]
 
-        def scores(settings):
-            found = self.walks[rule](params, squares, *every_stream(segments, settings))
-            return found.mean(axis=1).reshape(-1, len(settings))
 
-        return tune(scores, rates, decays)
+def check(config: Config, model: Model) -> None:
+    """Raises UserError if the config does not fit the devices and their memory."""
+    check_devices(0, config.tasks_per_step, config.tasks_at_a_time)
+    window, nothing = feasible.tokens(1, config.window), feasible.tokens(0, 1)
+    most = max(config.tasks_per_step * config.inner.num_steps, config.statistics_segments)
+    feasible.check([], model.init, losses.next_token(model), window, nothing, most)
 
-    def test(
-        self, rule: str, params: Params, length: int, settings: Sequence[Setting]
-    ) -> np.ndarray:
-        """Nats a byte of each segment of the test parts, ``[streams, N]``."""
-        squares = self._mean_squares(params, length)
-        return self.walks[rule](params, squares, self.segments("test", length), np.array(settings))
 
-    def segments(self, part: str, length: int) -> Batch:
-        """The segments of a part of every stream, ``[streams, N, ...]``, in whole blocks."""
-        cut = [
-            cut_segments(getattr(stream, part), length, self.config.context)
-            for stream in self.text.streams
-        ]
-        count = len(cut[0].targets)
-        if part == "test":
-            count -= count % self.config.block
-        return jax.tree.map(lambda *leaves: np.stack([leaf[:count] for leaf in leaves]), *cut)
+def train(
+    config: Config,
+    fit_in_run: Callable[..., Fitted],
+    name: str,
+    problem: Problem,
+    start: Params | None = None,
+    estimator: Estimator = meta_gradients.joint,
+    rate: float = 0.0,
+) -> Params:
+    """The parameters after a training from ``start``, or the first one from random parameters.
 
-    def _mean_squares(self, params: Params, length: int) -> Params:
-        segments = statistics_segments(self.config, self.text.train, length)
-        return self.statistics(params, segments)
-
-    def _rms_rule(self, params: Params, squares: Params, setting) -> optax.GradientTransformation:
-        rate, decay = setting
-        return dynamic_evaluation.rms_with_prior(params, rate, decay, squares, self.config.epsilon)
-
-    def _make_walks(self, rule: Callable) -> WalksFn:
-        loss_fn = segment_loss(self.model)
-
-        def on_device(shared, walks):
-            params, squares = shared
-            segments, setting = jax.tree.map(lambda x: x[0], walks)
-            optimizer = rule(params, squares, setting)
-            return walk(loss_fn, optimizer, params, segments).losses[None]
-
-        mapped = parallel.parallel_map(on_device, self.devices)
-
-        def walks(params, squares, segments, settings):
-            tasks, size = (segments, np.asarray(settings, np.float32)), len(self.devices)
-            found = []
-            for i in range(0, len(settings), size):  # one a device: whatever their number,
-                some = jax.tree.map(lambda x, i=i: x[i : i + size], tasks)  # one compilation
-                found.append(mapped((params, squares), some))
-            return np.concatenate(found).astype(np.float64)
-
-        return walks
-
-    def _train(self, training: Training, start: Params) -> Params:
-        config, learner = self.config, learners.maml()
-        steps = training.num_steps
-        outer = dataclasses.replace(
-            training.outer, decay_steps=max(steps, training.outer.warmup_steps + 1)
-        )
-        outer_opt = outer_optimizer(outer)
-        step = make_meta_step(
-            training.estimate,
-            outer_opt,
-            tasks_at_a_time=config.tasks_at_a_time,
-            axis_name=parallel.AXIS,
-        )
-        hparams = outer.hparams() | {"inner_learning_rate": training.inner_rate}
-        key = jax.random.fold_in(self.data_key, training.data)
-        state = init_state(key, start, learner, outer_opt, hparams)
-
-        def sample(i):
-            episodes = training.sample(jax.random.fold_in(key, i))
-            return parallel.split_over_devices(episodes, len(self.devices))
-
-        state = parallel.replicate(state, self.devices)
-        step_fn = parallel.parallel_step(step, self.devices)
-        fixed = command_line.as_saved(config) | {"training": training.name}
-        run = trained.Training(
-            name=training.name,
-            state=state,
-            step_fn=step_fn,
-            sample=sample,
+    All but the first read the same places of the text, and step at ``rate`` on their walks.
+    """
+    first = start is None
+    num_steps = config.pretrain_steps if first else config.meta_steps
+    _, data_key = jax.random.split(jax.random.key(config.seed))
+    state = fit_in_run(
+        problem,
+        learners.maml(),
+        estimator,
+        inner=config.inner,
+        outer=(config.pretrain if first else config.outer).ending_at(num_steps),
+        config=FitConfig(
+            seed=config.seed,
+            num_steps=num_steps,
             tasks_per_step=config.tasks_per_step,
-            tokens_per_task=stretch_bytes(config),
-            fingerprint=of_step(fixed, step_fn, state, sample(0)),
-        )
-        length = trained.TrainConfig(num_steps=steps, log_every=max(1, steps // 100))
-        state = trainer(config.improve)(run, length, self.directory).state
-        return jax.device_get(state.meta_params["params"])
+            tasks_at_a_time=config.tasks_at_a_time,
+            log_every=max(1, num_steps // 100),
+        ),
+        name=name,
+        params=start,
+        hparams={"inner_learning_rate": jnp.float32(rate)},
+        key=jax.random.fold_in(data_key, 0 if first else 1),
+    ).state
+    return jax.device_get(state.meta_params["params"])
 
 
-def sgd_rule(params: Params, squares: Params, setting) -> optax.GradientTransformation:
-    """Gradient descent; the mean squares are not read."""
-    del squares
-    rate, decay = setting
-    return dynamic_evaluation.sgd_with_prior(params, rate, decay)
-
-
-def choose_length(experiment: Experiment, params: Params) -> tuple[int, float]:
-    """The segment length that plain SGD scores best with, and its rate, the mean over streams."""
-    found = {}
-    for length in experiment.config.segment_lengths:
-        settings, scores = experiment.tune("SGD", params, length, (0.0,))
-        rate = float(np.exp(np.mean(np.log([setting.rate for setting in settings]))))
-        found[length] = (scores.mean(), rate)
-        log(f"segments of {length}: {scores.mean():.4f} nats a byte by SGD at {rate:.3g}")
-    length = min(found, key=lambda length: found[length][0])
-    return length, found[length][1]
-
-
-def add_rows(
-    experiment: Experiment, report: Report, prefix: str, initialise: Callable, length: int
+def add_cells(
+    table: harness.TableRun,
+    config: Config,
+    row: StreamRow,
+    streams: Sequence[str],
+    walked: np.ndarray,
+    hparams: Sequence[RuleHparams],
+    length: int,
+    size: str,
 ) -> None:
-    """Static, SGD and RMS from one initialisation, whose training counts for the first."""
-    began = time.monotonic()
-    start = initialise()
-    none = [Setting(0.0, 0.0)] * len(experiment.text.streams)
-    static = experiment.test("SGD", start, length, none)
-    report.add(f"{prefix}static", static, static, none, time.monotonic() - began)
-    for rule in experiment.walks:
-        began = time.monotonic()
-        settings, _ = experiment.tune(rule, start, length, experiment.config.decays)
-        found = experiment.test(rule, start, length, settings)
-        seconds = time.monotonic() - began
-        report.add(f"{prefix}{rule}{DYNAMIC}", found, static, settings, seconds)
+    """Adds the scores of a row, and its differences, block by block, from other rows.
 
+    The rows that it is compared with are the plainly trained one of the same rule, and the static
+    one of the same start; without them there are no such cells.
 
-def check_memory(config: Config) -> None:
-    """Raises UserError where what the config asks for exceeds the memory of the device."""
-    model = models.transformer(config.transformer())
-    window = feasible.tokens(1, config.window)
-    stretches = config.tasks_per_step * config.inner.num_steps
-    most = max(stretches, config.statistics_segments)
-    loss_fn, nothing = losses.next_token(model), feasible.tokens(0, 1)
-    feasible.check([], model.init, loss_fn, window, nothing, most)
-
-
-def run(config: Config) -> None:
-    """Trains both initialisations, walks along the streams, and writes tables and figure."""
-    parallel.set_up_backend()
-    trainer(config.improve)  # or its memory is found wrong when rows are trained
-    num_devices = len(parallel.default_devices())
-    parallel.check_divides(config.tasks_per_step, num_devices)
-    check_groups(config.tasks_per_step // num_devices, config.tasks_at_a_time)
-    check_memory(config)
-    text = find_text(config)
-    place = open_run(
-        config.root,
-        "table_dynamic_evaluation",
-        config.preset,
-        command_line.as_saved(config),
-        run_dir=config.run_dir,
+    Args:
+      table: Run of the table.
+      config: Its config.
+      row: Row to add.
+      streams: Names of the streams.
+      walked: Nats a byte, ``[streams, N]``.
+      hparams: Rate and decay for each stream.
+      length: Segment length, in bytes.
+      size: Size of the model in words.
+    """
+    groups = np.arange(walked.shape[1]) // config.block
+    over = (
+        f"95 % intervals over {groups[-1] + 1} blocks of {config.block} consecutive segments of "
+        f"{length} bytes"
     )
-    experiment = Experiment(config, text, place.directory)
-    params = experiment.model.init(experiment.init_key)
-    params = experiment.plain(PRETRAINING, params, config.pretrain, config.pretrain_steps)
-    length, rate = choose_length(experiment, params)
-    command = command_line.command("table_dynamic_evaluation", config, preset, CHOSEN_BY)
-    names = [stream.name for stream in text.streams]
-    size = sum(leaf.size for leaf in jax.tree.leaves(params))
-    report = Report(place, config, command, names, length, size)
-    inits = {
-        "": lambda: experiment.plain("plain", params, config.outer, config.meta_steps),
-        META: lambda: experiment.meta("meta-learned", params, rate, length),
-    }
-    for prefix, initialise in inits.items():
-        add_rows(experiment, report, prefix, initialise, length)
-    report.finish()
+    plain, static = row._replace(meta_learned=False).name, row._replace(rule="static").name
+
+    def add(i: int, name: str, column: str, values: np.ndarray, **more: Any) -> None:
+        more |= {"learning_rate": float(hparams[i].rate), "decay": float(hparams[i].decay)}
+        more |= {"segment_length": length, "episodes": len(values), "over": over}
+        table.add(name, column, interval(values, groups), **more)
+
+    for i, stream in enumerate(streams):
+        bits = walked[i] * NATS_TO_BITS
+        add(i, row.name, stream, bits)
+        if row.meta_learned and table.has(plain):
+            gain = table.kept(plain)["nats"][i] * NATS_TO_BITS - bits
+            add(i, row.name, f"gain, {stream}", gain, better="higher")
+        if row.rule != "static" and table.has(static):
+            nats = table.kept(static)["nats"][i]
+            gain, name = 100 * (nats - walked[i]) / nats.mean(), f"ours, {size}, {stream}"
+            more = {"table": PUBLISHED_TABLE, "unit": PER_CENT, "better": "higher"}
+            add(i, f"{name}: {row.label}", COLUMN, gain, **more)
+
+
+def add_published(table: harness.TableRun) -> None:
+    """Adds the rows that were not run here: a dash, and the published number."""
+    for name, (static, dynamic, perplexity, source) in PUBLISHED.items():
+        paper = Published(round(reduction(static, dynamic, perplexity=perplexity), 1), source)
+        table.add(
+            name,
+            COLUMN,
+            Interval(float("nan"), float("nan"), 0),
+            table=PUBLISHED_TABLE,
+            unit=PER_CENT,
+            published=paper,
+            published_scores=[static, dynamic],
+        )
+
+
+def draw(
+    table: harness.TableRun, rows: Sequence[StreamRow], streams: Sequence[str], length: int
+) -> None:
+    """Bits a byte along the streams, a moving mean over a twentieth of each."""
+    curves = {stream: {} for stream in streams}
+    for row in rows:
+        for stream, nats in zip(streams, table.kept(row.name)["nats"], strict=True):
+            width = max(1, len(nats) // 20)
+            mean = ndimage.uniform_filter1d(nats * NATS_TO_BITS, width, mode="nearest")
+            curves[stream][row.name] = plots.Curve(mean, np.zeros_like(mean))
+    path, spacing = table.directory / "curves.png", length / 1024
+    plots.panels(path, curves, x_label="KiB of the stream", y_label=UNIT, spacing=spacing)
+
+
+def run(config: Config, model: Model | None = None) -> None:
+    """Trains both initialisations, walks along the streams, and writes tables and figure.
+
+    The model over bytes is a transformer if none is given.
+    """
+    train_fn = harness.begin(improve=config.improve)
+    model = model or models.transformer(config.transformer())
+    rows = harness.select(ROWS, config.rows)
+    check(config, model)
+    text = find_text(config)
+    table = harness.TableRun(
+        "table_dynamic_evaluation",
+        config,
+        presets,
+        table="dynamic_evaluation",
+        unit=UNIT,
+        seeds=(config.seed,),
+        data=text.digest,
+    )
+    fit_in_run = functools.partial(fit, directory=table.directory, train_fn=train_fn)
+    windows = stretches(config, text.train, config.window, 0)
+    plain = Problem(windows, model, losses.next_token(model))
+    params = train(config, fit_in_run, "pretraining", plain)
+    walks, streams = Walks(config, text, model), [stream.name for stream in text.streams]
+    tune_sgd = functools.partial(walks.tune, "SGD", params, decays=(0.0,))
+    length, rate = choose_length(config.segment_lengths, tune_sgd)
+    segments = stretches(config, text.train, length, config.context)
+    walked = Problem(segments, model, segment_loss(model))
+    size = f"{sum(leaf.size for leaf in jax.tree.leaves(params)) / 1e6:.2g} M"
+
+    @functools.cache
+    def start(meta_learned: bool) -> Params:
+        if meta_learned:
+            return train(
+                config, fit_in_run, "meta-learned", walked, params, meta_gradients.streaming, rate
+            )
+        return train(config, fit_in_run, "plain", plain, params)
+
+    for row in table.pending(rows):
+        if row.rule == "static":
+            rule, hparams = "SGD", [STATIC] * len(streams)
+        else:
+            rule = row.rule
+            hparams = walks.tune(rule, start(row.meta_learned), length, config.decays).hparams
+        found = walks.test(rule, start(row.meta_learned), length, hparams)
+        table.keep(row.name, nats=found)
+        add_cells(table, config, row, streams, found, hparams, length, size)
+    add_published(table)
+    draw(table, rows, streams, length)
+    table.finish()

@@ -1,10 +1,7 @@
 """The command ``python -m experiments.table_dynamic_evaluation``."""
 
-import experiments.table_dynamic_evaluation as table
-from experiments.table_dynamic_evaluation.config import CHOSEN_BY, Config, preset
-from metaopt.cli import command_line
+from experiments import harness
+from experiments import table_dynamic_evaluation as table
 
 if __name__ == "__main__":
-    command_line.main(
-        "table_dynamic_evaluation", table.run, Config, preset, CHOSEN_BY, table.__doc__ or ""
-    )
+    harness.main("table_dynamic_evaluation", table.run, table.presets, table.__doc__)

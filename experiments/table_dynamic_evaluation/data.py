@@ -10,12 +10,19 @@ import numpy as np
 from experiments.table_dynamic_evaluation.config import Config
 from metaopt.errors import UserError
 from metaopt.streams.dynamic_evaluation import cut_segments
-from metaopt.tasks.sources.text import Domain, file_domain, folder_domains, join, stdlib_domains
+from metaopt.tasks.sources.text import (
+    Domain,
+    draw_window,
+    file_domain,
+    fingerprint,
+    folder_domains,
+    join,
+    stdlib_domains,
+)
 from metaopt.tasks.sources.text_checks import check_text
-from metaopt.types import Batch, Episode, Key
+from metaopt.types import Batch, Episode, Key, TaskFamily, TaskSplit
 
 STDLIB_STREAMS = ("asyncio", "email")
-PARTS = ("valid", "test")
 
 
 class Stream(NamedTuple):
@@ -25,12 +32,20 @@ class Stream(NamedTuple):
     valid: np.ndarray
     test: np.ndarray
 
+    def domains(self) -> list[Domain]:
+        """Both parts, as text to be checked."""
+        return [
+            join(f"{self.name} {name}", [len(part)], lambda _, i, n, part=part: part[i : i + n])
+            for name, part in (("valid", self.valid), ("test", self.test))
+        ]
+
 
 class Text(NamedTuple):
-    """All text of a run: domains to train on, and streams."""
+    """All text of a run: domains to train on, streams, and a digest of all of it."""
 
     train: tuple[Domain, ...]
     streams: tuple[Stream, ...]
+    digest: str
 
 
 def find_text(config: Config) -> Text:
@@ -51,68 +66,52 @@ def find_text(config: Config) -> Text:
     if len({stream.name for stream in streams}) < len(streams):
         raise UserError(f"two streams have one name: {', '.join(s.name for s in streams)}")
     train = [domain for domain in domains or library if domain.name not in config.exclude]
-    needed = stretch_bytes(config)
+    needed = config.inner.num_steps * config.window + 1
     short = [domain.name for domain in train if domain.size < needed]
     if short or not train:
         raise UserError(
             f"training text must have {needed} bytes a file, and {short[0] if short else 'none'} "
             "has not: leave it out by --exclude, or lower inner.num_steps, context or lengths"
         )
-    walked = [_whole(f"{s.name} {part}", getattr(s, part)) for s in streams for part in PARTS]
+    walked = [part for stream in streams for part in stream.domains()]
     check_text([*train, *walked], lambda i: "(training)" if i < len(train) else "(stream)")
-    return Text(tuple(train), tuple(streams))
+    return Text(tuple(train), tuple(streams), fingerprint([*train, *walked]))
 
 
-def _whole(name: str, data: np.ndarray) -> Domain:
-    return join(name, [len(data)], lambda _, start, length: data[start : start + length])
+def stretches(config: Config, train: Sequence[Domain], length: int, context: int) -> TaskFamily:
+    """Training tasks: stretches of text cut into consecutive segments with context.
 
-
-def stretch_bytes(config: Config) -> int:
-    """Bytes of one stretch of training text."""
-    return config.inner.num_steps * config.window + 1
-
-
-def plain_episodes(config: Config, train: Sequence[Domain], key: Key) -> Episode:
-    """Stretches cut into windows that do not overlap, int32 ``[T, K, W]`` in all.
-
-    They begin where those of `stream_episodes` begin and, as nothing is read twice, go on
-    further. Support and query are the first and the second half of a stretch.
+    Support and query are the first and the second half of a stretch, int32 ``[T, K, context +
+    length]`` together. Stretches of whole windows without context start where those of segments
+    start and, as nothing is read twice, end later.
     """
-    return _episodes(config, train, key, config.window, 0)
+    count = config.inner.num_steps
+    used = context + count * length + 1
 
+    def sample(key: Key, num_tasks: int) -> Episode:
+        rng = np.random.default_rng(np.asarray(jax.random.key_data(key)))
+        chosen: Any = rng.integers(len(train), size=num_tasks, dtype=np.int32)
+        drawn = [draw_window(rng, train[i], count * config.window + 1)[:used] for i in chosen]
+        cut = [cut_segments(stretch, length, context) for stretch in drawn]
+        segments = jax.tree.map(lambda *leaves: np.stack(leaves), *cut)
+        support, query = (
+            jax.tree.map(lambda x, half=half: x[:, half], segments)
+            for half in (slice(count // 2), slice(count // 2, None))
+        )
+        return Episode(support, query, chosen)
 
-def stream_episodes(config: Config, train: Sequence[Domain], key: Key, length: int) -> Episode:
-    """Stretches cut into consecutive segments with context; as many as there are windows."""
-    return _episodes(config, train, key, length, config.context)
+    return TaskFamily("stretches of text", *3 * [TaskSplit(sample)])
 
 
 def statistics_segments(config: Config, train: Sequence[Domain], length: int) -> Batch:
     """Single segments of training text with context, for the mean squared gradients."""
     rng = np.random.default_rng(config.eval_seed)
     size = config.context + length + 1
-    count = config.statistics_segments
-    stretches = [_draw(rng, train[i % len(train)], size) for i in range(count)]
-    cut = [cut_segments(stretch, length, config.context) for stretch in stretches]
+    drawn = [
+        draw_window(rng, train[i % len(train)], size) for i in range(config.statistics_segments)
+    ]
+    cut = [cut_segments(stretch, length, config.context) for stretch in drawn]
     return jax.tree.map(lambda *leaves: np.concatenate(leaves), *cut)
-
-
-def _episodes(
-    config: Config, train: Sequence[Domain], key: Key, length: int, context: int
-) -> Episode:
-    rng = np.random.default_rng(np.asarray(jax.random.key_data(key)))
-    chosen: Any = rng.integers(len(train), size=config.tasks_per_step, dtype=np.int32)
-    stretches = [_draw(rng, train[i], stretch_bytes(config)) for i in chosen]
-    used = context + config.inner.num_steps * length + 1
-    cut = [cut_segments(stretch[:used], length, context) for stretch in stretches]
-    segments = jax.tree.map(lambda *leaves: np.stack(leaves), *cut)
-    half = config.inner.num_steps // 2
-    support = jax.tree.map(lambda x: x[:, :half], segments)
-    query = jax.tree.map(lambda x: x[:, half:], segments)
-    return Episode(support, query, chosen)
-
-
-def _draw(rng: np.random.Generator, domain: Domain, size: int) -> np.ndarray:
-    return domain.read(int(rng.integers(domain.size - size + 1)), size)
 
 
 def _stream_at(path: Path, config: Config) -> Stream:

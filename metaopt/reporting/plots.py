@@ -1,18 +1,23 @@
 """Figures, drawn without a display and written as PNG."""
 
 import io
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
+from matplotlib.artist import Artist
+from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 from metaopt.console import printable
 from metaopt.files import write_bytes
 
 MARKERS = "osD^v<>Ph*"
+LINE_STYLES = ("-", "--", ":", "-.")
 
 
 class Curve(NamedTuple):
@@ -43,6 +48,25 @@ def save(figure: Figure, path: Path) -> None:
     drawn = io.BytesIO()
     figure.savefig(drawn)
     write_bytes(path, drawn.getvalue())
+
+
+def overlapping_labels(figure: Figure) -> list[tuple[str, str]]:
+    """Pairs of texts that a figure draws over one another, for tests of figures."""
+    figure.draw_without_rendering()
+    axes = [axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)]
+    hidden = {label for axis in axes for label in _labels_outside(axis)}
+    texts = [t for t in figure.findobj(Text) if t.get_text().strip() and t not in hidden]
+    boxes = [(text.get_text(), text.get_window_extent()) for text in texts if text.get_visible()]
+    pairs = itertools.combinations(boxes, 2)
+    return [(one, other) for (one, a), (other, b) in pairs if a.overlaps(b)]
+
+
+def _labels_outside(axis: Axis) -> Iterator[Artist]:
+    """The labels of ticks outside the limits of an axis, which are not drawn."""
+    low, high = sorted(axis.get_view_interval())
+    for tick in (*axis.get_major_ticks(), *axis.get_minor_ticks()):
+        if not low <= tick.get_loc() <= high:
+            yield from (tick.label1, tick.label2)
 
 
 def label(name: str) -> str:
@@ -101,6 +125,41 @@ def adaptation_curves(
         axes.grid(alpha=0.25)
     handles, labels = left.get_legend_handles_labels()
     figure.legend(handles, labels, fontsize=8, loc="outside right center", frameon=False)
+    save(figure, path)
+
+
+def panels(
+    path: Path,
+    curves: Mapping[str, Mapping[str, Curve]],
+    *,
+    x_label: str,
+    y_label: str,
+    spacing: float = 1.0,
+) -> None:
+    """Curves of the same names in several panels side by side, told apart without colour too.
+
+    Args:
+      path: PNG file.
+      curves: Curves by the title of a panel and the name in the legend.
+      x_label: Label of the horizontal axes.
+      y_label: Label of the vertical axes.
+      spacing: Distance of the points of a curve on the horizontal axis, from 0 on.
+    """
+    count = max(map(len, curves.values()))
+    figure = new_figure(1.0 + 5.0 * len(curves), 4.0 + 0.1 * count)
+    panels = figure.subplots(1, len(curves), squeeze=False)[0]
+    for axes, (title, of_panel) in zip(panels, curves.items(), strict=True):
+        for i, (name, curve) in enumerate(of_panel.items()):
+            mean, half = map(_finite, curve)
+            x, every = spacing * np.arange(len(mean)), max(1, len(mean) // 10)
+            style = {"color": f"C{i}", "linestyle": LINE_STYLES[i % len(LINE_STYLES)]}
+            style |= {"marker": MARKERS[i % len(MARKERS)], "markersize": 4, "markevery": every}
+            axes.plot(x, mean, label=label(name), **style)
+            axes.fill_between(x, mean - half, mean + half, color=f"C{i}", alpha=0.12, lw=0)
+        axes.set(xlabel=x_label, ylabel=y_label, title=label(title))
+        axes.grid(alpha=0.25)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, fontsize=8, loc="outside lower center", ncols=2)
     save(figure, path)
 
 

@@ -1,4 +1,4 @@
-"""Workloads: a meta-training or a plain training, put together as the loop wants it."""
+"""Builders of workloads: a meta-training, or a plain training."""
 
 import dataclasses
 import functools
@@ -32,7 +32,7 @@ def cosine(done: float) -> float:
 
 
 def default_settings(**settings: Setting) -> dict[str, Setting]:
-    """Those of `OuterConfig`, Adam's scalars and all tasks at once, with what is given."""
+    """Settings of `OuterConfig`, Adam's scalars and all tasks at once, with those given."""
     scalars = {name: float(value) for name, value in OuterConfig().hparams().items()}
     return {"optimizer": "adam", "tasks_at_a_time": 0, **scalars} | settings
 
@@ -62,22 +62,17 @@ def meta_training(
     and ``tasks_at_a_time``; the functions given here may read more.
 
     Args:
-      name: as it stands in files.
-      task: what it is like, for the memory.
+      name, task, evaluate, examples_per_step, num_examples, tokens_per_example, space: as for
+        `Workload`.
       params: initial parameters.
       learner: what is learned.
       estimate: ``settings -> estimator``.
       sample: ``(settings, position) -> episodes [T, ...]`` of one step, on the host.
-      evaluate: ``state -> losses [E]``.
-      examples_per_step: of settings.
-      num_examples: length of the run.
-      tokens_per_example: for rates.
-      space: what may be changed.
-      schedule: of the outer rates, over the run.
-      execution_options: see `Workload`; none if not given. Such as ``{"tasks_at_a_time": (0, 1)}``.
-      annealing_steps: see `make_meta_step`; for an estimator with ``query_loss='annealed'``.
-      seed: of what is drawn in a step.
-      num_devices: 0 for all.
+      schedule: schedule of the outer rates over the run.
+      execution_options: as for `Workload`; ``{"tasks_at_a_time": (0, 1)}``, say.
+      annealing_steps: as for `make_meta_step`; for an estimator with ``query_loss='annealed'``.
+      seed: seed of what is drawn in a step.
+      num_devices: number of devices; 0 for all.
     """
     devices = parallel.default_devices(num_devices)
 
@@ -88,42 +83,22 @@ def meta_training(
         state = init_state(key, params, learner, outer_optimizer(outer), hparams)
         return parallel.replicate(state, devices)
 
-    def pure_step(settings: Settings, axis_name: str | None):
-        return make_meta_step(
+    @functools.cache
+    def compiled(chosen: tuple[tuple[str, Setting], ...]) -> StepFn:
+        settings = dict(chosen)
+        step = make_meta_step(
             estimate(settings),
             outer_optimizer(_outer(settings)),
             tasks_at_a_time=int(settings.get("tasks_at_a_time", 0)),
-            axis_name=axis_name,
+            axis_name=parallel.AXIS,
             annealing_steps=annealing_steps,
         )
-
-    @functools.cache
-    def compiled(chosen: tuple[tuple[str, Setting], ...]) -> StepFn:
-        return parallel.parallel_step(pure_step(dict(chosen), parallel.AXIS), devices)
+        return parallel.parallel_step(step, devices)
 
     scalars = {*OuterConfig(optimizer="lars").hparams(), "inner_learning_rate"}
 
     def static(settings: Settings) -> tuple[tuple[str, Setting], ...]:
         return tuple(sorted((k, v) for k, v in settings.items() if k not in scalars))
-
-    @functools.cache
-    def window(chosen: tuple[tuple[str, Setting], ...]):
-        pure = pure_step(dict(chosen), None)
-
-        @jax.jit
-        def loss_after(state: MetaState, batches: Sequence[Episode]) -> jax.Array:
-            loss = jnp.zeros(())
-            for batch in batches:  # the last one measures what those before it did
-                state, metrics = pure(state, batch)
-                loss = metrics["loss"]
-            return loss
-
-        return loss_after
-
-    def window_loss(state: MetaState, settings: Settings, position: int, num_steps: int):
-        size = examples_per_step(settings)
-        batches = [sample(settings, position + i * size) for i in range(num_steps + 1)]
-        return window(static(settings))(state, batches)
 
     return Workload(
         name=name,
@@ -139,7 +114,6 @@ def meta_training(
         tokens_per_example=tokens_per_example,
         space=space,
         schedule=schedule,
-        window_loss=window_loss,
         execution_options=execution_options or {},
     )
 
@@ -168,25 +142,21 @@ def plain_training(
     """A workload of plain training, by gradients of the loss on batches.
 
     Settings that it reads: those of `meta_training`; ``batch_size``, a multiple of the number of
-    devices; and ``microbatch``, of which ``tasks_at_a_time`` are computed at a time on
-    a device (0 for as much as is a device's share).
+    devices; and ``microbatch``, the size of the parts of a batch of which a device computes
+    ``tasks_at_a_time`` at a time (0 for the whole share of a device).
 
     Args:
-      name: as it stands in files.
-      task: what it is like, for the memory.
+      name, task, num_examples, tokens_per_example, space: as for `Workload`.
       model: the model.
       loss_fn: its loss.
       draw: ``(position, number) -> examples [number, ...]``, a pure function, on the host.
       held_out: examples ``[E, ...]`` that changes are judged by.
-      num_examples: length of the run.
-      tokens_per_example: for rates.
-      space: what may be changed.
-      schedule: of the rate, over the run.
-      execution_options: see `Workload`; none if not given. Such as microbatches:
+      schedule: schedule of the rate over the run.
+      execution_options: as for `Workload`; microbatches, say:
         ``{"microbatch": (0, 8, 32), "tasks_at_a_time": (0, 1)}``.
-      examples_at_a_time: held-out examples that one loss is taken of; E / this many losses.
-      seed: of the initial parameters.
-      num_devices: 0 for all.
+      examples_at_a_time: held-out examples of one loss; there are E / this many losses.
+      seed: seed of the initial parameters.
+      num_devices: number of devices; 0 for all.
 
     Raises:
       UserError: the held-out examples do not divide by ``examples_at_a_time``.
@@ -242,7 +212,7 @@ def plain_training(
 
 
 def _on_devices(space: Space, num_devices: int) -> Space:
-    """The space with batches that divide by the devices."""
+    """The space with batch sizes that divide by the devices."""
     axis = space.get("batch_size")
     if not isinstance(axis, Scale):
         return space

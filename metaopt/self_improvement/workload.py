@@ -1,10 +1,10 @@
-"""A training as the closed loop sees it: pure functions of its settings, and where it stands.
+"""A training as the closed loop sees it: pure functions of its settings, and snapshots.
 
 Settings are a flat mapping of names to numbers and words. Those that the state holds as
-`MetaState.hparams` change from step to step without a recompile; the others (the batch, how
-tasks are laid out, the optimiser ...) choose the compiled step. The data of a step is a pure
-function of the settings and of the position in the data, counted in examples, so a
-`Snapshot` is all that a roll-back needs.
+`MetaState.hparams` change from step to step without a recompile; the others (the batch, the
+layout of tasks, the optimiser ...) choose the compiled step. The data of a step is a pure
+function of the settings and of the position in the data, counted in examples, so a `Snapshot`
+is all that a rollback needs.
 """
 
 import dataclasses
@@ -33,14 +33,14 @@ class Scale:
     """A positive number that is changed by factors.
 
     Attributes:
-      low: the least it may be.
-      high: the most.
-      factor: of the first attempts; later ones take its square root, and so on.
+      low: lower bound.
+      high: upper bound.
+      factor: factor of the first trials; later ones take its square root, and so on.
       integer: whether it is rounded.
-      multiple: an integer is a multiple of this one: of the devices, say.
+      multiple: number that an integer is a multiple of: the number of devices, say.
       score: what a change is judged by: the held-out ``loss`` after equally many examples;
         ``efficiency``, its improvement a second; or ``throughput``, examples a second.
-      coupled: settings that change with it, as the power of its factor: a batch four times
+      coupled: settings that change with it, with the power of its factor: a batch four times
         as large with ``{'outer_learning_rate': 0.5}`` goes with twice the rate.
     """
 
@@ -58,30 +58,27 @@ class Scale:
                 f"a scale needs 0 < low <= high and a factor above 1, not low={self.low}, "
                 f"high={self.high}, factor={self.factor}"
             )
-        if self.integer and (self.multiple < 1 or self._lowest > self._highest):
+        if self.integer and (self.multiple < 1 or self._multiples()[0] > self._multiples()[1]):
             raise UserError(
                 f"no multiple of {self.multiple} is between low={self.low} and high={self.high}"
             )
 
     @property
     def coupled_names(self) -> set[str]:
-        """Of the settings that change with it."""
+        """Names of the settings that change with it."""
         return set(self.coupled)
 
-    @property
-    def _lowest(self) -> int:
-        return math.ceil(self.low / self.multiple) * self.multiple
-
-    @property
-    def _highest(self) -> int:
-        return math.floor(self.high / self.multiple) * self.multiple
+    def _multiples(self) -> tuple[int, int]:
+        """The least and the largest multiple within the bounds."""
+        size = self.multiple
+        return math.ceil(self.low / size) * size, math.floor(self.high / size) * size
 
     def scaled(self, value: float, factor: float) -> float:
-        """``value · factor`` within the bounds; an integer where it is one."""
+        """``value · factor`` within the bounds; an integer if it is one."""
         if not self.integer:
             return min(max(value * factor, self.low), self.high)
-        nearest = round(value * factor / self.multiple) * self.multiple
-        return min(max(nearest, self._lowest), self._highest)
+        least, largest = self._multiples()
+        return min(max(round(value * factor / self.multiple) * self.multiple, least), largest)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -89,10 +86,10 @@ class Choice:
     """A setting that takes one of some values.
 
     Attributes:
-      values: all of them.
+      values: all values.
       score: as for `Scale`.
-      coupled: settings that change with it, for each value how large they should be beside those
-        of a value that is not named: ``{'sgd': {'outer_learning_rate': 100.0}}``.
+      coupled: settings that change with it: for each value, their size relative to that for a
+        value that is not named: ``{'sgd': {'outer_learning_rate': 100.0}}``.
     """
 
     values: tuple[Setting, ...]
@@ -110,13 +107,12 @@ class Choice:
 
     @property
     def coupled_names(self) -> set[str]:
-        """Of the settings that change with some of its values."""
+        """Names of the settings that change with some of its values."""
         return {name for each in self.coupled.values() for name in each}
 
     def factors(self, old: Setting, new: Setting) -> dict[str, float]:
-        """What coupled settings are multiplied by where one value takes the place of another."""
-        nothing: Mapping[str, float] = {}
-        before, after = self.coupled.get(old, nothing), self.coupled.get(new, nothing)
+        """Factors on the coupled settings if one value replaces another."""
+        before, after = self.coupled.get(old, {}), self.coupled.get(new, {})
         names = sorted({*before, *after})
         return {name: after.get(name, 1.0) / before.get(name, 1.0) for name in names}
 
@@ -125,7 +121,7 @@ Space = Mapping[str, Scale | Choice]
 
 
 def check_settings(space: Space, settings: Settings) -> None:
-    """Raises UserError where a setting that may be changed is missing or out of its bounds."""
+    """Raises UserError if a setting that may be changed is missing or out of its bounds."""
     for name, axis in space.items():
         if name not in settings:
             raise UserError(f"setting {name!r} may be changed, but has no value to start from")
@@ -142,7 +138,7 @@ def check_settings(space: Space, settings: Settings) -> None:
 
 
 def known_settings(space: Space, settings: Settings) -> dict[str, Setting]:
-    """Of settings from elsewhere those that may be changed, within their bounds."""
+    """The settings among those from elsewhere that may be changed, within their bounds."""
     known: dict[str, Setting] = {}
     for name, axis in space.items():
         value = settings.get(name)
@@ -157,40 +153,34 @@ def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-SCHEDULE_LEVELS = 200  # a rate is renewed so many times in a run, which costs next to nothing
-
-
-LeftOut = frozenset[tuple[int, int]]
-"""Stretches of the data, ``(first, end)`` in examples, of which no batch is trained on."""
+SCHEDULE_LEVELS = 200  # updates of a scheduled rate in a run; they cost next to nothing
 
 
 class Workload(NamedTuple):
     """A training, in pure functions.
 
     Attributes:
-      name: as it stands in files.
-      task: what it is like, for the memory to compare runs by.
+      name: name in files.
+      task: descriptors, by which the memory compares runs.
       start: ``settings -> state``, the state before the first step.
       step: ``settings -> step_fn``, which donates its state; the same function for settings
         that differ in scalars of the state alone.
       sample: ``(settings, position) -> episodes``; the position counts the examples before.
       examples_per_step: of settings.
-      evaluate: ``state -> float [E]``, the losses of always the same held-out examples or
-        tasks, lower is better.
-      num_examples: the length of the run.
-      tokens_per_example: for rates.
-      space: what may be changed, and how.
-      schedule: the fraction of the run that is done to a factor on the ``scheduled`` rates.
+      evaluate: ``state -> float [E]``, the losses of the same held-out examples or tasks each
+        time, lower is better.
+      num_examples: length of the run.
+      tokens_per_example: tokens, for rates.
+      space: settings that may be changed, and how.
+      schedule: function of the fraction of the run that is done: a factor on the ``scheduled``
+        rates.
       scheduled: names of settings that are in ``state.hparams``.
-      window_loss: ``(state, settings, position, num_steps) -> scalar``, a training loss after so
-        many more steps, differentiable in ``state.hparams``; None where there is no such
-        function.
-      scores: ``state -> {name: number}``, such as accuracies on a test: for the record of every
-        assessment alone, where they stand as ``scores``; None for none.
+      scores: ``state -> {name: number}``, such as accuracies on a test set, noted with every
+        assessment as ``scores``; None for none.
       execution_options: settings that change how a step is computed, but not its result beyond
         rounding, with the values that they may take.
-      evaluation_examples: what an evaluation costs beside its seconds, as so many examples of
-        training: it counts as they do, in the budget of a search and among the operations.
+      evaluation_examples: cost of an evaluation beside its seconds, in examples of training; it
+        counts in the budget of a search and among the operations.
     """
 
     name: str
@@ -205,35 +195,36 @@ class Workload(NamedTuple):
     space: Space
     schedule: Callable[[float], float] = lambda done: 1.0
     scheduled: tuple[str, ...] = ("outer_learning_rate", "rates_learning_rate")
-    window_loss: Callable[..., jax.Array] | None = None
     scores: Callable[[MetaState], Mapping[str, float]] | None = None
     execution_options: Mapping[str, Sequence[Setting]] = {}
     evaluation_examples: float = 0.0
 
 
 class Snapshot(NamedTuple):
-    """Where a training stands: what a roll-back brings back.
+    """One point of a training: what a rollback restores.
 
     Attributes:
       state: the state.
-      settings: that the next step is done with.
-      examples: how many were gone through; also the position in the data.
+      settings: settings of the next step.
+      examples: examples gone through; also the position in the data.
+      left_out: stretches of the data, ``(first, end)`` in examples, that no batch may touch.
     """
 
     state: MetaState
     settings: dict[str, Setting]
     examples: int
+    left_out: frozenset[tuple[int, int]] = frozenset()
 
 
 class Step(NamedTuple):
     """One step as it happened.
 
     Attributes:
-      snapshot: after it; the step after this one is given its state to use up.
-      position: in the data, of the batch.
-      metrics: on the device, not waited for.
-      began: when its data was asked for, by `time.perf_counter`.
-      data_seconds: that it waited for them.
+      snapshot: snapshot after it; its state is donated to the next step.
+      position: position of the batch in the data.
+      metrics: metrics on the device, not waited for.
+      began: time at which its data was asked for, by `time.perf_counter`.
+      data_seconds: seconds that it waited for them.
     """
 
     snapshot: Snapshot
@@ -251,7 +242,7 @@ def begin(workload: Workload, settings: Settings) -> Snapshot:
     """
     check_settings(workload.space, settings)
     if missing := sorted(workload.execution_options.keys() - settings.keys()):
-        raise UserError(f"{missing[0]!r} is a way to compute a step, but has no value")
+        raise UserError(f"{missing[0]!r} is an execution option, but has no value")
     state = with_scalars(workload.start(settings), settings)
     return Snapshot(state, dict(settings), 0)
 
@@ -264,14 +255,14 @@ def copied(snapshot: Snapshot) -> Snapshot:
 def changed(workload: Workload, snapshot: Snapshot, changes: Settings) -> Snapshot:
     """The snapshot with other settings; its arrays are those of ``snapshot``.
 
-    Where the settings choose another optimiser, its state starts anew.
+    If the settings choose another optimiser, its state is a new one.
     """
     settings = snapshot.settings | dict(changes)
     state = snapshot.state
     if settings.get("optimizer") != snapshot.settings.get("optimizer"):
         fresh = workload.start(settings)
         state = state._replace(opt_state=fresh.opt_state, hparams=fresh.hparams)
-    return Snapshot(with_scalars(state, settings), settings, snapshot.examples)
+    return snapshot._replace(state=with_scalars(state, settings), settings=settings)
 
 
 def with_scalars(state: MetaState, settings: Settings, factors: Settings | None = None):
@@ -281,14 +272,13 @@ def with_scalars(state: MetaState, settings: Settings, factors: Settings | None 
     for name in hparams.keys() & settings.keys():
         value = np.float32(float(settings[name]) * float(factors.get(name, 1.0)))
         before = hparams[name]
-        # Placed as it was, or the step would compile again.
-        placed = before.committed
-        hparams[name] = jax.device_put(value, before.sharding) if placed else jnp.asarray(value)
+        committed = before.committed  # placed as before, or the step would compile again
+        hparams[name] = jax.device_put(value, before.sharding) if committed else jnp.asarray(value)
     return state._replace(hparams=hparams)
 
 
 def after_steps(examples: int, end: int, size: int) -> int:
-    """The examples gone through after steps of ``size`` from ``examples`` to ``end``, or past."""
+    """Examples gone through after steps of ``size`` from ``examples`` to ``end`` or past it."""
     return examples + max(0, math.ceil((end - examples) / size)) * size
 
 
@@ -298,23 +288,23 @@ def steps(
     end: int,
     *,
     anneal: bool = False,
-    skip: LeftOut = frozenset(),
 ) -> Iterator[Step]:
     """Steps until ``end`` examples are done, the state of the snapshot donated to the first.
 
+    A batch with an example of `Snapshot.left_out` is passed over without a step.
+
     Args:
       workload: the training.
-      snapshot: where to start.
-      end: how many examples to come to; the last step may pass it.
-      anneal: lower the scheduled rates to zero over these steps.
-      skip: stretches of the data; a batch with an example of one is gone past without a step.
+      snapshot: start.
+      end: number of examples at the end; the last step may pass it.
+      anneal: whether to lower the scheduled rates to zero over these steps.
     """
     settings, step_fn = snapshot.settings, workload.step(snapshot.settings)
     size = workload.examples_per_step(settings)
     positions = [
         position
         for position in range(snapshot.examples, end, size)
-        if not any(first < position + size and position < last for first, last in skip)
+        if not any(first < position + size and position < last for first, last in snapshot.left_out)
     ]
     state, level = snapshot.state, None
     batches = prefetch(lambda position: workload.sample(settings, position), positions)
@@ -331,7 +321,7 @@ def steps(
                 level = rounded
                 state = with_scalars(state, settings, dict.fromkeys(workload.scheduled, level))
             state, metrics = step_fn(state, batch)
-            now = Snapshot(state, dict(settings), position + size)
+            now = snapshot._replace(state=state, settings=dict(settings), examples=position + size)
             yield Step(now, position, metrics, began, waited)
     finally:
         batches.close()
@@ -340,20 +330,20 @@ def steps(
 def scalars_read(step_fn: StepFn, state: MetaState, episodes: Episode) -> frozenset[str]:
     """The names of ``state.hparams`` on which the next parameters or optimiser state depend.
 
-    The step is traced and not run. What its metrics alone depend on is not read, and what it only
-    hands on in ``state.hparams`` neither.
+    The step is traced and not run. A scalar does not count if only the metrics depend on it, or
+    if it is only passed on in ``state.hparams``.
 
     Args:
-      step_fn: of the state and the episodes.
+      step_fn: function of the state and the episodes.
       state: arrays, or `jax.ShapeDtypeStruct`s in their place.
-      episodes: of one step.
+      episodes: episodes of one step.
     """
     closed, (after, metrics) = jax.make_jaxpr(step_fn, return_shape=True)(state, episodes)
     nothing = jax.tree.map(lambda _: False, (after, metrics))
     structure, read = jax.tree.structure((state, episodes)), frozenset()
     while True:
         kept = jax.tree.map(lambda _: True, after)._replace(
-            # A scalar that is read decides, and so does what it becomes.
+            # If a scalar is read, so is what it becomes.
             hparams={name: name in read for name in after.hparams}
         )
         wanted = jax.tree.leaves((kept, nothing[1]))
@@ -368,7 +358,7 @@ def scalars_read(step_fn: StepFn, state: MetaState, episodes: Episode) -> frozen
 def searched_space(workload: Workload, snapshot: Snapshot) -> Space:
     """The space without the scalars that the updates from here do not read.
 
-    All of it, where the step cannot be traced.
+    The whole space if the step cannot be traced.
     """
     scalars = workload.space.keys() & snapshot.state.hparams.keys()
     if not scalars:
@@ -377,6 +367,6 @@ def searched_space(workload: Workload, snapshot: Snapshot) -> Space:
     batch = workload.sample(settings, snapshot.examples)
     try:
         read = scalars_read(workload.step(settings), snapshot.state, batch)
-    except Exception:  # whatever cannot be traced: a run is not lost for what it need not try
+    except Exception:  # never let a step that cannot be traced stop a run
         return workload.space
     return {k: axis for k, axis in workload.space.items() if k not in scalars or k in read}

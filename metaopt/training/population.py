@@ -128,7 +128,7 @@ class Generation(NamedTuple):
       step: training steps done.
       scores: float32 ``[P]``, lower is better.
       hparams: ``{name: float32 [P]}``, hyperparameters that led to these scores.
-      parents: int32 ``[P]``, member that each one is replaced by.
+      parents: int32 ``[P]``, member that each one continues from.
     """
 
     step: int
@@ -202,8 +202,8 @@ def lineage(history: Sequence[Generation], member: int | None = None) -> list[tu
     """The ancestors of a member of the last generation, by default of the best.
 
     Returns:
-      ``(step, member)`` for each generation in order: the ancestor at that step, so that ``history[i].hparams[name][member]`` is the
-      schedule that it was trained with.
+      ``(step, member)`` for each generation in order: the ancestor at that step, so that
+      ``history[i].hparams[name][member]`` is the schedule that it was trained with.
     """
     member = _best(history[-1]) if member is None else member
     path = []

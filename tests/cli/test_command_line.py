@@ -125,7 +125,8 @@ IMPROVING += ("table_inner_optimizers", "table_omniglot", "table_sinusoid")
 def test_a_memory_that_cannot_be_is_refused_before_a_run_is_made(tmp_path, monkeypatch, name):
     monkeypatch.setenv("METAOPT_MEMORY", str(tmp_path))
     module = importlib.import_module(f"experiments.{name}")
-    config = module.preset({"preset": "smoke"})
+    smoke = module.presets("smoke") if hasattr(module, "presets") else None
+    config = smoke or module.preset({"preset": "smoke"})
     config = dataclasses.replace(config, improve=True, root=tmp_path / "runs")
     with pytest.raises(UserError, match=r"is a folder; give the path of a file in it"):
         module.run(config)

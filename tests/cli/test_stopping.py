@@ -113,7 +113,7 @@ LOSES_IT = """
             print("saved", flush=True)
 """
 TRAINS = """
-        from metaopt.training.loop import StopSignals
+        from metaopt.signals import StopSignals
         with StopSignals() as stop:
             print("ready", flush=True)
             while stop.received is None:

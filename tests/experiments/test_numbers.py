@@ -8,6 +8,7 @@ import math
 import os
 import pkgutil
 import typing
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 
 import experiments
 import metaopt
+from experiments import harness
 from metaopt.errors import UserError
 from metaopt.ranges import Checked, Range, field_types
 
@@ -56,6 +58,7 @@ def commands():
         module.__name__.split(".")[1]: module
         for module in modules(experiments)
         if 'if __name__ == "__main__":' in inspect.getsource(module)
+        or (Path(inspect.getfile(module)).name, hasattr(module, "Config")) == ("__init__.py", True)
     }
 
 
@@ -86,6 +89,8 @@ def flags_of(config, prefix=""):
 def small(name):
     """A config of a command that is quick to check."""
     module, args = commands()[name], SMALL[name].split()
+    if hasattr(module, "presets"):
+        return tyro.cli(module.Config, args=args, default=module.presets("smoke"))
     if hasattr(module, "preset"):
         return tyro.cli(module.Config, args=args, default=module.preset({"preset": "smoke"}))
     return tyro.cli(module.Config, args=args)
@@ -152,6 +157,7 @@ def test_any_number_gives_a_run_or_one_line(name, place, monkeypatch):
     for begin in ("open_run", "open_view", "examine"):
         if hasattr(module, begin):
             monkeypatch.setattr(module, begin, accept)
+    monkeypatch.setattr(harness, "open_run", accept)
     monkeypatch.setenv("METAOPT_DATA", str(place / "store"))
     monkeypatch.chdir(place)
 

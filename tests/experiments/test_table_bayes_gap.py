@@ -1,6 +1,7 @@
 import json
 import math
 import shlex
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -9,18 +10,16 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from experiments import table_bayes_gap
-from experiments.table_bayes_gap.config import BASE, SETTINGS, Setting
-from experiments.table_bayes_gap.report import Report, Study, draw
-from metaopt import losses
-from metaopt.cli import command_line
+from experiments import harness, table_bayes_gap
+from experiments.table_bayes_gap import BASE, SETTINGS, Config, Study, add_gap, add_scale, draw
+from metaopt import losses, models
 from metaopt.comparison import ComparisonConfig, RowResult
 from metaopt.errors import UserError
 from metaopt.files import read_json_lines
 from metaopt.inner_loop import InnerLoop
-from metaopt.reporting import plots
+from metaopt.languages import LanguageConfig, make_rows
+from metaopt.reporting import plots, tables
 from metaopt.tasks.markov import MarkovConfig, bayes_loss, number_ngrams
-from metaopt.training.runs import open_run
 from metaopt.types import Batch, Episode
 
 RUN = shlex.split(
@@ -33,16 +32,12 @@ RUN = shlex.split(
 QUICK = {"xla_backend_optimization_level": 0}
 
 
-def main(*args, run=table_bayes_gap.run):
-    preset, chosen_by = table_bayes_gap.preset, table_bayes_gap.CHOSEN_BY
-    config_type = table_bayes_gap.Config
-    command_line.main("table_bayes_gap", run, config_type, preset, chosen_by, "", list(args))
+def main(*args):
+    harness.main("table_bayes_gap", table_bayes_gap.run, table_bayes_gap.presets, "", args)
 
 
 def parse(*args):
-    configs = []
-    main(*args, run=configs.append)
-    return configs[0]
+    return harness.parse("table_bayes_gap", table_bayes_gap.presets, "", args)
 
 
 def run_in(root):
@@ -69,17 +64,17 @@ def random_episodes(languages, num_tasks):
     return Episode(support, query, jnp.arange(num_tasks))
 
 
-def make_study():
-    """What a report needs of one, with nothing to train."""
+def make_study(model):
+    """A study with nothing to train."""
     languages = MarkovConfig(order=2, vocab_size=3, num_support=2, num_query=2, length=9)
     comparison = SimpleNamespace(
-        config=ComparisonConfig(max_inner_steps=6),
+        config=ComparisonConfig(max_inner_steps=6, test_episodes=6),
         inner=InnerLoop(num_steps=3),
         test=random_episodes(languages, 6),
         valid=random_episodes(languages, 6),
     )
-    rows = table_bayes_gap.make_rows(table_bayes_gap.Config(), "n-gram table")
-    return Study("a setting", "n-gram table", languages, comparison, rows)  # type: ignore[arg-type]
+    rows = make_rows(LanguageConfig(), models.bigram(3))
+    return Study(model, languages, comparison, rows)  # type: ignore[arg-type]
 
 
 def posterior_table(languages, support):
@@ -96,8 +91,7 @@ def posterior_table(languages, support):
 def test_the_learner_that_counts_is_the_limit_in_the_n_gram_table(order):
     languages = MarkovConfig(order=order, vocab_size=3, num_support=4, num_query=2, length=40)
     episodes = random_episodes(languages, 1)
-    config, setting = table_bayes_gap.Config(), Setting(order, 3, languages.concentration, 2)
-    model = table_bayes_gap.make_model(config, "n-gram table", setting)
+    model = models.ngram(3, order)
     support, query = (jax.tree.map(lambda x: x[0], batch) for batch in episodes[:2])
     params = {"head": {"table": jnp.asarray(posterior_table(languages, support))}}
     found = jax.jit(losses.next_token(model), compiler_options=QUICK)(params, query)
@@ -112,7 +106,7 @@ def test_gaps_are_paired_and_to_the_limit_that_reads_what_the_model_reads(
     tmp_path, model, table, use_prefix
 ):
     """A learner that is the same distance from its limit on every episode."""
-    study = make_study()._replace(model=model)
+    study = make_study(model)
     comparison, languages = study.comparison, study.languages
     limit = np.asarray(bayes_loss(languages, comparison.test, use_prefix=use_prefix))
     other = np.asarray(bayes_loss(languages, comparison.test, use_prefix=not use_prefix))
@@ -124,11 +118,13 @@ def test_gaps_are_paired_and_to_the_limit_that_reads_what_the_model_reads(
     result = RowResult(row, {"params": {}}, {}, curves, np.full(steps, 0.5), 1.0)
     line = {"name": row.name, "step": 30, "valid_loss": 2.0}
     (tmp_path / "metrics.jsonl").write_text(json.dumps(line) + "\n")
-    run = open_run(tmp_path, "table_bayes_gap", "smoke", {})
-    report = Report(run, "smoke", "COMMAND")
-    report.begin(study, tmp_path)
-    report.add(result)
-    gap, *scale = read_json_lines(run.results)
+    config = Config(run_dir=str(tmp_path / "run"))
+    run = harness.TableRun(
+        "table_bayes_gap", config, table_bayes_gap.presets, table="bayes_gap", unit="nats/token"
+    )
+    add_gap(run, study, result, tmp_path)
+    add_scale(run, study)
+    gap, *scale = run.records
     num_steps = comparison.inner.num_steps
     assert gap["value"] == pytest.approx(1 - num_steps / (steps - 1)) and gap["ci95"] < 1e-6
     assert gap["table"] == table and {record["table"] for record in scale} == {table}
@@ -153,8 +149,7 @@ def test_a_run_leaves_the_table_and_the_figure(finished_run):
     assert len(records[0]["gap_by_inner_steps"]) == 3
     again = shlex.split(records[0]["command"])
     assert parse(*again[3:]) == parse(*RUN, "--root", str(finished_run.parents[1]))
-    text = (finished_run / "table.md").read_text()
-    assert "### bayes_gap\n" in text and column in text
+    assert column in (finished_run / "table.md").read_text()
     assert (finished_run / "table.tex").read_text().count(r"\begin{tabular}") == 1
     assert imread(finished_run / "curves.png").std() > 0.01
 
@@ -167,10 +162,7 @@ def test_a_run_that_lost_its_end_is_taken_up_and_gives_the_same_numbers(finished
     assert [r | {"seconds": 0} for r in after] == [r | {"seconds": 0} for r in before]
 
 
-def test_the_figure_shows_the_first_setting_and_all(tmp_path, monkeypatch):
-    made = []
-    real = plots.new_figure
-    monkeypatch.setattr(plots, "new_figure", lambda *size: made.append(real(*size)) or made[0])
+def test_the_figure_shows_the_first_setting_and_all():
     shared = {"table": "bayes_gap_prefix", "learner": "MAML", "num_inner_steps": 1}
     records = [
         shared
@@ -182,30 +174,44 @@ def test_the_figure_shows_the_first_setting_and_all(tmp_path, monkeypatch):
             ("transformer", "b", 3),
         ]
     ]
-    draw(tmp_path / "curves.png", records)
-    by_inner, by_meta, by_setting = made[0].axes
+    figure = draw(records)
+    by_inner, by_meta, by_setting = figure.axes
 
     def drawn(axes):
-        return [[*map(list, line.get_data())] for line in axes.lines if line.get_marker() != "None"]
+        return [
+            [*map(list, line.get_data(orig=False))]
+            for line in axes.lines
+            if line.get_marker() != "None"
+        ]
 
     nan = pytest.approx(math.nan, nan_ok=True)
     assert drawn(by_inner) == [[[0, 1, 2], [0.5, -0.1, nan]]]
     assert drawn(by_meta) == [[[10, 20], [0.2, -0.1]]]
-    assert drawn(by_setting) == [[[0, 1], [-0.1, nan]], [[1], [3]]]
-    (legend,) = made[0].legends
+    values, places = zip(*drawn(by_setting), strict=True)
+    assert [*values] == [[-0.1], [nan], [3]] and np.allclose(np.round(places, 0), [[0], [1], [1]])
+    assert [text.get_text() for text in by_setting.get_yticklabels()] == ["a", "b"]
+    (legend,) = figure.legends
     assert [t.get_text() for t in legend.get_texts()] == ["MAML, GRU", "MAML, transformer"]
 
 
+def test_no_label_of_the_committed_figure_is_over_another():
+    results = Path(table_bayes_gap.__file__).parent / "results/table_bayes_gap/cpu/results.jsonl"
+    records = [record for record in tables.read_records(results) if not record.get("limit")]
+    assert len({record["column"] for record in records}) == len(SETTINGS)
+    assert not plots.overlapping_labels(draw(records))
+
+
 def test_presets():
-    config = table_bayes_gap.Config()
-    for field, name in enumerate(Setting._fields):
-        assert len({setting[field] for setting in SETTINGS}) >= 2, name
+    config = Config()
+    assert all(len(set(factors)) >= 2 for factors in zip(*SETTINGS, strict=True))
     assert config.tables.settings[0] == config.networks.settings[0] == BASE
     assert config.tables.comparison.test_episodes >= 600
     assert config.networks.comparison.test_episodes >= 600
-    gpu = table_bayes_gap.preset({"preset": "gpu"})
+    gpu = table_bayes_gap.presets("gpu")
     assert gpu.tables.settings == gpu.networks.settings and set(SETTINGS) < set(gpu.tables.settings)
-    assert BASE.name(32) == "order 1, 16 symbols, 0.3, 4x32"
+    study = make_study("GRU")
+    assert study.column == "order 2, 3 symbols, 0.3, 2x9"
+    assert study.row_name(study.rows[0]) == "random init, GRU"
 
 
 WRONG = [
@@ -237,4 +243,4 @@ def test_wrong_input_is_one_line_before_anything_is_compiled_or_made(
 
 def test_no_models_at_all_is_refused():
     with pytest.raises(UserError, match="models"):
-        table_bayes_gap.Config(models=())
+        Config(models=())

@@ -1,26 +1,20 @@
+import functools
 import json
 import shlex
-from dataclasses import replace
-from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 from matplotlib.image import imread
 
+from experiments import harness
 from experiments import table_dynamic_evaluation as experiment
-from experiments.table_dynamic_evaluation.data import (
-    find_text,
-    plain_episodes,
-    statistics_segments,
-    stream_episodes,
-)
-from experiments.table_dynamic_evaluation.report import PUBLISHED, reduction
-from experiments.table_dynamic_evaluation.tuning import Setting, tune
+from experiments.table_dynamic_evaluation.config import Config, presets
+from experiments.table_dynamic_evaluation.data import find_text, statistics_segments, stretches
+from experiments.table_dynamic_evaluation.walks import RuleHparams, Tuned, choose_length, tune
 from metaopt import models
-from metaopt.cli import command_line
 from metaopt.errors import UserError
-from metaopt.files import read_json_lines
+from metaopt.files import read_json_lines, write_json_lines
 from metaopt.inner_loop import InnerLoop
 
 ROWS = ("static", "SGD dynamic evaluation", "RMS dynamic evaluation")
@@ -59,16 +53,14 @@ def arguments(folder, root):
     return shlex.split(f"--preset smoke {sizes} {text} --root {root}")
 
 
-def main(args, run=experiment.run):
-    preset, chosen_by = experiment.preset, experiment.CHOSEN_BY
-    name = "table_dynamic_evaluation"
-    command_line.main(name, run, experiment.Config, preset, chosen_by, "", list(args))
+def main(args):
+    """Runs the table with a model that compiles in no time."""
+    run = functools.partial(experiment.run, model=models.bigram(256))
+    harness.main("table_dynamic_evaluation", run, presets, "", list(args))
 
 
 def parse(args):
-    configs = []
-    main(args, run=configs.append)
-    return configs[0]
+    return harness.parse("table_dynamic_evaluation", presets, "", args)
 
 
 @pytest.fixture(scope="module")
@@ -78,14 +70,12 @@ def config(folder):
 
 @pytest.fixture(scope="module")
 def finished(folder, tmp_path_factory):
-    """A run with a model that compiles in no time, and its command line."""
+    """A run, and its command line."""
     root = tmp_path_factory.mktemp("runs")
     args = arguments(folder, root)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(models, "transformer", lambda config: models.bigram(config.vocab_size))
-        main(args)
-        (directory,) = root.glob("table_dynamic_evaluation/*")
-        yield directory, args
+    main(args)
+    (directory,) = root.glob("table_dynamic_evaluation/*")
+    return directory, args
 
 
 def cells(directory, table="dynamic_evaluation"):
@@ -121,7 +111,7 @@ def test_published_reductions_stand_beside_ours(finished):
     directory, _ = finished
     records = cells(directory, "dynamic_evaluation/published")
     ours = {row: r for (row, _), r in records.items() if r["paper"] is None}
-    assert len(ours) == 8 and len(records) == 8 + len(PUBLISHED)
+    assert len(ours) == 8 and len(records) == 8 + len(experiment.PUBLISHED)
     scores = cells(directory)
     for row, record in ours.items():
         stream, name = row.removeprefix("ours, ").split(", ", 1)[1].split(": ", 1)
@@ -136,13 +126,15 @@ def test_published_reductions_stand_beside_ours(finished):
 
 
 def test_reductions_are_of_cross_entropies():
-    np.testing.assert_allclose(reduction(1.25, 1.0), 20)
-    np.testing.assert_allclose(reduction(np.e**4, np.e**3, perplexity=True), 25)
+    np.testing.assert_allclose(experiment.reduction(1.25, 1.0), 20)
+    np.testing.assert_allclose(experiment.reduction(np.e**4, np.e**3, perplexity=True), 25)
 
 
 def test_a_run_that_lost_its_end_is_taken_up_and_gives_the_same_numbers(finished):
     directory, args = finished
     before = cells(directory)
+    records = read_json_lines(directory / "results.jsonl")
+    write_json_lines(directory / "results.jsonl", [r for r in records if r["row"] == ROWS[0]])
     (directory / "finished").unlink()
     main(args)
     after = cells(directory)
@@ -155,7 +147,10 @@ def test_a_run_that_lost_its_end_is_taken_up_and_gives_the_same_numbers(finished
 def test_both_trainings_read_as_many_windows_from_the_same_places(config):
     train, key = find_text(config).train, jax.random.key(5)
     assert [domain.name for domain in train] == ["a.txt", "b.txt"]
-    plain, stream = plain_episodes(config, train, key), stream_episodes(config, train, key, 6)
+    plain, stream = (
+        stretches(config, train, length, context).train.sample(key, 4)
+        for length, context in ((14, 0), (6, 8))
+    )
     assert plain.support.inputs.shape == (4, 1, 14) and plain.query.targets.shape == (4, 2, 14)
     assert stream.support.inputs.shape == (4, 1, 14) and stream.query.targets.shape == (4, 2, 6)
     np.testing.assert_array_equal(plain.task, stream.task)
@@ -174,7 +169,7 @@ def test_text_of_the_test_is_not_tuned_on(config, folder):
 
 
 def test_without_any_text_there_is_the_standard_library():
-    text = find_text(experiment.preset({"preset": "smoke"}))
+    text = find_text(presets("smoke"))
     names = [stream.name for stream in text.streams]
     assert len(names) == 2 and not set(names) & {domain.name for domain in text.train}
 
@@ -214,21 +209,25 @@ def test_text_that_will_not_do(folder, tmp_path, args, message, capsys):
 )
 def test_bad_configs(changes, message):
     with pytest.raises(UserError, match=message):
-        experiment.Config(**changes)
-    with pytest.raises(UserError, match="unknown preset"):
-        experiment.preset({"preset": "huge"})
+        Config(**changes)
 
 
-def test_the_segment_length_is_the_best_of_plain_sgd(config):
-    def tuned(rule, params, length, decays):
-        assert (rule, decays) == ("SGD", (0.0,))
-        settings = [Setting(0.01 * length, 0.0), Setting(0.04 * length, 0.0)]
-        return settings, np.array([1.0, abs(length - 20)])
+def test_the_segment_length_is_the_best_of_plain_sgd():
+    def tuned(length):
+        hparams = [RuleHparams(0.01 * length, 0.0), RuleHparams(0.04 * length, 0.0)]
+        return Tuned(hparams, np.array([1.0, abs(length - 20)]))
 
-    fake = SimpleNamespace(config=replace(config, segment_lengths=(6, 18, 40)), tune=tuned)
-    length, rate = experiment.choose_length(fake, {})  # type: ignore[arg-type]
+    length, rate = choose_length((6, 18, 40), tuned)
     assert length == 18
     np.testing.assert_allclose(rate, 0.36)  # the geometric mean
+
+
+def test_a_row_alone_has_its_scores_and_no_differences(folder, tmp_path):
+    row = META + "SGD dynamic evaluation"
+    main([*arguments(folder, tmp_path), "--rows", row])
+    (directory,) = tmp_path.glob("table_dynamic_evaluation/*")
+    assert list(cells(directory)) == [(row, "wiki"), (row, "play")]
+    assert len(cells(directory, "dynamic_evaluation/published")) == len(experiment.PUBLISHED)
 
 
 def test_tuning_goes_on_beyond_an_outermost_rate():
@@ -241,7 +240,7 @@ def test_tuning_goes_on_beyond_an_outermost_rate():
         return np.array([far, near])
 
     best, found = tune(scores, (1.0, 2.0), (0.0, 0.5))
-    assert best == [Setting(16.0, 0.0), Setting(1.0, 0.5)]
+    assert best == [RuleHparams(16.0, 0.0), RuleHparams(1.0, 0.5)]
     np.testing.assert_allclose(found, [0, abs(np.log(1 / 0.9)) - 0.5], atol=1e-12)
     assert len(tried) == len(set(tried)) and {s.rate for s in tried} == {0.5, 1, 2, 4, 8, 16, 32}
-    assert tune(scores, (1.0,), (0.0,))[0] == [Setting(1.0, 0.0)] * 2
+    assert tune(scores, (1.0,), (0.0,))[0] == [RuleHparams(1.0, 0.0)] * 2

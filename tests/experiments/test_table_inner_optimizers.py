@@ -2,17 +2,19 @@ import json
 import shlex
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from experiments import adapt_languages, table_inner_optimizers
-from metaopt import models
-from metaopt.cli import command_line
-from metaopt.comparison import RowResult
+from experiments import harness, table_inner_optimizers
+from metaopt import losses, models
+from metaopt.comparison import Comparison
 from metaopt.files import read_json_lines
-from metaopt.optimizers.inner import INNER_OPTIMIZERS
-from metaopt.training.recorder import Diverged
+from metaopt.npz import read_npz
+from metaopt.statistics import interval
+from metaopt.training.runs import slug
+from metaopt.types import TaskSplit
 
 SIZES = (
     "--preset smoke --tasks text --num-support 2 --num-query 2 --length 8 --width 4 "
@@ -22,21 +24,24 @@ SIZES = (
 JOINT, MAML = "joint pretraining, 2 steps", "MAML, 2 steps"
 
 
-def main(*args, run=table_inner_optimizers.run):
-    module, config_type = table_inner_optimizers, table_inner_optimizers.Config
-    preset, chosen_by = module.preset, module.CHOSEN_BY
-    command_line.main("table_inner_optimizers", run, config_type, preset, chosen_by, "", list(args))
+def main(*args):
+    table = table_inner_optimizers
+    harness.main("table_inner_optimizers", table.run, table.presets, "", args)
 
 
 def parse(*args):
-    configs = []
-    main(*args, run=configs.append)
-    return configs[0]
+    return harness.parse("table_inner_optimizers", table_inner_optimizers.presets, "", args)
 
 
-def run_in(root, args):
-    """The directory of the one run in ``root``."""
-    main(*args, "--root", str(root))
+def make_problem(config):
+    return table_inner_optimizers.make_problem(config, table_inner_optimizers.make_cells(config))
+
+
+def run_in(root, args, change=lambda problem: problem):
+    """The directory of the one run in ``root``, of a model that compiles in no time."""
+    config, model = parse(*args, "--root", str(root)), models.bigram(256)
+    problem = make_problem(config)._replace(model=model, loss_fn=losses.next_token(model))
+    table_inner_optimizers.run(config, change(problem))
     (directory,) = root.glob("table_inner_optimizers/*")
     return directory
 
@@ -60,35 +65,26 @@ def arguments(tmp_path_factory):
         yield [*shlex.split(SIZES), "--folder", str(path)]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def bigram():
-    """A model that compiles in no time."""
-    with pytest.MonkeyPatch.context() as patch:
-        make_model = adapt_languages.make_model
-        patch.setattr(adapt_languages, "make_model", lambda _: models.bigram(256))
-        yield make_model
-
-
 @pytest.fixture(scope="module")
 def finished(arguments, tmp_path_factory):
     return run_in(tmp_path_factory.mktemp("runs"), arguments)
 
 
-def test_the_model_is_a_transformer(bigram, arguments, monkeypatch):
-    monkeypatch.setattr(adapt_languages, "make_model", bigram)
-    model = table_inner_optimizers.make_problem(parse(*arguments)).model
+def test_the_model_is_a_transformer(arguments):
+    model = make_problem(parse(*arguments)).model
     params = jax.eval_shape(model.init, jax.random.key(0))
     assert {"embed", "layer_0", "head"} < set(params) and params["head"]["kernel"].shape == (4, 256)
 
 
 def test_a_run_leaves_config_records_tables_and_a_figure(finished, arguments):
     config = parse(*arguments, "--root", str(finished.parents[1]))
-    assert json.loads((finished / "config.json").read_text()) == command_line.as_saved(config)
+    saved = json.loads((finished / "config.json").read_text())
+    assert saved.pop("data") and saved == harness.as_saved(config)
     records = cells(finished)
-    assert list(records) == [
+    assert set(records) == {
         *(("inner_optimizers", row, column) for row in ("GD", "Lion") for column in (JOINT, MAML)),
         *(("inner_optimizers_against_gd", "Lion", column) for column in (JOINT, MAML)),
-    ]
+    }
     for record in records.values():
         assert record["unit"] == "bits/byte" and record["n"] == 3 and record["episodes"] == 12
         assert record["inner_learning_rate"] > 0
@@ -99,13 +95,19 @@ def test_a_run_leaves_config_records_tables_and_a_figure(finished, arguments):
     assert imread(finished / "curves.png").std() > 0.01
 
 
-def test_gains_are_differences_to_gd(finished):
-    records = cells(finished)
+def test_gains_are_paired_differences_to_gd(finished, arguments):
+    records, config = cells(finished), parse(*arguments)
+    problem = make_problem(config)
+    test = Comparison(problem, config.inner, config.outer, config.comparison).test
     for column in (JOINT, MAML):
         gd, lion = (records["inner_optimizers", row, column] for row in ("GD", "Lion"))
         gain = records["inner_optimizers_against_gd", "Lion", column]
         assert gain["value"] == pytest.approx(gd["value"] - lion["value"], abs=1e-9)
         assert gain["value"] != 0 and gain["better"] == "higher"
+        kept = (finished / "rows" / f"{slug(f'{column}, {row}')}.npz" for row in ("GD", "Lion"))
+        nats_of_gd, nats_of_lion = (read_npz(path)["nats"][:, 2] for path in kept)
+        found = interval((nats_of_gd - nats_of_lion) / np.log(2), np.asarray(test.task))
+        assert gain["ci95"] == pytest.approx(found.ci95)
 
 
 def test_joint_training_knows_no_inner_optimizer_and_is_done_once(finished):
@@ -122,40 +124,33 @@ def test_a_run_that_lost_its_end_is_taken_up_and_gives_the_same_numbers(finished
     assert values == {key: (r["value"], r["ci95"]) for key, r in before.items()}
 
 
-class Untrained:
-    """A comparison whose rows need no training; that of MAML through Lion diverges.
+def diverging(problem):
+    """The problem with losses that are NaN in training after a step as long as Lion's."""
 
-    Adam is 0.1 nats better than GD on every episode.
-    """
+    def sample(key, num_tasks):
+        episodes = problem.family.train.sample(key, num_tasks)
+        marked = jnp.zeros_like(episodes.query.inputs)  # which no text has
+        return episodes._replace(query=episodes.query._replace(inputs=marked))
 
-    def __init__(self, *_):
-        self.inner = parse(*shlex.split(SIZES)).inner
-        self.config = parse(*shlex.split(SIZES)).comparison
-        self.test = type("Test", (), {"task": np.arange(12) % 3})
+    def loss_fn(params, batch):
+        far = jnp.abs(params["head"]["table"]).max() > 18
+        return jnp.where(far & (batch.inputs[0, 0] == 0), jnp.nan, problem.loss_fn(params, batch))
 
-    def pretrain(self, directory):
-        return {}
-
-    def run(self, row, start, directory, *, one_rate):
-        if row.name == "MAML, Lion":
-            raise Diverged("the loss is not finite at step 2")
-        assert one_rate
-        curves = np.arange(12.0)[:, None] * np.array([1.0, 0.9, 0.8, 0.7])
-        curves -= 0.1 * (row.inner_optimizer is INNER_OPTIMIZERS["adam"])
-        return RowResult(row, {}, {}, curves, np.full(4, 0.1), 1.0)
+    family = problem.family._replace(train=TaskSplit(sample))
+    return problem._replace(family=family, loss_fn=loss_fn)
 
 
-def test_what_diverges_is_a_dash_and_the_rest_goes_on(arguments, tmp_path, monkeypatch):
-    monkeypatch.setattr(table_inner_optimizers, "Comparison", Untrained)
-    extended = [*arguments, "--optimizers", "sgd", "lion", "adam"]
-    directory = run_in(tmp_path, extended)
+def test_what_diverges_is_a_dash_and_the_rest_goes_on(arguments, tmp_path):
+    optimizers = ["--optimizers", "sgd", "lion", "momentum"]
+    rates = ["--comparison.inner-rates", "20", "--comparison.num-devices", "1"]
+    directory = run_in(tmp_path, [*arguments, *optimizers, *rates], diverging)
     records = cells(directory)
     diverged = records["inner_optimizers", "Lion", MAML]
-    assert diverged["value"] is None and "not finite at step 2" in diverged["diverged"]
-    assert ("inner_optimizers_against_gd", "Lion", MAML) not in records
-    loss, gain = (records[f"inner_optimizers{x}", "Adam", MAML] for x in ("", "_against_gd"))
-    assert loss["value"] == pytest.approx((0.8 * np.arange(12).mean() - 0.1) / np.log(2))
-    assert gain["value"] == pytest.approx(0.1 / np.log(2)) and gain["ci95"] < 1e-9 < loss["ci95"]
+    assert diverged["value"] is None and "diverged at step" in diverged["diverged"]
+    assert records["inner_optimizers_against_gd", "Lion", MAML]["value"] is None
+    assert records["inner_optimizers", "Lion", JOINT]["value"] is not None
+    gain = records["inner_optimizers_against_gd", "momentum", MAML]
+    assert gain["value"] is not None
     (line,) = [x for x in (directory / "table.md").read_text().splitlines() if "| Lion | " in x][:1]
     assert line.endswith("– |")
 
@@ -171,13 +166,9 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("line", "words"), WRONG, ids=[line for line, _ in WRONG])
-def test_wrong_input_is_one_line_before_a_run_is_opened(line, words, monkeypatch, capsys):
-    def too_late(*args, **kwargs):
-        raise AssertionError("not refused")
-
-    monkeypatch.setattr(table_inner_optimizers, "open_run", too_late)
+def test_wrong_input_is_one_line_before_a_run_is_opened(line, words, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
-        main(*shlex.split(line))
+        main(*shlex.split(line), "--root", str(tmp_path))
     error = capsys.readouterr().err
-    assert stop.value.code == 2
+    assert stop.value.code == 2 and not list(tmp_path.iterdir())
     assert error.startswith("error: ") and error.count("\n") == 1 and words in error

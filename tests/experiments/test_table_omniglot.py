@@ -7,16 +7,26 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from experiments import table_omniglot
-from experiments.table_omniglot.config import Reptile, Setting, parse_setting
-from experiments.table_omniglot.rows import ABLATIONS, ALL_PARTS, Parts, make_rows, plus_plus
+from experiments import harness, table_omniglot
+from experiments.table_omniglot.protocol import (
+    ABLATIONS,
+    ALL_PARTS,
+    PRESETS,
+    Config,
+    FewShot,
+    Parts,
+    Reptile,
+    make_rows,
+    mamlpp,
+    presets,
+)
 from metaopt import losses, meta_gradients, parallel
-from metaopt.cli import command_line
 from metaopt.errors import UserError
-from metaopt.files import read_json_lines
+from metaopt.files import read_json_lines, write_json_lines
 from metaopt.inner_loop import adapt
 from metaopt.optimizers.outer import outer_optimizer
 from metaopt.outer_step import init_state, make_meta_step
+from metaopt.training.loop import train
 from metaopt.training.runs import slug
 from metaopt.types import Batch, Episode, Model
 
@@ -27,19 +37,7 @@ FLAGS = shlex.split(
     "--filters 2 --meta-steps 10 --tasks-per-step 2 --plus-plus-tasks 2 --test-episodes 5 "
     "--num-devices 1"
 )
-ONE_SHOT = Setting(5, 1)
-
-
-def main(*args, run=table_omniglot.run):
-    preset, chosen_by = table_omniglot.preset, table_omniglot.CHOSEN_BY
-    config_type = table_omniglot.Config
-    command_line.main("table_omniglot", run, config_type, preset, chosen_by, "", list(args))
-
-
-def parse(*args):
-    configs = []
-    main(*args, run=configs.append)
-    return configs[0]
+ONE_SHOT = FewShot(5, 1)
 
 
 @pytest.fixture(scope="module")
@@ -81,11 +79,13 @@ def linear(image_shape=(SIZE, SIZE, 1), num_classes=5, filters=2, num_reference=
     return Model(init, apply)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def a_model_that_compiles_in_no_time():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(table_omniglot.models, "conv", linear)
-        yield
+def main(*args):
+    run = functools.partial(table_omniglot.run, network=linear)
+    harness.main("table_omniglot", run, presets, "", list(args))
+
+
+def parse(*args):
+    return harness.parse("table_omniglot", presets, "", args)
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +101,13 @@ def cells(directory):
     return {(r["row"], r["column"]): r for r in read_json_lines(directory / "results.jsonl")}
 
 
+def keep_first_row(directory):
+    """As if the run had been stopped after its first row, its trainings done."""
+    records = read_json_lines(directory / "results.jsonl")
+    first = [record for record in records if record["row"] == records[0]["row"]]
+    write_json_lines(directory / "results.jsonl", first)
+
+
 def test_records_hold_both_modes_and_the_published_number_beside_the_transductive(finished):
     records = cells(finished)
     columns = ["5-way 1-shot", "5-way 1-shot, non-transductive"]
@@ -113,76 +120,76 @@ def test_records_hold_both_modes_and_the_published_number_beside_the_transductiv
     assert [record["paper"] for record in records.values()] == [98.7, None, 99.47, None]
     again = shlex.split(records["MAML", columns[0]]["command"])
     assert parse(*again[3:]).rows == ("MAML", "MAML++")
+    protocols = [record["protocol"] for record in records.values()]
+    assert protocols[0] == protocols[1] != protocols[2] and "2 tasks a meta-batch" in protocols[0]
     text = (finished / "table.md").read_text()
-    assert "MAML, 5-way 1-shot: 1 inner step at 0.4, 2 tasks a meta-batch of 1 support" in text
-    assert "3 query drawings a character, 10 meta-steps of Adam, cosine from 0.005" in text
-    assert "beside 99.47 of Antoniou" in text and "preset gpu is that protocol" in text
-    assert "Non-transductive: the same adapted parameters" in text
+    assert f"- MAML, {columns[0]}: {protocols[0]}; " in text
+    assert "98.7" in text and records["MAML", columns[0]]["source"] in text
     assert imread(finished / "curves.png").std() > 0.01
 
 
 def test_a_run_that_lost_its_end_is_taken_up_and_gives_the_same_numbers(finished, folder):
     before = cells(finished)
     (finished / "finished").unlink()
+    keep_first_row(finished)
     root = finished.parents[1]
     main(*FLAGS, "--source", str(folder), "--root", str(root))
     assert list(root.glob("table_omniglot/*")) == [finished]
     after = cells(finished)
     for key, record in before.items():
         assert (record["value"], record["ci95"]) == (after[key]["value"], after[key]["ci95"])
-    steps = [
-        x["step"] for x in read_json_lines(finished / "metrics.jsonl") if "plus plus" in x["name"]
-    ]
-    assert steps == list(
-        range(1, 11)
-    )  # one of them without second derivatives, and none done again
+    lines = read_json_lines(finished / "metrics.jsonl")
+    steps = [line["step"] for line in lines if "plus plus" in line["name"]]
+    assert steps == list(range(1, 11))  # one without second derivatives, and none twice
 
 
 @pytest.fixture(scope="module")
-def problem(folder):
-    """A `Problem` with the linear model, and its test."""
+def column(folder):
+    """A `Column` with the linear model, and its test."""
     config = parse(*FLAGS, "--source", str(folder), "--test-episodes", "4", "--filters", "5")
-    problem = table_omniglot.make_problem(config, ONE_SHOT)
-    return problem, table_omniglot.make_test(config, problem)
+    column = table_omniglot.make_column(config, ONE_SHOT, linear)
+    return column, table_omniglot.make_test(config, column)
 
 
-def test_accuracy_by_the_support_does_not_see_the_other_queries(problem):
-    problem, test = problem
+def test_accuracy_by_the_support_does_not_see_the_other_queries(column):
+    column, test = column
     # Judged one by one, the support before each, which is what non-transductive means.
-    params = problem.model.init(jax.random.key(1))
-    measure = jax.jit(table_omniglot.accuracies(problem), compiler_options=QUICKLY)
+    params = column.model.init(jax.random.key(1))
+    measure = jax.jit(table_omniglot.accuracies(column), compiler_options=QUICKLY)
     found, one_by_one, together = [], [], []
     for i in range(4):
         episode: Episode = jax.tree.map(lambda x, i=i: x[i], test)
         found.append(measure(params, episode))
         for image, target in zip(episode.query.inputs, episode.query.targets, strict=True):
             after_support = jnp.concatenate([episode.support.inputs, image[None]])
-            logits = problem.by_support.apply(params, after_support)[-1]
+            logits = column.by_support.apply(params, after_support)[-1]
             one_by_one.append(float(logits.argmax() == target))
-        logits = problem.model.apply(params, episode.query.inputs)
+        logits = column.model.apply(params, episode.query.inputs)
         together.append(float((logits.argmax(-1) == episode.query.targets).mean()))
     np.testing.assert_allclose(np.mean(found, axis=0), [np.mean(together), np.mean(one_by_one)])
     assert np.mean(together) != np.mean(one_by_one)
 
 
-def test_annealing_of_the_order_goes_on_from_the_state_of_first_order(problem, folder, tmp_path):
-    (problem, _), config = problem, parse(*FLAGS, "--source", str(folder), "--meta-steps", "20")
-    row = plus_plus("row", config, ONE_SHOT, Parts(order_annealing=True))
+def test_annealing_of_the_order_goes_on_from_the_state_of_first_order(column, folder, tmp_path):
+    (column, _), config = column, parse(*FLAGS, "--source", str(folder), "--meta-steps", "20")
+    row = mamlpp("row", config, ONE_SHOT, Parts(order_annealing=True))
     assert row.first_order_steps == 2
-    found = table_omniglot.train_row(config, problem, row, 0, tmp_path)
+    cell = table_omniglot.Cell(column, row)
+    found = table_omniglot.train_cell(config, cell, 0, tmp_path, train)
+    loss_fn = losses.classification(column.model)
 
     def by_hand(first_order_steps):
         init_key, data_key = jax.random.split(jax.random.key(0))
-        learner, outer_opt = row.learner(problem.model), outer_optimizer(row.outer)
-        hparams = row.outer.hparams() | table_omniglot.inner_hparams(row)
-        state = init_state(data_key, problem.model.init(init_key), learner, outer_opt, hparams)
+        outer_opt, hparams = outer_optimizer(row.outer), row.outer.hparams() | row.hparams
+        params = column.model.init(init_key)
+        state = init_state(data_key, params, row.learner, outer_opt, hparams)
         first, second = (
-            jax.jit(make_meta_step(estimator(learner, problem.loss_fn, row.inner), outer_opt))
+            jax.jit(make_meta_step(estimator(row.learner, loss_fn, row.inner), outer_opt))
             for estimator in (meta_gradients.first_order, meta_gradients.reverse)
         )
         for i in range(20):
             key = jax.random.fold_in(data_key, i)
-            episodes = problem.family(1, 3).train.sample(key, 2)
+            episodes = column.family(1, 3).train.sample(key, 2)
             state, _ = (first if i < first_order_steps else second)(state, episodes)
         return np.asarray(state.meta_params["params"]["layer_0"]["kernel"])
 
@@ -192,9 +199,9 @@ def test_annealing_of_the_order_goes_on_from_the_state_of_first_order(problem, f
 
 
 def test_rows_are_the_published_protocols():
-    config = table_omniglot.preset({"preset": "gpu"})
-    few = {row.name: row for row in make_rows(config, ONE_SHOT)}
-    many = {row.name: row for row in make_rows(config, Setting(20, 5))}
+    config = PRESETS["gpu"]
+    few = {row.name: row for row in make_rows(config, ONE_SHOT, linear())}
+    many = {row.name: row for row in make_rows(config, FewShot(20, 5), linear())}
     names = ["MAML", "FOMAML", "Reptile", "ANIL", "Meta-SGD", "iMAML", "MAML++"]
     assert list(few) == list(many) == names and config.meta_steps == 60_000
     shown = [
@@ -206,16 +213,17 @@ def test_rows_are_the_published_protocols():
     assert few["MAML++"].outer.decay_steps == 60_000
     assert few["MAML++"].outer.final_fraction == 0.01
     parallel.check_divides(few["MAML++"].tasks_per_step, 8)
-    rows = [*few.values(), *(plus_plus(name, config, ONE_SHOT, p) for name, p in ABLATIONS.items())]
-    slugs = {slug(table_omniglot.training_name(row, ONE_SHOT, 0)) for row in rows}
+    rows = [*few.values(), *(mamlpp(name, config, ONE_SHOT, p) for name, p in ABLATIONS.items())]
+    column = table_omniglot.make_column(config, ONE_SHOT, linear)
+    slugs = {slug(table_omniglot.Cell(column, row).name) for row in rows}
     assert len(slugs) == len(rows)
 
 
 def test_reptile_is_the_published_protocol():
-    config = table_omniglot.preset({"preset": "gpu"})
+    config = PRESETS["gpu"]
     few, many = (
-        next(row for row in make_rows(config, setting) if row.name == "Reptile")
-        for setting in (ONE_SHOT, Setting(20, 1))
+        next(row for row in make_rows(config, few_shot, linear()) if row.name == "Reptile")
+        for few_shot in (ONE_SHOT, FewShot(20, 1))
     )
     shown = [(row.inner.num_steps, row.inner_rate, row.tested, row.drawings) for row in (few, many)]
     assert shown == [(5, 1e-3, 50, (9, 1)), (10, 5e-4, 50, (9, 1))]
@@ -225,19 +233,15 @@ def test_reptile_is_the_published_protocol():
 
 @pytest.mark.parametrize("adam", [False, True])
 def test_a_meta_step_of_reptile_goes_to_the_mean_of_the_adapted_parameters(adam):
-    config = table_omniglot.Config(reptile=Reptile(adam=adam, inner_rate=0.1), unroll=False)
-    (row,) = (row for row in make_rows(config, ONE_SHOT) if row.name == "Reptile")
+    config = Config(reptile=Reptile(adam=adam, inner_rate=0.1), unroll=False)
+    (row,) = (row for row in make_rows(config, ONE_SHOT, linear()) if row.name == "Reptile")
     rng, model = np.random.default_rng(0), linear()
     images = rng.normal(size=(2, 50, SIZE, SIZE, 1)).astype(np.float32)
     labels = np.tile(np.arange(5, dtype=np.int32), (2, 10))
     support, query = (Batch(images[:, s], labels[:, s]) for s in (slice(45), slice(45, 50)))
     episodes = Episode(support, query, np.zeros(2, np.int32))
-    learner, loss_fn, opt = (
-        row.learner(model),
-        losses.classification(model),
-        outer_optimizer(row.outer),
-    )
-    params, rates = model.init(jax.random.key(0)), table_omniglot.inner_hparams(row)
+    learner, loss_fn, opt = row.learner, losses.classification(model), outer_optimizer(row.outer)
+    params, rates = model.init(jax.random.key(0)), row.hparams
     state = init_state(jax.random.key(1), params, learner, opt, row.outer.hparams() | rates)
     step = make_meta_step(row.estimator(learner, loss_fn, row.inner), opt)
     after, _ = jax.jit(step, compiler_options=QUICKLY)(state, episodes)
@@ -269,13 +273,13 @@ def test_bad_protocols_of_reptile(wrong, message):
         Reptile(**wrong)
 
 
-@pytest.mark.parametrize("name", [field for field in Parts.__dataclass_fields__])
+@pytest.mark.parametrize("name", [field for field in Parts._fields])
 def test_each_part_is_a_switch_of_its_own(name):
-    config = table_omniglot.preset({"preset": "gpu"})
+    config = PRESETS["gpu"]
 
     def signs(parts):
-        row = plus_plus("row", config, ONE_SHOT, parts)
-        learned = row.learner(linear()).learned
+        row = mamlpp("row", config, ONE_SHOT, parts)
+        learned = row.learner.learned
         return {
             "multi_step_loss": (row.inner.query_loss, row.annealing_steps) == ("annealed", 6000),
             "per_step_rates": "log_rates" in learned,
@@ -300,7 +304,7 @@ def test_each_part_is_a_switch_of_its_own(name):
 )
 def test_bad_configs(changes, message):
     with pytest.raises(UserError, match=message):
-        table_omniglot.Config(**changes)
+        Config(**changes)
 
 
 def test_what_is_wrong_is_said_before_a_run_is_made(folder, tmp_path, capsys):
@@ -317,6 +321,4 @@ def test_what_is_wrong_is_said_before_a_run_is_made(folder, tmp_path, capsys):
             main(*FLAGS, *source, "--root", str(tmp_path), *flags)
         assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
-    with pytest.raises(UserError, match="unknown preset"):
-        table_omniglot.preset({"preset": "huge"})
-    assert parse_setting("20-way-5-shot") == Setting(20, 5)
+    assert FewShot.parse("20-way-5-shot") == FewShot(20, 5)

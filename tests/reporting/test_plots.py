@@ -5,7 +5,15 @@ import pytest
 from matplotlib.image import imread
 
 from metaopt.console import printable
-from metaopt.reporting.plots import Curve, adaptation_curves, lines, new_figure, trajectories
+from metaopt.reporting.plots import (
+    Curve,
+    adaptation_curves,
+    lines,
+    new_figure,
+    overlapping_labels,
+    panels,
+    trajectories,
+)
 
 STEPS = np.arange(4.0)
 GOOD = Curve(3 - STEPS / 10, np.full(4, 0.1))
@@ -46,6 +54,14 @@ def test_a_picture_comes_out_whatever_diverged(tmp_path, names, limits):
     assert picture.shape == (660, 1650, 4)
 
 
+def test_panels_have_the_curves_that_they_are_given(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        curves = {"one": {"good": GOOD, **BAD}, "$": {"good": GOOD}}
+        panels(tmp_path / "p.png", curves, x_label="steps", y_label="nats", spacing=0.5)
+    assert imread(tmp_path / "p.png").std() > 0.01
+
+
 def test_a_row_that_diverged_does_not_hide_the_others(tmp_path, monkeypatch):
     curves = {f"row {i}": GOOD for i in range(15)} | {"huge": BAD["huge"], "nan": BAD["nan"]}
     figure = figure_of(monkeypatch, tmp_path / "curves.png", curves, {}, {"Bayes": 2.5})
@@ -74,6 +90,7 @@ def test_every_row_and_limit_is_in_the_legend_and_the_baseline_has_no_gain(tmp_p
     drawn = [line.get_ydata() for line in right.lines if len(line.get_ydata()) == 4]
     np.testing.assert_array_equal(drawn, [np.full(4, 0.3)])
     assert "nats/token" in left.get_ylabel() and "joint" in right.get_ylabel()
+    assert not overlapping_labels(figure)
 
 
 def test_trajectories_are_drawn_each_at_its_own_points(tmp_path, monkeypatch):
@@ -91,4 +108,29 @@ def test_trajectories_are_drawn_each_at_its_own_points(tmp_path, monkeypatch):
     one, two = made[0].axes[0].lines
     np.testing.assert_array_equal(one.get_xydata(), points["one"])
     assert np.isnan(two.get_ydata()[0]) and two.get_ydata()[1] == 1.0
-    assert path.exists()
+    assert path.exists() and not overlapping_labels(made[0])
+
+
+def test_no_label_of_lines_is_over_another(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(
+        "metaopt.reporting.plots.new_figure",
+        lambda *size: made.append(new_figure(*size)) or made[0],
+    )
+    sizes = [4, 8, 16, 32, 64, 128]
+    ys = {name: [0.1, 0.2, 0.4, 0.8, 1.6, 3.2] for name in ("reverse", "mixed mode")}
+    lines(tmp_path / "l.png", sizes, ys, x_label="width", y_label="seconds", title="a step")
+    assert not overlapping_labels(made[0])
+
+
+def test_labels_that_are_drawn_over_one_another_are_found():
+    figure = new_figure(4.0, 3.0)
+    axes = figure.subplots()
+    axes.plot([0, 1, 2, 3], [0, 1, 2, 3])
+    axes.set(title="title", xlabel="x")
+    names = ["a long name of a setting " * 2, "another long name " * 2, "outside", "outside too"]
+    axes.set_xticks(range(4), names)
+    axes.set_xlim(0, 1)
+    assert overlapping_labels(figure) == [(names[0], names[1])]
+    axes.tick_params(axis="x", rotation=90)
+    assert not overlapping_labels(figure)

@@ -16,7 +16,8 @@ from metaopt.self_improvement.drop_in import HELD_OUT_BATCHES, improving_train, 
 from metaopt.self_improvement.loop import LoopConfig, run
 from metaopt.self_improvement.monitor import MonitorConfig
 from metaopt.self_improvement.trials import TrialConfig
-from metaopt.training.loop import Interrupted, TrainConfig
+from metaopt.training.fingerprint import Fingerprint
+from metaopt.training.loop import Interrupted, TrainConfig, Training
 
 LOOP = LoopConfig(
     phases=(0.0,),
@@ -50,24 +51,14 @@ def train(directory, state=None, step=STEP, num_steps=60, sample=sample, loop=LO
         state = quadratic.initial_state()
         scalars = {"outer_learning_rate": 0.2, "weight_decay": 1e-4, "query_annealing": 0.1}
         state = state._replace(hparams={k: jnp.float32(v) for k, v in scalars.items()})
-    return improving_train(
-        state,
-        step,
-        sample,
-        config=TrainConfig(num_steps=num_steps),
-        directory=directory,
-        name="drop-in",
-        tasks_per_step=SIZE,
-        tokens_per_task=2,
-        fingerprint={},
-        loop=loop,
-        **options,
-    )
+    training = Training("drop-in", state, step, sample, SIZE, 2, Fingerprint({}))
+    config = TrainConfig(num_steps=num_steps)
+    return improving_train(training, config, directory, loop=loop, **options).state
 
 
 def tried(directory):
     lines = read_json_lines(directory / "decisions.jsonl")
-    return {name for d in lines for e in d["evidence"] for name in e["settings"]}
+    return {name for d in lines for e in d["trials"] for name in e["settings"]}
 
 
 def test_what_the_training_sets_is_searched_only_where_the_caller_names_it(tmp_path):
@@ -111,7 +102,7 @@ def test_what_it_costs_to_judge_by_steps_counts_as_examples_of_training(tmp_path
     evaluations = 0
     for first, (a, b) in enumerate(zip(plain.decisions, counted.decisions, strict=True)):
         longer = a.size != plain.decisions[max(0, first - 1)].size
-        number = len(a.evidence) + (2 if first == 0 else int(longer))
+        number = len(a.trials) + (2 if first == 0 else int(longer))
         assert b.trial_examples - a.trial_examples == math.ceil(number * costly.evaluation_examples)
         evaluations += number
     assert evaluations >= 4
@@ -166,7 +157,7 @@ def test_a_step_that_cannot_be_judged_without_an_update_is_refused(tmp_path):
 def timeless(directory):
     lines = read_json_lines(directory / "decisions.jsonl")
     return [
-        {k: v for k, v in d.items() if k not in ("seconds", "evidence", "checksum")} for d in lines
+        {k: v for k, v in d.items() if k not in ("seconds", "trials", "checksum")} for d in lines
     ]
 
 

@@ -1,12 +1,21 @@
+import functools
 import math
 
+import jax
 import jax.numpy as jnp
 import noisy_quadratic as quadratic
 import numpy as np
+import optax
 import pytest
 from noisy_quadratic import RATE, SETTINGS, as_bytes, workload
 
+from metaopt import parallel
 from metaopt.errors import UserError
+from metaopt.inner_loop import InnerLoop
+from metaopt.learners import maml
+from metaopt.meta_gradients import joint, reverse
+from metaopt.optimizers.outer import OuterConfig, outer_optimizer
+from metaopt.outer_step import init_state, make_meta_step
 from metaopt.self_improvement.workload import (
     SCHEDULE_LEVELS,
     Choice,
@@ -16,9 +25,11 @@ from metaopt.self_improvement.workload import (
     changed,
     copied,
     known_settings,
+    scalars_read,
     steps,
     with_scalars,
 )
+from metaopt.types import Batch, Episode
 
 
 def test_a_scale_stays_within_its_bounds_and_on_its_grid():
@@ -117,7 +128,8 @@ def test_what_is_left_out_is_gone_past_whatever_the_batch():
 
     def positions(size):
         snapshot = begin(problem, SETTINGS | {"batch_size": size})
-        return [step.position for step in steps(problem, snapshot, 64, skip=frozenset({(8, 12)}))]
+        snapshot = snapshot._replace(left_out=frozenset({(8, 12)}))
+        return [step.position for step in steps(problem, snapshot, 64)]
 
     assert positions(4) == [p for p in range(0, 64, 4) if p != 8]
     assert positions(16) == [16, 32, 48]
@@ -148,3 +160,79 @@ def test_a_copy_outlives_the_donation_of_the_original():
     assert as_bytes(copy.state) == before
     moved = changed(problem, copy, {"outer_learning_rate": 2.0})
     assert moved.settings["outer_learning_rate"] == 2.0 and copy.settings == SETTINGS
+
+
+OUTER = {"clip_norm", "outer_learning_rate", "weight_decay"}
+BATCH = Batch(np.ones((2, 2, 4, 3), np.float32), np.ones((2, 2, 4), np.float32))  # type: ignore[arg-type]
+EPISODES = Episode(BATCH, BATCH, np.zeros((2, 2), np.int32))  # type: ignore[arg-type]
+
+
+def loss_fn(params, batch):
+    return jnp.mean((batch.inputs @ params["head"] - batch.targets) ** 2)
+
+
+def start_state(**scalars):
+    hparams = OuterConfig().hparams() | {"inner_learning_rate": jnp.float32(0.1)} | scalars
+    outer = outer_optimizer(OuterConfig())
+    return init_state(jax.random.key(0), {"head": jnp.zeros(3)}, maml(), outer, hparams)
+
+
+def on_metrics_alone(step):
+    """What a metric reads decides nothing."""
+
+    def shown(state, episodes):
+        after, metrics = step(state, episodes)
+        return after, metrics | {"shown": metrics["loss"] * state.hparams["own"]}
+
+    return shown
+
+
+def by_what_it_becomes(step):
+    """A scalar that only changes another one, which is read in the next step."""
+
+    def schedule(state, episodes):
+        after, metrics = step(state, episodes)
+        h = after.hparams
+        rate = h["outer_learning_rate"] * h["own"]
+        return after._replace(hparams={**h, "outer_learning_rate": rate}), metrics
+
+    return schedule
+
+
+def several(step):
+    """In one call, as of small models."""
+
+    def call(state, episodes):
+        state, metrics = jax.lax.scan(lambda s, _: step(s, episodes), state, length=3)
+        return state, jax.tree.map(lambda x: x.mean(0), metrics)
+
+    return jax.jit(call)
+
+
+INNER = functools.partial(reverse, maml(), loss_fn)
+
+
+@pytest.mark.parametrize(
+    ("estimate", "around", "read"),
+    [
+        (joint(maml(), loss_fn), None, OUTER),
+        (INNER(InnerLoop(num_steps=1)), None, OUTER | {"inner_learning_rate"}),
+        (joint(maml(), loss_fn), on_metrics_alone, OUTER),
+        (joint(maml(), loss_fn), by_what_it_becomes, OUTER | {"own"}),
+        (INNER(InnerLoop(num_steps=1)), several, OUTER | {"inner_learning_rate"}),
+        (
+            INNER(InnerLoop(num_steps=2, query_loss="annealed")),
+            lambda step: jax.jit(step),
+            OUTER | {"inner_learning_rate", "query_annealing"},
+        ),
+    ],
+)
+def test_a_scalar_is_read_where_the_next_parameters_depend_on_it(estimate, around, read):
+    step = make_meta_step(
+        estimate, outer_optimizer(OuterConfig()), axis_name=None if around else parallel.AXIS
+    )
+    episodes = jax.tree.map(lambda x: x[0], EPISODES) if around else EPISODES
+    step = around(step) if around else parallel.parallel_step(step, parallel.default_devices(2))
+    state = start_state(own=jnp.float32(2.0), query_annealing=jnp.float32(0.5))
+    assert scalars_read(step, state, episodes) == read
+    assert optax.tree_utils.tree_sum(state.meta_params) == 0  # it was not run

@@ -11,10 +11,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from metaopt.errors import UserError
 from metaopt.training.checkpoint import Checkpoints
+from metaopt.training.fingerprint import Fingerprint
 from metaopt.training.manifest import MANIFEST
 from metaopt.types import MetaState
 
-FINGERPRINT = {"seed": 0, "outer": {"learning_rate": 0.1, "betas": (0.9, 0.99)}}
+CONFIG = {"seed": 0, "outer": {"learning_rate": 0.1, "betas": (0.9, 0.99)}}
+FINGERPRINT = Fingerprint(CONFIG, {"first tasks": "a"}, {"estimate": "b"}, {"num_devices": 2})
 
 
 def make_state(step: int, impl: str | None = None, width: int = 3) -> MetaState:
@@ -108,7 +110,7 @@ def test_no_best_where_nothing_was_evaluated(tmp_path):
 
 def test_another_config_is_refused_by_field(tmp_path):
     save(tmp_path, 1)
-    other = {"seed": 0, "outer": {"learning_rate": 0.2, "betas": (0.9, 0.99)}}
+    other = Fingerprint({"seed": 0, "outer": {"learning_rate": 0.2, "betas": (0.9, 0.99)}})
     with (
         open_checkpoints(tmp_path, other) as checkpoints,
         pytest.raises(UserError, match=r"\(outer\.learning_rate: 0\.1 saved, 0\.2 now\)"),
@@ -143,14 +145,6 @@ def test_a_state_that_is_not_finite_is_never_saved(tmp_path):
         assert checkpoints.steps == [1]
 
 
-def flip_a_bit(directory):
-    """In the middle of the largest file: of a state that is mostly one array, a bit of it."""
-    largest = max((p for p in directory.rglob("d/*")), key=lambda p: p.stat().st_size)
-    data = bytearray(largest.read_bytes())
-    data[len(data) // 2] ^= 1
-    largest.write_bytes(data)
-
-
 def flip_bits(directory):
     """All over all files: a single one may hit a byte that nothing is read from."""
     for path in directory.rglob("d/*"):
@@ -168,11 +162,17 @@ def lose_the_state(directory):
     shutil.rmtree(directory / "state")
 
 
+def lose_the_manifest(directory):
+    (directory / MANIFEST).unlink()
+
+
 def garble_the_host_file(directory):
     (directory / "host" / "metadata").write_text('{"finger')
 
 
-@pytest.mark.parametrize("damage", [flip_bits, cut_short, lose_the_state, garble_the_host_file])
+@pytest.mark.parametrize(
+    "damage", [flip_bits, cut_short, lose_the_state, lose_the_manifest, garble_the_host_file]
+)
 def test_falls_back_from_a_damaged_checkpoint(tmp_path, capsys, damage):
     save(tmp_path, 1, 2)
     damage(tmp_path / "2")
@@ -187,22 +187,6 @@ def test_falls_back_from_a_damaged_checkpoint(tmp_path, capsys, damage):
         again = checkpoints.restore_latest(make_state(0))
     assert again is not None
     assert_bitwise_equal(again.state, make_state(2))
-
-
-def test_a_changed_value_that_storage_does_not_notice_is_damage_too(tmp_path):
-    """Also in a checkpoint from before there were manifests, by the checksum of its arrays."""
-    noise = jax.random.normal(jax.random.key(0), (30_000,))  # not compressible: stored as it is
-    state = make_state(1)._replace(meta_params={"params": noise})
-    with open_checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(state)
-        checkpoints.wait()
-        (tmp_path / "1" / MANIFEST).unlink()
-        restored = checkpoints.restore_latest(state)
-        assert restored is not None
-        assert_bitwise_equal(restored.state, state)
-        flip_a_bit(tmp_path / "1")
-        with pytest.raises(UserError, match=r"none of the checkpoints .* checksum of its arrays"):
-            checkpoints.restore_latest(state)
 
 
 def test_any_flipped_bit_is_seen_and_the_checkpoint_before_used(tmp_path, capfd):
@@ -252,13 +236,46 @@ def test_goes_on_with_another_number_of_devices_and_says_so(tmp_path, capsys):
         return jax.device_put(make_state(number), NamedSharding(mesh, PartitionSpec()))
 
     for number, lines in ((2, 0), (2, 0), (4, 1)):
-        config = FINGERPRINT | {"comparison": {"num_devices": number}}
-        with open_checkpoints(tmp_path, config) as checkpoints:
+        execution = {"num_devices": number}
+        with open_checkpoints(tmp_path, FINGERPRINT._replace(execution=execution)) as checkpoints:
             checkpoints.restore_latest(on(number))
             checkpoints.save(on(2))
         said = capsys.readouterr().err.splitlines()
         assert len(said) == lines
-    assert "2 cpu devices and goes on with 4 cpu devices: sums differ in the last digits" in said[0]
+    assert "2 cpu devices and resumes on 4 cpu devices: sums differ in the last digits" in said[0]
+
+
+def test_another_training_is_refused_by_what_differs(tmp_path):
+    save(tmp_path, 1)
+    others = {
+        "first tasks, estimate": ({"first tasks": "c"}, {"estimate": "d"}),
+        "validation tasks": ({"first tasks": "a", "validation tasks": "v"}, {"another": "d"}),
+    }
+    for words, (arrays, programs) in others.items():
+        other = FINGERPRINT._replace(arrays=arrays, programs=programs)
+        with (
+            open_checkpoints(tmp_path, other) as checkpoints,
+            pytest.raises(UserError, match=rf"of another training.*differs: {words}\)"),
+        ):
+            checkpoints.restore_latest(make_state(0))
+
+
+def test_under_another_jax_the_program_is_not_compared_and_that_is_said(
+    tmp_path, capsys, monkeypatch
+):
+    save(tmp_path, 1)
+    monkeypatch.setattr(jax, "__version__", "99.0")
+    other = FINGERPRINT._replace(programs={"estimate": "d"})
+    with open_checkpoints(tmp_path, other) as checkpoints:
+        assert checkpoints.restore_latest(make_state(0)) is not None
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"under jax {jax.version.__version__}, and this is 99.0" in line
+    other = other._replace(arrays={"first tasks": "c"})
+    with (
+        open_checkpoints(tmp_path, other) as checkpoints,
+        pytest.raises(UserError, match=r"what differs: first tasks\)"),
+    ):
+        checkpoints.restore_latest(make_state(0))
 
 
 def test_says_so_when_none_can_be_read(tmp_path):

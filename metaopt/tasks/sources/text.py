@@ -65,6 +65,11 @@ def join(
     return Domain(name, size, read)
 
 
+def draw_window(rng: np.random.Generator, domain: Domain, size: int) -> np.ndarray:
+    """Bytes of a domain from a random position on, uint8 ``[size]``; all positions alike."""
+    return domain.read(int(rng.integers(domain.size - size + 1)), size)
+
+
 def file_domain(name: str, paths: Sequence[Path]) -> Domain:
     """Makes a domain of files, one after the other, read in place.
 
