@@ -119,7 +119,7 @@ def adaptation_curve(
       learner: what was meta-learned.
       loss_fn: what the inner loop descends, as the learner changes it, and what judges.
       inner: the inner loop of training.
-      num_steps: how far the curve goes; it may exceed the trained number.
+      num_steps: length of the curve; it may exceed the trained number.
       measure: what takes the place of the query loss, such as an accuracy. It may give
         several numbers at once, ``[M]``.
 
