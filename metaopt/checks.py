@@ -123,9 +123,14 @@ def check_parts(learner: Any, loss_fn: Any, inner: Any, outer_loss: Any = None) 
 
 
 def check_call(
-    learner: Learner, meta_params: MetaParams, hparams: Hparams, episode: Episode
+    learner: Learner,
+    meta_params: MetaParams,
+    hparams: Hparams,
+    episode: Episode,
+    *,
+    needs_query: bool = True,
 ) -> None:
-    """Checks what an estimator is called with.
+    """Checks what an estimator is called with; plain training needs no query.
 
     Raises:
       UserError: the meta-parameters are not those of the learner, or are not all floating-point;
@@ -136,7 +141,9 @@ def check_call(
     check_hparams(hparams)
     check_episode(episode)
     check_examples("support", episode.support)
-    check_examples("query", episode.query)
+    leaves = jax.tree.leaves(episode.query)
+    if needs_query or not leaves or any(np.shape(leaf)[:1] != (0,) for leaf in leaves):
+        check_examples("query", episode.query)
 
 
 def check_hparams(hparams: Any) -> None:

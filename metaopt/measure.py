@@ -4,6 +4,9 @@ Operations and bytes are the same in every run; seconds are not, so that what is
 be compared is timed in turns.
 """
 
+import bisect
+import functools
+import itertools
 import math
 import os
 import time
@@ -294,6 +297,40 @@ def device_bytes() -> int:
     (device,) = jax.device_put(0.0).devices()
     limit = (device.memory_stats() or {}).get("bytes_limit")
     return limit or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def program_bytes(compiled: jax.stages.Compiled) -> int:
+    """Working memory, arguments and results together, in bytes a device.
+
+    Memory that results share with donated arguments counts twice: rather too much.
+    """
+    return sum(compiled_memory(compiled))
+
+
+def largest_that_fits(
+    sizes: Sequence[int], memory_of: Callable[[int], float], budget_bytes: float
+) -> int:
+    """The largest size whose memory is within a budget, by bisection.
+
+    Args:
+      sizes: ascending, such as the divisors of a batch.
+      memory_of: ``size -> bytes``, not decreasing, such as `program_bytes` of the program
+        of that size. It is asked for about ``log2(len(sizes)) + 1`` sizes, once each.
+      budget_bytes: what there is.
+
+    Raises:
+      UserError: there is no size, they are not ascending, or not even the smallest fits.
+    """
+    if not sizes or any(b <= a for a, b in itertools.pairwise(sizes)):
+        raise UserError(f"the sizes to choose from must be ascending, not {list(sizes)}")
+    memory_of = functools.cache(memory_of)
+    fitting = bisect.bisect_right(sizes, budget_bytes, key=memory_of)
+    if not fitting:
+        raise UserError(
+            f"not even a size of {sizes[0]} fits: it takes {human_bytes(memory_of(sizes[0]))} "
+            f"of a budget of {human_bytes(budget_bytes)}"
+        )
+    return sizes[fitting - 1]
 
 
 def human_bytes(count: float) -> str:

@@ -7,7 +7,7 @@ import pytest
 
 from metaopt import measure
 from metaopt.errors import UserError
-from metaopt.measure import Flops, count_flops
+from metaopt.measure import Flops, compile_for, count_flops, largest_that_fits, program_bytes
 
 
 def floats(*shape):
@@ -183,3 +183,30 @@ def test_a_map_over_devices_is_counted_on_each_of_them():
     step = jax.pmap(lambda x: jax.lax.psum(x @ x, "i"), axis_name="i", devices=devices)
     found = count_flops(step, jnp.ones((len(devices), 3, 3)))
     assert found.matmul == len(devices) * 2 * 27 and len(devices) == 2
+
+
+def test_the_largest_size_that_fits_is_found_with_few_compiles():
+    sizes = list(range(1, 101))
+    for budget in (1, 7, 50, 99, 100, 1000):
+        asked = []
+
+        def memory_of(size, asked=asked):
+            asked.append(size)
+            return 10 * size
+
+        assert largest_that_fits(sizes, memory_of, 10 * budget + 5) == min(budget, 100)
+        assert len(asked) == len(set(asked)) <= 8
+    with pytest.raises(UserError, match=r"size of 2 fits: it takes 4.0 KiB of a budget of 3.0 KiB"):
+        largest_that_fits([2, 4, 8], lambda size: 2048 * size, 3072)
+    for bad in ([], [4, 2], [2, 2]):
+        with pytest.raises(UserError, match="ascending"):
+            largest_that_fits(bad, lambda size: 1, 10)
+
+
+def test_the_largest_batch_of_a_real_program_is_found_from_shapes_alone():
+    def memory_of(size):
+        x = jax.ShapeDtypeStruct((size, 256), jnp.float32)
+        return program_bytes(compile_for(lambda x: jnp.tanh(x) + 1, x))
+
+    row = 2 * 256 * 4  # arguments and results
+    assert largest_that_fits([1, 2, 4, 8, 16], memory_of, 9 * row) == 8

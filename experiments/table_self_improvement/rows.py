@@ -24,7 +24,7 @@ from metaopt import learners, losses, meta_gradients
 from metaopt.measure import compile_for, interleaved
 from metaopt.optimizers.outer import OuterConfig, outer_optimizer
 from metaopt.outer_step import init_state, make_meta_step
-from metaopt.self_improvement.autotune import tune_resources
+from metaopt.self_improvement.autotune import tune_options
 from metaopt.self_improvement.loop import Outcome, record_of, run
 from metaopt.self_improvement.memory import Memory
 from metaopt.self_improvement.workload import Setting, Settings
@@ -106,7 +106,7 @@ def resources_row(study: Study) -> Iterator[Cell]:
     }
     start: dict[str, Setting] = {"microbatch": 4, "together": "all", "remat": True}
     build = functools.partial(training_step, study.config, size)
-    result = tune_resources(
+    result = tune_options(
         build, space, start, memory_budget=0.5, seconds_budget=study.config.resources_seconds
     )
     everything = [
@@ -122,7 +122,7 @@ def resources_row(study: Study) -> Iterator[Cell]:
         "best": best,
         "tokens_per_second": size * lm.length / seconds[str(result.settings)],
         "untreated": seconds[best] / seconds[str(start)],
-        "evidence": result.evidence,
+        "evidence": [record._asdict() for record in result.timings],
         "better": "higher",
     }
     yield Cell("throughput ratio", single(found), more)

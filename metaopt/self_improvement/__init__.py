@@ -8,7 +8,7 @@ from metaopt.self_improvement.drop_in import improving_train
 from metaopt.self_improvement.loop import Ledger, LoopConfig, Outcome, run
 from metaopt.self_improvement.memory import Memory
 from metaopt.self_improvement.monitor import Alarm, Monitor, MonitorConfig
-from metaopt.self_improvement.proposers import descent, pattern_search
+from metaopt.self_improvement.proposers import pattern_search
 from metaopt.self_improvement.trials import Change, Decision, TrialConfig
 from metaopt.self_improvement.workload import Choice, Scale, Snapshot, Workload
 
@@ -28,7 +28,6 @@ __all__ = [
     "TrialConfig",
     "Workload",
     "default_settings",
-    "descent",
     "improving_train",
     "meta_training",
     "pattern_search",

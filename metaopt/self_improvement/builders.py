@@ -83,42 +83,22 @@ def meta_training(
         state = init_state(key, params, learner, outer_optimizer(outer), hparams)
         return parallel.replicate(state, devices)
 
-    def pure_step(settings: Settings, axis_name: str | None):
-        return make_meta_step(
+    @functools.cache
+    def compiled(chosen: tuple[tuple[str, Setting], ...]) -> StepFn:
+        settings = dict(chosen)
+        step = make_meta_step(
             estimate(settings),
             outer_optimizer(_outer(settings)),
             tasks_at_a_time=int(settings.get("tasks_at_a_time", 0)),
-            axis_name=axis_name,
+            axis_name=parallel.AXIS,
             annealing_steps=annealing_steps,
         )
-
-    @functools.cache
-    def compiled(chosen: tuple[tuple[str, Setting], ...]) -> StepFn:
-        return parallel.parallel_step(pure_step(dict(chosen), parallel.AXIS), devices)
+        return parallel.parallel_step(step, devices)
 
     scalars = {*OuterConfig(optimizer="lars").hparams(), "inner_learning_rate"}
 
     def static(settings: Settings) -> tuple[tuple[str, Setting], ...]:
         return tuple(sorted((k, v) for k, v in settings.items() if k not in scalars))
-
-    @functools.cache
-    def window(chosen: tuple[tuple[str, Setting], ...]):
-        pure = pure_step(dict(chosen), None)
-
-        @jax.jit
-        def loss_after(state: MetaState, batches: Sequence[Episode]) -> jax.Array:
-            loss = jnp.zeros(())
-            for batch in batches:  # the last one measures what those before it did
-                state, metrics = pure(state, batch)
-                loss = metrics["loss"]
-            return loss
-
-        return loss_after
-
-    def window_loss(state: MetaState, settings: Settings, position: int, num_steps: int):
-        size = examples_per_step(settings)
-        batches = [sample(settings, position + i * size) for i in range(num_steps + 1)]
-        return window(static(settings))(state, batches)
 
     return Workload(
         name=name,
@@ -134,7 +114,6 @@ def meta_training(
         tokens_per_example=tokens_per_example,
         space=space,
         schedule=schedule,
-        window_loss=window_loss,
         execution_options=execution_options or {},
     )
 

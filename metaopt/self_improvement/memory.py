@@ -28,6 +28,8 @@ from metaopt.console import log
 from metaopt.errors import UserError
 from metaopt.files import local_path
 from metaopt.self_improvement.assess import as_record
+from metaopt.self_improvement.records import past_search
+from metaopt.self_improvement.workload import Settings
 from metaopt.statistics import Curve
 from metaopt.training.runs import versions
 
@@ -138,24 +140,22 @@ def choose(
     return Proposal(dict(run.settings), run.name, far, _reason(task, far, run), decisions)
 
 
-def _rejected_choices(decisions: Sequence[Any], better: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _rejected_choices(decisions: Sequence[Any], better: Settings) -> list[dict[str, Any]]:
     """The accepted choices that ``better`` does not have, as worse than no change.
 
-    Empty if these are no decisions.
+    Empty if the decisions cannot be read.
     """
     found = []
-    try:
-        for decision in decisions:
-            entries = [
-                {**entry, "verdict": "worse", "accepted": False}
-                for entry in decision["evidence"]
-                if decision["phase"] == 0 and entry["accepted"] and entry["way"] == 0
-                if better.get(entry["setting"]) != entry["settings"].get(entry["setting"])
-            ]
-            if entries:
-                found.append({**decision, "verdict": "kept", "changes": {}, "evidence": entries})
-    except (TypeError, KeyError, AttributeError):
-        return []
+    for decision in past_search(decisions) or []:
+        rejected = tuple(
+            trial._replace(verdict="worse", accepted=False)
+            for trial in decision.trials
+            if trial.accepted and trial.direction == 0
+            if better.get(trial.setting) != trial.settings.get(trial.setting)
+        )
+        if rejected:
+            kept = decision._replace(verdict="kept", changes={}, trials=rejected)
+            found.append(kept.as_json())
     return found
 
 

@@ -1,4 +1,4 @@
-"""What a run under the loop leaves on disk, and where another process takes it up again.
+"""What a run writes down and resumes from: decisions, assessments, alarms and checkpoints.
 
 A line of ``decisions.jsonl`` or ``metrics.jsonl`` has a checksum, since a resumed run believes it.
 """
@@ -10,7 +10,7 @@ import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypedDict
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -22,6 +22,7 @@ from metaopt.files import (
     Named,
     append_json_line,
     keep_json_lines,
+    matches,
     read_json_lines,
     strict_json,
     what_is_wrong,
@@ -30,7 +31,7 @@ from metaopt.measure import compile_seconds
 from metaopt.self_improvement.assess import Assessment, Measurement, as_record, assess
 from metaopt.self_improvement.monitor import Alarm
 from metaopt.self_improvement.workload import (
-    LeftOut,
+    Score,
     Setting,
     Settings,
     Snapshot,
@@ -41,130 +42,204 @@ from metaopt.self_improvement.workload import (
 from metaopt.statistics import Interval
 from metaopt.training import runs
 from metaopt.training.checkpoint import Checkpoints
-from metaopt.training.runs import as_json
+
+
+class TriedChange(NamedTuple):
+    """One trial of a search, beside the trial without a change.
+
+    Attributes:
+      setting: Name of the setting that was varied; ``a and b`` for several together.
+      settings: Values of all settings that changed with it.
+      direction: 1 for more of the setting, -1 for less, 0 if there is no such order.
+      score: What the change was judged by.
+      loss: Mean held-out loss at the end of the trial; None if not finite.
+      difference: What was compared, less that of no change; None if not finite.
+      ci95: Half the width of its 95 % interval; None if there is none.
+      verdict: Outcome of the comparison with no change.
+      accepted: Whether it was taken.
+      seconds: Time of its steps, without compiling.
+      examples: Examples that it used, those to anneal among them.
+      error: Why it could not be run; empty if it could.
+    """
+
+    setting: str
+    settings: dict[str, Setting]
+    direction: int
+    score: Score
+    loss: float | None
+    difference: float | None
+    ci95: float | None
+    verdict: Literal["better", "worse", "noise"]
+    accepted: bool
+    seconds: float
+    examples: int
+    error: str = ""
+
+
+class TimedOptions(NamedTuple):
+    """One candidate of a search for the fastest execution options.
+
+    Attributes:
+      settings: Values of all options.
+      verdict: ``kept`` or ``replaced`` (the current options), ``adopted``, ``slower``, ``noise``,
+        ``not timed``, ``refused``, ``over memory`` or ``no time``.
+      reason: Why it was not run; empty if it was.
+      bytes: Memory a device, as planned by the compiler; None if it was not compiled.
+      compile_seconds: Time to compile; None if it was not compiled.
+      items_per_second: Items a second at the median.
+      seconds: Median time of a call.
+      lower: Lower quartile of that time.
+      upper: Upper quartile of that time.
+      rounds: Number of timed rounds.
+    """
+
+    settings: dict[str, Setting]
+    verdict: str
+    reason: str = ""
+    bytes: int | None = None
+    compile_seconds: float | None = None
+    items_per_second: float | None = None
+    seconds: float | None = None
+    lower: float | None = None
+    upper: float | None = None
+    rounds: int = 0
 
 
 class Decision(NamedTuple):
-    """What was decided, and on which evidence.
+    """What was decided, and on which evidence: a line of ``decisions.jsonl``.
 
     Attributes:
-      step: of the state, when it was taken.
-      examples: gone through by then.
-      phase: of the search; every phase starts it anew.
-      verdict: ``accepted``, ``kept`` (nothing was better) or ``rolled back`` (an alarm).
-      changes: the settings that changed, ``{name: [from, to]}``.
-      reason: in words, with the rule and the threshold that decided.
-      evidence: one entry a change that was tried: its settings, the difference to changing
-        nothing with its 95 % interval, the verdict, and whether it was accepted.
-      trial_examples: spent on what is not gone on with, if this decision is the last of its
+      kind: ``search`` for a trial round, ``execution options`` for the fastest way to compute a
+        step, ``rollback`` for the response to an alarm.
+      step: Number of updates of the state when it was taken.
+      examples: Examples gone through by then.
+      verdict: ``accepted``, ``kept`` (nothing was better) or ``rolled back``.
+      changes: Settings that changed, ``{name: (old, new)}``.
+      reason: The rule and the threshold that decided, in words.
+      seconds: Time that it took.
+      phase: Number of the search; None outside of one.
+      trials: Evidence of a search.
+      timings: Evidence for the execution options.
+      alarm: Evidence for a rollback.
+      trial_examples: Examples spent on discarded trials, if this decision is the last of its
         search, and on evaluations (`Workload.evaluation_examples`).
-      seconds: that it took.
-      left_out: a stretch of the data that is not trained on from now on, ``(first, end)``.
-      size: examples of each of its trials, those to anneal aside.
-      gained: how far the run comes by going on from the winner, in examples.
+      left_out: Stretch of the data, ``(first, end)``, that is not trained on from now on.
+      size: Examples of each trial, those to anneal aside.
+      gained: Examples by which the run advances if it continues from the winner.
     """
 
+    kind: Literal["search", "execution options", "rollback"]
     step: int
     examples: int
-    phase: int
     verdict: Literal["accepted", "kept", "rolled back"]
-    changes: dict[str, list[Setting]]
+    changes: dict[str, tuple[Setting, Setting]]
     reason: str
-    evidence: list[dict[str, Any]]
-    trial_examples: int
     seconds: float
+    phase: int | None = None
+    trials: Sequence[TriedChange] = ()
+    timings: Sequence[TimedOptions] = ()
+    alarm: Alarm | None = None
+    trial_examples: int = 0
     left_out: tuple[int, int] | None = None
     size: int = 0
     gained: int = 0
 
     def as_json(self) -> dict[str, Any]:
-        """A line of ``decisions.jsonl``."""
+        """The line, without the name of the training and the checksum."""
         return as_record(self)
 
 
-def differences(old: Settings, new: Settings) -> dict[str, list[Setting]]:
-    """What changed, ``{name: [from, to]}``."""
-    return {name: [old[name], new[name]] for name in new if old.get(name) != new[name]}
+def differences(old: Settings, new: Settings) -> dict[str, tuple[Setting, Setting]]:
+    """What changed, ``{name: (old, new)}``."""
+    return {name: (old[name], new[name]) for name in new if old.get(name) != new[name]}
 
 
-COUNTS = ("step", "examples", "trial_examples", "seconds", "size", "gained")
+def decision_of(line: Any) -> Decision:
+    """The decision that a line holds.
 
-
-class Evidence(TypedDict):
-    """What a proposer reads of a change that was tried."""
-
-    setting: str
-    settings: dict[str, Setting]
-    way: int
-    verdict: Literal["better", "worse", "noise"]
-    accepted: bool
-
-
-def what_is_damaged(line: Any) -> str | None:
-    """What is wrong with a decision from a file or a memory; None where nothing is.
-
-    Its fields are there and finite, counts are not negative, and what was accepted is what was
-    tried. The evidence of decisions outside of a search (a phase below 0) is not read.
+    Raises:
+      ValueError: a field is missing or of another type, a count is negative, or something was
+        accepted that was not tried.
     """
     if not isinstance(line, Mapping):
-        return "it is no decision"
-    if problem := what_is_wrong(line, Decision):
-        return problem
-    for name in COUNTS:
-        if line.get(name, 0) < 0:
-            return f"{name!r} is {line[name]}, below 0"
-    left_out = line.get("left_out")
+        raise ValueError("it is no decision")
+    for trial in line["trials"] if matches(line.get("trials"), list[dict[str, Any]]) else ():
+        if problem := what_is_wrong(trial, TriedChange):
+            raise ValueError(f"in its trials, {problem}")
+    _check(line, Decision, ("step", "examples", "seconds", "trial_examples", "size", "gained"))
+    left_out, alarm = line.get("left_out"), line.get("alarm")
     if left_out and not 0 <= left_out[0] < left_out[1]:
-        return f"'left_out' is {left_out}, no stretch of examples"
-    for name, pair in line["changes"].items():
-        if len(pair) != 2:
-            return f"the change of {name!r} is {pair}, not from one value to another"
-    return None if line["phase"] < 0 else _damage_of_evidence(line)
+        raise ValueError(f"'left_out' is {left_out}, no stretch of examples")
+    decision = _fields_of(Decision, line)._replace(
+        changes={name: tuple(pair) for name, pair in line["changes"].items()},
+        trials=tuple(_fields_of(TriedChange, trial) for trial in line.get("trials", ())),
+        timings=tuple(_fields_of(TimedOptions, x) for x in line.get("timings", ())),
+        alarm=alarm and _fields_of(Alarm, alarm),
+        left_out=left_out and tuple(left_out),
+    )
+    if decision.kind == "search":
+        _check_trials(decision)
+    return decision
 
 
-def _damage_of_evidence(line: Mapping[str, Any]) -> str | None:
-    accepted: list[dict[str, Setting]] = []
-    for entry in line["evidence"]:
-        if problem := what_is_wrong(entry, Evidence):
-            return f"in its evidence, {problem}"
-        tried = entry["setting"].split(" and ")  # of a change of several, all
-        if entry["way"] not in (-1, 0, 1) or not set(tried) <= entry["settings"].keys():
-            return f"in its evidence, {entry['setting']!r} is no change that was tried"
-        accepted += [entry["settings"]] * entry["accepted"]
-    if line["verdict"] != "accepted":
-        return None
-    for name, (_, new) in line["changes"].items():
-        if not any(settings.get(name) == new for settings in accepted):
-            return f"the change of {name!r} to {new} is none that its evidence accepts"
-    return None
+def _check(line: Mapping[str, Any], schema: type, counts: Sequence[str]) -> None:
+    if problem := what_is_wrong(line, schema):
+        raise ValueError(problem)
+    for name in counts:
+        if (line.get(name) or 0) < 0:
+            raise ValueError(f"{name!r} is {line[name]}, below 0")
 
 
-def known_decisions(lines: Sequence[Mapping[str, Any]]) -> list[Decision]:
-    """The first search of a past run as a proposer reads it; none where any of it is damaged."""
+def _fields_of(record_type: type, line: Mapping[str, Any]) -> Any:
+    return record_type(**{name: line[name] for name in record_type._fields if name in line})
+
+
+def _check_trials(decision: Decision) -> None:
+    if decision.phase is None or decision.phase < 0:
+        raise ValueError(f"'phase' is {decision.phase}, none of a search")
+    for trial in decision.trials:
+        tried = trial.setting.split(" and ")  # if several settings were changed, all of them
+        if trial.direction not in (-1, 0, 1) or not set(tried) <= trial.settings.keys():
+            raise ValueError(f"in its trials, {trial.setting!r} is no change that was tried")
+    if decision.verdict == "accepted":
+        accepted = [trial.settings for trial in decision.trials if trial.accepted]
+        for name, (_, new) in decision.changes.items():
+            if not any(settings.get(name) == new for settings in accepted):
+                raise ValueError(f"the change of {name!r} to {new} is none that a trial accepts")
+
+
+def past_search(lines: Sequence[Any]) -> list[Decision] | None:
+    """The first search among the decisions of a past run; None if any of it is damaged."""
+    first = [x for x in lines if not isinstance(x, Mapping) or x.get("phase") == 0]
     try:
-        first = [line for line in lines if line["phase"] == 0]
-        if any(map(what_is_damaged, first)):
-            return []
-        return [Decision(**line) for line in first]
-    except (TypeError, KeyError):  # of another version, or no decisions at all
-        return []
+        return [decision_of(line) for line in first]
+    except ValueError:
+        return None
 
 
-def is_search(lines: Sequence[Any]) -> bool:
-    """Whether a past run has searched at all, as far as its decisions can be read."""
-    return any(isinstance(line, Mapping) and line.get("phase") == 0 for line in lines)
+def _assessment_of(line: Mapping[str, Any]) -> Assessment:
+    """What `RunLog.assessed` wrote; JSON has no NaN."""
+    _check(line, Assessment, ("step", "tokens", "seconds", "flops"))
+    if line["loss"]["mean"] is None:
+        raise ValueError("the mean loss is no number")
+    intervals: dict[str, Interval] = {}
+    for name in ("loss", "improvement"):
+        if line[name] is not None:
+            known = {k: math.nan if v is None else v for k, v in line[name].items()}
+            intervals[name] = _fields_of(Interval, known)
+    return _fields_of(Assessment, line)._replace(**intervals)
 
 
 class Ledger(NamedTuple):
     """What a run has cost.
 
     Attributes:
-      examples: gone through by the training itself.
-      trial_examples: gone through by trials that were not gone on with, or taken back, and
-        what it cost to evaluate them (`Workload.evaluation_examples`).
-      seconds: in all, without compiling; of all processes that it was resumed in.
-      compile_seconds: of tracing and compiling.
-      assessment_examples: what the assessments cost, `Workload.evaluation_examples` each.
+      examples: Examples gone through by the training itself.
+      trial_examples: Examples of discarded trials and of steps that were taken back, and what
+        it cost to evaluate them (`Workload.evaluation_examples`).
+      seconds: Time in all, without compiling, over all processes that resumed the run.
+      compile_seconds: Time of tracing and compiling.
+      assessment_examples: Cost of the assessments, `Workload.evaluation_examples` each.
     """
 
     examples: int = 0
@@ -174,7 +249,7 @@ class Ledger(NamedTuple):
     assessment_examples: float = 0.0
 
 
-class Journal:
+class RunLog:
     """Decisions, assessments, alarms and checkpoints of one training in a run directory.
 
     Several trainings may share the directory: a line says whose it is. Only process 0 writes.
@@ -185,7 +260,7 @@ class Journal:
         workload: Workload,
         directory: Path,
         checkpoints: Checkpoints,
-        identity: Any,
+        identity: Mapping[str, Any],
         flops_per_example: float | None = None,
     ):
         """Nothing is read or written yet.
@@ -195,11 +270,10 @@ class Journal:
           directory: of the run.
           checkpoints: of this training.
           identity: what decides the states; a checkpoint of another is refused.
-          flops_per_example: operations, for the efficiency; None where they are not known.
+          flops_per_example: operations, for the efficiency; None if not known.
         """
-        self._flops = flops_per_example
         self._workload, self._directory, self._checkpoints = workload, directory, checkpoints
-        self._identity = as_json(identity)
+        self._identity, self._flops = runs.as_json(identity), flops_per_example
         self._losses: list[float] = []
         self._spent = Ledger()
         self._began, self._compiled = time.perf_counter(), compile_seconds()
@@ -208,121 +282,101 @@ class Journal:
         self.alarms: list[Alarm] = []
 
     @property
-    def left_out(self) -> LeftOut:
-        """The stretches of the data that were decided not to be trained on."""
-        return frozenset((d.left_out[0], d.left_out[1]) for d in self.decisions if d.left_out)
-
-    @property
     def assessed_at(self) -> int:
-        """The examples gone through at the latest assessment; -1 where there was none."""
-        if not self.curve:
-            return -1
-        return self.curve[-1].tokens // self._workload.tokens_per_example
+        """Examples gone through at the latest assessment; -1 if there was none."""
+        return self.curve[-1].tokens // self._workload.tokens_per_example if self.curve else -1
 
     def resume(self, first: Snapshot) -> tuple[Snapshot, dict[str, Any]]:
-        """The latest snapshot that was saved and the notes beside it, or ``first`` and none.
+        """The latest saved snapshot and the notes beside it, or ``first`` and no notes.
 
-        What was decided since then in a search that stands there, all of which is on disk, is
-        taken up; other lines of this training from after the checkpoint are dropped.
+        What was decided since then in a search from that snapshot is on disk and is taken up;
+        other lines of this training from after the checkpoint are dropped.
 
         Raises:
-          UserError: the checkpoint is of another run.
+          UserError: the checkpoint is of another run, or a line that is needed is damaged.
         """
 
         def example(notes: dict[str, Any]):
-            self._check(notes)  # another optimiser has another state
+            if found := runs.differences(notes.get("run"), self._identity):
+                raise UserError(
+                    f"the checkpoints of {self._workload.name!r} in {self._directory} are of "
+                    f"another run ({found}); go back to it, or give a new directory"
+                )
+            # Another optimiser has another state.
             return changed(self._workload, first, notes["settings"]).state
 
         restored = self._checkpoints.restore_latest(example)
         notes = restored.notes if restored else {}
-        number, examples = notes.get("num_decisions", 0), notes.get("examples", -1)
-        self._reopen(number, notes.get("num_assessments", 0), examples, notes.get("settings", {}))
+        settings, examples = notes.get("settings", {}), notes.get("examples", -1)
+        number = notes.get("num_decisions", 0)
+        total = number + self._num_replayed(number, settings, examples)
+        self.decisions = self._first("decisions.jsonl", total, decision_of)
+        self.curve = self._first("metrics.jsonl", notes.get("num_assessments", 0), _assessment_of)
         if restored is None:
             return first, {}
         self._losses, self._spent = notes["losses"], Ledger(*notes["ledger"])
         self.alarms = [Alarm(*alarm) for alarm in notes["alarms"]]
-        snapshot, since = Snapshot(restored.state, notes["settings"], examples), {}
+        left_out = frozenset(decision.left_out for decision in self.decisions if decision.left_out)
+        snapshot = Snapshot(restored.state, settings, examples, left_out)
+        since = {}
         for decision in self.decisions[number:]:
             since |= {name: new for name, (_, new) in decision.changes.items()}
             self._spent = self._spent._replace(seconds=self._spent.seconds + decision.seconds)
         return (changed(self._workload, snapshot, since) if since else snapshot), notes
 
-    def _check(self, notes: Mapping[str, Any]) -> None:
-        found = runs.differences(notes.get("run"), self._identity)
-        if found:
-            raise UserError(
-                f"the checkpoints of {self._workload.name!r} in {self._directory} are of another "
-                f"run ({found}); go back to it, or give a new directory"
-            )
+    def _num_replayed(self, number: int, settings: Settings, examples: int) -> int:
+        """How many decisions after the first ``number`` belong to a search from the snapshot.
 
-    def _reopen(
-        self, num_decisions: int, num_assessments: int, examples: int, settings: Settings
-    ) -> None:
-        """Goes on after so many lines of this training; those of others stay.
-
-        Decisions that follow them in the same search are taken up too, up to one that is damaged:
-        from there on the same is decided again.
+        From a damaged one on, the same is decided again.
         """
-        found = self._mine("decisions.jsonl")
-        num_decisions = min(num_decisions, len(found))
-        for number, line in found[num_decisions:]:
-            problem = _damage(line, what_is_damaged) or self._does_not_follow(line, settings)
-            if problem:
+        replayed, settings = 0, dict(settings)
+        for at, line in self._lines("decisions.jsonl")[number:]:
+            try:
+                decision = _checked(line, decision_of)
+                if decision.kind != "search" or decision.examples != examples:
+                    break
+                self._check_follows(decision, settings)
+            except ValueError as error:
                 path = self._directory / "decisions.jsonl"
-                log(f"{path}:{number} is left out ({problem}); what it decided is decided again")
-            if problem or line["phase"] < 0 or line["examples"] != examples:
+                log(f"{path}:{at} is left out ({error}); what it decided is decided again")
                 break
-            settings = {**settings, **{name: new for name, (_, new) in line["changes"].items()}}
-            num_decisions += 1
-        decisions = self._first("decisions.jsonl", num_decisions, what_is_damaged)
-        self.decisions = [
-            Decision(**{key: value for key, value in line.items() if key in Decision._fields})
-            for line in decisions
-        ]
-        assessments = self._first("metrics.jsonl", num_assessments, _what_is_damaged)
-        self.curve = [_assessment(line) for line in assessments]
+            settings |= {name: new for name, (_, new) in decision.changes.items()}
+            replayed += 1
+        return replayed
 
-    def _does_not_follow(self, line: Mapping[str, Any], settings: Settings) -> str | None:
-        """Why a decision is not one that was taken at these settings; None where it is."""
-        if line["phase"] < 0:
-            return None
-        changes = line["changes"]
-        for name, (old, _) in changes.items():
+    def _check_follows(self, decision: Decision, settings: Settings) -> None:
+        """Raises ValueError if a decision cannot have been taken at these settings."""
+        for name, (old, _) in decision.changes.items():
             if settings.get(name) != old:
-                return f"{name!r} was {settings.get(name)}, not {old}"
-        after = {**settings, **{name: new for name, (_, new) in changes.items()}}
+                raise ValueError(f"{name!r} was {settings.get(name)}, not {old}")
+        after = {**settings, **{name: new for name, (_, new) in decision.changes.items()}}
         space = self._workload.space
         try:
-            check_settings({name: space[name] for name in changes if name in space}, after)
+            check_settings({k: space[k] for k in decision.changes if k in space}, after)
         except UserError as error:
-            return str(error)
-        return None
+            raise ValueError(str(error)) from None
 
-    def _mine(self, file: str) -> list[tuple[int, dict[str, Any]]]:
+    def _lines(self, file: str) -> list[tuple[int, dict[str, Any]]]:
         """The lines of this training in a file, with their numbers in it."""
         lines = enumerate(read_json_lines(self._directory / file, Named), start=1)
-        return [(n, line) for n, line in lines if line["name"] == self._workload.name]
+        return [(at, line) for at, line in lines if line["name"] == self._workload.name]
 
-    def _first(
-        self, file: str, number: int, judge: Callable[[Mapping[str, Any]], str | None]
-    ) -> list[dict[str, Any]]:
-        """The first lines of this training in a file, the others of it dropped.
-
-        Raises:
-          UserError: one of the first is damaged.
-        """
+    def _first(self, file: str, number: int, parse: Callable[[Mapping[str, Any]], Any]) -> list:
+        """The records of the first lines of this training in a file, its others dropped."""
         path, name = self._directory / file, self._workload.name
-        mine = self._mine(file)[:number]
-        for at, line in mine:
-            if problem := _damage(line, judge):
+        records = []
+        for at, line in self._lines(file)[:number]:
+            try:
+                records.append(_checked(line, parse))
+            except ValueError as error:
                 raise UserError(
-                    f"{path}:{at} of {name!r} is damaged ({problem}); put back a good copy, or "
+                    f"{path}:{at} of {name!r} is damaged ({error}); put back a good copy, or "
                     "give a new directory"
-                )
+                ) from None
         if jax.process_index() == 0:
             numbers = itertools.count()
             keep_json_lines(path, lambda x: x["name"] != name or next(numbers) < number)
-        return [line for _, line in mine]
+        return records
 
     def decided(self, decision: Decision) -> None:
         """Notes a decision."""
@@ -330,19 +384,16 @@ class Journal:
         self._write("decisions.jsonl", decision.as_json())
 
     def assessed(self, snapshot: Snapshot, losses: np.ndarray) -> None:
-        """Notes how the run stands, by its held-out losses, and saves it."""
-        workload = self._workload
+        """Notes how good the run is, by its held-out losses, float64 ``[E]``."""
         ledger = self.ledger(snapshot)
-        tokens = snapshot.examples * workload.tokens_per_example
+        tokens = snapshot.examples * self._workload.tokens_per_example
         examples = ledger.examples + ledger.trial_examples + ledger.assessment_examples
         flops = None if self._flops is None else self._flops * examples
         now = Measurement(int(snapshot.state.step), tokens, ledger.seconds, losses, flops)
         last = None
         if self.curve:
-            before = self.curve[-1]
-            last = Measurement(
-                before.step, before.tokens, before.seconds, np.array(self._losses), before.flops
-            )
+            step, tokens, seconds, flops, *_ = self.curve[-1]
+            last = Measurement(step, tokens, seconds, np.array(self._losses), flops)
         found = assess(now, last, resources=len(parallel.default_devices()))
         self.curve.append(found)
         self._losses = losses.tolist()
@@ -350,7 +401,7 @@ class Journal:
         self._write("metrics.jsonl", line | self._scores(snapshot))
 
     def _scores(self, snapshot: Snapshot) -> dict[str, Any]:
-        """What the workload would have noted beside an assessment; its time is not the run's."""
+        """What the workload notes beside an assessment; its time is not the run's."""
         if self._workload.scores is None:
             return {}
         began, compiled = time.perf_counter(), compile_seconds()
@@ -365,13 +416,12 @@ class Journal:
             append_json_line(self._directory / file, {**record, "checksum": _checksum(record)})
 
     def save(self, snapshot: Snapshot, **notes: Any) -> None:
-        """Saves a snapshot, and what of the notes a resumed run is to be given back.
+        """Saves a snapshot, and the notes that a resumed run is given back.
 
         Raises:
           FloatingPointError: a meta-parameter is not finite; nothing is written.
         """
         assessed = self.curve and self.assessed_at == snapshot.examples
-        valid_loss = self.curve[-1].loss.mean if assessed else math.inf
         notes |= {
             "run": self._identity,
             "settings": snapshot.settings,
@@ -382,7 +432,8 @@ class Journal:
             "num_decisions": len(self.decisions),
             "num_assessments": len(self.curve),
         }
-        self._checkpoints.save(snapshot.state, valid_loss=valid_loss, notes=as_json(notes))
+        valid_loss = self.curve[-1].loss.mean if assessed else math.inf
+        self._checkpoints.save(snapshot.state, valid_loss=valid_loss, notes=runs.as_json(notes))
 
     def went_back(self, snapshot: Snapshot) -> None:
         """Takes back the checkpoints from after the snapshot."""
@@ -406,35 +457,14 @@ class Journal:
 
 
 def _checksum(record: Mapping[str, Any]) -> str:
-    """Of a line as it is read back, where NaN has become null."""
+    """Checksum of a line as it is read back, where NaN has become null."""
     plain = json.loads(strict_json(record, lambda _: None))
     return f"{zlib.crc32(json.dumps(plain, sort_keys=True).encode()):08x}"
 
 
-def _damage(line: Mapping[str, Any], judge: Callable[[Mapping[str, Any]], str | None]):
-    """What is wrong with a line, in words; one from before there were checksums has none."""
+def _checked(line: Mapping[str, Any], parse: Callable[[Mapping[str, Any]], Any]) -> Any:
+    """The record of a line. Raises ValueError, with what is wrong in words, if it is damaged."""
     record = dict(line)
     if record.pop("checksum", None) not in (None, _checksum(record)):
-        return "its checksum does not match"
-    return judge(record)
-
-
-def _what_is_damaged(line: Mapping[str, Any]) -> str | None:
-    """What is wrong with an assessment; None where nothing is."""
-    if problem := what_is_wrong(line, Assessment):
-        return problem
-    for name in ("step", "tokens", "seconds", "flops"):
-        if (line[name] or 0) < 0:
-            return f"{name!r} is {line[name]}, below 0"
-    return "the mean loss is no number" if line["loss"]["mean"] is None else None
-
-
-def _assessment(line: Mapping[str, Any]) -> Assessment:
-    """What `Journal.assessed` wrote; JSON has no NaN."""
-    fields = {name: line[name] for name in Assessment._fields}
-    for name in ("loss", "improvement"):
-        interval = fields[name]
-        if interval is not None:
-            known = {k: math.nan if v is None else v for k, v in interval.items()}
-            fields[name] = Interval(**known)  # type: ignore[arg-type]
-    return Assessment(**fields)
+        raise ValueError("its checksum does not match")
+    return parse(record)

@@ -1,21 +1,26 @@
-"""Propose, try, score, accept or roll back: one interface for every change of a setting.
+"""Trials: propose, try, judge, accept or roll back; one way for every change of a setting.
 
-A proposer looks at the settings and at what was decided before, and names changes. They are
-tried side by side: from the same snapshot, on the same stretch of data, and judged on the same
-held-out examples, beside a trial that changes nothing. Of those that are better beyond noise
-the one that improves most in a second is accepted; where several settings were better, they are
-tried together as well. The next race starts from the same snapshot, with the settings found by
-then, so its trial without a change is the winner of the last: all of a search is decided on one
-`Ground`. At its end the training goes on from where the last winner came to; the other trials
-are lost work, which has a budget. What refines has longer trials: the shorter they are, the
-larger the rates that they prefer at the start of a run.
+A proposer looks at the settings and at earlier decisions, and names changes. A *trial round*
+tries them side by side: from the same snapshot, on the same data, judged on the same held-out
+examples, beside a trial without a change. Of those that are better beyond noise the one that
+improves most in a second is accepted; if several settings were better, they are tried together
+as well. The next round starts from the same snapshot with the settings found so far, so its
+trial without a change is the last winner: a search is decided on one `SearchState`. At its end
+the training continues from where the last winner ended. The other trials are discarded; a
+budget bounds what they may cost.
+
+Short trials are biased. At the start of a run they prefer rates that are too large, the more
+the shorter they are: so what refines has longer trials, and the smaller value wins a tie. Late
+in a run they prefer rates that are too small, since a lower rate removes noise at once and what
+it costs comes after the trial (Wu et al., 2018, the short-horizon bias): so trials end with
+rates that go to zero (`TrialConfig.anneal`), and a change in a later phase needs a larger gain.
 """
 
 import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -24,9 +29,8 @@ from metaopt.errors import UserError
 from metaopt.measure import compile_seconds
 from metaopt.ranges import Checked, Range, Share, Steps
 from metaopt.self_improvement.assess import Verdict, compare
-from metaopt.self_improvement.records import Decision, differences
+from metaopt.self_improvement.records import Decision, TriedChange, differences
 from metaopt.self_improvement.workload import (
-    LeftOut,
     Scale,
     Score,
     Setting,
@@ -40,42 +44,98 @@ from metaopt.self_improvement.workload import (
     steps,
 )
 
+LOWERED = 0.25
+"""Factor on the rates if all trials diverge."""
+FASTER = 1.1
+"""Factor of speed by which a change is better if the improvement a second is about the same: a
+run has a given number of examples."""
+MUCH_FASTER = 1.25
+"""Factor of speed by which a change is tried and taken before all others."""
+WORTH_ADDING = 0.25
+"""Fraction of the best difference: a change with a smaller one is not tried together with it."""
+EFFICIENCY_MARGIN = 0.1
+"""Relative difference in the improvement a second below which it does not count."""
+THROUGHPUT_MARGIN = 0.05
+"""Relative fall in the seconds an example that a change judged by throughput needs ..."""
+THROUGHPUT_LOSS_MARGIN = 0.01
+"""... and the relative rise of the loss that it may not exceed."""
+
+Margin = Annotated[float, Range(0, 0.999)]
+
 
 class Change(NamedTuple):
-    """What a proposer would do.
+    """What a proposer would change.
 
     Attributes:
-      settings: their new values.
-      setting: the one that matters; the others go with it.
-      score: what it is judged by.
-      reason: in words.
-      way: 1 for more of the setting, -1 for less, 0 where there is no such order.
-      level: of refinement; 0 while the search is coarse.
-      rank: it waits for all of a lower rank that can be tried.
-      parts: the changes that it is made of, where it is of several.
+      settings: New values.
+      setting: Name of the setting that matters; the others go with it.
+      score: What the change is judged by.
+      reason: The change in words.
+      direction: 1 for more of the setting, -1 for less, 0 if there is no such order.
+      level: Level of refinement; 0 while the search is coarse.
+      rank: Order: it waits for all of a lower rank that can be tried.
+      parts: Changes that it is made of, if it is several together.
     """
 
     settings: dict[str, Setting]
     setting: str
     score: Score
     reason: str
-    way: int = 0
+    direction: int = 0
     level: int = 0
     rank: int = 0
     parts: tuple["Change", ...] = ()
 
 
-class Trial(NamedTuple):
-    """A change, tried; ``change`` is None for the trial that changes nothing.
+Proposer = Callable[[Snapshot, Sequence[Decision], int], Sequence[Change]]
+"""``(snapshot, decisions, phase) -> changes``: the snapshot that all would start from, and all
+decisions of the run so far. No changes end the search of the phase. It keeps no state of its
+own, so a resumed run continues with the same change."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrialConfig(Checked):
+    """How changes are tried.
 
     Attributes:
-      change: what was tried.
-      after: the snapshot that it came to.
-      losses: float64 ``[E]``, held out; not finite where it diverged or could not be run.
-      seconds: of its steps, without compiling.
-      examples: that it went through, with those to anneal.
-      broken: the first stretch of the data that gave no number, ``(first, end)``.
-      error: why it could not be run; nothing where it could.
+      examples: Length of a trial, as a fraction of the run.
+      longer: Factor on that length for each level of refinement (`Change.level`).
+      anneal: Examples after those, as a fraction of them, over which the rates go to zero: a
+        trial is judged by what the run would be if it ended there.
+      margin: Relative difference in the held-out loss below which it does not count.
+      least_steps: Least number of steps of a trial, of the batch that the run has; a batch of
+        which it would have fewer is not tried.
+    """
+
+    examples: Annotated[float, Range(1e-9, 0.999)] = 0.01
+    longer: Annotated[float, Range(1, 1000)] = 4.0
+    anneal: Share = 0.33
+    margin: Margin = 0.002
+    least_steps: Steps = 4
+
+    def size(self, workload: Workload, settings: Settings, level: int = 0) -> int:
+        """Examples of a trial, without those to anneal."""
+        least = self.least_steps * workload.examples_per_step(settings)
+        return round(self.longer**level * max(least, round(self.examples * workload.num_examples)))
+
+    def judges(self, workload: Workload, settings: Settings, change: Change, size: int = 0) -> bool:
+        """Whether a trial is long enough to judge a change by: of ``size``, or of its own."""
+        size = size or self.size(workload, settings, change.level)
+        batch = workload.examples_per_step({**settings, **change.settings})
+        return size >= self.least_steps * batch
+
+
+class Trial(NamedTuple):
+    """A change that was tried.
+
+    Attributes:
+      change: What was tried; None for the trial without a change.
+      after: Snapshot at its end, before annealing.
+      losses: Held-out losses, float64 ``[E]``; not finite if it diverged or could not be run.
+      seconds: Time of its steps, without compiling.
+      examples: Examples that it used, those to anneal among them.
+      broken: First stretch of the data whose metrics became NaN or inf, ``(first, end)``.
+      error: Why it could not be run; empty if it could.
     """
 
     change: Change | None
@@ -87,55 +147,47 @@ class Trial(NamedTuple):
     error: str = ""
 
 
-def try_change(
+def run_trial(
     workload: Workload,
     snapshot: Snapshot,
     change: Change | None,
     size: int,
     anneal: int,
-    *,
-    skip: LeftOut = frozenset(),
     check: Callable[[], None] = lambda: None,
 ) -> Trial:
-    """Goes on from a copy of the snapshot with the change, and measures where it comes to.
+    """Trains on from a copy of the snapshot with the change, and evaluates the end.
 
     Args:
       workload: the training.
       snapshot: where to start; its arrays stay as they are.
       change: what to try; None for nothing.
-      size: examples to go through.
+      size: examples to train on.
       anneal: examples after those, over which the rates go to zero.
-      skip: as for `workload.steps`.
       check: called at every step; what it raises ends the trial.
     """
-    settings = change.settings if change else {}
-    started = changed(workload, copied(snapshot), settings)
-    end = snapshot.examples + size
-    after, seconds, broken = _run(workload, started, end, skip=skip, check=check)
+    started = changed(workload, copied(snapshot), change.settings if change else {})
+    after, seconds, broken = _train(workload, started, snapshot.examples + size, check=check)
     judged = after
     if anneal:
         end = after.examples + anneal
-        judged, more, later = _run(
-            workload, copied(after), end, anneal=True, skip=skip, check=check
-        )
+        judged, more, later = _train(workload, copied(after), end, anneal=True, check=check)
         seconds, broken = seconds + more, broken or later
     losses = np.asarray(workload.evaluate(judged.state), np.float64)
     return Trial(change, after, losses, seconds, judged.examples - snapshot.examples, broken)
 
 
-def _run(
+def _train(
     workload: Workload,
     snapshot: Snapshot,
     end: int,
     *,
     anneal: bool = False,
-    skip: LeftOut,
-    check: Callable[[], None],
+    check: Callable[[], None] = lambda: None,
 ) -> tuple[Snapshot, float, tuple[int, int] | None]:
-    """The snapshot at ``end``, seconds without compiling, the first stretch without a number."""
+    """The snapshot at ``end``, seconds without compiling, the first stretch with NaN or inf."""
     compiled, start, broken = compile_seconds(), snapshot.examples, None
     began, ends, unseen = time.perf_counter(), [], None
-    for step in steps(workload, snapshot, end, anneal=anneal, skip=skip):
+    for step in steps(workload, snapshot, end, anneal=anneal):
         check()
         snapshot = step.snapshot
         if unseen:  # as in training: while the device computes this step, look at the one before
@@ -152,10 +204,10 @@ def _run(
 
 
 def _seconds(began: float, ends: list[float], compiling: float) -> float:
-    """What steps took that came to their ends then; the first compiled, and waited for its data.
+    """Time of steps with these ends: the first compiled, and waited for its data.
 
-    It is the median of the others that counts: trials are short, and a machine that did something
-    else for once should decide nothing.
+    The median of the others counts: trials are short, and a busy moment of the machine should
+    decide nothing.
     """
     if len(ends) < 2:
         return max(0.0, ends[-1] - began - compiling) if ends else 0.0
@@ -163,130 +215,124 @@ def _seconds(began: float, ends: list[float], compiling: float) -> float:
 
 
 def _broken(step: Step) -> tuple[int, int] | None:
-    """The stretch of the data of a step of which a scalar is no number."""
+    """The stretch of the data of a step if one of its scalar metrics is NaN or inf."""
     metrics = jax.device_get(step.metrics)
-    sound = all(np.isfinite(x) for x in metrics.values() if np.ndim(x) == 0)
-    return None if sound else (step.position, step.snapshot.examples)
+    finite = all(np.isfinite(x) for x in metrics.values() if np.ndim(x) == 0)
+    return None if finite else (step.position, step.snapshot.examples)
 
 
-def is_bad(workload: Workload, snapshot: Snapshot, stretch: tuple[int, int]) -> bool:
-    """Whether the batch there gives no number from this sound snapshot either.
+def is_bad_batch(workload: Workload, snapshot: Snapshot, stretch: tuple[int, int]) -> bool:
+    """Whether the batch there gives NaN or inf from this sound snapshot too.
 
-    So it is the data that is at fault, and not where the training had come to.
+    The batch itself is bad then, not the state.
     """
-    there = copied(snapshot)._replace(examples=stretch[0])
-    return (
-        _run(workload, there, stretch[0] + 1, skip=frozenset(), check=lambda: None)[2] is not None
-    )
+    there = copied(snapshot)._replace(examples=stretch[0], left_out=frozenset())
+    return _train(workload, there, stretch[0] + 1)[2] is not None
 
 
-QUICKER = 1.1
-"""A change by which examples go so many times as quickly is better where the improvement a
-second is about the same: a run has a given number of examples."""
-MUCH_QUICKER = 1.25
-"""A change by which examples go so many times as quickly is tried and taken before all others."""
-WORTH_ADDING = 0.25
-"""Of the best difference: a smaller one is not tried together with it."""
-EFFICIENCY_MARGIN = 0.1
-"""A smaller difference in the improvement a second, as a fraction of it, is none."""
-THROUGHPUT_MARGIN = 0.05
-"""Examples must take less time by more than this fraction of it ..."""
-THROUGHPUT_LOSS_MARGIN = 0.01
-"""... and the loss may not be higher by more than this fraction of it."""
+class Judgement(NamedTuple):
+    """Verdict on a trial beside the one without a change, and the rule in words."""
+
+    verdict: Verdict
+    rule: str = ""
 
 
-def judge(before: np.ndarray, unchanged: Trial, trial: Trial, margin: float = 0.0) -> Verdict:
-    """Whether a trial did better than the one that changed nothing, by the change's score.
+def judge(before: np.ndarray, unchanged: Trial, trial: Trial, margin: float = 0.0) -> Judgement:
+    """Whether a trial did better than the one without a change, by the change's score.
 
     Args:
-      before: float64 ``[E]``, the held-out losses where both started.
-      unchanged: the trial to compare with.
+      before: held-out losses at the common start, float64 ``[E]``.
+      unchanged: the trial without a change.
       trial: the one to judge.
-      margin: the relevant size of a difference of losses, as a fraction of the loss.
+      margin: relevant difference of losses, as a fraction of the loss.
 
     Returns:
-      The verdict on the held-out loss, on its negative improvement a second for
-      ``efficiency``, or for ``throughput`` on the seconds an example, where the loss is no worse.
+      The verdict on the held-out loss; on its negative improvement a second for ``efficiency``;
+      for ``throughput`` on the seconds an example, if the loss is no worse.
     """
     assert trial.change is not None
-    score = trial.change.score
+    score, loss = trial.change.score, abs(float(np.mean(unchanged.losses)))
     if trial.error or not np.isfinite(trial.losses).all():
-        return Verdict("worse", math.inf, math.nan, trial.losses.size)
-    if score == "loss":
-        smallest = margin * abs(float(np.mean(unchanged.losses)))
-        return compare(unchanged.losses, trial.losses, margin=smallest)
+        return Judgement(Verdict("worse", math.inf, math.nan, trial.losses.size))
     if score == "efficiency":
-        rates = [-improvement_rates(before, t) for t in (unchanged, trial)]
-        found = compare(
-            rates[0], rates[1], margin=EFFICIENCY_MARGIN * abs(float(np.mean(rates[0])))
+        speed = _speed(unchanged, trial)
+        rates = [-improvement_rates(before, each) for each in (unchanged, trial)]
+        least = EFFICIENCY_MARGIN * abs(float(np.mean(rates[0])))
+        found = compare(rates[0], rates[1], margin=least)
+        measured = f"{-found.difference:+.3g} ± {found.ci95:.2g}"
+        if found.outcome == "noise" and speed > FASTER:
+            rule = (
+                f"improvement a second within noise, {measured}, and examples {speed:.3g} times "
+                f"as fast, more than {FASTER}"
+            )
+            return Judgement(found._replace(outcome="better"), rule)
+        return Judgement(found, f"improvement a second {measured} beyond {least:.2g}")
+    if score == "throughput":
+        found = compare(unchanged.losses, trial.losses, margin=THROUGHPUT_LOSS_MARGIN * loss)
+        if found.outcome == "worse":
+            return Judgement(found)
+        speed = _speed(unchanged, trial)
+        costs = [each.seconds / each.examples for each in (unchanged, trial)]
+        outcome = "better" if costs[1] < (1 - THROUGHPUT_MARGIN) * costs[0] else "noise"
+        rule = (
+            f"examples {speed:.3g} times as fast, more than {1 / (1 - THROUGHPUT_MARGIN):.3g}, "
+            "and the loss no worse"
         )
-        no_worse = found.outcome == "noise" and _speed(unchanged, trial) > QUICKER
-        return found._replace(outcome="better") if no_worse else found
-    smallest = THROUGHPUT_LOSS_MARGIN * abs(float(np.mean(unchanged.losses)))
-    loss = compare(unchanged.losses, trial.losses, margin=smallest)
-    if loss.outcome == "worse":
-        return loss
-    costs = [t.seconds / t.examples for t in (unchanged, trial)]
-    outcome = "better" if costs[1] < (1 - THROUGHPUT_MARGIN) * costs[0] else "noise"
-    return Verdict(outcome, costs[1] - costs[0], math.nan, 1)
+        return Judgement(Verdict(outcome, costs[1] - costs[0], math.nan, 1), rule)
+    found = compare(unchanged.losses, trial.losses, margin=margin * loss)
+    measured, limit = f"loss {found.difference:.3g} ± {found.ci95:.2g}", f"{margin * loss:.2g}"
+    if found.outcome == "better":
+        return Judgement(found, f"{measured} beyond the margin of {limit}")
+    return Judgement(found, f"{measured}, noise or within the margin of {limit}: the smaller wins")
 
 
 def improvement_rates(before: np.ndarray, trial: Trial) -> np.ndarray:
-    """By how much each held-out loss fell in a second, ``[E]``."""
+    """Fall of each held-out loss a second, ``[E]``."""
     return (before - trial.losses) / max(trial.seconds, 1e-9)
 
 
 def _speed(unchanged: Trial, trial: Trial) -> float:
-    """How many times as quickly examples go."""
+    """Factor by which examples are faster."""
     return unchanged.seconds / unchanged.examples / (trial.seconds / trial.examples)
 
 
-class Race:
-    """Trials that are judged one by one; but for the best, what they came to is let go of."""
+class TrialRound:
+    """Trials that are judged one by one; only the best keeps the snapshot at its end."""
 
     def __init__(self, before: np.ndarray, unchanged: Trial, margin: float):
-        """Nothing was tried yet.
-
-        Args:
-          before: float64 ``[E]``, the held-out losses where all trials start.
-          unchanged: the trial to compare with.
-          margin: as for `judge`.
-        """
+        """Nothing was tried yet. Args: as for `judge`."""
         self.before, self.unchanged, self.margin = before, unchanged, margin
         self.best: Trial | None = None
-        self._verdict: Verdict | None = None  # on the best
-        self.spent = self.evaluated = 0
+        self._rule, self._best_gain = "", (0, 0.0)
         self._alone: dict[str, tuple[float, Change]] = {}
-        self._entries: list[tuple[Change, dict[str, Any]]] = []
+        self._tried: list[tuple[Change, TriedChange]] = []
 
     def enter(self, trial: Trial) -> None:
-        """Judges one more; the smaller wins a tie where it refines, as trials prefer the larger."""
+        """Judges one more; if it refines, the smaller value wins a tie (see the module)."""
         change = trial.change
         assert change is not None
-        verdict = judge(self.before, self.unchanged, trial, self.margin)
-        self._entries.append((change, _evidence(trial, verdict)))
-        self.spent += trial.examples
-        self.evaluated += not trial.error
-        tie = verdict.outcome == "noise" and change.level > 0 and change.way < 0
+        verdict, rule = judge(self.before, self.unchanged, trial, self.margin)
+        self._tried.append((change, _record_of(change, trial, verdict)))
+        tie = verdict.outcome == "noise" and change.level > 0 and change.direction < 0
         if verdict.outcome != "better" and not tie:
             return
-        if self.best is None or self._gain(trial) > self._gain(self.best):
-            self.best, self._verdict = trial, verdict
+        gain = self._gain(change, trial)
+        if self.best is None or gain > self._best_gain:
+            self.best, self._rule, self._best_gain = trial, rule, gain
         if change.score == "loss":
-            alone = self._alone.get(change.setting, (math.inf, change))
-            self._alone[change.setting] = min(
-                alone, (verdict.difference, change), key=lambda x: x[0]
-            )
+            best_alone = self._alone.get(change.setting)
+            if best_alone is None or verdict.difference < best_alone[0]:
+                self._alone[change.setting] = verdict.difference, change
 
     def is_needless(self, change: Change) -> bool:
-        """Whether the best so far makes all after it much quicker, or the other way was taken."""
-        if self.best is not None and self._gain(self.best)[0] == 2:
-            return True  # all that is left can be tried at less cost
+        """Whether all that is left will be much faster, or the other direction was better."""
+        if self.best is not None and self._best_gain[0] == 2:
+            return True
         _, better = self._alone.get(change.setting, (0.0, None))
-        return better is not None and change.way * better.way < 0
+        return better is not None and change.direction * better.direction < 0
 
     def together(self) -> Change | None:
-        """The best changes of several settings as one, where several were better by the loss."""
+        """The best changes of several settings as one, if several were better by the loss."""
         most = min((difference for difference, _ in self._alone.values()), default=0.0)
         changes = [change for x, change in self._alone.values() if x <= WORTH_ADDING * most]
         if len(changes) < 2:
@@ -298,121 +344,59 @@ class Race:
         reasons = "; ".join(change.reason for change in changes)
         return Change(merged, names, "loss", reasons, parts=tuple(changes))
 
-    def _gain(self, trial: Trial) -> tuple[int, float]:
-        """What the best is chosen by: its rank, and by how much it improves in a second.
+    def _gain(self, change: Change, trial: Trial) -> tuple[int, float]:
+        """What the best is chosen by: its rank, and its improvement a second.
 
-        What is judged by the loss comes before the ways to get there, whose worth can only be
-        told once the loss goes down as it should; unless one of them makes everything after it
-        much quicker. It is given the time of no change, so that what wins does not hang on the
-        noise of clocks.
+        What is judged by the loss comes before what is judged by a clock, which can only be told
+        once the loss falls as it should, unless that makes everything after it much faster.
+        It is given the time of no change, so that the winner does not depend on the noise of
+        clocks.
         """
-        assert trial.change is not None
-        if trial.change.score == "loss":
-            rank, timed = 1, self.unchanged
+        if change.score == "loss":
+            rank, seconds = 1, self.unchanged.seconds
         else:
-            rank, timed = 2 * (_speed(self.unchanged, trial) > MUCH_QUICKER), trial
-        rates = improvement_rates(self.before, trial._replace(seconds=timed.seconds))
+            rank, seconds = 2 * (_speed(self.unchanged, trial) > MUCH_FASTER), trial.seconds
+        rates = improvement_rates(self.before, trial._replace(seconds=seconds))
         return rank, float(rates.mean())
 
-    def why(self) -> str:
+    def reason(self) -> str:
         """The rule by which the best is taken, or none is, with what it compared."""
-        least = self.margin * abs(float(np.mean(self.unchanged.losses)))
-        if self.best is None or self._verdict is None:
-            loss = float(np.mean(self.unchanged.losses))
-            return (
-                f"nothing was better beyond noise than no change, of loss {loss:.4g}: by its 95 % "
-                f"interval and a margin of {least:.2g}"
-            )
-        assert self.best.change is not None
-        change, (outcome, difference, half, _) = self.best.change, self._verdict
-        measured = f"{difference:.3g} ± {half:.2g}"
-        if change.score == "throughput":
-            rule = (
-                f"examples go {_speed(self.unchanged, self.best):.3g} times as quickly, more than "
-                f"{1 / (1 - THROUGHPUT_MARGIN):.3g}, and the loss is no worse"
-            )
-        elif change.score == "efficiency":
-            rates = improvement_rates(self.before, self.unchanged)
-            least = EFFICIENCY_MARGIN * abs(float(np.mean(rates)))
-            rule = f"improvement a second {-difference:+.3g} ± {half:.2g} beyond {least:.2g}"
-            if -difference - half <= least:
-                rule = (
-                    f"improvement a second within noise, {-difference:+.3g} ± {half:.2g}, and "
-                    f"examples go {_speed(self.unchanged, self.best):.3g} times as quickly, more "
-                    f"than {QUICKER}"
-                )
-        elif outcome == "better":
-            rule = f"loss {measured} beyond the margin of {least:.2g}"
-        else:
-            rule = f"loss {measured}, noise or within the margin of {least:.2g}: the smaller wins"
-        return f"{change.reason}: {rule}"
+        if self.best is not None and self.best.change is not None:
+            return f"{self.best.change.reason}: {self._rule}"
+        loss = float(np.mean(self.unchanged.losses))
+        return (
+            f"nothing was better beyond noise than no change, of loss {loss:.4g}: by its 95 % "
+            f"interval and a margin of {self.margin * abs(loss):.2g}"
+        )
 
-    def evidence(self) -> list[dict[str, Any]]:
-        """One entry a trial."""
+    def trials(self) -> tuple[TriedChange, ...]:
+        """The record of each trial."""
         chosen = self.best.change if self.best else None
         accepted = [] if chosen is None else [chosen, *chosen.parts]
-        return [
-            entry | {"accepted": any(change is each for each in accepted)}
-            for change, entry in self._entries
-        ]
+        return tuple(
+            record._replace(accepted=any(change is each for each in accepted))
+            for change, record in self._tried
+        )
 
 
-def _evidence(trial: Trial, verdict: Verdict) -> dict[str, Any]:
-    assert trial.change is not None
-    return {
-        "setting": trial.change.setting,
-        "way": trial.change.way,
-        "settings": trial.change.settings,
-        "score": trial.change.score,
-        "loss": float(trial.losses.mean()),
-        "difference": verdict.difference,
-        "ci95": verdict.ci95,
-        "verdict": verdict.outcome,
-        "seconds": trial.seconds,
-        "examples": trial.examples,
-        "error": trial.error,
-    }
+def _record_of(change: Change, trial: Trial, verdict: Verdict) -> TriedChange:
+    def finite(value: float) -> float | None:
+        return value if math.isfinite(value) else None
 
-
-Margin = Annotated[float, Range(0, 0.999)]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TrialConfig(Checked):
-    """How changes are tried.
-
-    Attributes:
-      examples: a trial's, as a fraction of the run.
-      longer: a change that refines (`Change.level`) has so many times the examples of one a
-        level above it.
-      anneal: after those, so many more, as a fraction of them, with rates that go to zero:
-        a trial is judged by what the run would be if it ended there, since without that
-        short trials prefer small rates (Wu et al., 2018, the short-horizon bias).
-      margin: a difference in the held-out loss smaller than this fraction of it is none.
-      least_steps: a trial has at least so many steps of the batch that the run has, and a batch
-        of which it would have fewer is not tried.
-    """
-
-    examples: Annotated[float, Range(1e-9, 0.999)] = 0.01
-    longer: Annotated[float, Range(1, 1000)] = 4.0
-    anneal: Share = 0.33
-    margin: Margin = 0.002
-    least_steps: Steps = 4
-
-    def size(self, workload: Workload, settings: Settings, level: int = 0) -> int:
-        """Examples of a trial, without those to anneal."""
-        least = self.least_steps * workload.examples_per_step(settings)
-        return round(self.longer**level * max(least, round(self.examples * workload.num_examples)))
-
-    def possible(self, workload: Workload, settings: Settings, change: Change) -> bool:
-        """Whether a trial as long as it should be is enough to judge the change by."""
-        size = self.size(workload, settings, change.level)
-        return self.judges(workload, settings, change, size)
-
-    def judges(self, workload: Workload, settings: Settings, change: Change, size: int) -> bool:
-        """Whether a trial of so many examples is long enough to judge the change by."""
-        batch = workload.examples_per_step({**settings, **change.settings})
-        return size >= self.least_steps * batch
+    return TriedChange(
+        setting=change.setting,
+        settings=change.settings,
+        direction=change.direction,
+        score=change.score,
+        loss=finite(float(trial.losses.mean())),
+        difference=finite(verdict.difference),
+        ci95=finite(verdict.ci95),
+        verdict=verdict.outcome,
+        accepted=False,
+        seconds=trial.seconds,
+        examples=trial.examples,
+        error=trial.error,
+    )
 
 
 def affordable(
@@ -424,25 +408,23 @@ def affordable(
     *,
     size: int = 0,
 ) -> tuple[list[Change], int]:
-    """Of the changes those that can be tried now, and the examples of their trials.
+    """The changes that can be tried now, and the examples of their trials.
 
     Nothing of a higher rank is tried while something of a lower one is possible, and nothing is
-    refined while something coarse is to be tried. What refines has trials as long as
-    it should; the last one that the budget is good for may have half of it. Where there is only
-    budget for trials of the size before, they are believed against their bias alone: only what
-    makes a setting smaller is tried, for at the start of a run short trials prefer rates that
-    are too large.
+    refined while something coarse is left. What refines has trials of its full length; the last
+    one that the budget allows may have half of it. If the budget allows only trials of the last
+    size, they are believed against their bias alone: only what makes a setting smaller is tried.
 
     Args:
       workload: the training.
-      snapshot: where it stands.
+      snapshot: where trials start.
       changes: in the order of their worth.
       config: how they are tried.
-      budget: in examples that are not gone on with.
-      size: of the trials of the race before, in this search; they do not become shorter.
+      budget: examples that discarded trials may cost.
+      size: of the trials of the last round of this search; they do not become shorter.
     """
     settings = snapshot.settings
-    possible = [c for c in changes if config.possible(workload, settings, c)]
+    possible = [change for change in changes if config.judges(workload, settings, change)]
     first = min((change.rank for change in possible), default=0)
     possible = [change for change in possible if change.rank == first]
     level = min((change.level for change in possible), default=0)
@@ -451,9 +433,9 @@ def affordable(
     each, room = 1 + config.anneal, _room(workload, snapshot, possible, config)
 
     def affords(number: int) -> float:
-        """The size of so many trials beside one without a change, the best gone on with."""
+        """The size of ``number`` trials beside one without a change, if the best is kept."""
         trials = number + 1 + _is_merged(found[:number])
-        left = budget - (trials + 1) * workload.evaluation_examples  # one is of where all start
+        left = budget - (trials + 1) * workload.evaluation_examples  # one is of the start
         return min(wanted, room, left / (each * trials - 1))
 
     if size != wanted:
@@ -462,10 +444,10 @@ def affordable(
             if affords(number) >= max(size + 1, least):
                 found, size = found[:number], int(affords(number))
                 return [c for c in found if config.judges(workload, settings, c, size)], size
-        found = [change for change in possible if change.way < 0] if level else found
+        found = [change for change in possible if change.direction < 0] if level else found
     if not 0 < size <= room:
         return [], size
-    found = [c for c in found if config.judges(workload, settings, c, size)]
+    found = [change for change in found if config.judges(workload, settings, change, size)]
     one = each * size + workload.evaluation_examples
     while found and one * (len(found) + _is_merged(found)) > budget:
         found = found[:-1]
@@ -475,7 +457,7 @@ def affordable(
 def _room(
     workload: Workload, snapshot: Snapshot, changes: Sequence[Change], config: TrialConfig
 ) -> float:
-    """The size of a trial that ends with the run, whatever batch it is of."""
+    """The size of a trial that ends with the run, whatever its batch."""
     batches = [
         workload.examples_per_step({**snapshot.settings, **settings})
         for settings in ({}, *(change.settings for change in changes))
@@ -489,22 +471,14 @@ def _is_merged(changes: Sequence[Change]) -> bool:
     return len({change.setting for change in changes if change.score == "loss"}) > 1
 
 
-LOWERED = 0.25
-"""The factor on rates under which all trials diverge."""
-
-
-Proposer = Callable[[Snapshot, Sequence[Decision], int], list[Change]]
-"""``(snapshot, decisions so far, phase) -> changes to try side by side``; none to end the phase."""
-
-
-class Ground(NamedTuple):
-    """What all races of a search start from, and how far its last winner came.
+class SearchState(NamedTuple):
+    """What all rounds of a search are decided on.
 
     Attributes:
-      snapshot: where all trials start, with the settings that were found up to now.
-      before: float64 ``[E]``, the held-out losses there.
-      winner: the trial of these very settings; None where there was none yet.
-      size: the examples of that trial, those to anneal aside.
+      snapshot: Common start of all trials, with the settings found so far.
+      before: Held-out losses there, float64 ``[E]``.
+      winner: Last winner, as the next round's trial without a change; None at first.
+      size: Examples of its trials, those to anneal aside.
     """
 
     snapshot: Snapshot
@@ -514,145 +488,133 @@ class Ground(NamedTuple):
 
     @property
     def reached(self) -> Snapshot:
-        """Where to go on from when nothing more is tried."""
-        return self.snapshot if self.winner is None else self.winner.after
+        """Where the training continues if the search ends here."""
+        return self.winner.after if self.winner else self.snapshot
 
 
-def stand(workload: Workload, snapshot: Snapshot) -> Ground:
-    """The ground of a search that begins here.
+def begin_search(workload: Workload, snapshot: Snapshot) -> SearchState:
+    """The state before the first round.
 
     Raises:
-      FloatingPointError: the held-out loss is not finite.
+      FloatingPointError: its held-out loss is not finite.
     """
     before = np.asarray(workload.evaluate(snapshot.state), np.float64)
     if not np.isfinite(before).all():
         raise FloatingPointError("the held-out loss is not finite")
-    return Ground(snapshot, before)
+    return SearchState(snapshot, before)
 
 
-def decide(
+def run_round(
     workload: Workload,
-    ground: Ground,
+    state: SearchState,
     changes: Sequence[Change],
     config: TrialConfig,
     phase: int = 0,
     *,
     size: int = 0,
     last: Decision | None = None,
-    skip: LeftOut = frozenset(),
     check: Callable[[], None] = lambda: None,
-) -> tuple[Ground, Decision]:
+) -> tuple[SearchState, Decision]:
     """Tries the changes beside no change, and takes the best that is better.
 
-    Where all of them diverge it goes nowhere: a batch that gives no number from the start
-    is to be left out, or else the rates are lowered.
+    If every trial diverges, nothing is accepted: a batch that gives NaN or inf from the start
+    too is left out, or else the rates are lowered.
 
     Args:
       workload: the training.
-      ground: where it stands; its arrays stay as they are.
+      state: of the search; its arrays stay as they are.
       changes: one or more.
       config: how they are tried.
-      phase: of the search, for the record.
-      size: examples of a trial, at least those of the race before; of the config if not given.
-      last: the decision before, in this search.
-      skip: as for `workload.steps`.
-      check: called at every step of a trial; what it raises ends the attempt.
+      phase: number of the search, for the record.
+      size: examples of a trial, at least those of the last round; of the config if not given.
+      last: the last decision of this search.
+      check: called at every step of a trial; what it raises ends the round.
 
     Returns:
-      The ground with what was found, and the decision.
+      The state of the search with what was found, and the decision.
     """
-    began = time.perf_counter()
-    snapshot = ground.snapshot
-    size = max(size or config.size(workload, snapshot.settings), ground.size)
+    began, start = time.perf_counter(), state.snapshot
+    size = max(size or config.size(workload, start.settings), state.size)
 
-    def tried(change: Change | None, start: Snapshot = snapshot) -> Trial:
-        left, anneal = snapshot.examples + size - start.examples, round(config.anneal * size)
-        return try_change(workload, start, change, left, anneal, skip=skip, check=check)
+    def tried(change: Change | None, begin: Snapshot = start) -> Trial:
+        left, anneal = start.examples + size - begin.examples, round(config.anneal * size)
+        try:
+            return run_trial(workload, begin, change, left, anneal, check)
+        except (UserError, jax.errors.JaxRuntimeError) as error:  # such as no room in memory
+            if change is None:
+                raise
+            nothing, reason = np.full_like(state.before, math.inf), str(error).partition("\n")[0]
+            return Trial(change, begin, nothing, 0.0, 0, None, reason)
 
-    unchanged = _unchanged(ground, size, tried)
-    race = Race(ground.before, unchanged, config.margin)
+    unchanged = state.winner or tried(None)
+    if state.winner and state.size < size:
+        unchanged = _extended(state.winner, tried(None, state.winner.after), start)
+    trials = TrialRound(state.before, unchanged, config.margin)
     for change in sorted(changes, key=lambda change: change.score == "loss"):
-        if not race.is_needless(change):
-            race.enter(_or_refused(tried, change, unchanged))
-    if together := race.together():
-        race.enter(_or_refused(tried, together, unchanged))
-    end = _end(workload, ground._replace(winner=unchanged, size=size), race)
-    # A run that was stopped after the last race tries its winner once more, at no account.
-    gained, held = end.ground.reached.examples - snapshot.examples, last.gained if last else 0
+        if not trials.is_needless(change):
+            trials.enter(tried(change))
+    if together := trials.together():
+        trials.enter(tried(together))
+    end, ended = state._replace(winner=unchanged, size=size), _Ended("kept", trials.reason())
+    if trials.best is not None and trials.best.change is not None:
+        found = changed(workload, start, trials.best.change.settings)
+        end = end._replace(snapshot=found, winner=trials.best._replace(change=None))
+        ended = ended._replace(verdict="accepted")
+    elif not np.isfinite(unchanged.losses).all():
+        found, ended = _all_diverged(workload, start, unchanged.broken)
+        end = SearchState(found, state.before)
+    records = trials.trials()
+    # A run that was stopped after the last round repeats its winner, at no cost to the budget.
+    gained, held = end.reached.examples - start.examples, last.gained if last else 0
     again = 0 if last is not None and last.size == size else unchanged.examples - held
-    # At the ground, of the trial without a change, and of all that could be run.
-    evaluations = (last is None) + (again > 0) + race.evaluated
-    return end.ground, Decision(
-        step=int(snapshot.state.step),
-        examples=snapshot.examples,
+    # Of the start, of the trial without a change, and of all that could be run.
+    evaluations = (last is None) + (again > 0) + sum(not record.error for record in records)
+    spent = sum(record.examples for record in records) + again - gained + held
+    return end, Decision(
+        kind="search",
+        step=int(start.state.step),
+        examples=start.examples,
         phase=phase,
-        verdict=end.verdict,
-        changes=differences(snapshot.settings, end.ground.snapshot.settings),
-        reason=end.reason,
-        evidence=race.evidence(),
-        trial_examples=race.spent
-        + again
-        - gained
-        + held
-        + math.ceil(evaluations * workload.evaluation_examples),
+        verdict=ended.verdict,
+        changes=differences(start.settings, end.snapshot.settings),
+        reason=ended.reason,
+        trials=records,
+        trial_examples=spent + math.ceil(evaluations * workload.evaluation_examples),
         seconds=time.perf_counter() - began,
-        left_out=end.left_out,
+        left_out=ended.left_out,
         size=size,
         gained=gained,
     )
 
 
-def _unchanged(ground: Ground, size: int, tried: Callable[..., Trial]) -> Trial:
-    """The trial without a change: the last winner, or that one gone on with, where there is one."""
-    winner = ground.winner
-    if winner is None:
-        return tried(None)
-    if ground.size == size:
-        return winner
-    longer, before = tried(None, winner.after), winner.after.examples - ground.snapshot.examples
+class _Ended(NamedTuple):
+    """How a round ended, and why."""
+
+    verdict: Literal["accepted", "kept", "rolled back"]
+    reason: str
+    left_out: tuple[int, int] | None = None
+
+
+def _extended(winner: Trial, longer: Trial, start: Snapshot) -> Trial:
+    """A winner that was continued, as one trial from the common start."""
+    before = winner.after.examples - start.examples
     return longer._replace(
         examples=longer.examples + before,
         seconds=longer.seconds + winner.seconds * before / winner.examples,
     )
 
 
-def _or_refused(try_it: Callable[[Change], Trial], change: Change, unchanged: Trial) -> Trial:
-    """The trial; where the change cannot be run (nor, say, has room in memory), why."""
-    try:
-        return try_it(change)
-    except (UserError, jax.errors.JaxRuntimeError) as error:
-        reason = str(error).partition("\n")[0]
-        nothing = np.full_like(unchanged.losses, math.inf)
-        return Trial(change, unchanged.after, nothing, 0.0, 0, None, reason)
-
-
-class _End(NamedTuple):
-    """How a decision ends: where the search stands then, the verdict and why."""
-
-    ground: Ground
-    verdict: Literal["accepted", "kept", "rolled back"]
-    reason: str
-    left_out: tuple[int, int] | None = None
-
-
-def _end(workload: Workload, ground: Ground, race: Race) -> _End:
-    """What a race comes to; ``ground`` has its trial without a change."""
-    snapshot, unchanged = ground.snapshot, race.unchanged
-    if race.best is not None and race.best.change is not None:
-        change = race.best.change
-        found = changed(workload, snapshot, change.settings)
-        winner = race.best._replace(change=None)
-        reason = race.why()
-        return _End(ground._replace(snapshot=found, winner=winner), "accepted", reason)
-    if np.isfinite(unchanged.losses).all():
-        return _End(ground, "kept", race.why())
-    again, broken = Ground(copied(snapshot), ground.before), unchanged.broken
-    if broken is not None and is_bad(workload, snapshot, broken):
-        reason = f"examples {broken[0]} to {broken[1] - 1} give no number and are left out"
-        return _End(again, "rolled back", reason, broken)
-    slower = again._replace(snapshot=lowered(workload, again.snapshot))
-    reason = f"all trials diverged: no loss is finite; the rates become {LOWERED:g} of theirs"
-    return _End(slower, "rolled back", reason)
+def _all_diverged(
+    workload: Workload, start: Snapshot, broken: tuple[int, int] | None
+) -> tuple[Snapshot, _Ended]:
+    """The start of a search that every trial diverged from, with what is done about it."""
+    again = copied(start)
+    if broken is not None and is_bad_batch(workload, start, broken):
+        reason = f"examples {broken[0]} to {broken[1] - 1} give NaN or inf and are left out"
+        again = again._replace(left_out=again.left_out | {broken})
+        return again, _Ended("rolled back", reason, broken)
+    reason = f"all trials diverged: no loss is finite; the rates are multiplied by {LOWERED:g}"
+    return lowered(workload, again), _Ended("rolled back", reason)
 
 
 def lowered(workload: Workload, snapshot: Snapshot, factor: float = LOWERED) -> Snapshot:
@@ -665,7 +627,7 @@ def lowered(workload: Workload, snapshot: Snapshot, factor: float = LOWERED) -> 
     return changed(workload, snapshot, rates)
 
 
-def races(
+def search_rounds(
     workload: Workload,
     snapshot: Snapshot,
     proposer: Proposer,
@@ -674,29 +636,34 @@ def races(
     phase: int,
     decisions: Sequence[Decision],
     *,
-    skip: Callable[[], LeftOut],
-    check: Callable[[], None],
-) -> Iterator[tuple[Ground, Decision]]:
-    """Where a search stands after each of its races, and what was decided.
+    check: Callable[[], None] = lambda: None,
+) -> Iterator[tuple[SearchState, Decision]]:
+    """Rounds from one snapshot for as long as something is proposed and can be afforded.
 
     Args:
       workload: the training.
       snapshot: where all trials start; its arrays stay as they are.
       proposer: names what to try.
       config: how it is tried.
-      share: of the run that trials may cost which are not gone on with.
-      phase: of the search.
+      share: of the run that discarded trials may cost.
+      phase: number of the search.
       decisions: all of the run; each that is given is to be added to them before the next.
-      skip: the stretches of the data that are left out by now.
-      check: as for `decide`.
+      check: as for `run_round`.
+
+    Returns:
+      The state of the search after each round, and the decision.
 
     Raises:
       FloatingPointError: the held-out loss of the snapshot is not finite.
     """
-    ground: Ground | None = None
+    state: SearchState | None = None
     while True:
-        now = ground.snapshot if ground else snapshot
-        last = _last(decisions, now, phase)
+        now = state.snapshot if state else snapshot
+        last = decisions[-1] if decisions else None
+        if last and not (
+            last.phase == phase and last.examples == now.examples and last.verdict != "rolled back"
+        ):
+            last = None  # it was of no round of this search, or led nowhere
         spent = sum(decision.trial_examples for decision in decisions if decision.phase == phase)
         changes, size = affordable(
             workload,
@@ -708,23 +675,15 @@ def races(
         )
         if not changes:
             return
-        ground = ground or stand(workload, snapshot)
-        ground, decision = decide(
-            workload, ground, changes, config, phase, size=size, last=last, skip=skip(), check=check
+        state = state or begin_search(workload, snapshot)
+        state, decision = run_round(
+            workload, state, changes, config, phase, size=size, last=last, check=check
         )
-        yield ground, decision
+        yield state, decision
 
 
-def _last(decisions: Sequence[Decision], now: Snapshot, phase: int) -> Decision | None:
-    """The decision before, if it was of the same search."""
-    if not decisions or decisions[-1].verdict == "rolled back":
-        return None
-    same = decisions[-1].phase == phase and decisions[-1].examples == now.examples
-    return decisions[-1] if same else None
-
-
-def is_closed(decisions: Sequence[Decision], now: Snapshot, phase: int) -> bool:
-    """Whether the run has gone on from the search of this phase."""
+def has_moved_on(decisions: Sequence[Decision], now: Snapshot, phase: int) -> bool:
+    """Whether the run has trained on since the search of this phase."""
     return any(
         decision.phase == phase
         and decision.verdict != "rolled back"

@@ -156,10 +156,6 @@ def _is_number(value: object) -> TypeGuard[float]:
 SCHEDULE_LEVELS = 200  # updates of a scheduled rate in a run; they cost next to nothing
 
 
-LeftOut = frozenset[tuple[int, int]]
-"""Stretches of the data, ``(first, end)`` in examples, of which no batch is trained on."""
-
-
 class Workload(NamedTuple):
     """A training, in pure functions.
 
@@ -179,9 +175,6 @@ class Workload(NamedTuple):
       schedule: function of the fraction of the run that is done: a factor on the ``scheduled``
         rates.
       scheduled: names of settings that are in ``state.hparams``.
-      window_loss: ``(state, settings, position, num_steps) -> scalar``, a training loss after so
-        many more steps, differentiable in ``state.hparams``; None where there is no such
-        function.
       scores: ``state -> {name: number}``, such as accuracies on a test set, noted with every
         assessment as ``scores``; None for none.
       execution_options: settings that change how a step is computed, but not its result beyond
@@ -202,7 +195,6 @@ class Workload(NamedTuple):
     space: Space
     schedule: Callable[[float], float] = lambda done: 1.0
     scheduled: tuple[str, ...] = ("outer_learning_rate", "rates_learning_rate")
-    window_loss: Callable[..., jax.Array] | None = None
     scores: Callable[[MetaState], Mapping[str, float]] | None = None
     execution_options: Mapping[str, Sequence[Setting]] = {}
     evaluation_examples: float = 0.0
@@ -215,11 +207,13 @@ class Snapshot(NamedTuple):
       state: the state.
       settings: settings of the next step.
       examples: examples gone through; also the position in the data.
+      left_out: stretches of the data, ``(first, end)`` in examples, that no batch may touch.
     """
 
     state: MetaState
     settings: dict[str, Setting]
     examples: int
+    left_out: frozenset[tuple[int, int]] = frozenset()
 
 
 class Step(NamedTuple):
@@ -268,7 +262,7 @@ def changed(workload: Workload, snapshot: Snapshot, changes: Settings) -> Snapsh
     if settings.get("optimizer") != snapshot.settings.get("optimizer"):
         fresh = workload.start(settings)
         state = state._replace(opt_state=fresh.opt_state, hparams=fresh.hparams)
-    return Snapshot(with_scalars(state, settings), settings, snapshot.examples)
+    return snapshot._replace(state=with_scalars(state, settings), settings=settings)
 
 
 def with_scalars(state: MetaState, settings: Settings, factors: Settings | None = None):
@@ -294,23 +288,23 @@ def steps(
     end: int,
     *,
     anneal: bool = False,
-    skip: LeftOut = frozenset(),
 ) -> Iterator[Step]:
     """Steps until ``end`` examples are done, the state of the snapshot donated to the first.
+
+    A batch with an example of `Snapshot.left_out` is passed over without a step.
 
     Args:
       workload: the training.
       snapshot: start.
       end: number of examples at the end; the last step may pass it.
       anneal: whether to lower the scheduled rates to zero over these steps.
-      skip: stretches of the data; a batch with an example of one is gone past without a step.
     """
     settings, step_fn = snapshot.settings, workload.step(snapshot.settings)
     size = workload.examples_per_step(settings)
     positions = [
         position
         for position in range(snapshot.examples, end, size)
-        if not any(first < position + size and position < last for first, last in skip)
+        if not any(first < position + size and position < last for first, last in snapshot.left_out)
     ]
     state, level = snapshot.state, None
     batches = prefetch(lambda position: workload.sample(settings, position), positions)
@@ -327,7 +321,7 @@ def steps(
                 level = rounded
                 state = with_scalars(state, settings, dict.fromkeys(workload.scheduled, level))
             state, metrics = step_fn(state, batch)
-            now = Snapshot(state, dict(settings), position + size)
+            now = snapshot._replace(state=state, settings=dict(settings), examples=position + size)
             yield Step(now, position, metrics, began, waited)
     finally:
         batches.close()

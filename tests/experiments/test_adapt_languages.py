@@ -100,7 +100,7 @@ def test_a_run_under_the_closed_loop_ends_in_the_same_files_and_says_what_it_tri
     directory = run_in(tmp_path, [*args, "--comparison.tasks-per-step", "2"])
     assert ("MAML", "2 steps") in cells(directory)
     decisions = read_json_lines(directory / "decisions.jsonl")
-    tried = {entry["setting"] for line in decisions for entry in line["evidence"]}
+    tried = {entry["setting"] for line in decisions for entry in line["trials"]}
     assert "inner_learning_rate" in tried and {line["name"] for line in decisions} == {"MAML"}
 
 

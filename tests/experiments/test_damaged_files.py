@@ -12,7 +12,7 @@ from rich.console import Console
 from metaopt.cli import tables, watch
 from metaopt.errors import UserError
 from metaopt.files import Line, keep_json_lines
-from metaopt.self_improvement.records import Journal
+from metaopt.self_improvement.records import RunLog
 from metaopt.training.runs import open_run
 
 RECORD = {
@@ -25,11 +25,14 @@ ASSESSED = {
     **{"loss": {"mean": 2.5, "ci95": None, "n": 1}, "improvement": None, "per_second": 0.5},
     **{"per_flop": None, "per_cost": 1.0},
 }
-TRIED = {"setting": "rate", "settings": {"rate": 0.2}, "way": 1}
+TRIED = {
+    **{"setting": "rate", "settings": {"rate": 0.2}, "direction": 1, "score": "loss", "loss": 2.0},
+    **{"difference": -0.5, "ci95": 0.1, "seconds": 0.5, "examples": 3, "error": ""},
+}
 DECISION = {
-    **{"name": "loop", "step": 4, "examples": 8, "phase": 0, "verdict": "accepted"},
-    **{"changes": {"rate": [0.1, 0.2]}, "reason": "better", "seconds": 1.0},
-    **{"evidence": [TRIED | {"verdict": "better", "accepted": True}]},
+    **{"name": "loop", "kind": "search", "step": 4, "examples": 8, "phase": 0},
+    **{"verdict": "accepted", "changes": {"rate": [0.1, 0.2]}, "reason": "better", "seconds": 1.0},
+    **{"trials": [TRIED | {"verdict": "better", "accepted": True}]},
     **{"trial_examples": 4, "left_out": None, "size": 2, "gained": 1},
 }
 METRICS = {"name": "MAML", "step": 3, "loss": 1.5, "tokens_per_second": 10.0, "grad_norm": [0.5]}
@@ -86,9 +89,9 @@ def resume(run):
     restored = types.SimpleNamespace(notes=notes, state=None)
     checkpoints = types.SimpleNamespace(restore_latest=lambda example: restored)
     workload = types.SimpleNamespace(name="loop", tokens_per_example=8, evaluation_examples=0.0)
-    journal = Journal(workload, run, checkpoints, {})  # type: ignore[arg-type]
-    snapshot, _ = journal.resume(None)  # type: ignore[arg-type]
-    assert str([journal.ledger(snapshot), journal.assessed_at, journal.left_out])
+    log = RunLog(workload, run, checkpoints, {})  # type: ignore[arg-type]
+    snapshot, _ = log.resume(None)  # type: ignore[arg-type]
+    assert str([log.ledger(snapshot), log.assessed_at, snapshot])
 
 
 def one_line_or_result(call):

@@ -24,7 +24,6 @@ from metaopt.self_improvement.builders import (
 )
 from metaopt.self_improvement.drop_in import improving_train, trainer
 from metaopt.self_improvement.loop import LoopConfig, run
-from metaopt.self_improvement.proposers import descent
 from metaopt.self_improvement.trials import TrialConfig
 from metaopt.self_improvement.workload import Choice, Scale, begin, steps
 from metaopt.training.fingerprint import Fingerprint
@@ -127,7 +126,7 @@ def test_another_optimiser_is_taken_and_survives_a_stop(tmp_path):
     workload = least_squares(space=space)
     straight = run(workload, settings, directory=tmp_path / "straight", config=config)
     (decision,) = straight.decisions
-    assert decision.changes["optimizer"] == ["sgd", "momentum"]
+    assert decision.changes["optimizer"] == ("sgd", "momentum")
     at = [30]
 
     def stopping(settings):
@@ -161,7 +160,7 @@ def episodes(position, num_tasks=4):
     return Episode(support, query, np.zeros(num_tasks, np.int32))  # type: ignore[arg-type]
 
 
-def test_meta_training_reads_its_inner_rate_from_the_settings_and_descent_sees_it():
+def test_meta_training_reads_its_inner_rate_from_the_settings():
     learner = maml()
     workload = meta_training(
         "maml",
@@ -180,16 +179,12 @@ def test_meta_training_reads_its_inner_rate_from_the_settings_and_descent_sees_i
     settings = default_settings(inner_learning_rate=0.1, outer_learning_rate=1e-3)
     snapshot = begin(workload, settings)
     assert float(snapshot.state.hparams["inner_learning_rate"]) == np.float32(0.1)
-    slopes = descent(workload, num_steps=1, least=0.0)(snapshot)
-    assert workload.window_loss is not None
 
-    def at(rate):
+    def loss(rate):
         state = begin(workload, settings | {"inner_learning_rate": rate}).state
-        return float(workload.window_loss(state, settings, 0, 1))  # type: ignore[misc]
+        return float(workload.step(settings)(state, workload.sample(settings, 0))[1]["loss"])
 
-    difference = (at(0.1 * np.exp(0.05)) - at(0.1 * np.exp(-0.05))) / 0.1
-    assert slopes["inner_learning_rate"] == pytest.approx(difference, rel=0.02)
-    assert slopes["inner_learning_rate"] < 0 and slopes["outer_learning_rate"] < 0
+    assert loss(0.1) < loss(0.05) < loss(0.01)
 
 
 @pytest.mark.parametrize("space", [{"inner_learning_rate": RATE}, {"rates_learning_rate": RATE}])
@@ -203,7 +198,7 @@ def test_no_trial_is_spent_on_a_scalar_of_the_space_that_no_update_reads(tmp_pat
     outcome = run(workload, settings, directory=tmp_path, config=config)
     (name,) = space
     told = [d.changes for d in outcome.decisions] + [
-        e["settings"] for d in outcome.decisions for e in d.evidence
+        e.settings for d in outcome.decisions for e in d.trials
     ]
     assert outcome.snapshot.settings["outer_learning_rate"] < 5.0
     assert told and not any(name in each for each in told)
@@ -313,7 +308,7 @@ def test_improving_train_finds_a_rate_whatever_it_is_judged_by(tmp_path, evaluat
     assert int(state.step) == 60
     assert losses_of(state).mean() < 0.3 * losses_of(plain).mean()
     decisions = read_json_lines(tmp_path / "improved" / "decisions.jsonl")
-    assert {e["setting"] for d in decisions for e in d["evidence"]} == {"outer_learning_rate"}
+    assert {e["setting"] for d in decisions for e in d["trials"]} == {"outer_learning_rate"}
 
 
 def test_the_trainer_remembers_where_the_environment_says(monkeypatch):

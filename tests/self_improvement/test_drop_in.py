@@ -66,7 +66,7 @@ def train(directory, state=None, step=STEP, num_steps=60, sample=sample, loop=LO
 
 def tried(directory):
     lines = read_json_lines(directory / "decisions.jsonl")
-    return {name for d in lines for e in d["evidence"] for name in e["settings"]}
+    return {name for d in lines for e in d["trials"] for name in e["settings"]}
 
 
 def test_what_the_training_sets_is_searched_only_where_the_caller_names_it(tmp_path):
@@ -110,7 +110,7 @@ def test_what_it_costs_to_judge_by_steps_counts_as_examples_of_training(tmp_path
     evaluations = 0
     for first, (a, b) in enumerate(zip(plain.decisions, counted.decisions, strict=True)):
         longer = a.size != plain.decisions[max(0, first - 1)].size
-        number = len(a.evidence) + (2 if first == 0 else int(longer))
+        number = len(a.trials) + (2 if first == 0 else int(longer))
         assert b.trial_examples - a.trial_examples == math.ceil(number * costly.evaluation_examples)
         evaluations += number
     assert evaluations >= 4
@@ -165,7 +165,7 @@ def test_a_step_that_cannot_be_judged_without_an_update_is_refused(tmp_path):
 def timeless(directory):
     lines = read_json_lines(directory / "decisions.jsonl")
     return [
-        {k: v for k, v in d.items() if k not in ("seconds", "evidence", "checksum")} for d in lines
+        {k: v for k, v in d.items() if k not in ("seconds", "trials", "checksum")} for d in lines
     ]
 
 

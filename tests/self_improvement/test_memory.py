@@ -26,6 +26,7 @@ from metaopt.self_improvement.memory import (
     choose,
     distance,
 )
+from metaopt.self_improvement.records import Decision, TriedChange
 
 TASK = {"family": "markov", "width": 64, "tokens": 1e6}
 
@@ -389,22 +390,23 @@ def test_without_similar_runs_nothing_is_proposed():
 
 def test_a_choice_with_which_a_run_ended_worse_is_worse():
     def chose(value):
-        entry = {"setting": "o", "settings": {"o": value}, "way": 0, "accepted": True}
-        rate = {"setting": "r", "settings": {"r": 1.0}, "way": 1, "accepted": True}
-        line = {"phase": 0, "verdict": "accepted", "changes": {"o": ["a", value]}}
-        first = line | {"evidence": [entry | {"verdict": "better"}, rate]}
-        return [first, first | {"phase": 1}]
+        compared = ("loss", 1.0, -0.5, 0.1, "better", True, 1.0, 40)
+        choice = TriedChange("o", {"o": value}, 0, *compared)
+        rate = TriedChange("r", {"r": 1.0}, 1, *compared)
+        changes = {"o": ("a", value)}
+        first = Decision("search", 1, 4, "accepted", changes, "", 1.0, 0, [choice, rate])
+        return [first.as_json(), first._replace(phase=1).as_json()]
 
     best = past("best", 0.5, decisions=chose("b"))
     best = dataclasses.replace(best, settings={"o": "b"})
     worse = past("worse", 0.6, decisions=chose("c"))
     shorter = dataclasses.replace(past("shorter", 0.9, decisions=chose("d")), tokens=9)
     same = past("same", 0.7, decisions=chose("b"))
-    damaged = past("damaged", 0.7, decisions=[{"phase": 0, "evidence": [{"way": 0}]}, "x"])
+    damaged = past("damaged", 0.7, decisions=[{"phase": 0, "trials": [{"direction": 0}]}, "x"])
     other = past("other", 0.8, decisions=chose("e"), width=65)
     proposal = choose([worse, best, shorter, same, other, damaged], SIMILAR_TASK)
     assert proposal is not None and proposal.run == "best"
     *own, refuted = proposal.decisions
     assert own == best.decisions and refuted["changes"] == {} and refuted["verdict"] == "kept"
-    (entry,) = refuted["evidence"]
+    (entry,) = refuted["trials"]
     assert (entry["settings"], entry["verdict"], entry["accepted"]) == ({"o": "c"}, "worse", False)

@@ -1,4 +1,6 @@
+import dataclasses
 import itertools
+import time
 
 import jax.numpy as jnp
 import noisy_quadratic as quadratic
@@ -7,8 +9,19 @@ import pytest
 from noisy_quadratic import SETTINGS, as_bytes, workload
 
 from metaopt.errors import UserError
-from metaopt.self_improvement.records import known_decisions
-from metaopt.self_improvement.trials import Change, TrialConfig, decide, lowered, stand, try_change
+from metaopt.self_improvement.records import past_search
+from metaopt.self_improvement.trials import (
+    Change,
+    Trial,
+    TrialConfig,
+    TrialRound,
+    affordable,
+    begin_search,
+    judge,
+    lowered,
+    run_round,
+    run_trial,
+)
 from metaopt.self_improvement.workload import begin, changed, copied, steps
 
 CONFIG = TrialConfig(examples=0.02, anneal=0.33, margin=0.002, least_steps=4)
@@ -26,56 +39,57 @@ def last(problem, snapshot, end, **options):
     return snapshot
 
 
-def race(problem, snapshot, changes, config=CONFIG, *args, **options):
-    """Of a search that begins with it."""
-    return decide(problem, stand(problem, snapshot), changes, config, *args, **options)
+def first_round(problem, snapshot, changes, config=CONFIG, *args, **options):
+    """The first round of a search."""
+    state = begin_search(problem, snapshot)
+    return run_round(problem, state, changes, config, *args, **options)
 
 
-def test_a_race_leaves_its_start_as_it_was_and_the_winner_is_a_run_with_the_change():
+def test_a_round_leaves_its_start_as_it_was_and_the_winner_is_a_run_with_the_change():
     snapshot = last(PROBLEM, begin(PROBLEM, SLOW), 100)
     before = as_bytes(snapshot.state)
-    ground, decision = race(PROBLEM, snapshot, [rate(0.2), rate(0.001)], CONFIG, 1)
+    state, decision = first_round(PROBLEM, snapshot, [rate(0.2), rate(0.001)], CONFIG, 1)
     assert as_bytes(snapshot.state) == before and snapshot.settings == SLOW
-    assert as_bytes(ground.snapshot.state._replace(hparams={})) == as_bytes(
+    assert as_bytes(state.snapshot.state._replace(hparams={})) == as_bytes(
         snapshot.state._replace(hparams={})
     )
     by_hand = last(PROBLEM, changed(PROBLEM, copied(snapshot), {"outer_learning_rate": 0.2}), 140)
-    assert as_bytes(ground.reached.state) == as_bytes(by_hand.state)
-    assert ground.reached.examples == 140
-    assert ground.snapshot.settings["outer_learning_rate"] == 0.2
+    assert as_bytes(state.reached.state) == as_bytes(by_hand.state)
+    assert state.reached.examples == 140
+    assert state.snapshot.settings["outer_learning_rate"] == 0.2
     assert decision.verdict == "accepted" and decision.phase == 1 and decision.step == 25
-    assert decision.changes == {"outer_learning_rate": [0.02, 0.2]}
-    assert [e["verdict"] for e in decision.evidence] == ["better", "worse"]
-    assert [e["accepted"] for e in decision.evidence] == [True, False]
+    assert decision.changes == {"outer_learning_rate": (0.02, 0.2)}
+    assert [t.verdict for t in decision.trials] == ["better", "worse"]
+    assert [t.accepted for t in decision.trials] == [True, False]
     # Three trials of 40 and 16 to anneal (13.2, in batches of 4), less the 40 of progress.
     assert decision.trial_examples == 3 * 56 - 40 and decision.gained == decision.size == 40
 
 
 def test_what_a_memory_tells_is_read_as_decisions_or_not_at_all():
-    _, decision = race(PROBLEM, begin(PROBLEM, SLOW), [rate(0.2)])
+    _, decision = first_round(PROBLEM, begin(PROBLEM, SLOW), [rate(0.2)])
     told = decision.as_json()
-    assert known_decisions([told, told | {"phase": 1}]) == [decision]
-    entry = told["evidence"][0] | {"settings": {}}
-    damages = ({"evidence": [{"setting": "x"}]}, {"evidence": [entry]}, {"new": 1})
+    assert past_search([told, told | {"phase": 1}]) == [decision]
+    entry = told["trials"][0] | {"settings": {}}
+    damages = ({"trials": [{"setting": "x"}]}, {"trials": [entry]}, {"step": -1})
     for damaged in ({"phase": 0}, "x", told | {"changes": None}, *(told | d for d in damages)):
-        assert known_decisions([told, damaged]) == []
+        assert past_search([told, damaged]) is None
 
 
-def test_the_next_race_starts_at_the_same_place_and_knows_its_trial_without_a_change():
+def test_the_next_round_starts_at_the_same_place_and_knows_its_trial_without_a_change():
     problem, seen = PROBLEM, []
 
     def sample(settings, position):
         seen.append(settings["outer_learning_rate"])
         return quadratic.sample(settings, position)
 
-    ground, first = race(problem, begin(problem, SLOW), [rate(0.2)])
+    state, first = first_round(problem, begin(problem, SLOW), [rate(0.2)])
     problem = problem._replace(sample=sample)
-    again, second = decide(problem, ground, [rate(0.8)], CONFIG, size=40, last=first)
+    again, second = run_round(problem, state, [rate(0.8)], CONFIG, size=40, last=first)
     assert set(seen) == {0.8} and second.examples == first.examples == 0
     assert second.trial_examples == 56  # all of its one trial, and the first one's is gone on with
     # A run that was stopped in between tries its winner once more, at no account.
-    resumed = stand(problem, ground.snapshot)
-    after, decision = decide(problem, resumed, [rate(0.8)], CONFIG, size=40, last=first)
+    resumed = begin_search(problem, state.snapshot)
+    after, decision = run_round(problem, resumed, [rate(0.8)], CONFIG, size=40, last=first)
     assert decision.trial_examples == second.trial_examples
     assert as_bytes(after.reached.state) == as_bytes(again.reached.state)
 
@@ -88,17 +102,17 @@ def test_longer_trials_go_on_with_the_winner_where_it_had_come_to():
             positions.append(position)
         return quadratic.sample(settings, position)
 
-    ground, first = race(PROBLEM, snapshot, [rate(0.2)])
+    state, first = first_round(PROBLEM, snapshot, [rate(0.2)])
     problem = PROBLEM._replace(sample=sample)
-    longer, second = decide(problem, ground, [rate(30.0)], CONFIG, size=80, last=first)
+    longer, second = run_round(problem, state, [rate(30.0)], CONFIG, size=80, last=first)
     assert min(positions) == 40 and longer.size == 80
     by_hand = last(PROBLEM, changed(PROBLEM, copied(snapshot), {"outer_learning_rate": 0.2}), 80)
     assert as_bytes(longer.reached.state) == as_bytes(by_hand.state)
     assert longer.winner is not None and longer.winner.examples == 80 + 28  # 26.4 to anneal
     # 108 of the change; of the other, all but the 80 that are gone on with.
     assert second.gained == 80 and second.trial_examples == 108 + 28
-    resumed = stand(PROBLEM, ground.snapshot)
-    after, again = decide(PROBLEM, resumed, [rate(30.0)], CONFIG, size=80, last=first)
+    resumed = begin_search(PROBLEM, state.snapshot)
+    after, again = run_round(PROBLEM, resumed, [rate(30.0)], CONFIG, size=80, last=first)
     assert again.trial_examples == second.trial_examples
     assert as_bytes(after.reached.state) == as_bytes(longer.reached.state)
     assert after.winner is not None
@@ -107,9 +121,9 @@ def test_longer_trials_go_on_with_the_winner_where_it_had_come_to():
 
 def test_where_nothing_is_better_the_trial_without_change_was_progress():
     snapshot = begin(PROBLEM, SETTINGS)
-    ground, decision = race(PROBLEM, copied(snapshot), [rate(1e-4), rate(30.0)])
+    state, decision = first_round(PROBLEM, copied(snapshot), [rate(1e-4), rate(30.0)])
     assert decision.verdict == "kept" and decision.changes == {}
-    assert as_bytes(ground.reached.state) == as_bytes(last(PROBLEM, snapshot, 40).state)
+    assert as_bytes(state.reached.state) == as_bytes(last(PROBLEM, snapshot, 40).state)
 
 
 def test_where_all_diverge_it_goes_nowhere_and_lowers_the_rates():
@@ -117,10 +131,10 @@ def test_where_all_diverge_it_goes_nowhere_and_lowers_the_rates():
     problem = workload(20_000)
     snapshot = begin(problem, settings)
     before = as_bytes(snapshot.state._replace(hparams={}))
-    ground, decision = race(problem, snapshot, [rate(500.0)])
-    after = ground.reached
+    state, decision = first_round(problem, snapshot, [rate(500.0)])
+    after = state.reached
     assert decision.verdict == "rolled back" and decision.left_out is None
-    assert decision.changes == {"outer_learning_rate": [900.0, 225.0]} and decision.gained == 0
+    assert decision.changes == {"outer_learning_rate": (900.0, 225.0)} and decision.gained == 0
     assert as_bytes(after.state._replace(hparams={})) == before and after.examples == 0
     assert float(after.state.hparams["outer_learning_rate"]) == 225.0
 
@@ -128,13 +142,14 @@ def test_where_all_diverge_it_goes_nowhere_and_lowers_the_rates():
 def test_a_batch_that_gives_no_number_is_left_out_and_the_rates_are_not_touched():
     problem = workload(2000, bad={13})
     snapshot = begin(problem, SLOW)
-    ground, decision = race(problem, snapshot, [rate(0.2)])
+    state, decision = first_round(problem, snapshot, [rate(0.2)])
     assert decision.verdict == "rolled back" and decision.left_out == (12, 16)
-    assert decision.changes == {} and ground.reached.examples == 0
-    assert as_bytes(ground.reached.state) == as_bytes(snapshot.state)
-    ground, decision = decide(problem, ground, [rate(0.2)], CONFIG, skip=frozenset({(12, 16)}))
+    assert decision.changes == {} and state.reached.examples == 0
+    assert state.snapshot.left_out == {(12, 16)}
+    assert as_bytes(state.reached.state) == as_bytes(snapshot.state)
+    state, decision = run_round(problem, state, [rate(0.2)], CONFIG)
     assert decision.verdict == "accepted" and decision.left_out is None
-    assert ground.reached.examples == 40
+    assert state.reached.examples == 40
 
 
 def test_a_change_that_cannot_be_run_is_worse_and_says_why():
@@ -145,20 +160,20 @@ def test_a_change_that_cannot_be_run_is_worse_and_says_why():
 
     problem = PROBLEM._replace(sample=sample)
     five = Change({"batch_size": 5}, "batch_size", "efficiency", "batch_size 4 to 5")
-    _, decision = race(problem, begin(problem, SLOW), [five, rate(0.2)])
-    refused, better = decision.evidence
-    assert refused["verdict"] == "worse" and refused["error"] == "5 does not divide"
-    assert better["accepted"] and better["error"] == ""
+    _, decision = first_round(problem, begin(problem, SLOW), [five, rate(0.2)])
+    refused, better = decision.trials
+    assert refused.verdict == "worse" and refused.error == "5 does not divide"
+    assert better.accepted and better.error == ""
 
 
-def test_a_start_without_a_finite_loss_is_no_ground_to_decide_on():
+def test_a_start_without_a_finite_loss_is_no_state_to_decide_on():
     snapshot = begin(PROBLEM, SETTINGS)
     params = {"params": jnp.full(6, jnp.nan)}
     with pytest.raises(FloatingPointError):
-        stand(PROBLEM, snapshot._replace(state=snapshot.state._replace(meta_params=params)))
+        begin_search(PROBLEM, snapshot._replace(state=snapshot.state._replace(meta_params=params)))
 
 
-def test_a_race_that_is_given_up_leaves_its_start_whole():
+def test_a_round_that_is_given_up_leaves_its_start_whole():
     snapshot, calls = begin(PROBLEM, SETTINGS), itertools.count()
 
     def check():
@@ -167,28 +182,232 @@ def test_a_race_that_is_given_up_leaves_its_start_whole():
 
     before = as_bytes(snapshot.state)
     with pytest.raises(KeyboardInterrupt):
-        race(PROBLEM, snapshot, [rate(0.1)], check=check)
+        first_round(PROBLEM, snapshot, [rate(0.1)], check=check)
     assert as_bytes(snapshot.state) == before
 
 
-def test_trials_that_the_loss_judges_do_not_race_the_clock(monkeypatch):
-    """The better loss wins, though it took longer by the clock."""
-    snapshot = begin(PROBLEM, SLOW)
+def test_what_the_loss_judges_does_not_depend_on_the_clock():
+    """The better loss wins, though it took longer."""
 
-    def slowed(workload, snapshot, change, *args, **options):
-        found = try_change(workload, snapshot, change, *args, **options)
-        return found._replace(seconds=99.0 if change == rate(0.5) else found.seconds)
+    def sample(settings, position):
+        time.sleep(0.02 if settings["outer_learning_rate"] == 0.5 else 0.0)
+        return quadratic.sample(settings, position)
 
-    monkeypatch.setattr("metaopt.self_improvement.trials.try_change", slowed)
-    ground, _ = race(PROBLEM, snapshot, [rate(0.05), rate(0.5)])
-    assert ground.snapshot.settings["outer_learning_rate"] == 0.5
+    problem = PROBLEM._replace(sample=sample)
+    state, decision = first_round(problem, begin(problem, SLOW), [rate(0.05), rate(0.5)])
+    assert state.snapshot.settings["outer_learning_rate"] == 0.5
+    quick, slow = decision.trials
+    assert slow.seconds > 5 * quick.seconds
 
 
 def test_a_trial_of_a_single_step_is_timed_as_well():
-    found = try_change(PROBLEM, begin(PROBLEM, SETTINGS | {"batch_size": 64}), None, 40, 0)
+    found = run_trial(PROBLEM, begin(PROBLEM, SETTINGS | {"batch_size": 64}), None, 40, 0)
     assert found.examples == 64 and 1e-6 < found.seconds < 10
 
 
 def test_rates_are_lowered_within_their_bounds():
     snapshot = begin(PROBLEM, SETTINGS | {"outer_learning_rate": 2e-5})
     assert lowered(PROBLEM, snapshot).settings["outer_learning_rate"] == quadratic.RATE.low
+
+
+def trial(losses, seconds, score=None, examples=100):
+    change = score and Change({}, "x", score, "x")
+    return Trial(change, None, np.asarray(losses, np.float64), seconds, examples)  # type: ignore[arg-type]
+
+
+SPREAD = np.linspace(-0.01, 0.01, 16)
+
+
+@pytest.mark.parametrize(
+    ("score", "fall", "seconds", "outcome"),
+    [
+        ("loss", 0.5, 9.0, "better"),
+        ("loss", -0.5, 0.1, "worse"),
+        ("loss", 0.001, 0.1, "noise"),  # within the margin
+        ("loss", np.nan, 1.0, "worse"),
+        ("efficiency", 0.0, 0.5, "better"),  # the same loss in half of the time
+        ("efficiency", 0.0, 2.0, "worse"),
+        ("efficiency", 0.0, 0.95, "noise"),
+        ("efficiency", -0.12, 0.88, "better"),  # the same a second, and the run ends sooner
+        ("efficiency", -0.06, 0.94, "noise"),
+        ("efficiency", np.inf, 0.1, "worse"),
+        ("throughput", 0.0, 0.8, "better"),
+        ("throughput", 0.0, 0.99, "noise"),
+        ("throughput", 0.0, 1.5, "noise"),
+        ("throughput", -0.5, 0.1, "worse"),
+    ],
+)
+def test_each_score_judges_what_it_says(score, fall, seconds, outcome):
+    before, unchanged = np.full(16, 3.0), trial(np.full(16, 2.0), 1.0)
+    found, _ = judge(before, unchanged, trial(2.0 - fall + SPREAD, seconds, score), margin=0.002)
+    assert found.outcome == outcome
+
+
+def a_round(unchanged=2.0, **seconds):
+    return TrialRound(np.full(16, 3.0), trial(np.full(16, unchanged), 1.0, **seconds), margin=0.002)
+
+
+def entered(found, setting, loss, *, score="loss", seconds=1.0, direction=0, level=0):
+    change = Change({setting: loss}, setting, score, setting, direction, level)
+    found.enter(trial(loss + SPREAD, seconds)._replace(change=change))
+    return change
+
+
+def test_the_better_of_several_settings_are_tried_together_the_others_not():
+    found = a_round()
+    a = entered(found, "a", 1.5)
+    entered(found, "a", 1.7)
+    b = entered(found, "b", 1.8)
+    entered(found, "c", 1.9)  # a fifth of the best difference
+    entered(found, "d", 2.5)
+    assert found.together() == Change({"a": 1.5, "b": 1.8}, "a and b", "loss", "a; b", parts=(a, b))
+    together = entered(found, "a and b", 1.4)
+    assert found.best is not None and found.best.change == together
+    alone = a_round()
+    entered(alone, "a", 1.5)
+    assert alone.together() is None and a_round().together() is None
+
+
+def test_the_other_direction_is_not_tried_where_one_was_better():
+    found = a_round()
+    entered(found, "a", 1.5, direction=1)
+    entered(found, "b", 2.5, direction=1)
+    down = Change({"a": 0.0}, "a", "loss", "", direction=-1)
+    assert found.is_needless(down) and not found.is_needless(down._replace(setting="b"))
+    assert not found.is_needless(down._replace(direction=1)) and not found.is_needless(
+        down._replace(direction=0)
+    )
+
+
+def test_nothing_is_tried_after_what_makes_all_else_much_quicker():
+    found = a_round()
+    entered(found, "a", 1.9, score="efficiency", seconds=0.9)
+    assert not found.is_needless(Change({}, "b", "loss", ""))
+    entered(found, "a", 1.9, score="efficiency", seconds=0.5)
+    assert found.is_needless(Change({}, "b", "loss", ""))
+
+
+@pytest.mark.parametrize(
+    ("direction", "level", "loss", "wins"),
+    [(-1, 1, 2.001, True), (1, 1, 2.001, False), (-1, 0, 2.001, False), (-1, 1, 2.5, False)],
+)
+def test_of_what_refines_the_smaller_wins_a_tie(direction, level, loss, wins):
+    found = a_round()
+    entered(found, "a", loss, direction=direction, level=level)
+    assert (found.best is not None) == wins
+    assert [trial.accepted for trial in found.trials()] == [wins]
+
+
+BUDGETED = TrialConfig(examples=0.02, longer=4.0, anneal=0.25, least_steps=4)
+START = begin(PROBLEM, SETTINGS)
+
+
+def of_rate(value, direction=0, level=0):
+    return Change(
+        {"outer_learning_rate": value}, "outer_learning_rate", "loss", "", direction, level
+    )
+
+
+def afforded(changes, **options):
+    found, size = affordable(PROBLEM, options.pop("at", START), changes, BUDGETED, **options)
+    return [change.direction for change in found], size
+
+
+COARSE = [of_rate(1.0, 1), of_rate(0.1, -1)]
+FINE = [of_rate(0.3, -1, 1), of_rate(0.6, 1, 1)]
+
+
+@pytest.mark.parametrize(
+    ("budget", "expected"),
+    [
+        (110, ([1, -1], 40)),  # 40 examples and 10 to anneal, three times; 40 are gone on with
+        (109, ([1], 40)),
+        (60, ([1], 40)),
+        (59, ([], 0)),
+    ],
+)
+def test_the_first_round_pays_for_the_trial_without_a_change_but_not_for_the_best(budget, expected):
+    assert afforded(COARSE, budget=budget) == expected
+
+
+def test_the_next_round_pays_for_its_own_trials_alone():
+    assert afforded(COARSE, budget=100, size=40) == ([1, -1], 40)
+    assert afforded(COARSE, budget=99, size=40) == ([1], 40)
+    assert afforded(COARSE, budget=49, size=40) == ([], 40)
+    assert afforded(COARSE, budget=-200, size=40) == ([], 40)  # overdrawn
+
+
+def test_a_trial_of_several_settings_together_is_paid_for():
+    decay = Change({"weight_decay": 0.1}, "weight_decay", "loss", "")
+    assert afforded([*COARSE, decay], budget=210) == ([1, -1, 0], 40)  # five trials, less 40
+    assert afforded([*COARSE, decay], budget=209) == ([1, -1], 40)
+    assert afforded([*COARSE, decay], budget=200, size=40) == ([1, -1, 0], 40)
+    assert afforded([*COARSE, decay], budget=199, size=40) == ([1, -1], 40)
+
+
+@pytest.mark.parametrize(
+    ("budget", "expected"),
+    [
+        (440, ([-1, 1], 160)),  # three of 160 and 40, of which 160 are gone on with
+        (439, ([-1], 160)),
+        (240, ([-1], 160)),
+        (180, ([-1], 120)),  # the last one is shorter
+        (120, ([-1], 80)),
+        (119, ([-1], 40)),  # no longer than before: one more of those
+        (49, ([], 40)),
+    ],
+)
+def test_what_refines_has_longer_trials_or_fewer(budget, expected):
+    assert afforded(FINE, budget=budget, size=40) == expected
+
+
+def test_short_trials_are_not_believed_where_they_say_larger():
+    assert afforded(FINE[1:], budget=119, size=40) == ([], 40)
+    assert afforded(FINE[1:], budget=120, size=40) == ([1], 80)
+
+
+def test_trials_do_not_become_shorter_within_a_search():
+    assert afforded(COARSE, budget=1000, size=160) == ([1, -1], 160)
+
+
+def test_where_the_coarser_of_what_refines_cannot_be_believed_the_finer_is_tried():
+    decay = Change({"weight_decay": 0.1}, "weight_decay", "loss", "", -1, 2)
+    assert afforded([FINE[1], decay], budget=119, size=40) == ([-1], 40)
+
+
+def test_nothing_is_refined_while_something_coarse_is_left():
+    assert afforded(FINE + COARSE, budget=1000) == ([1, -1], 40)
+
+
+def test_nothing_is_asked_for_after_the_end_of_the_run():
+    assert afforded(COARSE, budget=1000, at=START._replace(examples=1942)) == ([1, -1], 40)
+    assert afforded(COARSE, budget=1000, at=START._replace(examples=1943)) == ([], 0)
+    late = START._replace(examples=1880)
+    assert afforded(FINE, budget=1000, size=40, at=late) == ([-1], 89)
+
+
+def test_only_changes_that_leave_a_trial_enough_steps_are_possible():
+    batch = Change({"batch_size": 10}, "batch_size", "efficiency", "")
+    more = dataclasses.replace(BUDGETED, least_steps=5)
+    assert BUDGETED.judges(PROBLEM, SETTINGS, batch)  # 40 examples are 4 steps
+    assert not more.judges(PROBLEM, SETTINGS, batch)
+    assert more.judges(PROBLEM, SETTINGS, batch._replace(level=1))
+    large = batch._replace(settings={"batch_size": 40}, level=1)
+    assert affordable(PROBLEM, START, [large], BUDGETED, 240, size=40) == ([large], 160)
+    assert affordable(PROBLEM, START, [large], BUDGETED, 120, size=40) == ([], 80)  # of 2 steps
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"examples": 0.0}, {"anneal": -1.0}, {"least_steps": 0}, {"longer": 0.5}]
+)
+def test_configs_that_cannot_be_are_refused(wrong):
+    with pytest.raises(UserError):
+        TrialConfig(**wrong)
+
+
+def test_what_waits_comes_when_nothing_before_it_is_possible():
+    late = of_rate(0.5, 0, 1)._replace(rank=1)
+    assert afforded([*FINE, late], budget=1000) == ([-1, 1], 160)
+    assert afforded([late], budget=1000) == ([0], 160)
+    large = Change({"batch_size": 16}, "batch_size", "efficiency", "", 1)  # not four steps in 40
+    assert afforded([large, late], budget=1000) == ([0], 160)

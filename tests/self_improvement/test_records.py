@@ -9,7 +9,7 @@ from metaopt.errors import UserError
 from metaopt.files import read_json_lines, write_json_lines
 from metaopt.self_improvement.loop import LoopConfig, run
 from metaopt.self_improvement.memory import Memory, RunRecord
-from metaopt.self_improvement.records import known_decisions
+from metaopt.self_improvement.records import past_search
 from metaopt.self_improvement.trials import TrialConfig
 from metaopt.self_improvement.workload import Choice, Scale, known_settings
 
@@ -74,7 +74,7 @@ def other_rate(line):
 
 def other_rates(line):
     """With evidence that agrees."""
-    for entry in line["evidence"]:
+    for entry in line["trials"]:
         entry["settings"][RATE] *= 1e9
     line["changes"][RATE][1] *= 1e9
     return line
@@ -82,18 +82,18 @@ def other_rates(line):
 
 def entry_with(**fields):
     def change(line):
-        line["evidence"][0] |= fields
+        line["trials"][0] |= fields
         return line
 
     return change
 
 
 DAMAGES = [
-    ("decisions.jsonl", other_rate, "to 0.24 is none that its evidence accepts"),
-    ("decisions.jsonl", entry_with(verdict="beter"), "in its evidence, 'verdict' is"),
-    ("decisions.jsonl", entry_with(way=7), "no change that was tried"),
+    ("decisions.jsonl", other_rate, "to 0.24 is none that a trial accepts"),
+    ("decisions.jsonl", entry_with(verdict="beter"), "in its trials, 'verdict' is"),
+    ("decisions.jsonl", entry_with(direction=7), "no change that was tried"),
     ("decisions.jsonl", entry_with(settings={}), "no change that was tried"),
-    ("decisions.jsonl", lambda x: x | {"changes": {RATE: [0.02]}}, "not from one value to another"),
+    ("decisions.jsonl", lambda x: x | {"changes": {RATE: [0.02]}}, "of the wrong type"),
     ("decisions.jsonl", lambda x: x | {"left_out": [8, 4]}, "no stretch of examples"),
     *[("decisions.jsonl", lambda x, n=n: x | {n: -3}, f"'{n}' is -3, below 0") for n in NUMBERS],
     ("metrics.jsonl", lambda x: x | {"tokens": -3}, "'tokens' is -3, below 0"),
@@ -114,7 +114,7 @@ def test_a_damaged_line_that_is_needed_is_refused_by_file_and_line(
 
 
 @pytest.mark.parametrize(
-    "change", [None, other_rate, other_rates, entry_with(way=7), lambda x: x | {"gained": -3}]
+    "change", [None, other_rate, other_rates, entry_with(direction=7), lambda x: x | {"gained": -3}]
 )
 def test_a_decision_of_an_open_search_is_made_again_where_its_line_is_damaged(
     tmp_path, straight, in_search, change, capfd
@@ -131,7 +131,7 @@ def test_a_reason_says_the_rule_and_the_threshold(straight):
         rule = {"accepted": "the margin of 0.0", "kept": "95 % interval and a margin of 0.0"}
         assert rule[line["verdict"]] in line["reason"]
         if line["verdict"] == "accepted":
-            (chosen,) = (e for e in line["evidence"] if e["accepted"])
+            (chosen,) = (e for e in line["trials"] if e["accepted"])
             assert f"loss {chosen['difference']:.3g} ± {chosen['ci95']:.2g}" in line["reason"]
 
 
@@ -139,9 +139,10 @@ def test_what_a_memory_holds_is_used_only_where_it_is_sound(tmp_path, straight, 
     lines = read_json_lines(straight[0] / "decisions.jsonl")
     for line in lines:
         del line["name"], line["checksum"]
-    assert len(known_decisions(lines)) == len(lines) > 0
-    assert known_decisions([*lines, lines[0] | {"size": -1}]) == []
-    assert known_decisions([lines[0] | {"seconds": float("nan")}]) == []
+    known = past_search(lines)
+    assert known is not None and len(known) == len(lines) > 0
+    assert past_search([*lines, lines[0] | {"size": -1}]) is None
+    assert past_search([lines[0] | {"seconds": float("nan")}]) is None
     memory = Memory(tmp_path / "memory.sqlite")
     record = RunRecord(name="a", task={}, settings={RATE: 0.1}, loss=1.0, tokens=10, seconds=1.0)
     for tokens in (-1.0, 5.0):

@@ -1,0 +1,433 @@
+import functools
+import json
+import time
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import noisy_quadratic as quadratic
+import numpy as np
+import pytest
+from noisy_quadratic import SETTINGS, as_bytes, workload
+
+from metaopt.errors import UserError
+from metaopt.files import read_json_lines
+from metaopt.outer_step import mean_over_tasks
+from metaopt.parallel import AXIS, default_devices, parallel_step, replicate
+from metaopt.self_improvement.autotune import (
+    beyond_noise,
+    compile_program,
+    fastest,
+    tune_options,
+)
+from metaopt.self_improvement.loop import LoopConfig, run
+from metaopt.self_improvement.trials import Change, TrialConfig
+from metaopt.self_improvement.workload import begin
+
+MIB = 2**20
+
+
+class Machine:
+    """Programs that take known times on a clock of their own, and note what is done to them."""
+
+    def __init__(self, seconds, memory=lambda settings: MIB, compiling=1.0, seed=0):
+        self.seconds, self.memory, self.compiling = seconds, memory, compiling
+        self.now, self.rng = 0.0, np.random.default_rng(seed)
+        self.compiled, self.ran = [], []
+
+    def build(self, settings):
+        if settings.get("microbatch") == 3:
+            raise UserError("16 does not divide by 3")
+
+        def lower():
+            return SimpleNamespace(compile=lambda: self.compile(settings))
+
+        return SimpleNamespace(lower=lower), ()
+
+    def compile(self, settings):
+        machine = self
+        self.now += self.compiling
+        self.compiled.append(dict(settings))
+
+        class Program:
+            args_info = ((), {})
+
+            def memory_analysis(self):
+                sizes = dict.fromkeys(("argument_size_in_bytes", "output_size_in_bytes"), 0)
+                return SimpleNamespace(temp_size_in_bytes=machine.memory(settings), **sizes)
+
+            def __call__(self):
+                machine.ran.append(dict(settings))
+                machine.now += machine.seconds(settings) * np.exp(0.03 * machine.rng.normal())
+
+        return Program()
+
+    def tune(self, space, start, memory_budget=10 * MIB, seconds_budget=1e9, **options):
+        return tune_options(
+            self.build,
+            space,
+            start,
+            memory_budget=memory_budget,
+            seconds_budget=seconds_budget,
+            **options,
+        )
+
+
+@pytest.fixture
+def use(monkeypatch):
+    """Makes the clock of a machine the clock."""
+
+    def use(machine):
+        monkeypatch.setattr(time, "perf_counter", lambda: machine.now)
+        return machine
+
+    return use
+
+
+SPACE = {"microbatch": (1, 2, 4, 8, 16), "remat": (True, False), "precision": ("f32", "bf16")}
+START = {"microbatch": 1, "remat": True, "precision": "f32", "unvaried": 5}
+
+
+def cost(settings):
+    """The best are microbatches of 8; recomputing costs a third, bfloat16 helps a little."""
+    seconds = {1: 1.0, 2: 0.6, 4: 0.4, 8: 0.3, 16: 0.36}[settings["microbatch"]]
+    return (
+        seconds
+        * (4 / 3 if settings["remat"] else 1)
+        * (0.9 if settings["precision"] == "bf16" else 1)
+    )
+
+
+def activations(settings):
+    return MIB * settings["microbatch"] * (0.5 if settings["remat"] else 1)
+
+
+def test_what_only_pays_together_is_found(use):
+    together = {"a": 1, "b": 1}
+    machine = use(Machine(lambda s: 0.5 if s == together else 1.0 + 0.2 * (s["a"] + s["b"])))
+    found = machine.tune({"a": (0, 1), "b": (0, 1)}, {"a": 0, "b": 0})
+    assert found.settings == together
+
+
+def test_the_best_of_the_space_is_found_and_nothing_is_compiled_twice(use):
+    for seed in range(10):
+        machine = use(Machine(cost, seed=seed))
+        found = machine.tune(SPACE, START)
+        assert found.settings == {**START, "microbatch": 8, "remat": False, "precision": "bf16"}
+        assert len(machine.compiled) == len({str(s) for s in machine.compiled})
+        json.dumps([record._asdict() for record in found.timings])
+        (best,) = [e for e in found.timings if e.verdict == "adopted"]
+        assert best.settings == found.settings
+        assert best.items_per_second == pytest.approx(1 / 0.27, rel=0.05)
+        assert best.lower <= best.seconds <= best.upper and best.rounds == 16
+        assert best.bytes == MIB and best.compile_seconds == 1.0
+        assert found.timings[0].settings == START and found.timings[0].verdict == "replaced"
+        assert {e.verdict for e in found.timings[1:]} <= {"adopted", "slower"}
+
+
+def test_what_is_over_the_memory_is_never_run(use):
+    machine = use(Machine(cost, activations))
+    found = machine.tune(SPACE, START, memory_budget=3 * MIB)
+    # With remat 4 fit, without it 2: 0.4 s · 4/3 against 0.6 s.
+    assert found.settings == {**START, "microbatch": 4, "precision": "bf16"}
+    assert all(activations(settings) <= 3 * MIB for settings in machine.ran)
+    over = [e for e in found.timings if e.verdict == "over memory"]
+    assert {e.settings["microbatch"] for e in over} == {4, 8, 16}
+    assert "takes 4.0 MiB of a budget of 3.0 MiB" in over[0].reason
+
+
+def test_a_start_that_does_not_fit_gives_way_to_the_nearest_that_does(use):
+    machine = use(Machine(cost, activations))
+    start = {**START, "microbatch": 16, "remat": False}
+    found = machine.tune(SPACE, start, memory_budget=3 * MIB)
+    assert found.settings == {**START, "microbatch": 4, "precision": "bf16"}
+    assert found.timings[0].verdict == "over memory"
+    assert found.timings[0].settings == start
+    with pytest.raises(UserError, match=r"for the start, it takes 16.0 MiB of a budget of 1.0 KiB"):
+        machine.tune(SPACE, start, memory_budget=1024)
+
+
+def test_refused_settings_are_gone_past(use):
+    machine = use(Machine(lambda s: 1 / s["microbatch"]))
+    found = machine.tune({"microbatch": (1, 3, 4)}, {"microbatch": 1})
+    assert found.settings == {"microbatch": 4}
+    (refused,) = [e for e in found.timings if e.verdict == "refused"]
+    assert refused.settings == {"microbatch": 3} and refused.reason == "16 does not divide by 3"
+    with pytest.raises(UserError, match="remat: may be varied, but has no value"):
+        machine.tune(SPACE, {"microbatch": 1, "precision": "f32"})
+
+
+def test_items_a_second_count_not_calls(use):
+    machine = use(Machine(lambda s: s["batch"] ** 0.5))
+    found = machine.tune({"batch": (1, 4, 16)}, {"batch": 1}, items=lambda s: s["batch"])
+    assert found.settings == {"batch": 16}
+    best = next(e for e in found.timings if e.verdict == "adopted")
+    assert best.items_per_second == pytest.approx(4, rel=0.05)
+    assert best.seconds == pytest.approx(4, rel=0.05)
+
+
+@pytest.mark.parametrize("budget", [0.0, 3.0, 10.0, 30.0, 100.0])
+def test_the_budget_holds_but_for_what_has_begun(budget, use):
+    machine = use(Machine(cost))
+    found = machine.tune(SPACE, START, seconds_budget=budget)
+    # The start is compiled and called in any case; then a compilation, a first call and a
+    # round of all may be under way.
+    assert machine.now <= budget + 2.5 + 1 + 1.4 + sum(map(cost, (START, START)))
+    assert cost(found.settings) <= cost(START)
+    if budget == 100:
+        assert cost(found.settings) < 0.5 * cost(START)
+
+
+def test_between_equals_the_start_stays(use):
+    changed = 0
+    for seed in range(30):
+        machine = use(Machine(lambda settings: 1.0, seed=seed))
+        changed += machine.tune(SPACE, START).settings != START
+    assert changed <= 3
+
+
+def test_the_nearest_to_the_start_come_first_and_leave_time_to_compare_them(use):
+    machine = use(Machine(cost))
+    found = machine.tune(SPACE, START, seconds_budget=25.0)
+    differing = [sum(s[name] != START[name] for name in SPACE) for s in machine.compiled]
+    assert differing == sorted(differing) and 2 < len(machine.compiled) < 20
+    assert {e.verdict for e in found.timings[len(machine.compiled) :]} == {"no time"}
+    assert found.timings[0].rounds >= 5 and cost(found.settings) < cost(START)
+
+
+def test_donated_arguments_survive_the_trials():
+    devices = default_devices(2)
+    state = replicate({"w": jnp.ones(4)}, devices)
+
+    def step(state, x):
+        return jax.tree.map(lambda w: w + jax.lax.pmean(x.sum(), AXIS), state), x.sum()
+
+    def build(settings):
+        return parallel_step(step, devices), (state, np.ones((2, settings["size"]), np.float32))
+
+    found = tune_options(
+        build, {"size": (1, 2)}, {"size": 1}, memory_budget=0.5, seconds_budget=10.0
+    )
+    timed = [e for e in found.timings if e.rounds > 1]
+    assert {e.settings["size"] for e in timed} == {1, 2}
+    np.testing.assert_array_equal(state["w"], np.ones(4))
+    args = (state, np.ones((2, 1), np.float32))
+    donated = jax.tree.leaves(compile_program(parallel_step(step, devices), *args).args_info)
+    assert [info.donated for info in donated] == [True, False]
+
+
+def test_a_real_meta_batch_in_a_scan_is_found_to_be_faster_under_vmap():
+    """4096 tiny tasks, at first one by one: on a quiet machine more than 10 times slower."""
+    w, x = jnp.eye(4), jnp.ones((4096, 2, 4))
+
+    def build(settings):
+        def loss(w, x):
+            layer = lambda x: jnp.tanh(x @ w)  # noqa: E731
+            layer = jax.checkpoint(layer) if settings["remat"] else layer
+            return jnp.mean(layer(layer(x)) ** 2)
+
+        def grad(w, x):
+            return mean_over_tasks(
+                lambda x: jax.grad(loss)(w, x), (x,), settings["tasks_at_a_time"]
+            )
+
+        return grad, (w, x)
+
+    start = {"tasks_at_a_time": 1, "remat": True}
+    space = {"tasks_at_a_time": (1, 5, 4096), "remat": (True, False)}
+    found = tune_options(
+        build, space, start, memory_budget=0.5, seconds_budget=60.0, items=lambda _: 4096, rounds=8
+    )
+    assert found.settings["tasks_at_a_time"] == 4096
+    of = {(e.settings["tasks_at_a_time"], e.settings["remat"]): e for e in found.timings}
+    together, alone, uneven = of[4096, True], of[1, True], of[5, True]
+    assert together.items_per_second > alone.items_per_second
+    assert "5 at a time" in uneven.reason and uneven.verdict == "refused"
+    assert together.bytes > x.nbytes
+
+
+class Clock:
+    """Time that passes only where a fake function takes it."""
+
+    def __init__(self):
+        self.now, self.calls = 0.0, []
+
+    def __call__(self):
+        return self.now
+
+    def takes(self, name, seconds):
+        def function():
+            self.calls.append(name)
+            self.now += seconds() if callable(seconds) else seconds
+
+        return function
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(time, "perf_counter", clock)
+    return clock
+
+
+def noisy(rng, seconds, noise=0.05):
+    return lambda: seconds * np.exp(noise * rng.normal())
+
+
+def test_beyond_noise_is_a_sign_test():
+    ones, twos = [1.0] * 8, [2.0] * 8
+    assert beyond_noise(ones, twos) and not beyond_noise(twos, ones)
+    assert not beyond_noise(ones, ones) and not beyond_noise([], [])
+    assert not beyond_noise(ones[:4], twos[:4]) and beyond_noise(ones[:5], twos[:5])
+    hiccups = [9.0, *ones[1:]]
+    assert beyond_noise(hiccups, twos)  # 7 of 8: 9/256
+    assert not beyond_noise([9.0, *hiccups[:-1]], twos)  # 6 of 8: 37/256
+    assert beyond_noise(ones, [1.03] * 8, 0.02) and not beyond_noise(ones, [1.01] * 8, 0.02)
+
+
+def test_the_faster_one_wins_whatever_its_place(clock):
+    rng = np.random.default_rng(0)
+    for _ in range(30):
+        seconds = {"a": 1.0, "b": 0.7, "c": 2.0, "d": 0.9, "e": 1.5}
+        functions = {n: clock.takes(n, noisy(rng, seconds[n])) for n in rng.permutation([*"abcde"])}
+        found = fastest(functions, "a")
+        assert found.winner == "b"
+        assert found.verdicts["a"] == "replaced" and found.verdicts["b"] == "adopted"
+        assert found.timings["b"].median == pytest.approx(0.7, rel=0.1)
+
+
+def test_equals_seldom_replace_the_incumbent(clock):
+    rng = np.random.default_rng(1)
+    changed = 0
+    for _ in range(200):
+        functions = {name: clock.takes(name, noisy(rng, 1.0)) for name in "abcdef"}
+        changed += fastest(functions, "c").winner != "c"
+    assert changed <= 10  # 5 %
+
+
+def test_a_busy_moment_neither_makes_nor_breaks_a_winner(clock):
+    slow = iter([0.7] * 4 + [7.0] + [0.7] * 20)
+    found = fastest({"a": clock.takes("a", 1.0), "b": clock.takes("b", lambda: next(slow))}, "a")
+    assert found.winner == "b"
+    slow = iter([1.0] * 4 + [9.0] + [1.0] * 20)
+    found = fastest({"a": clock.takes("a", lambda: next(slow)), "b": clock.takes("b", 1.0)}, "a")
+    assert found.winner == "a"
+
+
+def test_what_is_slower_leaves_early(clock):
+    times = {"a": 1.0, "b": 0.5, "c": 2.0, "d": 0.8, "e": 3.0, "f": 0.9}
+    found = fastest({name: clock.takes(name, s) for name, s in times.items()}, "a", rounds=8)
+    rounds = {name: len(timing.samples) for name, timing in found.timings.items()}
+    # The warm-up is not counted; after 2 rounds 3 of 5 challengers go on, after 4 two, after 8 ...
+    assert rounds == {"a": 8, "b": 8, "c": 2, "d": 8, "e": 2, "f": 4}
+    assert clock.calls.count("c") == 3 and "".join(clock.calls[:6]) == "abcdef"
+    assert found.verdicts == {
+        **{"a": "replaced", "b": "adopted", "c": "slower"},
+        **{"d": "slower", "e": "slower", "f": "slower"},
+    }
+    alone = fastest({"a": clock.takes("a", 1.0), "b": clock.takes("b", 1.5)}, "a")
+    assert len(alone.timings["a"].samples) == 2  # nobody is left to race with
+
+
+def test_the_budget_holds_and_without_evidence_nothing_changes(clock):
+    functions = {"a": clock.takes("a", 1.0), "b": clock.takes("b", 0.5)}
+    found = fastest(functions, "a", seconds_budget=5.0)
+    assert clock.now <= 5.0 and found.winner == "a"
+    assert len(found.timings["b"].samples) == 2 and found.verdicts["b"] == "noise"
+    clock.now = 0.0
+    assert fastest(functions, "a", seconds_budget=9.0).winner == "b" and clock.now <= 9.0
+    assert fastest(functions, "a", seconds_budget=0.0).verdicts["b"] == "not timed"
+
+
+def test_seconds_an_item_count(clock):
+    functions = {"a": clock.takes("a", 1.0), "b": clock.takes("b", 3.0)}
+    found = fastest(functions, "a", items={"a": 1.0, "b": 4.0})
+    assert found.winner == "b" and found.timings["b"].median == 0.75
+
+
+def test_short_functions_are_called_until_a_round_can_be_timed(clock):
+    functions = {"a": clock.takes("a", 0.001), "b": clock.takes("b", 0.0005)}
+    found = fastest(functions, "a", rounds=8)
+    assert clock.calls.count("a") == clock.calls.count("b") == 1 + 8 * 10
+    assert found.winner == "b" and found.timings["b"].median == pytest.approx(0.0005)
+
+
+def test_bad_comparisons_are_refused():
+    with pytest.raises(UserError, match="fewer than 5"):
+        fastest({"a": lambda: None}, "a", rounds=4)
+    with pytest.raises(UserError, match="'z' is not among a"):
+        fastest({"a": lambda: None}, "z")
+
+
+OPTIONS = {"wait": (2, 0, 20, -1)}  # milliseconds
+CONFIG = LoopConfig(
+    phases=(0.0,),
+    shares=(0.2,),
+    assess_every=1.0,
+    options_seconds=20.0,
+    trials=TrialConfig(examples=0.05),
+)
+WAITING = SETTINGS | {"wait": 2}
+
+
+@functools.cache
+def waiting(milliseconds):
+    """The step, after a while."""
+
+    @jax.jit
+    def step(state, batch):
+        def wait(x):
+            time.sleep(milliseconds / 1000)
+            return x
+
+        if milliseconds:
+            batch = jax.pure_callback(wait, jax.ShapeDtypeStruct(batch.shape, batch.dtype), batch)
+        return quadratic.update(state, batch)
+
+    return step
+
+
+def step_of(settings):
+    if settings["wait"] < 0:
+        raise UserError("nobody waits for less than nothing")
+    return waiting(settings["wait"])
+
+
+def problem(**changes):
+    return workload(400, step=step_of, execution_options=OPTIONS, **changes)
+
+
+def test_the_fastest_options_are_found_before_anything_else_and_gives_the_same(tmp_path):
+    still = problem(space={})
+    outcome = run(still, WAITING, directory=tmp_path / "found", config=CONFIG)
+    (decision,) = outcome.decisions
+    verdicts = {e.settings["wait"]: e.verdict for e in decision.timings}
+    assert set(verdicts) == {-1, 0, 2, 20} and verdicts[-1] == "refused"
+    assert decision.verdict == "accepted" and decision.changes == {"wait": (2, 0)}
+    assert decision.examples == 0 and decision.trial_examples == 0
+    (line,) = read_json_lines(tmp_path / "found" / "decisions.jsonl")
+    assert line["reason"] == "steps are faster: wait 2 to 0"
+    calm = LoopConfig(phases=(), shares=(), assess_every=1.0)
+    plain = run(still, WAITING, directory=tmp_path / "plain", config=calm)
+    assert plain.decisions == [] and plain.snapshot.settings["wait"] == 2
+    assert as_bytes(outcome.snapshot.state) == as_bytes(plain.snapshot.state)
+
+
+def test_another_batch_is_computed_with_the_options_that_are_fastest_for_it(tmp_path):
+    def propose(snapshot, decisions, phase):
+        better = {"batch_size": 4, "outer_learning_rate": 0.5}
+        known = snapshot.settings["batch_size"] == 4
+        return [] if known else [Change(better, "batch_size", "loss", "a batch of 4")]
+
+    start = WAITING | {"batch_size": 1, "outer_learning_rate": 0.001}
+    found = run(problem(), start, directory=tmp_path, config=CONFIG, proposer=propose)
+    assert [d.kind for d in found.decisions] == ["execution options", "search", "execution options"]
+    before, search, after = found.decisions
+    assert before.changes == {"wait": (2, 0)} and search.verdict == "accepted"
+    assert after.verdict == "kept" and before.examples == 0 < after.examples
+    assert all(entry.settings.keys() == {"wait"} for entry in after.timings)
+
+
+def test_an_option_needs_a_value_to_start_from():
+    with pytest.raises(UserError, match="'wait' is an execution option, but has no value"):
+        begin(problem(), SETTINGS)
