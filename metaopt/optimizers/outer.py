@@ -73,7 +73,10 @@ class OuterConfig(Checked):
 
 
 OuterOpt = Callable[[Hparams], optax.GradientTransformation]
-"""``hparams -> optax.GradientTransformation``, built inside every traced step: its scalars are read from the state."""
+"""``hparams -> optax.GradientTransformation``, built inside every traced step.
+
+Its scalars are read from the state, so that changing them compiles nothing.
+"""
 
 
 def outer_optimizer(config: OuterConfig) -> OuterOpt:
