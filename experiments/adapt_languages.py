@@ -177,6 +177,11 @@ class Study(NamedTuple):
     limits: Mapping[str, np.ndarray]
 
     @property
+    def columns(self) -> dict[int, str]:
+        """The columns of losses, by the number of inner steps."""
+        return harness.step_columns(self.config.comparison.max_inner_steps)
+
+    @property
     def scale(self) -> float:
         """What nats a token are multiplied by: text is measured in bits a byte."""
         return losses.NATS_TO_BITS if is_text(self.config.tasks) else 1.0
@@ -237,11 +242,10 @@ def add_row(study: Study, name: str, results: Sequence[RowResult]) -> None:
     table, config = study.table, study.config
     nats_ExK = np.mean([result.curves for result in results], axis=0)
     table.keep(name, nats=nats_ExK)
-    for step in _steps(config):
+    for step, column in study.columns.items():
         rates = [float(result.rates[step]) for result in results]
         rate = rates[0] if len(rates) == 1 else rates
-        found = study.interval(nats_ExK[:, step])
-        table.add(name, harness.step_column(step), found, inner_learning_rate=rate)
+        table.add(name, column, study.interval(nats_ExK[:, step]), inner_learning_rate=rate)
     _add_gains(study, name, nats_ExK)
     if study.limits:
         limit = SUPPORT_LIMIT if config.model == "bigram" else PREFIX_LIMIT  # what the model reads
@@ -252,10 +256,9 @@ def add_row(study: Study, name: str, results: Sequence[RowResult]) -> None:
 def add_limits(study: Study) -> None:
     """Adds the rows of the exact limits, which are the same after any number of steps."""
     for name, nats_Ex2 in study.limits.items():
-        nats_ExK = nats_Ex2[:, [min(step, 1) for step in range(1 + max(harness.STEPS))]]
-        for step in _steps(study.config):
-            column = harness.step_column(step)
-            study.table.add(name, column, study.interval(nats_ExK[:, step]), limit=True)
+        steps = range(1 + study.config.comparison.max_inner_steps)
+        nats_ExK = nats_Ex2[:, [min(step, 1) for step in steps]]
+        study.table.add_steps(name, nats_ExK * study.scale, study.tasks, limit=True)
         _add_gains(study, name, nats_ExK, limit=True)
 
 
@@ -264,14 +267,10 @@ def _add_gains(study: Study, name: str, nats_ExK: np.ndarray, **fields: Any) -> 
     if name == BASELINE or not study.table.has(BASELINE):
         return
     baseline = study.table.kept(BASELINE)["nats"]
-    for step in (step for step in DIFFERENCES if step in _steps(study.config)):
-        found = study.interval(baseline[:, step] - nats_ExK[:, step])
-        column = f"Δ {harness.step_column(step)}"
-        study.table.add(name, column, found, better="higher", **fields)
-
-
-def _steps(config: Config) -> list[int]:
-    return [step for step in harness.STEPS if step <= config.comparison.max_inner_steps]
+    for step, column in study.columns.items():
+        if step in DIFFERENCES:
+            found = study.interval(baseline[:, step] - nats_ExK[:, step])
+            study.table.add(name, f"Δ {column}", found, better="higher", **fields)
 
 
 def draw(study: Study, names: Sequence[str]) -> None:

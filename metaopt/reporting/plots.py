@@ -137,6 +137,7 @@ def panels(
     x_label: str,
     y_label: str,
     spacing: float = 1.0,
+    y_scale: Literal["linear", "log"] = "linear",
 ) -> None:
     """Curves of the same names in several panels side by side, told apart without colour too.
 
@@ -146,6 +147,7 @@ def panels(
       x_label: Label of the horizontal axes.
       y_label: Label of the vertical axes.
       spacing: Distance of the points of a curve on the horizontal axis, from 0 on.
+      y_scale: Scale of the vertical axes.
     """
     count = max(map(len, curves.values()))
     figure = new_figure(1.0 + 5.0 * len(curves), 4.0 + 0.1 * count)
@@ -158,7 +160,7 @@ def panels(
             style |= {"marker": MARKERS[i % len(MARKERS)], "markersize": 4, "markevery": every}
             axes.plot(x, mean, label=label(name), **style)
             axes.fill_between(x, mean - half, mean + half, color=f"C{i}", alpha=0.12, lw=0)
-        axes.set(xlabel=x_label, ylabel=y_label, title=label(title))
+        axes.set(xlabel=x_label, ylabel=y_label, title=label(title), yscale=y_scale)
         axes.grid(alpha=0.25)
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, fontsize=8, loc="outside lower center", ncols=2)
