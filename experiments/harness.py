@@ -402,6 +402,10 @@ class TableRun:
     def _kept(self, row: str) -> Path:
         return self.directory / "rows" / f"{slug(row)}.npz"
 
+    def close(self) -> None:
+        """Lets other processes open the run, which the same command resumes."""
+        self._run.close()
+
     def finish(self, notes: Sequence[str] = (), titles: Mapping[str, str] | None = None) -> None:
         """Writes and prints the tables, and marks the run as finished.
 
