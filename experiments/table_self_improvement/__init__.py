@@ -15,20 +15,18 @@ many tokens as the tuned one; its trials come on top, and are in its time.
     python -m experiments.table_self_improvement --preset smoke
 """
 
-import time
 from pathlib import Path
 
-from experiments.table_self_improvement.config import CHOSEN_BY, Config, preset
-from experiments.table_self_improvement.report import BASELINES, Report
+from experiments import harness
+from experiments.table_self_improvement.config import Config, presets
+from experiments.table_self_improvement.report import BASELINES, TABLE, add_cells, draw
 from experiments.table_self_improvement.rows import baselines, make_rows
 from experiments.table_self_improvement.study import Study
 from experiments.table_self_improvement.workloads import Text, mnist, transformer
-from metaopt import losses, parallel
-from metaopt.cli import command_line
+from metaopt import losses
 from metaopt.console import log
 from metaopt.diagnostics import feasible
 from metaopt.errors import UserError
-from metaopt.training.runs import open_run
 
 BASELINE_ROW = "baselines"
 
@@ -66,30 +64,21 @@ def check(config: Config) -> set[str]:
 
 
 def run(config: Config) -> None:
-    """Runs the rows that are not there yet, and writes tables and figure."""
-    parallel.set_up_backend()
+    """Runs the rows that are not there yet, and writes tables and figures."""
+    harness.begin()
     names = check(config)
-    place = open_run(
-        config.root,
-        "table_self_improvement",
-        config.preset,
-        command_line.as_saved(config),
-        run_dir=config.run_dir,
+    table = harness.TableRun(
+        "table_self_improvement", config, presets, table=TABLE, unit="", seeds=[config.seed]
     )
-    study = Study(config, place.directory / "trainings")
-    rows = make_rows(study)
-    command = command_line.command("table_self_improvement", config, preset, CHOSEN_BY)
-    report = Report(place, config, command)
-    for name, cells in rows.items():
-        if name == "mnist" and config.mnist.path is None:
-            log("no --mnist.path: the row mnist is left out")
-        elif name in names and not report.has(name):
-            began = time.monotonic()
-            found = list(cells())
-            report.add(name, found, time.monotonic() - began)
-    if BASELINE_ROW in names:
-        for name, cell in baselines(study).items():
-            if not report.has(name):
-                began = time.monotonic()
-                report.add(name, [cell()], time.monotonic() - began, BASELINES)
-    report.finish()
+    study = Study(config, table.directory / "trainings")
+    rows = {name: row for name, row in make_rows(study).items() if name in names}
+    if "mnist" in rows and config.mnist.path is None:
+        log("no --mnist.path: the row mnist is left out")
+        del rows["mnist"]
+    for name in table.pending(rows, str):
+        add_cells(table, name, rows[name]())
+    others = baselines(study) if BASELINE_ROW in names else {}
+    for name in table.pending(others, str):
+        add_cells(table, name, [others[name]()], BASELINES)
+    draw(table, config)
+    table.finish()

@@ -1,10 +1,7 @@
 """The command ``python -m experiments.table_self_improvement``."""
 
-import experiments.table_self_improvement as table
-from experiments.table_self_improvement.config import CHOSEN_BY, Config, preset
-from metaopt.cli import command_line
+from experiments import harness
+from experiments import table_self_improvement as table
 
 if __name__ == "__main__":
-    command_line.main(
-        "table_self_improvement", table.run, Config, preset, CHOSEN_BY, table.__doc__ or ""
-    )
+    harness.main("table_self_improvement", table.run, table.presets, table.__doc__)

@@ -1,9 +1,9 @@
 """The config of `table_self_improvement` and its presets."""
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Annotated, Literal
+from typing import Annotated
 
+from experiments import harness
 from metaopt.errors import UserError
 from metaopt.optimizers.outer import Optimizer
 from metaopt.ranges import (
@@ -23,8 +23,6 @@ from metaopt.ranges import (
 )
 from metaopt.self_improvement.loop import LoopConfig
 
-CHOSEN_BY = ("preset",)
-"""The flag that the defaults of all others depend on."""
 PartOfRun = Annotated[float, Range(1e-6, 1)]
 
 
@@ -33,15 +31,15 @@ class LanguageModel(Checked):
     """A byte transformer, trained plainly on sequences of all domains of a text.
 
     Attributes:
-      width: of the model.
-      num_layers: of the model.
-      num_heads: of the model.
-      length: bytes in a sequence.
-      num_examples: sequences in a run.
-      batches: batch sizes that tuning chooses from.
-      optimizers: that the runs with a memory choose from, Adam among them, which all begin with.
-      num_held_out: sequences that changes are judged by, as many again for tuning.
-      num_test: sequences that are reported on.
+      width: Width of the model.
+      num_layers: Number of layers of the model.
+      num_heads: Number of heads of the model.
+      length: Bytes in a sequence.
+      num_examples: Sequences in a run.
+      batches: Batch sizes that tuning chooses from.
+      optimizers: Optimisers that the runs with a memory choose from; all begin with Adam.
+      num_held_out: Sequences that changes are judged by, as many again for tuning.
+      num_test: Sequences that are reported on.
     """
 
     width: Width = 32
@@ -60,11 +58,11 @@ class Markov(Checked):
     """MAML of a bigram table on random Markov languages.
 
     Attributes:
-      num_examples: tasks in a run.
-      tasks_per_step: the meta-batch.
-      num_inner_steps: K.
-      num_held_out: tasks that changes are judged by.
-      num_test: tasks that are reported on.
+      num_examples: Tasks in a run.
+      tasks_per_step: Tasks of a meta-step.
+      num_inner_steps: K, the number of inner steps.
+      num_held_out: Tasks that changes are judged by.
+      num_test: Tasks that are reported on.
     """
 
     num_examples: Steps = 9600
@@ -79,14 +77,14 @@ class Mnist(Checked):
     """A convolutional network on MNIST, by stochastic gradient descent.
 
     Attributes:
-      path: a npz file with x_train, y_train, x_test and y_test; without it the row is a dash.
-      filters: channels of each layer.
-      batch_size: of a step.
-      num_epochs: of a run.
-      num_train: images that are trained on; the last 1000 of the training set are held out.
-      num_seeds: of the row; each has its own tuned run.
-      start_rate: where the row starts from.
-      rates: tried with a fixed rate and with a cosine.
+      path: npz file with x_train, y_train, x_test and y_test; without it the row is a dash.
+      filters: Channels of each layer.
+      batch_size: Images of a step.
+      num_epochs: Epochs of a run.
+      num_train: Images that are trained on; the last 1000 of the training set are held out.
+      num_seeds: Seeds of the row; each has its own tuned run.
+      start_rate: Rate that the row starts from.
+      rates: Rates tried with a fixed rate and with a cosine.
     """
 
     path: str | None = None
@@ -100,29 +98,25 @@ class Mnist(Checked):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(Checked):
+class Config(harness.RunConfig):
     """Runs with bad starts under the closed loop, against tuned and untreated ones.
 
     Attributes:
-      preset: smoke (tiny: a minute or two), cpu or gpu; the defaults of all the rest follow it.
-      rows: names of the rows to run; all if none.
-      folder: of text, one file a domain; Python's own sources without it.
-      num_trials: of Optuna, for what a run is compared with.
-      seed: of everything.
-      lm: the language model.
-      markov: the meta-learning problem.
-      mnist: the image classifier.
-      loop: the closed loop.
-      second_runs: lengths of a run that remembers a first one, as shares of it, of which the
+      rows: Names of the rows to run; all if none.
+      folder: Folder of text, one file a domain; Python's own sources without it.
+      num_trials: Number of trials of Optuna, for the run that others are compared with.
+      seed: Seed of everything.
+      lm: The language model.
+      markov: The meta-learning problem.
+      mnist: The image classifier.
+      loop: The closed loop.
+      second_runs: Lengths of a run that remembers a first one, as shares of it, of which the
         first that reaches its loss is reported.
-      population: members of the baseline.
-      resources_seconds: budget of the search through ways to compute a step.
-      resources_rounds: timed calls of every way, for the best.
-      root: where runs are written.
-      run_dir: this directory instead, new or of the same config.
+      population: Members of the baseline.
+      resources_seconds: Budget of the search through execution options of a step.
+      resources_rounds: Timed calls with each of them, for the best.
     """
 
-    preset: Literal["smoke", "cpu", "gpu"] = "cpu"
     rows: tuple[str, ...] = ()
     folder: str | None = None
     num_trials: Count = 32
@@ -135,8 +129,6 @@ class Config(Checked):
     population: Count = 4
     resources_seconds: Seconds = 120.0
     resources_rounds: Count = 24
-    root: str = "runs"
-    run_dir: str | None = None
 
     def __post_init__(self):
         super().__post_init__()
@@ -144,12 +136,9 @@ class Config(Checked):
             raise UserError(f"lm.optimizers {self.lm.optimizers} must have adam among them")
 
 
-def preset(flags: Mapping[str, str]) -> Config:
+def presets(preset: str = "cpu") -> Config:
     """The defaults for ``--preset``."""
-    name = flags.get("preset", "cpu")
-    if name == "cpu":
-        return Config()
-    if name == "gpu":
+    if preset == "gpu":
         return Config(
             preset="gpu",
             lm=LanguageModel(
@@ -158,7 +147,7 @@ def preset(flags: Mapping[str, str]) -> Config:
             markov=Markov(num_examples=320_000, tasks_per_step=64),
             mnist=Mnist(filters=64, num_epochs=10, num_train=55_000),
         )
-    if name == "smoke":
+    if preset == "smoke":
         return Config(
             preset="smoke",
             num_trials=2,
@@ -173,4 +162,4 @@ def preset(flags: Mapping[str, str]) -> Config:
             resources_seconds=10.0,
             resources_rounds=1,
         )
-    raise UserError(f"unknown preset {name!r}: choose smoke, cpu or gpu")
+    return Config()

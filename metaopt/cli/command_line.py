@@ -1,13 +1,11 @@
-"""What the command lines of all experiments share."""
+"""What all command lines share: flags by tyro, and an end in one line and an exit code."""
 
 import contextlib
-import dataclasses
 import errno
 import io
 import os
-import shlex
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn, TypeVar
 
 import tyro
@@ -16,49 +14,11 @@ from metaopt.cli import stopping
 from metaopt.console import printable, set_up_output
 from metaopt.errors import Diverged, UserError
 from metaopt.ranges import OutOfRange
-from metaopt.training.runs import as_json, check_root
 
 Config = TypeVar("Config")
 SIGPIPE = 13  # which Windows does not have
 DENIALS = {getattr(errno, name, -1) for name in ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EIO")}
 DENIALS |= {errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE}
-
-
-def main(
-    module: str,
-    run: Callable[[Config], Any],
-    config_type: type[Config],
-    preset: Callable[[Mapping[str, str]], Config],
-    chosen_by: Sequence[str],
-    description: str | None,
-    args: Sequence[str] | None = None,
-) -> None:
-    """Reads a config from the command line, starting from a preset, and runs it.
-
-    Args:
-      module: its name below ``experiments``.
-      run: the experiment.
-      config_type: its frozen dataclass.
-      preset: the defaults, given the text of the flags named in ``chosen_by``.
-      chosen_by: flags that choose the defaults of the others, such as ``preset``.
-      description: shown by ``--help``.
-      args: the command line; that of the process by default.
-
-    Exits as `one_line_exits` says. Where a run would be written is checked before it begins.
-    """
-    if args is None:
-        restart_with_huge_pages()
-    args = sys.argv[1:] if args is None else list(args)
-    has_root = hasattr(config_type, "root")  # its default
-    with one_line_exits(args, resumes=has_root):
-        flags = {name: _flag(args, name) for name in chosen_by}
-        default = preset({name: value for name, value in flags.items() if value is not None})
-        config: Any = parse(
-            config_type, args, f"python -m experiments.{module}", description, default
-        )
-        if has_root:
-            check_root(config.root, config.run_dir)
-        run(config)
 
 
 def parse(
@@ -162,55 +122,3 @@ def restart_with_huge_pages() -> None:
         sys.stdout.flush()
         stopping.hold()
         os.execv(sys.executable, sys.orig_argv)
-
-
-def command(
-    module: str,
-    config: Any,
-    preset: Callable[[Mapping[str, str]], Any],
-    chosen_by: Sequence[str],
-) -> str:
-    """The shortest command that gives this config: only what differs from the defaults."""
-    chosen, default = {}, preset({})
-    for name in chosen_by:  # each may change the default of the next
-        if getattr(config, name) != getattr(default, name):
-            chosen[name] = getattr(config, name)
-            default = preset(chosen)
-    flags = [f"--{name} {_as_argument(value)}" for name, value in chosen.items()]
-    return " ".join([f"python -m experiments.{module}", *flags, *_changed_flags(config, default)])
-
-
-def as_saved(config: Any) -> dict[str, Any]:
-    """What decides the results: all but where the run is written."""
-    return {k: v for k, v in as_json(config).items() if k not in ("root", "run_dir")}
-
-
-def _changed_flags(config: Any, default: Any, prefix: str = "") -> list[str]:
-    flags = []
-    for field in dataclasses.fields(config):
-        value, usual = getattr(config, field.name), getattr(default, field.name)
-        name = f"{prefix}{field.name.replace('_', '-')}"
-        if dataclasses.is_dataclass(value):
-            flags += _changed_flags(value, usual, f"{name}.")
-        elif isinstance(value, bool) and value != usual:
-            flags.append(f"--{prefix}{'' if value else 'no-'}{name.removeprefix(prefix)}")
-        elif value != usual:
-            flags.append(f"--{name} {_as_argument(value)}")
-    return flags
-
-
-def _as_argument(value: Any) -> str:
-    if isinstance(value, tuple):
-        return " ".join(map(_as_argument, value))
-    return shlex.quote(str(value))
-
-
-def _flag(args: Sequence[str], name: str) -> str | None:
-    """The last value of ``--name value`` or ``--name=value``, before the rest is understood."""
-    value = None
-    for i, arg in enumerate(args):
-        if arg == f"--{name}" and i + 1 < len(args):
-            value = args[i + 1]
-        elif arg.startswith(f"--{name}="):
-            value = arg.split("=", 1)[1]
-    return value

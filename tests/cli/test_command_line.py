@@ -30,18 +30,11 @@ class Config:
     outer: Outer = dataclasses.field(default_factory=Outer)
 
 
-def preset(flags):
-    widths = {"cpu": 8, "gpu": 512}
-    if flags.get("preset", "cpu") not in widths:
-        raise UserError(f"unknown preset {flags['preset']!r}")
-    name = flags.get("preset", "cpu")
-    return Config(preset=name, width=widths[name])
-
-
 def main(*args, run=None):
     """The config that ``run`` is called with."""
     configs = []
-    command_line.main("toy", run or configs.append, Config, preset, ("preset",), "A toy.", args)
+    with command_line.one_line_exits(args):
+        (run or configs.append)(command_line.parse(Config, args, "python -m toy", "A toy."))
     return configs[0]
 
 
@@ -52,19 +45,11 @@ def leaves(capsys, *args, run=None):
     return stop.value.code, capsys.readouterr().err.splitlines()
 
 
-def test_a_preset_sets_the_defaults_of_the_other_flags():
-    assert main() == Config()
-    assert main("--preset", "gpu") == main("--preset=gpu") == Config(preset="gpu", width=512)
-    assert main("--width", "3", "--preset", "gpu") == Config(preset="gpu", width=3)
-    assert main("--preset", "gpu", "--preset", "cpu") == Config()  # the last one counts
-
-
 def test_what_the_user_can_put_right_is_one_line_and_exit_code_2(capsys):
     def run(config):
         raise UserError(f"no width {config.width}; give another")
 
     assert leaves(capsys, run=run) == (2, ["error: no width 8; give another"])
-    assert leaves(capsys, "--preset", "tpu") == (2, ["error: unknown preset 'tpu'"])
     rate = ("--outer.rate", "0")
     assert leaves(capsys, *rate) == (2, ["error: rate is 0.0; it must be above 0"])
 
@@ -85,23 +70,6 @@ def test_divergence_is_exit_code_1_and_a_bug_is_not_hidden(capsys):
     assert leaves(capsys, run=diverge) == (1, ["error: diverged at step 3"])
     with pytest.raises(ValueError, match="a bug"):
         main(run=break_down)
-
-
-@pytest.mark.parametrize(
-    ("config", "flags"),
-    [
-        (Config(), ""),
-        (Config(preset="gpu", width=512), " --preset gpu"),
-        (Config(width=512), " --width 512"),
-        (Config(outer=Outer(clip=False), remat=True), " --remat --outer.no-clip"),
-        (Config(names=("a b", "c")), " --names 'a b' c"),
-        (Config(folder='$HOME/my "text"'), " --folder '$HOME/my \"text\"'"),
-        (Config(outer=Outer(rate=1e-5)), " --outer.rate 1e-05"),
-    ],
-)
-def test_the_command_names_what_differs_from_the_preset(config, flags):
-    found = command_line.command("toy", config, preset, ("preset",))
-    assert found == f"python -m experiments.toy{flags}"
 
 
 def test_a_command_starts_again_with_huge_pages_once(monkeypatch):
@@ -125,9 +93,8 @@ IMPROVING += ("table_inner_optimizers", "table_omniglot", "table_sinusoid")
 def test_a_memory_that_cannot_be_is_refused_before_a_run_is_made(tmp_path, monkeypatch, name):
     monkeypatch.setenv("METAOPT_MEMORY", str(tmp_path))
     module = importlib.import_module(f"experiments.{name}")
-    smoke = module.presets("smoke") if hasattr(module, "presets") else None
-    config = smoke or module.preset({"preset": "smoke"})
-    config = dataclasses.replace(config, improve=True, root=tmp_path / "runs")
+    config = module.presets("smoke")
+    config = dataclasses.replace(config, improve=True, root=str(tmp_path / "runs"))
     with pytest.raises(UserError, match=r"is a folder; give the path of a file in it"):
         module.run(config)
     assert not list(tmp_path.iterdir())

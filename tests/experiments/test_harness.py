@@ -1,9 +1,11 @@
 """What every table gets from the harness, on a table without training."""
 
 import dataclasses
+import importlib
 import json
 import math
 import shlex
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -15,6 +17,7 @@ from metaopt.files import read_json_lines
 from metaopt.ranges import Checked, Positive
 from metaopt.reporting.results import Published
 from metaopt.statistics import Interval
+from metaopt.training.runs import as_json
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -226,3 +229,34 @@ def test_rows_are_chosen_by_name():
     assert harness.select(ROWS, []) == ROWS
     with pytest.raises(UserError, match="no row 'four'; there are one, two, three"):
         harness.select(ROWS, ["four"])
+
+
+RESULTS = Path(harness.__file__).parent / "results"
+RECORDED = sorted(
+    {
+        (record["command"], str(path.parent.relative_to(RESULTS)))
+        for path in RESULTS.glob("*/*/results.jsonl")
+        for record in read_json_lines(path)
+    }
+)
+
+
+@pytest.mark.parametrize(("command", "place"), RECORDED, ids=[place for _, place in RECORDED])
+def test_a_recorded_command_gives_its_config_and_is_the_shortest_that_does(command, place):
+    _, _, name, *flags = shlex.split(command)
+    module = importlib.import_module(name)
+    name = name.removeprefix("experiments.")
+    config = harness.parse(name, module.presets, "", flags)
+    assert harness.command(name, config, module.presets) == command
+    now, saved = as_json(config), json.loads((RESULTS / place / "config.json").read_text("utf-8"))
+    flat, recorded = dict(leaves(now)), dict(leaves(saved))
+    shared = flat.keys() & recorded.keys() - {"preset"}  # cpu was once called reference
+    assert len(shared) > 5
+    assert {key: flat[key] for key in shared} == {key: recorded[key] for key in shared}
+
+
+def leaves(tree, prefix=""):
+    for key, value in tree.items():
+        yield from (
+            leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, value)]
+        )
