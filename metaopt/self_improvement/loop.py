@@ -127,6 +127,7 @@ class Outcome(NamedTuple):
       ledger: What the run cost.
       alarms: Alarms that were raised.
       earlier: Decisions of past runs of the same task, whose search the run continued.
+      from_checkpoint: Step of the checkpoint that holds the result, if nothing had to be trained.
     """
 
     snapshot: Snapshot
@@ -135,6 +136,7 @@ class Outcome(NamedTuple):
     ledger: Ledger
     alarms: list[Alarm]
     earlier: Sequence[Decision] = ()
+    from_checkpoint: int | None = None
 
 
 def run(
@@ -209,7 +211,7 @@ def run(
         run_log = RunLog(workload, directory, checkpoints, identity, flops)
         loop = Loop(workload, config, run_log, stop, proposer, interventions)
         snapshot = loop.start(first, memory)
-        is_new = snapshot.examples < workload.num_examples
+        is_new, step = snapshot.examples < workload.num_examples, int(snapshot.state.step)
         done, total = snapshot.examples, workload.num_examples
         with (
             Progress(workload.name, total=total, start=min(done, total)) as loop.progress,
@@ -220,7 +222,7 @@ def run(
             outcome = loop.run(snapshot)
     if memory is not None and is_new:
         memory.remember(record_of(workload, outcome))
-    return outcome
+    return outcome if is_new else outcome._replace(from_checkpoint=step)
 
 
 def _check_agreement(workload: Workload, memory: Memory | None) -> None:

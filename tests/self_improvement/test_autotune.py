@@ -429,5 +429,5 @@ def test_another_batch_is_computed_with_the_options_that_are_fastest_for_it(tmp_
 
 
 def test_an_option_needs_a_value_to_start_from():
-    with pytest.raises(UserError, match="'wait' is a way to compute a step"):
+    with pytest.raises(UserError, match="'wait' is an execution option, but has no value"):
         begin(problem(), SETTINGS)

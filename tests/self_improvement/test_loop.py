@@ -422,8 +422,8 @@ def test_the_second_run_goes_on_where_the_first_ended(tmp_path):
     assert second.ledger.trial_examples < first.ledger.trial_examples
     told = memory.records()[1].decisions  # to a third run: all of the search
     assert told == [d.as_json() for d in [*searched, *second.decisions]]
-    kin = workload(200, task={"kind": "quadratic", "width": 7})
-    other = improved(tmp_path / "4", problem=kin, settings=SLOW, memory=memory)
+    similar = workload(200, task={"kind": "quadratic", "width": 7})
+    other = improved(tmp_path / "4", problem=similar, settings=SLOW, memory=memory)
     assert other.decisions[0].phase == 0 and other.decisions[0].examples == 0
     (tmp_path / "memory.sqlite").write_bytes(b"no database at all" * 1000)
     third = improved(tmp_path / "3", 200, settings=SLOW, memory=memory, config=PLAIN)
