@@ -256,7 +256,8 @@ def add_cell(
     try:
         result = comparison.run(cell.trained, start, table.directory, one_rate=True)
     except Diverged as error:
-        nats, fields = np.full((len(groups), steps + 1), np.nan), {"diverged": str(error)}
+        nats = np.full((len(groups), comparison.config.max_inner_steps + 1), np.nan)
+        fields = {"diverged": str(error)}
     else:
         nats, fields = result.curves, {"inner_learning_rate": float(result.rates[steps])}
     table.keep(f"{cell.column}, {cell.row}", nats=nats)

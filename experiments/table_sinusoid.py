@@ -34,9 +34,10 @@ import numpy as np
 import optax
 
 from experiments import harness
-from metaopt import evaluate, learners, losses, meta_gradients, models, parallel
+from metaopt import learners, losses, meta_gradients, models, parallel
 from metaopt.diagnostics import feasible
 from metaopt.errors import UserError
+from metaopt.evaluate import make_curves, tuned_curves
 from metaopt.fit import FitConfig, Problem, fit
 from metaopt.inner_loop import InnerLoop
 from metaopt.optimizers.outer import OuterConfig
@@ -348,14 +349,12 @@ def losses_of_row(
     num_steps = config.max_inner_steps if config.protocol == "finn" else row.inner.num_steps
     devices = parallel.default_devices()
     learner = row.learner(seed)
-    curves = evaluate.make_curves(
-        learner, make_problem(config).loss_fn, row.inner, num_steps, devices, 500
-    )
+    curves = make_curves(learner, make_problem(config).loss_fn, row.inner, num_steps, devices, 500)
     tests = make_tests(config, config.eval_seed)
     if row.estimator is meta_gradients.joint:
         ((shots, test),) = tests.items()
         valid = make_tests(config, config.eval_seed + 1)[shots]
-        tuned = evaluate.tuned_curves(curves, meta_params, {}, RATES_TRIED, valid, test)
+        tuned = tuned_curves(curves, meta_params, {}, RATES_TRIED, valid, test)
         return {shots: tuned.losses}
     hparams = inner_hparams(config, row, seed)
     return {shots: curves(meta_params, hparams, test) for shots, test in tests.items()}

@@ -123,9 +123,21 @@ def check_parts(learner: Any, loss_fn: Any, inner: Any, outer_loss: Any = None) 
 
 
 def check_call(
-    learner: Learner, meta_params: MetaParams, hparams: Hparams, episode: Episode
+    learner: Learner,
+    meta_params: MetaParams,
+    hparams: Hparams,
+    episode: Episode,
+    *,
+    judged: bool = True,
 ) -> None:
     """Checks what an estimator is called with.
+
+    Args:
+      learner: what is meta-learned.
+      meta_params: meta-parameters.
+      hparams: scalars.
+      episode: one task.
+      judged: whether the query judges; otherwise it may be empty.
 
     Raises:
       UserError: the meta-parameters are not those of the learner, or are not all floating-point;
@@ -136,7 +148,8 @@ def check_call(
     check_hparams(hparams)
     check_episode(episode)
     check_examples("support", episode.support)
-    check_examples("query", episode.query)
+    if judged:
+        check_examples("query", episode.query)
 
 
 def check_hparams(hparams: Any) -> None:

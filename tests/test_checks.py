@@ -12,7 +12,15 @@ import quadratic
 from metaopt.errors import UserError
 from metaopt.evaluate import adaptation_curve
 from metaopt.inner_loop import InnerLoop, adapt
-from metaopt.learners import anil, maml, meta_sgd, per_layer_per_step
+from metaopt.learners import (
+    anil,
+    fixed_start,
+    learned_loss,
+    maml,
+    meta_sgd,
+    per_layer_per_step,
+    per_step_parameters,
+)
 from metaopt.meta_gradients import (
     evolution,
     evolution_windows,
@@ -20,14 +28,16 @@ from metaopt.meta_gradients import (
     implicit,
     joint,
     mixed_mode,
+    proximal,
     reptile,
     reverse,
+    streaming,
     truncated,
     truncated_windows,
 )
 from metaopt.optimizers.outer import OuterConfig, outer_optimizer
 from metaopt.outer_step import init_state, make_meta_step
-from metaopt.types import Model
+from metaopt.types import Batch, Model
 
 ESTIMATORS = [
     reverse,
@@ -38,6 +48,7 @@ ESTIMATORS = [
     truncated,
     implicit,
     functools.partial(evolution, num_pairs=1),
+    streaming,
 ]
 INNER = InnerLoop(num_steps=2)
 HPARAMS = {"inner_learning_rate": 0.1}
@@ -76,6 +87,114 @@ def test_what_an_estimator_is_made_of_by_mistake(estimator):
         estimator(maml, quadratic.loss, INNER)
     with refused("losses.next_token"):
         estimator(maml(), MODEL, INNER)
+
+
+def decayed(meta_params, loss_fn):
+    def loss(params, batch):
+        penalty = optax.tree.norm(params, squared=True)
+        return loss_fn(params, batch) + jnp.exp(meta_params["log_decay"]) * penalty
+
+    return loss
+
+
+LEARNERS = {
+    "maml": maml(),
+    "anil": anil(MODEL),
+    "meta_sgd": meta_sgd(),
+    "per_layer_per_step": per_layer_per_step(num_steps=2),
+    "per_step_parameters": per_step_parameters(
+        maml(), lambda params: jax.tree.map(lambda _: True, params), num_steps=2
+    ),
+    "learned_loss": learned_loss(maml(), decayed, {"log_decay": 0.0}),
+    "fixed_start": fixed_start(learned_loss(maml(), decayed, {"log_decay": 0.0}), quadratic.PARAMS),
+}
+SUPPORT = EPISODE.support
+UNEQUAL = Batch(SUPPORT.inputs, SUPPORT.targets[:3])
+EMPTY = Batch(SUPPORT.inputs[:0], SUPPORT.targets[:0])
+GUESSES = {
+    "a batch of episodes": ({"episode": quadratic.episodes(2)}, "mean_over_tasks"),
+    "a pair of batches": ({"episode": (SUPPORT, EPISODE.query)}, "Episode"),
+    "a rate for hparams": ({"hparams": 0.1}, "inner_learning_rate"),
+    "nothing for hparams": ({"hparams": None}, "inner_learning_rate"),
+    "a rate a parameter": ({"hparams": {"inner_learning_rate": np.ones(3)}}, "meta_sgd"),
+    "nothing for meta-parameters": ({"meta_params": None}, r"learner.init\(params\)"),
+    "an array for meta-parameters": ({"meta_params": jnp.ones(3)}, r"learner.init\(params\)"),
+    "unequal support": ({"episode": EPISODE._replace(support=UNEQUAL)}, "as many inputs"),
+    "unequal query": ({"episode": EPISODE._replace(query=UNEQUAL)}, "as many inputs"),
+    "no support": ({"episode": EPISODE._replace(support=EMPTY)}, "no examples"),
+    "no query": ({"episode": EPISODE._replace(query=None)}, "no examples"),
+}
+LOSSES = {
+    "a vector": (lambda p, b: (b.inputs @ p["head"] - b.targets) ** 2, "return its mean"),
+    "a pair": (lambda p, b: (quadratic.loss(p, b), 1), "the loss alone"),
+}
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("name", LEARNERS)
+def test_every_guess_on_every_learner_and_estimator_is_answered_in_one_line(name, estimator):
+    learner = LEARNERS[name]
+    try:
+        estimate = estimator(learner, quadratic.loss, INNER)
+    except UserError:
+        return  # not defined for this learner
+    right = {
+        "meta_params": learner.init(quadratic.PARAMS),
+        "hparams": HPARAMS,
+        "episode": EPISODE,
+        "key": KEY,
+    }
+
+    def trace(estimate, **wrong):
+        jax.eval_shape(lambda: estimate(**right | wrong))
+
+    for guess, (wrong, words) in GUESSES.items():
+        with refused(words) as found:
+            trace(estimate, **wrong)
+        assert "\n" not in str(found.value), guess
+    for loss, words in LOSSES.values():
+        with refused(words):
+            trace(estimator(learner, loss, INNER))
+    trace(estimate)  # the guesses were wrong, and this is not
+
+
+@pytest.mark.parametrize("estimator", [*ESTIMATORS, truncated_windows, evolution_windows])
+@pytest.mark.parametrize("wrong", [5, InnerLoop, {"num_steps": 5}])
+def test_what_is_no_inner_loop(estimator, wrong):
+    with refused("InnerLoop"):
+        estimator(maml(), quadratic.loss, wrong)
+
+
+@pytest.mark.parametrize(
+    "make, words",
+    [
+        (lambda: anil("head"), "metaopt.Model"),
+        (lambda: meta_sgd(num_steps=0), "num_steps is 0"),
+        (lambda: meta_sgd(num_steps=2.5), "num_steps is 2.5"),
+        (lambda: per_layer_per_step(num_steps=True), "num_steps is True"),
+        (lambda: per_step_parameters(maml, lambda p: p, num_steps=2), "call its function"),
+        (lambda: per_step_parameters(maml(), ["head"], num_steps=2), "takes a function"),
+        (lambda: per_step_parameters(maml(), lambda p: p, num_steps=0), "num_steps is 0"),
+        (lambda: proximal(maml, 1.0), "call its function"),
+        (lambda: proximal(maml(), "1"), "regularization is '1'"),
+        (lambda: evolution(maml(), quadratic.loss, INNER, num_pairs=1.5), "num_pairs is 1.5"),
+        (lambda: maml().init(MODEL), "floating-point"),
+        (lambda: maml().init(None), "no arrays"),
+    ],
+)
+def test_what_a_learner_is_made_of_by_mistake(make, words):
+    with refused(words):
+        make()
+
+
+def test_numbers_are_parameters_too():
+    assert meta_sgd().init({"scale": 1.0})["log_rates"]["scale"].shape == ()
+
+
+def test_a_seed_is_no_key():
+    estimate = evolution(maml(), quadratic.loss, INNER, num_pairs=1)
+    with refused("jax.random.key"):
+        estimate(META_PARAMS, HPARAMS, EPISODE, 0)
 
 
 @pytest.mark.parametrize(

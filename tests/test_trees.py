@@ -5,6 +5,7 @@ import functools
 import re
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -140,8 +141,7 @@ def test_a_meta_step_is_that_of_a_dict(tree):
         assert jax.tree.structure(state.meta_params["params"]) == jax.tree.structure(params)
         return jax.tree.leaves(state.meta_params)
 
-    for found, expected in zip(after(tree), after("dict"), strict=True):
-        np.testing.assert_allclose(found, expected, rtol=1e-6)
+    chex.assert_trees_all_close(after(tree), after("dict"), rtol=1e-6)
 
 
 def test_the_head_of_a_module_moves_alone():

@@ -22,12 +22,17 @@ def anil(model: Model, inner_optimizer: InnerOptimizer = optax.sgd) -> Learner:
       inner_optimizer: as for `maml`.
 
     Raises:
-      UserError: the model has no head of its own, as with a tied one; or, from ``learner.init``
-        and at the first inner step, the parameters have no entry of that name.
+      UserError: the model is none, or has no head of its own, as with a tied one; or, from
+        ``learner.init`` and at the first inner step, the parameters have no entry of that name.
 
     References:
       Raghu et al., 2020, "Rapid Learning or Feature Reuse?", section 4.
     """
+    if not isinstance(model, Model):
+        raise UserError(
+            f"anil takes a metaopt.Model, which names its head, not an object of type "
+            f"{type(model).__name__}: metaopt.as_model makes one"
+        )
     if not model.head:
         raise UserError(
             "ANIL adapts the head alone, and this model has none of its own (a tied head is the "

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 import jax
 import jax.numpy as jnp
 
-from metaopt.checks import check_learner, check_parameters
+from metaopt.checks import check_learner, check_parameters, scalar_loss
 from metaopt.errors import UserError
 from metaopt.types import Learner, LossFn, MetaParams, Params, PyTree, unchanged_loss
 
@@ -66,7 +66,7 @@ def learned_loss(
     return learner._replace(
         init=init,
         inner_loss=lambda meta_params, loss_fn: inner_loss(
-            meta_params, learner.inner_loss(meta_params, loss_fn)
+            meta_params, scalar_loss(learner.inner_loss(meta_params, loss_fn))
         ),
         learned=(*learner.learned, *values),
     )

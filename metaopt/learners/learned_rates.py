@@ -8,11 +8,12 @@ ratios, so that one outer rate serves rates of 0.01 and of 30 alike.
 from collections.abc import Callable
 from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import optax
 
-from metaopt.checks import check_factory, check_parameters, hparam
+from metaopt.checks import check_count, check_factory, check_parameters, hparam
 from metaopt.learners.maml import InnerOptimizer
 from metaopt.pytrees import entries, entry
 from metaopt.types import Array, Learner, Params, PyTree
@@ -38,11 +39,13 @@ def meta_sgd(
     References:
       Li et al., 2017, "Meta-SGD: Learning to Learn Quickly", eq. (2).
     """
+    if num_steps is not None:
+        check_count("num_steps", num_steps)
     leading = () if num_steps is None else (num_steps,)
     return _learned_rates(
         inner_optimizer,
-        init_rates=lambda params: jax.tree.map(lambda p: jnp.zeros(leading + p.shape), params),
-        expand=lambda rates, _: rates,
+        init_rates=lambda params: jax.tree.map(lambda p: jnp.zeros(leading + jnp.shape(p)), params),
+        expand=_one_a_parameter,
         per_step=num_steps is not None,
     )
 
@@ -64,14 +67,24 @@ def per_layer_per_step(inner_optimizer: InnerOptimizer = optax.sgd, *, num_steps
     References:
       Antoniou et al., 2019, "How to train your MAML", section 4 (LSLR).
     """
+    check_count("num_steps", num_steps)
     return _learned_rates(
         inner_optimizer,
         init_rates=lambda params: {name: jnp.zeros((num_steps,)) for name in entries(params)},
-        expand=lambda rates, updates: jax.tree.map_with_path(
-            lambda path, _: rates[entry(path)], updates
-        ),
+        expand=_one_a_layer,
         per_step=True,
     )
+
+
+# Rates of another rank (of a learner with another number of steps) would broadcast.
+def _one_a_parameter(rates: PyTree, updates: Params) -> Params:
+    chex.assert_trees_all_equal_shapes(rates, updates)
+    return rates
+
+
+def _one_a_layer(rates: PyTree, updates: Params) -> Params:
+    chex.assert_rank(list(rates.values()), 0)
+    return jax.tree.map_with_path(lambda path, _: rates[entry(path)], updates)
 
 
 def _learned_rates(

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from metaopt.checks import check_count, check_learner
 from metaopt.errors import UserError
 from metaopt.pytrees import entries
 from metaopt.types import Array, Learner, MetaParams, Params, PyTree
@@ -33,11 +34,20 @@ def per_step_parameters(
       ``[K, ...]`` by the path of the parameter. γ_0 stays in ``'params'``.
 
     Raises:
-      UserError: from ``learner.init``: ``which`` chooses nothing, or gives another tree.
+      UserError: an argument is not what it should be; or, from ``learner.init``: ``which`` chooses
+        nothing, or gives another tree.
 
     References:
       Antoniou et al., 2019, "How to train your MAML", section 4 (BNWB).
     """
+
+    check_learner(learner)
+    check_count("num_steps", num_steps)
+    if not callable(which):
+        raise UserError(
+            "per_step_parameters takes a function of the parameters, which gives a tree like them "
+            f"of bools, not an object of type {type(which).__name__}"
+        )
 
     def init(params: Params) -> MetaParams:
         flat, chosen = _by_path(params), _by_path(which(params))

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from metaopt.checks import check_call, check_key, check_parts
+from metaopt.checks import check_call, check_count, check_key, check_parts
 from metaopt.errors import UserError
 from metaopt.inner_loop import InnerLoop
 from metaopt.meta_gradients.windows import (
@@ -163,8 +163,7 @@ def evolution_windows(
 
 
 def _check_options(num_pairs: int, sigma: float, pairs_at_a_time: int) -> None:
-    if num_pairs < 1:
-        raise UserError(f"evolution needs at least 1 pair of particles, not num_pairs={num_pairs}")
+    check_count("num_pairs", num_pairs)
     if not 0 < sigma < math.inf:
         raise UserError(f"sigma is {sigma}; the noise of evolution needs a deviation above 0")
     if not 0 <= pairs_at_a_time <= num_pairs:

@@ -2,14 +2,21 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.flatten_util import ravel_pytree
 
-from metaopt.checks import check_call, check_parts, forward_mode, hparam
+from metaopt.checks import (
+    check_call,
+    check_count,
+    check_learner,
+    check_parts,
+    forward_mode,
+    hparam,
+)
 from metaopt.eager import compile_once
 from metaopt.errors import UserError
 from metaopt.inner_loop import InnerLoop, adapt
@@ -180,10 +187,11 @@ def proximal(learner: Learner, regularization: float) -> Learner:
       regularization: λ.
 
     Raises:
-      UserError: λ is not a positive number.
+      UserError: λ is not a positive number, or the learner is none.
     """
-    if not 0 < regularization < math.inf:
-        raise UserError(f"regularization is {regularization}; it must be a number above 0")
+    check_learner(learner)
+    if not _is_number(regularization) or regularization == 0:
+        raise UserError(f"regularization is {regularization!r}; it must be a number above 0")
 
     def inner_opt(meta_params, hparams):
         return optax.chain(proximal_term(regularization), learner.inner_opt(meta_params, hparams))
@@ -242,6 +250,10 @@ def neumann_series(matrix: Matrix, target: Array, num_steps: int) -> Array:
     return jax.lax.scan(step, target, length=num_steps)[0]
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and 0 <= value < math.inf
+
+
 def _ratio(part: Array, whole: Array) -> Array:
     """``part / whole``, and 0 if the whole is 0."""
     return jnp.where(whole > 0, part / jnp.where(whole > 0, whole, 1), 0)
@@ -269,7 +281,6 @@ def _check_options(
         )
     if solver not in ("cg", "neumann"):
         raise UserError(f"solver is {solver!r}: choose 'cg' or 'neumann'")
-    if num_steps < 1:
-        raise UserError(f"num_solver_steps is {num_steps}; 1 is the least")
-    if not 0 <= regularization < math.inf:
-        raise UserError(f"regularization is {regularization}; it must be 0 or more, and finite")
+    check_count("num_solver_steps", num_steps)
+    if not _is_number(regularization):
+        raise UserError(f"regularization is {regularization!r}; it must be 0 or more, and finite")

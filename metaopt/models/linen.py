@@ -5,6 +5,7 @@ from typing import Any, cast
 
 import flax.linen as nn
 import jax
+import numpy as np
 from flax.errors import InvalidRngError
 
 from metaopt.errors import UserError
@@ -17,7 +18,10 @@ def apply_module(module: nn.Module, params: Params, x: Array) -> Array:
 
 
 def from_linen(
-    module: nn.Module, example: Array, head: str | Sequence[str] | None = None, **arguments: Any
+    module: nn.Module,
+    example: Array | np.ndarray,
+    head: str | Sequence[str] | None = None,
+    **arguments: Any,
 ) -> Model:
     """A module as a `Model`.
 

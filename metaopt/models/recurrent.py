@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
+import numpy as np
 
 from metaopt.errors import UserError
 from metaopt.indices import as_tokens
@@ -70,5 +70,5 @@ def recurrent(
     if min(width, num_layers) < 1:
         raise UserError(f"width is {width}, num_layers {num_layers}: each must be at least 1")
     return from_linen(
-        Recurrent(vocab_size, width, CELLS[cell], num_layers), jnp.zeros((1, 1), jnp.int32)
+        Recurrent(vocab_size, width, CELLS[cell], num_layers), np.zeros((1, 1), np.int32)
     )

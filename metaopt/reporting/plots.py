@@ -149,11 +149,12 @@ def panels(
     figure = new_figure(1.0 + 5.0 * len(curves), 4.0 + 0.1 * count)
     panels = figure.subplots(1, len(curves), squeeze=False)[0]
     for axes, (title, of_panel) in zip(panels, curves.items(), strict=True):
-        for i, (name, (mean, half)) in enumerate(of_panel.items()):
+        for i, (name, curve) in enumerate(of_panel.items()):
+            mean, half = map(_finite, curve)
             x, every = spacing * np.arange(len(mean)), max(1, len(mean) // 10)
             style = {"color": f"C{i}", "linestyle": LINE_STYLES[i % len(LINE_STYLES)]}
             style |= {"marker": MARKERS[i % len(MARKERS)], "markersize": 4, "markevery": every}
-            axes.plot(x, _finite(mean), label=label(name), **style)
+            axes.plot(x, mean, label=label(name), **style)
             axes.fill_between(x, mean - half, mean + half, color=f"C{i}", alpha=0.12, lw=0)
         axes.set(xlabel=x_label, ylabel=y_label, title=label(title))
         axes.grid(alpha=0.25)

@@ -7,12 +7,11 @@ doubled (successive halving; Jamieson, Talwalkar, 2016, "Non-stochastic best arm
 and hyperparameter optimization").
 """
 
-import dataclasses
 import functools
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -38,6 +37,8 @@ LEAST_ROUNDS = 5
 """Number of rounds below which not even winning all of them is beyond `CHANCE`."""
 SAMPLE_SECONDS = 0.01
 """Time below which a function is called several times a round, until the current one takes it."""
+CALLS_TO_COMPARE = 6
+"""Number of calls of each function in a comparison, about: half of them leave after 2 rounds."""
 
 Build = Callable[[Settings], tuple[Callable, Sequence[Any]]]
 """``settings -> (function, args)``, whose time a call is what counts."""
@@ -164,10 +165,18 @@ def _result(
 
 
 class TuningResult(NamedTuple):
-    """The fastest settings that fit into memory, and a record of each candidate."""
+    """The fastest settings that fit into memory, and the record of each candidate."""
 
     settings: dict[str, Setting]
-    timings: list[TimedOptions]
+    timings: tuple[TimedOptions, ...]
+
+
+class _Candidate(NamedTuple):
+    """Settings whose program was compiled and called once; not if ``run`` is None."""
+
+    record: TimedOptions
+    run: Callable[[], Any] | None = None
+    seconds: float = 0.0
 
 
 def tune_options(
@@ -181,23 +190,22 @@ def tune_options(
     rounds: int = 16,
     least_gain: float = 0.02,
 ) -> TuningResult:
-    """Varies one setting at a time, again and again, while that makes items a second more.
+    """Compiles the combinations of options, the nearest to the start first, and times them.
 
-    If none alone does, two are varied together: a larger microbatch may need rematerialisation,
-    which alone is slower. A setting changes only beyond noise, and in the end the result is
-    timed against the start once more: if the start is faster beyond noise, it stays. Every
-    candidate is compiled once, and what does not fit the memory is never run.
+    Another combination than the start is taken only if it is faster beyond noise (`fastest`).
+    Every candidate is compiled once, while enough time is left to time all of them, and what
+    does not fit the memory is never run.
 
     Args:
       build: ``settings -> (function, args)``; a `UserError` of its own refuses the candidate.
         What the function donates is copied before every call.
       space: the values of each setting that may change.
-      start: of all settings that ``build`` reads. If it does not fit or run, the search starts
-        from what does and differs in the fewest settings.
+      start: of all settings that ``build`` reads. If it does not fit or run, what does and
+        differs in the fewest settings takes its place.
       memory_budget: bytes a device (`program_bytes`); up to 1, a fraction of what it has.
       seconds_budget: for all, compiling included; what has begun is finished.
       items: done by one call.
-      rounds: the most in a comparison.
+      rounds: the most that are timed.
       least_gain: of a round that is won, as a fraction.
 
     Raises:
@@ -206,145 +214,72 @@ def tune_options(
     if missing := [name for name in space if name not in start]:
         raise UserError(f"{', '.join(missing)}: may be varied, but has no value to start from")
     budget = memory_budget * device_bytes() if memory_budget <= 1 else memory_budget
-    ends = time.perf_counter() + seconds_budget
-    bench = _Bench(build, budget, items, rounds, least_gain)
-    origin = best = bench.first_that_runs(_nearest_first(space, start))
-    searched = ends - 0.1 * seconds_budget  # the rest is for the last comparison
-    while True:
-        found = best
-        for number_together in (1, 2):
-            moves = list(itertools.combinations(space, number_together))
-            for place, names in enumerate(moves):
-                now = time.perf_counter()
-                turn_ends = now + (searched - now) / (len(moves) - place)
-                values = itertools.product(*(space[name] for name in names))
-                rivals = [{**found, **dict(zip(names, v, strict=True))} for v in values]
-                found = bench.best_of(", ".join(names), found, rivals, turn_ends)
-            if found != best:
-                break
-        if found == best:
-            break
-        best = found
-    if best != origin:
-        best = bench.timed("start", best, [origin], ends)
-    return TuningResult(best, bench.records)
+    ends, longest = time.perf_counter() + seconds_budget, 0.0
+    candidates: list[_Candidate] = []
+    for settings in _nearest_first(space, start):
+        began = time.perf_counter()
+        timing = sum(CALLS_TO_COMPARE * c.seconds for c in candidates if c.run)
+        if timing and began + longest + timing > ends:
+            candidates.append(_Candidate(TimedOptions(settings, "no time")))
+        else:
+            candidates.append(_prepared(build, settings, budget))
+            longest = max(longest, time.perf_counter() - began)
+    runnable = {_label(c.record.settings): c for c in candidates if c.run}
+    if not runnable:
+        reason = candidates[0].record.reason
+        raise UserError(f"no settings of the space can be run; for the start, {reason}")
+    work = {name: items(candidate.record.settings) for name, candidate in runnable.items()}
+    found = fastest(
+        {name: candidate.run for name, candidate in runnable.items() if candidate.run},
+        next(iter(runnable)),
+        seconds_budget=ends - time.perf_counter(),
+        rounds=rounds,
+        items=work,
+        least_gain=least_gain,
+    )
+    records = []
+    for record, run, _ in candidates:
+        name = _label(record.settings)
+        if run:
+            record = record._replace(verdict=found.verdicts[name])
+        if timing := found.timings.get(name):
+            record = record._replace(
+                items_per_second=1 / timing.median,
+                seconds=work[name] * timing.median,
+                lower=work[name] * timing.lower,
+                upper=work[name] * timing.upper,
+                rounds=len(timing.samples),
+            )
+        records.append(record)
+    return TuningResult(runnable[found.winner].record.settings, tuple(records))
 
 
 def _nearest_first(
     space: Mapping[str, Sequence[Setting]], start: Settings
-) -> Iterator[dict[str, Setting]]:
+) -> list[dict[str, Setting]]:
     """The start, and all other combinations by the number of settings that differ from it."""
-    grid = itertools.product(*space.values())
-    return iter(
-        sorted(
-            [dict(start), *({**start, **dict(zip(space, v, strict=True))} for v in grid)],
-            key=lambda settings: sum(settings[name] != start[name] for name in space),
-        )
-    )
+    grid = [
+        {**start, **dict(zip(space, v, strict=True))} for v in itertools.product(*space.values())
+    ]
+    unique = {_label(settings): settings for settings in [dict(start), *grid]}
+    return sorted(unique.values(), key=lambda x: sum(x[name] != start[name] for name in space))
 
 
-class _Program(NamedTuple):
-    """A candidate, compiled and called once; if ``run`` is None, why it is not run."""
-
-    run: Callable[[], Any] | None = None
-    bytes: int | None = None
-    compile_seconds: float | None = None
-    verdict: str = ""
-    reason: str = ""
-
-
-@dataclasses.dataclass
-class _Bench:
-    """Compiled candidates, and the record of what was found out about them."""
-
-    build: Build
-    budget: float
-    items: Callable[[Settings], float]
-    rounds: int
-    least_gain: float
-    programs: dict[str, _Program] = dataclasses.field(default_factory=dict)
-    records: list[TimedOptions] = dataclasses.field(default_factory=list)
-
-    def program(self, settings: Settings) -> _Program:
-        name = _label(settings)
-        if name not in self.programs:
-            self.programs[name] = self._prepared(settings)
-        return self.programs[name]
-
-    def _prepared(self, settings: Settings) -> _Program:
-        began = time.perf_counter()
-        try:
-            function, args = self.build(settings)
-            compiled = compile_program(function, *args)
-            seconds, taken = time.perf_counter() - began, program_bytes(compiled)
-            if taken > self.budget:
-                reason = f"it takes {human_bytes(taken)} of a budget of {human_bytes(self.budget)}"
-                return _Program(None, taken, seconds, "over memory", reason)
-            run = _caller(compiled, args)
-            jax.block_until_ready(run())
-        except (UserError, jax.errors.JaxRuntimeError) as error:
-            return _Program(verdict="refused", reason=str(error).partition("\n")[0])
-        return _Program(run, taken, seconds)
-
-    def first_that_runs(self, candidates: Iterator[dict[str, Setting]]) -> dict[str, Setting]:
-        for settings in candidates:
-            if self.program(settings).run:
-                return settings
-            self.record("start", settings, self.program(settings).verdict)
-        reason = self.records[0].reason
-        raise UserError(f"no settings of the space can be run; for the start, {reason}")
-
-    def best_of(
-        self, setting: str, best: dict[str, Setting], rivals: list[dict[str, Setting]], ends: float
-    ) -> dict[str, Setting]:
-        """The best, or a rival that is new, fits and is faster; compiled while there is time."""
-        admitted = []
-        for rival in rivals:
-            if _label(rival) in self.programs:
-                continue
-            longest = max(p.compile_seconds or 0.0 for p in self.programs.values())
-            if time.perf_counter() + longest > ends:
-                self.record(setting, rival, "no time")
-            elif self.program(rival).run:
-                admitted.append(rival)
-            else:
-                self.record(setting, rival, self.program(rival).verdict)
-        return self.timed(setting, best, admitted, ends) if admitted else best
-
-    def timed(
-        self, setting: str, best: dict[str, Setting], rivals: list[dict[str, Setting]], ends: float
-    ) -> dict[str, Setting]:
-        """The best, or a rival that is faster beyond noise."""
-        entrants = {_label(settings): settings for settings in (best, *rivals)}
-        found = fastest(
-            {name: run for name in entrants if (run := self.programs[name].run)},
-            _label(best),
-            seconds_budget=ends - time.perf_counter(),
-            rounds=self.rounds,
-            items={name: self.items(settings) for name, settings in entrants.items()},
-            least_gain=self.least_gain,
-        )
-        for name, settings in entrants.items():
-            self.record(setting, settings, found.verdicts[name], found.timings.get(name))
-        return entrants[found.winner]
-
-    def record(
-        self, setting: str, settings: Settings, verdict: str, timing: Timing | None = None
-    ) -> None:
-        program = self.programs.get(_label(settings), _Program())
-        record = TimedOptions(
-            setting, dict(settings), verdict, program.reason, program.bytes, program.compile_seconds
-        )
-        if timing:
-            items = self.items(settings)
-            record = record._replace(
-                items_per_second=1 / timing.median,
-                seconds=items * timing.median,
-                lower=items * timing.lower,
-                upper=items * timing.upper,
-                rounds=len(timing.samples),
-            )
-        self.records.append(record)
+def _prepared(build: Build, settings: dict[str, Setting], budget: float) -> _Candidate:
+    began, record = time.perf_counter(), TimedOptions(settings, "refused")
+    try:
+        function, args = build(settings)
+        compiled = compile_program(function, *args)
+        called, taken = time.perf_counter(), program_bytes(compiled)
+        record = record._replace(bytes=taken, compile_seconds=called - began)
+        if taken > budget:
+            reason = f"it takes {human_bytes(taken)} of a budget of {human_bytes(budget)}"
+            return _Candidate(record._replace(verdict="over memory", reason=reason))
+        run = _caller(compiled, args)
+        jax.block_until_ready(run())
+    except (UserError, jax.errors.JaxRuntimeError) as error:
+        return _Candidate(record._replace(reason=str(error).partition("\n")[0]))
+    return _Candidate(record, run, max(time.perf_counter() - called, SAMPLE_SECONDS))
 
 
 def _label(settings: Settings) -> str:
@@ -411,6 +346,6 @@ def fastest_settings(
         verdict="accepted" if changes else "kept",
         changes=changes,
         reason=f"steps are faster: {chosen}" if changes else "no execution options are faster",
-        timings=tuple(found.timings),
+        timings=found.timings,
         seconds=time.perf_counter() - began,
     )

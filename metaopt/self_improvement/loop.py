@@ -185,10 +185,10 @@ def run(
     if jax.process_count() > 1:
         _check_agreement(workload, memory)
     first, interventions = begin(workload, settings), sorted(interventions, key=lambda e: e[0])
-    directory, path = Path(directory), checkpoint_directory(directory, workload.name)
     if fingerprint is None:
         batch = workload.sample(settings, 0)
         fingerprint = of_step({}, workload.step(settings), first.state, batch)
+    directory, path = Path(directory), checkpoint_directory(directory, workload.name)
     options = dict(monitor or {})
     if "flops_per_step" in options:
         size = workload.examples_per_step(settings)
@@ -202,8 +202,8 @@ def run(
             options = _counted(workload, first) | options
         identity = _identity(workload, settings, config, interventions)
         flops = options.get("flops_per_example")
-        log = RunLog(workload, directory, checkpoints, identity, flops)
-        loop = Loop(workload, config, log, stop, proposer, interventions)
+        run_log = RunLog(workload, directory, checkpoints, identity, flops)
+        loop = Loop(workload, config, run_log, stop, proposer, interventions)
         snapshot = loop.start(first, memory)
         is_new = snapshot.examples < workload.num_examples
         with loop.monitored(snapshot, directory, options):
@@ -275,7 +275,7 @@ class Loop:
     Attributes:
       workload: The training.
       config: When to do what.
-      log: What is written down and resumed from.
+      run_log: What is written down and resumed from.
       stop: Whether Ctrl-C or SIGTERM was received.
       proposer: What names changes; `pattern_search` if None.
       interventions: Changes from outside, in order.
@@ -286,7 +286,7 @@ class Loop:
 
     workload: Workload
     config: LoopConfig
-    log: RunLog
+    run_log: RunLog
     stop: StopSignals
     proposer: Proposer | None
     interventions: Sequence[Intervention]
@@ -300,23 +300,25 @@ class Loop:
 
     def run(self, snapshot: Snapshot) -> Outcome:
         """Optimises, trains under the monitor and assesses in turns until the end."""
-        log = self.log
-        if not log.curve:
+        run_log = self.run_log
+        if not run_log.curve:
             snapshot = self.assess(self.choose_options(snapshot))
         while snapshot.examples < self.workload.num_examples:
             snapshot = self.intervene(self.optimise(snapshot))
             snapshot = self.train(snapshot, self._next_stop(snapshot))
             if self._assessment_due(snapshot):
                 snapshot = self.assess(snapshot)
-        log.wait()
-        ledger = log.ledger(snapshot)
-        return Outcome(snapshot, log.decisions, log.curve, ledger, log.alarms, self.earlier)
+        run_log.wait()
+        ledger = run_log.ledger(snapshot)
+        return Outcome(
+            snapshot, run_log.decisions, run_log.curve, ledger, run_log.alarms, self.earlier
+        )
 
     # Start
 
     def start(self, first: Snapshot, memory: Memory | None) -> Snapshot:
         """The snapshot of the latest checkpoint, else the start that the memory proposes."""
-        snapshot, notes = self.log.resume(first)
+        snapshot, notes = self.run_log.resume(first)
         if notes:
             self.num_interventions = notes["intervened"]
             self.earlier = past_search(notes["earlier"]) or []
@@ -353,7 +355,12 @@ class Loop:
         total, name = self.workload.num_examples, self.workload.name
         self.progress = Progress(name, total=total, start=min(snapshot.examples, total))
         self.guard = RollbackGuard(
-            self.workload, snapshot, self.config, self.log.alarms, directory=directory, **options
+            self.workload,
+            snapshot,
+            self.config,
+            self.run_log.alarms,
+            directory=directory,
+            **options,
         )
         with self.guard, self.progress:
             yield
@@ -366,7 +373,7 @@ class Loop:
         if not np.isfinite(losses).all():
             return self.roll_back(snapshot, self._not_finite(snapshot))
         self.num_roll_backs = 0
-        self.log.assessed(snapshot, losses)
+        self.run_log.assessed(snapshot, losses)
         self._save(snapshot)
         return snapshot
 
@@ -376,12 +383,12 @@ class Loop:
         if snapshot.examples >= total:
             return True
         every = self.config.assess_every * total
-        done = math.floor(self.log.assessed_at / every + 1e-9)
+        done = math.floor(self.run_log.assessed_at / every + 1e-9)
         return math.floor(snapshot.examples / every + 1e-9) > done
 
     def _save(self, snapshot: Snapshot) -> None:
         earlier = [decision.as_json() for decision in self.earlier]
-        self.log.save(snapshot, intervened=self.num_interventions, earlier=earlier)
+        self.run_log.save(snapshot, intervened=self.num_interventions, earlier=earlier)
 
     # Optimise
 
@@ -389,7 +396,7 @@ class Loop:
         """Tries what is proposed for as long as something is and the budget allows it."""
         fraction = snapshot.examples / self.workload.num_examples
         phase = sum(fraction >= start for start in self.config.phases) - 1
-        decisions = self.log.decisions
+        decisions = self.run_log.decisions
         if phase < 0 or has_moved_on(decisions, snapshot, phase):
             return snapshot
         state: SearchState | None = None
@@ -438,10 +445,10 @@ class Loop:
 
     def _say_nothing_is_tried(self, snapshot: Snapshot, phase: int) -> None:
         """Says, once a phase, that its search tries nothing though something is proposed."""
-        if phase in self._said_nothing | {decision.phase for decision in self.log.decisions}:
+        if phase in self._said_nothing | {decision.phase for decision in self.run_log.decisions}:
             return
         self._said_nothing.add(phase)
-        if self._propose(snapshot, self.log.decisions, phase):
+        if self._propose(snapshot, self.run_log.decisions, phase):
             share, done = self.config.shares[phase], snapshot.examples / self.workload.num_examples
             log(
                 f"{self.workload.name}: nothing is tried from {done:.0%} of the run on: a trial "
@@ -475,7 +482,7 @@ class Loop:
 
     def _take(self, snapshot: Snapshot, decision: Decision) -> None:
         """Notes a decision; its snapshot is good, since its losses were finite."""
-        self.log.decided(decision)
+        self.run_log.decided(decision)
         if decision.verdict == "accepted":
             log(f"{self.workload.name}, step {decision.step}: {decision.reason}")
         if decision.verdict != "rolled back":
@@ -540,7 +547,7 @@ class Loop:
             self._save(snapshot)
         except FloatingPointError:
             self._save(self.guard.last_good)
-        self.log.wait()
+        self.run_log.wait()
         total = self.workload.num_examples // self.workload.examples_per_step(snapshot.settings)
         exit_on_signal(self.workload.name, int(snapshot.state.step), total, self.stop.received or 0)
 
@@ -550,7 +557,7 @@ class Loop:
         """Damage that was seen in an evaluation."""
         message, step = "the held-out loss is not finite", int(snapshot.state.step)
         alarm = Alarm("nan", step, True, math.nan, math.inf, message)
-        self.log.alarms.append(alarm)
+        self.run_log.alarms.append(alarm)
         return Damage(alarm)
 
     def roll_back(self, snapshot: Snapshot, damage: "Damage") -> Snapshot:
@@ -567,7 +574,7 @@ class Loop:
                 "decisions.jsonl and at the data, and start with smaller rates"
             )
         good = self.guard.restore()._replace(left_out=snapshot.left_out)
-        self.log.went_back(good)
+        self.run_log.went_back(good)
         after, reason = good, f"{alarm.kind}: {alarm.message}"
         left_out = None
         if alarm.kind == "nan" and stretch and is_bad_batch(self.workload, good, stretch):
@@ -579,7 +586,7 @@ class Loop:
             after = lowered(within, good, factor)
             reason += f"; the rates are lowered to {factor:.2g} of what they were"
         log(f"{self.workload.name}: back to step {int(good.state.step)}; {reason}")
-        self.log.decided(
+        self.run_log.decided(
             Decision(
                 kind="rollback",
                 step=alarm.step,

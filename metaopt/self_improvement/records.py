@@ -80,7 +80,6 @@ class TimedOptions(NamedTuple):
     """One candidate of a search for the fastest execution options.
 
     Attributes:
-      setting: Name of the option that was varied; ``start`` for the last comparison with it.
       settings: Values of all options.
       verdict: ``kept`` or ``replaced`` (the current options), ``adopted``, ``slower``, ``noise``,
         ``not timed``, ``refused``, ``over memory`` or ``no time``.
@@ -94,7 +93,6 @@ class TimedOptions(NamedTuple):
       rounds: Number of timed rounds.
     """
 
-    setting: str
     settings: dict[str, Setting]
     verdict: str
     reason: str = ""

@@ -1,3 +1,4 @@
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -162,7 +163,7 @@ def test_anil_adapts_the_head_alone_and_learns_the_body_outside():
         return loss({**MLP_PARAMS, "head": head}, batch)
 
     head = path(maml(), {"params": MLP_PARAMS["head"]}, head_loss, support, 2)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), found["head"], head)
+    chex.assert_trees_all_close(found["head"], head, rtol=1e-5)
 
     episode = jax.tree.map(jnp.asarray, quadratic.episode())
     episode = episode._replace(support=support, query=columns(episode.query))
@@ -198,7 +199,18 @@ def test_an_optimizer_on_some_entries_is_the_same_as_on_these_alone(optimizer):
     head = {"head": MLP_PARAMS["head"]}
     found = jax.jit(lambda: steps(on_entries(optimizer, ("head",)), whole, MLP_PARAMS))()
     expected = jax.jit(lambda: steps(optimizer, lambda h: whole(body | h), head))()
-    jax.tree.map(np.testing.assert_array_equal, found["layer_0"], MLP_PARAMS["layer_0"])
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), found["head"], expected["head"]
-    )
+    chex.assert_trees_all_equal(found["layer_0"], MLP_PARAMS["layer_0"])
+    chex.assert_trees_all_close(found["head"], expected["head"], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("learner", "other"),
+    [
+        (meta_sgd(num_steps=2), meta_sgd()),
+        (meta_sgd(), meta_sgd(num_steps=2)),
+        (per_layer_per_step(num_steps=2), meta_sgd(num_steps=2)),
+    ],
+)
+def test_rates_of_another_learner_are_refused_and_not_broadcast(learner, other):
+    with pytest.raises(AssertionError, match=r"rank|shape"):
+        path(learner, other.init(quadratic.PARAMS), quadratic.loss, SUPPORT, 2)

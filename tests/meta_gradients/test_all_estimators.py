@@ -9,6 +9,7 @@ import functools
 from functools import partial
 from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -101,8 +102,7 @@ def reference(name):
     return run, run(CASES[name].start()[0])
 
 
-def assert_close(found, expected, rtol=1e-9, atol=1e-12):
-    jax.tree.map(partial(np.testing.assert_allclose, rtol=rtol, atol=atol), found, expected)
+assert_close = partial(chex.assert_trees_all_close, rtol=1e-9, atol=1e-12)
 
 
 def flat(tree):

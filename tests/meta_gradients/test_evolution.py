@@ -169,7 +169,7 @@ def test_each_task_has_its_own_noise():
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"num_pairs": 0}, "at least 1 pair"),
+        ({"num_pairs": 0}, "num_pairs is 0"),
         ({"sigma": 0.0}, "sigma is 0.0"),
         ({"window": 3}, "windows of 3"),
         ({"pairs_at_a_time": 17}, "pairs_at_a_time is 17"),

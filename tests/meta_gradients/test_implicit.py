@@ -1,5 +1,6 @@
 from functools import partial
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -156,12 +157,7 @@ def test_anil_equals_reverse_and_finite_differences_of_a_long_run(solver):
         slope = (outer(1e-5) - outer(-1e-5)) / 2e-5
         along = sum(map(np.vdot, *map(jax.tree.leaves, (found, direction))))
         np.testing.assert_allclose(along, slope, rtol=1e-6)
-        for name in params:
-            jax.tree.map(
-                lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12),
-                found[name],
-                expected[name],
-            )
+        chex.assert_trees_all_close(found, expected, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize(

@@ -1,3 +1,4 @@
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,10 +14,6 @@ from metaopt.types import Batch, Episode
 
 KEY = jax.random.key(0)
 QUICKLY = {"xla_backend_optimization_level": 0}  # compiles in half the time
-
-
-def _assert_close(found, expected, **tolerances):
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **tolerances), found, expected)
 
 
 def test_mixed_mode_equals_reverse_on_a_scanned_transformer_under_adam():
@@ -38,7 +35,7 @@ def test_mixed_mode_equals_reverse_on_a_scanned_transformer_under_adam():
             for estimator in (mixed_mode, reverse)
         )
         assert jax.tree.leaves(found)[0].dtype == jnp.float64
-        _assert_close(found[0], expected[0], rtol=1e-9, atol=1e-13)
+        chex.assert_trees_all_close(found[0], expected[0], rtol=1e-9, atol=1e-13)
 
 
 def test_all_that_the_loss_sees_gets_its_cotangent():
@@ -58,4 +55,4 @@ def test_all_that_the_loss_sees_gets_its_cotangent():
         forward_over_reverse, *arguments
     )
     assert all(np.abs(leaf).max() > 1e-3 for leaf in jax.tree.leaves(expected))
-    _assert_close(found, expected, rtol=2e-5, atol=1e-7)
+    chex.assert_trees_all_close(found, expected, rtol=2e-5, atol=1e-7)

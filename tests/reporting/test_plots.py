@@ -11,6 +11,7 @@ from metaopt.reporting.plots import (
     lines,
     new_figure,
     overlapping_labels,
+    panels,
     trajectories,
 )
 
@@ -51,6 +52,14 @@ def test_a_picture_comes_out_whatever_diverged(tmp_path, names, limits):
         warnings.simplefilter("error")
         picture = draw(tmp_path / "bad.png", curves, curves, limits)
     assert picture.shape == (660, 1650, 4)
+
+
+def test_panels_have_the_curves_that_they_are_given(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        curves = {"one": {"good": GOOD, **BAD}, "$": {"good": GOOD}}
+        panels(tmp_path / "p.png", curves, x_label="steps", y_label="nats", spacing=0.5)
+    assert imread(tmp_path / "p.png").std() > 0.01
 
 
 def test_a_row_that_diverged_does_not_hide_the_others(tmp_path, monkeypatch):

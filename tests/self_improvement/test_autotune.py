@@ -115,15 +115,14 @@ def test_the_best_of_the_space_is_found_and_nothing_is_compiled_twice(use):
         found = machine.tune(SPACE, START)
         assert found.settings == {**START, "microbatch": 8, "remat": False, "precision": "bf16"}
         assert len(machine.compiled) == len({str(s) for s in machine.compiled})
-        json.dumps(found.timings)
-        adopted = [e for e in found.timings if e.verdict == "adopted"]
-        assert [e.setting for e in adopted] == [*SPACE]
-        (last,) = [e for e in adopted if e.setting == "precision"]
-        assert last.items_per_second == pytest.approx(1 / 0.27, rel=0.05)
-        assert last.lower <= last.seconds <= last.upper and last.rounds == 16
-        assert last.bytes == MIB and last.compile_seconds == 1.0
-        assert found.timings[-2].setting == found.timings[-1].setting == "start"
-        assert [e.verdict for e in found.timings[-2:]] == ["kept", "slower"]
+        json.dumps([record._asdict() for record in found.timings])
+        (best,) = [e for e in found.timings if e.verdict == "adopted"]
+        assert best.settings == found.settings
+        assert best.items_per_second == pytest.approx(1 / 0.27, rel=0.05)
+        assert best.lower <= best.seconds <= best.upper and best.rounds == 16
+        assert best.bytes == MIB and best.compile_seconds == 1.0
+        assert found.timings[0].settings == START and found.timings[0].verdict == "replaced"
+        assert {e.verdict for e in found.timings[1:]} <= {"adopted", "slower"}
 
 
 def test_what_is_over_the_memory_is_never_run(use):
@@ -184,23 +183,16 @@ def test_between_equals_the_start_stays(use):
     for seed in range(30):
         machine = use(Machine(lambda settings: 1.0, seed=seed))
         changed += machine.tune(SPACE, START).settings != START
-    assert changed <= 5
+    assert changed <= 3
 
 
-def test_a_start_that_proves_quicker_in_the_end_comes_back(use):
-    machine = Machine(lambda s: None)
-
-    def drifting(settings):
-        """The other one is quicker at first only."""
-        late = len(machine.ran) > 2 + 2 * 17  # the first calls, and a race
-        return 1.0 if settings["remat"] else (1.5 if late else 0.7)
-
-    machine.seconds = drifting
-    found = use(machine).tune({"remat": (True, False)}, {"remat": True})
-    assert [e.verdict for e in found.timings if not e.settings["remat"]] == [
-        *("adopted", "replaced"),
-    ]
-    assert found.settings == {"remat": True}
+def test_the_nearest_to_the_start_come_first_and_leave_time_to_compare_them(use):
+    machine = use(Machine(cost))
+    found = machine.tune(SPACE, START, seconds_budget=25.0)
+    differing = [sum(s[name] != START[name] for name in SPACE) for s in machine.compiled]
+    assert differing == sorted(differing) and 2 < len(machine.compiled) < 20
+    assert {e.verdict for e in found.timings[len(machine.compiled) :]} == {"no time"}
+    assert found.timings[0].rounds >= 5 and cost(found.settings) < cost(START)
 
 
 def test_donated_arguments_survive_the_trials():
@@ -224,7 +216,7 @@ def test_donated_arguments_survive_the_trials():
     assert [info.donated for info in donated] == [True, False]
 
 
-def test_a_real_meta_batch_in_a_scan_is_found_to_be_quicker_under_vmap():
+def test_a_real_meta_batch_in_a_scan_is_found_to_be_faster_under_vmap():
     """4096 tiny tasks, at first one by one: on a quiet machine more than 10 times slower."""
     w, x = jnp.eye(4), jnp.ones((4096, 2, 4))
 
@@ -247,12 +239,11 @@ def test_a_real_meta_batch_in_a_scan_is_found_to_be_quicker_under_vmap():
         build, space, start, memory_budget=0.5, seconds_budget=60.0, items=lambda _: 4096, rounds=8
     )
     assert found.settings["tasks_at_a_time"] == 4096
-    first = {
-        e.settings["tasks_at_a_time"]: e for e in found.timings if e.setting == "tasks_at_a_time"
-    }
-    assert first[4096].items_per_second > first[1].items_per_second
-    assert "5 at a time" in first[5].reason and first[5].verdict == "refused"
-    assert first[4096].bytes > x.nbytes
+    of = {(e.settings["tasks_at_a_time"], e.settings["remat"]): e for e in found.timings}
+    together, alone, uneven = of[4096, True], of[1, True], of[5, True]
+    assert together.items_per_second > alone.items_per_second
+    assert "5 at a time" in uneven.reason and uneven.verdict == "refused"
+    assert together.bytes > x.nbytes
 
 
 class Clock:
@@ -294,7 +285,7 @@ def test_beyond_noise_is_a_sign_test():
     assert beyond_noise(ones, [1.03] * 8, 0.02) and not beyond_noise(ones, [1.01] * 8, 0.02)
 
 
-def test_the_quicker_one_wins_whatever_its_place(clock):
+def test_the_faster_one_wins_whatever_its_place(clock):
     rng = np.random.default_rng(0)
     for _ in range(30):
         seconds = {"a": 1.0, "b": 0.7, "c": 2.0, "d": 0.9, "e": 1.5}
@@ -361,7 +352,7 @@ def test_short_functions_are_called_until_a_round_can_be_timed(clock):
     assert found.winner == "b" and found.timings["b"].median == pytest.approx(0.0005)
 
 
-def test_bad_races_are_refused():
+def test_bad_comparisons_are_refused():
     with pytest.raises(UserError, match="fewer than 5"):
         fastest({"a": lambda: None}, "a", rounds=4)
     with pytest.raises(UserError, match="'z' is not among a"):
@@ -406,7 +397,7 @@ def problem(**changes):
     return workload(400, step=step_of, execution_options=OPTIONS, **changes)
 
 
-def test_the_quickest_way_is_found_before_anything_else_and_gives_the_same(tmp_path):
+def test_the_fastest_options_are_found_before_anything_else_and_gives_the_same(tmp_path):
     still = problem(space={})
     outcome = run(still, WAITING, directory=tmp_path / "found", config=CONFIG)
     (decision,) = outcome.decisions
@@ -422,7 +413,7 @@ def test_the_quickest_way_is_found_before_anything_else_and_gives_the_same(tmp_p
     assert as_bytes(outcome.snapshot.state) == as_bytes(plain.snapshot.state)
 
 
-def test_another_batch_is_computed_in_the_way_that_is_quickest_for_it(tmp_path):
+def test_another_batch_is_computed_with_the_options_that_are_fastest_for_it(tmp_path):
     def propose(snapshot, decisions, phase):
         better = {"batch_size": 4, "outer_learning_rate": 0.5}
         known = snapshot.settings["batch_size"] == 4
@@ -437,6 +428,6 @@ def test_another_batch_is_computed_in_the_way_that_is_quickest_for_it(tmp_path):
     assert all(entry.settings.keys() == {"wait"} for entry in after.timings)
 
 
-def test_a_way_needs_a_value_to_start_from():
-    with pytest.raises(UserError, match="'wait' is an execution option"):
+def test_an_option_needs_a_value_to_start_from():
+    with pytest.raises(UserError, match="'wait' is an execution option, but has no value"):
         begin(problem(), SETTINGS)
