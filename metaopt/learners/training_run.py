@@ -15,7 +15,7 @@ from metaopt.optimizers.self_tuned import Scope, float_dtype, initial_values, sp
 from metaopt.types import Array, Learner, LossFn, Params, PyTree, unchanged_loss
 
 DOMAINS = "domain_logits"
-"""The name of the weights on the domains among what is learned."""
+"""Name of the weights of the domains among the meta-parameters."""
 
 FRACTIONS = ("momentum", "b1", "b2")
 """Values between 0 and 1, learned as log-odds: factors of about ``1 / (1 − m)`` where near 1."""
@@ -30,7 +30,7 @@ class DomainBatch(NamedTuple):
     Attributes:
       inputs: ``[S, ...]``.
       targets: ``[S, ...]``.
-      domains: int32 ``[S]``, from 0 on.
+      domains: int32 ``[S]``, numbers from 0.
     """
 
     inputs: Array
@@ -46,14 +46,14 @@ def tuned_learner(
     scope: Scope = "scalar",
     num_domains: int = 0,
 ) -> Learner:
-    """A training run as a learner: what is learned is how it steps, beside where it starts.
+    """A training run as a learner: its steps are meta-learned, and its start.
 
     Args:
       optimizer: ``values -> optimiser``, such as `sgd_from_values` and `adamw_from_values`. Its
         ``values['learning_rate']`` is a tree like the parameters.
-      start: the values at the start, by name.
-      learned: which of them are meta-parameters.
-      scope: of the learning rate, where it is learned; every other value is a scalar.
+      start: initial values by name.
+      learned: names of those that are meta-parameters.
+      scope: scope of the learning rate, if it is learned; every other value is a scalar.
       num_domains: of the weights on domains (see `weighted_by_domain`); 0 for none.
 
     Returns:
@@ -80,7 +80,7 @@ def tuned_learner(
 
     def inner_opt(meta_params, hparams):
         del hparams
-        values = values_in_force(start, meta_params)
+        values = current_values(start, meta_params)
         rates = spread(rate_scope, values["learning_rate"], meta_params["params"])
         return optimizer({**values, "learning_rate": rates})
 
@@ -93,7 +93,7 @@ def tuned_learner(
     )
 
 
-def values_in_force(start: Mapping[str, float], logs: Mapping[str, PyTree]) -> dict[str, PyTree]:
+def current_values(start: Mapping[str, float], logs: Mapping[str, PyTree]) -> dict[str, PyTree]:
     """The values by name, learned or not, and ``domain_weights``, which sum to one, if any."""
     values: dict[str, PyTree] = dict(start)
     for name in set(start) & set(logs):

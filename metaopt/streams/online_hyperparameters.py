@@ -1,7 +1,7 @@
 """Exact meta-gradients of hyperparameters while a model trains, in truncated windows.
 
-The training itself is the inner run: it never starts anew, and what is meta-learned is how it
-steps and how much it listens to each domain of its data.
+The training itself is the inner run: it never restarts, and what is meta-learned is how it
+steps and the weight of each domain of its data.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ import optax
 
 from metaopt.errors import UserError
 from metaopt.inner_loop import InnerLoop
-from metaopt.learners.training_run import Optimizer, tuned_learner, values_in_force
+from metaopt.learners.training_run import Optimizer, current_values, tuned_learner
 from metaopt.meta_gradients.windows import InnerRun, start_run, unroll_window
 from metaopt.optimizers.self_tuned import Scope, check_factors, check_scope, moved
 from metaopt.pytrees import all_finite
@@ -27,14 +27,14 @@ class OnlineConfig(Checked):
     """What is learned online, and how.
 
     Attributes:
-      learned: the names of the values that are learned; the others stay as given.
-      scope: of the learning rate; every other value is a scalar.
-      num_domains: learn weights on so many domains of the data; 0 for none.
+      learned: names of the values that are learned; the others stay as given.
+      scope: scope of the learning rate; every other value is a scalar.
+      num_domains: number of domains of the data whose weights are learned; 0 for none.
       window: its ``num_steps`` is W; ``batching`` must be ``split``: one batch a step.
-      every: one window in so many is differentiated, the last of them; 1 for all.
-      meta_rate: of Adam, on the logarithms of values and weights.
-      max_step_factor: the largest factor by which an update changes any of them.
-      max_factor: the largest factor in all, from where they started, each way.
+      every: interval of the windows that are differentiated; 1 for all.
+      meta_rate: rate of Adam on the logarithms of values and weights.
+      max_step_factor: largest factor by which an update changes any of them.
+      max_factor: largest factor in all, from the initial values, up or down.
     """
 
     learned: tuple[str, ...] = ("learning_rate",)
@@ -64,13 +64,13 @@ class OnlineConfig(Checked):
 
 
 class OnlineState(NamedTuple):
-    """A training run and what it has learned about itself.
+    """A training run and its meta-parameters.
 
     Attributes:
       run: parameters, optimiser state and training steps done.
       logs: what is learned, by name: logarithms of the values, log-odds for fractions, and
         the domains' logits ``[num_domains]``.
-      meta_opt_state: of the optimiser of ``logs``.
+      meta_opt_state: state of the optimiser of ``logs``.
     """
 
     run: InnerRun
@@ -86,8 +86,8 @@ class Online(NamedTuple):
       step: ``(state, batches, held_out) -> (state, metrics)``: W steps on batches ``[W, S, ...]``.
         The metrics are ``loss``, the held-out loss after them, ``inner_losses`` ``[W]``, and
         ``meta_grad_norm``, 0 where the window was not differentiated.
-      values: ``state -> {name: value in force}``, those that are not learned too, and with
-        domains ``domain_weights``, ``[num_domains]``, which sum to one.
+      values: ``state -> {name: current value}``, learned or not, and with domains
+        ``domain_weights``, ``[num_domains]``, which sum to one.
       learner: the run as a `metaopt.types.Learner`, for the estimators of metaopt.
     """
 
@@ -198,7 +198,7 @@ def online(
         due = (state.run.step // config.window.num_steps + 1) % config.every == 0
         return jax.lax.cond(due, differentiated, plain, state, episode)
 
-    return Online(init, step, lambda state: values_in_force(start, state.logs), learner)
+    return Online(init, step, lambda state: current_values(start, state.logs), learner)
 
 
 def _flat(batches: Any, config: OnlineConfig) -> Any:
