@@ -13,51 +13,54 @@ they step in turn, one at a time, so that all see the same machine.
 import contextlib
 import dataclasses
 import importlib.util
+import math
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from rich.console import Console
+import numpy as np
 
-from benchmarks.peers import ours, report
+from benchmarks.peers import ours
 from benchmarks.peers.host import Worker, WorkerFailed, check_agreement, take_turns
 from benchmarks.peers.problems import REFERENCE, SMOKE, Name, save
-from metaopt import parallel
-from metaopt.cli import command_line
+from experiments import harness
 from metaopt.console import log
 from metaopt.errors import UserError
-from metaopt.files import write_json_lines
-from metaopt.ranges import Checked, Count, Range, Seed, Several
-from metaopt.reporting import tables
-from metaopt.reporting.results import RecordCell, cell_maker
-from metaopt.training.runs import open_run
+from metaopt.ranges import Count, Range, Seed, Several
+from metaopt.statistics import Interval
+from metaopt.training import runs
 
 PeerName = Literal["torch_func", "torchopt", "higher", "torch_compile"]
 NEEDED = {"torch_func": "torch", "torch_compile": "torch"}
-CHOSEN_BY = ("preset",)
+OURS, RATIO = "ours", "fastest peer / ours"
+COLUMNS = {
+    "ours": OURS,
+    "torch_func": "torch.func",
+    "torchopt": "torchopt",
+    "higher": "higher",
+    "torch_compile": "torch.compile",
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(Checked):
+class Config(harness.RunConfig):
     """The time of one MAML meta-step, ours beside that of PyTorch libraries.
 
     Attributes:
-      preset: smoke (tiny sizes) or reference; the defaults of all the rest follow it.
-      problems: rows of the table.
-      peers: libraries beside ours; torch_compile is torch.func compiled, which takes
+      preset: Size of the run: smoke (tiny sizes) or cpu. The defaults of the other flags follow it.
+      problems: Rows of the table.
+      peers: Libraries beside ours; torch_compile is torch.func compiled, which takes
         minutes before its first step.
-      threads: cores that each library may use.
-      rounds: turns of each library.
-      turn_seconds: a turn is so long, and one step at least.
-      ready_seconds: a library that takes longer to warm up gets no number.
-      seed: of parameters and episodes.
-      root: where runs are written.
-      run_dir: this directory instead, new or of the same config.
+      threads: Number of cores that each library may use.
+      rounds: Turns of each library.
+      turn_seconds: Length of a turn, which is one step at least.
+      ready_seconds: Time after which a library that has not warmed up gets no number.
+      seed: Seed of parameters and episodes.
     """
 
-    preset: Literal["smoke", "reference"] = "reference"
+    preset: Literal["smoke", "cpu"] = "cpu"
     problems: Annotated[tuple[Name, ...], Several(different=True)] = (
         "sinusoid",
         "lm",
@@ -69,22 +72,17 @@ class Config(Checked):
     turn_seconds: Annotated[float, Range(0, 1e5)] = 0.3
     ready_seconds: Annotated[float, Range(0.1, 1e5)] = 600.0
     seed: Seed = 0
-    root: str = "runs"
-    run_dir: str | None = None
 
 
-def preset(flags: Mapping[str, str]) -> Config:
+def presets(preset: str = "cpu") -> Config:
     """The defaults for ``--preset``."""
-    name = flags.get("preset", "reference")
-    if name == "smoke":
+    if preset == "smoke":
         return Config(preset="smoke", rounds=1, turn_seconds=0.0)
-    if name != "reference":
-        raise UserError(f"unknown preset {name!r}: choose smoke or reference")
     return Config()
 
 
 def check(config: Config) -> None:
-    """Raises UserError where a library is missing, or there are fewer cores."""
+    """Raises UserError if a library is missing, or there are fewer cores."""
     if config.threads > (cores := os.cpu_count() or 1):
         raise UserError(f"threads is {config.threads}, and this machine has {cores} cores")
     for peer in config.peers:
@@ -96,8 +94,8 @@ def check(config: Config) -> None:
             )
 
 
-def measure(config: Config, problem: Name, cell: RecordCell) -> list[dict[str, Any]]:
-    """The records of one problem.
+def measure(config: Config, problem: Name, table: harness.TableRun) -> None:
+    """Measures one problem, and adds its row.
 
     Raises:
       UserError: our own step fails, or a peer computes another function.
@@ -121,39 +119,78 @@ def measure(config: Config, problem: Name, cell: RecordCell) -> list[dict[str, A
         reports = {peer: worker.report for peer, worker in workers.items()}
         check_agreement(problem, reports)
         times = take_turns(workers, config.rounds, config.turn_seconds)
-    return report.records(cell, problem, times, reports, failures, config.threads)
+    add_row(table, problem, times, reports, failures, config.threads)
+
+
+def add_row(
+    table: harness.TableRun,
+    problem: str,
+    times: Mapping[str, Sequence[float]],
+    reports: Mapping[str, dict[str, Any]],
+    failures: Mapping[str, str],
+    threads: int,
+) -> None:
+    """Adds a row: milliseconds of each library, None for one that failed, and the ratio.
+
+    Args:
+      table: table of the run.
+      problem: name of the row.
+      times: seconds of a step in each round, by peer.
+      reports: what each worker said when it was ready, by peer.
+      failures: reason of each that failed, by peer.
+      threads: number of threads of each worker.
+    """
+    versions = runs.versions()
+    for said in reports.values():
+        versions |= said["versions"]
+
+    def add(column: str, values: Sequence[float], unit: str, **more: Any) -> None:
+        found = Interval(
+            float(np.median(values)) if len(values) else math.nan, math.nan, len(values)
+        )
+        table.add(
+            problem,
+            column,
+            found,
+            unit=unit,
+            device=f"{threads} threads of a {os.cpu_count()}-core CPU",
+            limit=True,  # rows are other problems, not contenders
+            over="medians over rounds in turn",
+            versions=versions,
+            quartiles=np.quantile(values, [0.25, 0.75]).tolist() if len(values) else None,
+            **more,
+        )
+
+    for peer, column in COLUMNS.items():
+        if peer in times:
+            milliseconds = [1e3 * seconds for seconds in times[peer]]
+            note = {name: reports[peer][name] for name in ("form", "loss", "grad_norm")}
+            add(column, milliseconds, "ms", **note)
+        elif peer in failures:
+            add(column, [], "ms", note=failures[peer])
+    add(RATIO, _ratio(times), "times", better="higher")
+
+
+def _ratio(times: Mapping[str, Sequence[float]]) -> list[float]:
+    """How many times our step the step of the fastest peer takes, round by round."""
+    medians = {peer: np.median(values) for peer, values in times.items() if peer != "ours"}
+    if not medians:
+        return []
+    fastest = times[min(medians, key=lambda peer: medians[peer])]
+    return [theirs / ours for theirs, ours in zip(fastest, times["ours"], strict=True)]
 
 
 def run(config: Config) -> None:
-    """Measures the problems that an unfinished run lacks, and writes the table."""
+    """Measures the problems, and writes the table."""
     check(config)
-    parallel.set_up_backend()
-    place = open_run(
-        config.root,
-        "table_peers",
-        config.preset,
-        command_line.as_saved(config),
-        run_dir=config.run_dir,
+    harness.begin()
+    table = harness.TableRun(
+        "table_peers", config, presets, table="peers", unit="ms", seeds=[config.seed]
     )
-    cell = cell_maker(
-        table="peers",
-        preset=config.preset,
-        command=command_line.command("table_peers", config, preset, CHOSEN_BY),
-        seeds=[config.seed],
-        episodes=0,
-    )
-    records = tables.read_records(place.results)
-    for problem in config.problems:
-        if problem not in {record["row"] for record in records}:
-            records += measure(config, problem, cell)
-            write_json_lines(place.results, records)
-    (table,) = tables.arrange(records)
-    tables.write(place.directory, [table])
-    place.finish()
-    console = Console()
-    console.print(*tables.to_rich(table, console.width), sep="\n")
-    console.print(f"written to {place.directory}", markup=False, highlight=False)
+    for problem in table.pending(config.problems, row=str):
+        measure(config, problem, table)
+    table.finish()
 
 
 if __name__ == "__main__":
-    command_line.main("table_peers", run, Config, preset, CHOSEN_BY, __doc__ or "")
+    harness.main("table_peers", run, presets, __doc__)

@@ -128,16 +128,9 @@ def check_call(
     hparams: Hparams,
     episode: Episode,
     *,
-    judged: bool = True,
+    needs_query: bool = True,
 ) -> None:
-    """Checks what an estimator is called with.
-
-    Args:
-      learner: what is meta-learned.
-      meta_params: meta-parameters.
-      hparams: scalars.
-      episode: one task.
-      judged: whether the query judges; otherwise it may be empty.
+    """Checks what an estimator is called with; plain training needs no query.
 
     Raises:
       UserError: the meta-parameters are not those of the learner, or are not all floating-point;
@@ -148,7 +141,8 @@ def check_call(
     check_hparams(hparams)
     check_episode(episode)
     check_examples("support", episode.support)
-    if judged:
+    leaves = jax.tree.leaves(episode.query)
+    if needs_query or not leaves or any(np.shape(leaf)[:1] != (0,) for leaf in leaves):
         check_examples("query", episode.query)
 
 

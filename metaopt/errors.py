@@ -16,4 +16,4 @@ class UserError(Exception):
 
 
 class Diverged(RuntimeError):
-    """The loss exploded or is no longer a number; the message says when, where, what to try."""
+    """The loss exploded or became NaN or inf; the message says when, where, what to try."""

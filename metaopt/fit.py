@@ -30,6 +30,7 @@ from metaopt.outer_step import MetaStep, check_groups, init_state, make_meta_ste
 from metaopt.ranges import Count, CountOr0, Seed, Steps, StepsOr0
 from metaopt.statistics import task_means
 from metaopt.training.fingerprint import Fingerprint, of_arrays, of_program
+from metaopt.training.host_leaves import is_key
 from metaopt.training.loop import train
 from metaopt.training.types import Evaluate, StepFn, TrainConfig, TrainFn, Training
 from metaopt.types import (
@@ -204,6 +205,7 @@ def fit(
     directory = None if directory is None else check_directory(directory)
     devices = check_devices(config.num_devices, config.tasks_per_step, config.tasks_at_a_time)
     init_key, data_key = jax.random.split(jax.random.key(config.seed))
+    state = None if state is None else jax.tree.map(_off_devices, state)
     used = key if key is not None else data_key if state is None else state.key
     parts = _Parts(problem, learner, estimator, inner, outer, config)
     tasks = _Tasks(problem.family, config, devices, used, step_key)
@@ -446,3 +448,11 @@ class _Tasks(NamedTuple):
 def _one(batched: Any) -> Any:
     """The shape and dtype of one entry of an array of several."""
     return jax.ShapeDtypeStruct(np.shape(batched)[1:], batched.dtype)
+
+
+def _off_devices(leaf: Array) -> Array:
+    """The same, to be placed anywhere: what is drawn from a key on a mesh would be on that mesh."""
+    if is_key(leaf):
+        data = jnp.asarray(jax.device_get(jax.random.key_data(leaf)))
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
+    return jnp.asarray(jax.device_get(leaf))

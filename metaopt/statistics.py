@@ -32,7 +32,7 @@ FEWEST_FOR_BOOTSTRAP, MOST_FOR_BOOTSTRAP = 8, 256
 RESAMPLES = 4999
 
 
-def interval(values: np.ndarray, groups: np.ndarray) -> Interval:
+def interval(values: np.ndarray, groups: np.ndarray | None = None) -> Interval:
     """The mean over tasks and its 95 % interval, for tables: right also for few, skewed tasks.
 
     From 8 to 256 tasks it is the symmetric bootstrap t: the half-width is the 0.95 quantile of
@@ -46,7 +46,7 @@ def interval(values: np.ndarray, groups: np.ndarray) -> Interval:
 
     Args:
       values: ``[E]``, one number an episode.
-      groups: ``[E]``, which task each episode is of.
+      groups: ``[E]``, which task each episode is of; if not given, each is of its own.
 
     Raises:
       ValueError: shapes differ or there is nothing to average.
@@ -54,6 +54,7 @@ def interval(values: np.ndarray, groups: np.ndarray) -> Interval:
     References:
       Hall, 1988, "On Symmetric Bootstrap Confidence Intervals".
     """
+    groups = np.arange(len(values)) if groups is None else groups
     found = t_interval(values, groups)
     if not FEWEST_FOR_BOOTSTRAP <= found.n <= MOST_FOR_BOOTSTRAP or not 0 < found.ci95 < np.inf:
         return found
@@ -62,18 +63,19 @@ def interval(values: np.ndarray, groups: np.ndarray) -> Interval:
     return Interval(found.mean, float(half), found.n, "bootstrap t")
 
 
-def t_interval(values: np.ndarray, groups: np.ndarray) -> Interval:
+def t_interval(values: np.ndarray, groups: np.ndarray | None = None) -> Interval:
     """The mean over tasks and Student's 95 % interval, episodes of one task averaged first.
 
     Episodes of the same task are not independent: the interval is over tasks.
 
     Args:
       values: ``[E]``, one number an episode.
-      groups: ``[E]``, which task each episode is of.
+      groups: ``[E]``, which task each episode is of; if not given, each is of its own.
 
     Raises:
       ValueError: shapes differ or there is nothing to average.
     """
+    groups = np.arange(len(values)) if groups is None else groups
     if values.ndim != 1 or values.shape != np.shape(groups) or not values.size:
         raise ValueError(f"need values and groups of one shape [E], got {values.shape}")
     means = task_means(values, groups)

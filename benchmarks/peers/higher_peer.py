@@ -19,14 +19,14 @@ def candidates(data: Data, threads: int) -> Candidates:
 
 
 def _looped(setup: Setup) -> MetaGradient:
-    inner = torch.optim.SGD(setup.params.values(), lr=setup.problem.inner_learning_rate)
+    inner = torch.optim.SGD(setup.params.values(), lr=setup.sizes.inner_learning_rate)
 
     def query_loss(support_inputs, support_targets, query_inputs, query_targets) -> Tensor:
         with higher.innerloop_ctx(setup.module, inner, copy_initial_weights=False) as (
             module,
             steps,
         ):
-            for _ in range(setup.problem.num_inner_steps):
+            for _ in range(setup.sizes.num_inner_steps):
                 steps.step(setup.loss(module(support_inputs), support_targets))
             return setup.loss(module(query_inputs), query_targets)
 

@@ -129,7 +129,7 @@ def check_agreement(problem: str, reports: Mapping[str, dict[str, Any]]) -> None
             if not math.isclose(report[name], ours[name], rel_tol=TOLERANCE):
                 raise UserError(
                     f"{peer} computes another function on {problem}: {name} {report[name]:.6g}, "
-                    f"ours {ours[name]:.6g}; compare experiments/peers/torch_models.py with "
+                    f"ours {ours[name]:.6g}; compare benchmarks/peers/torch_models.py with "
                     "metaopt/models"
                 )
 

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -14,16 +15,17 @@ from benchmarks.peers.problems import (
     Data,
     Name,
     Peer,
-    Problem,
+    Sizes,
     flatten,
     unflatten,
 )
 from metaopt import learners, losses, meta_gradients, models, parallel
+from metaopt.fit import Problem
 from metaopt.inner_loop import InnerLoop
 from metaopt.optimizers.outer import OuterConfig, outer_optimizer
 from metaopt.outer_step import init_state, make_meta_step
 from metaopt.tasks.sinusoid import SinusoidConfig, sinusoid
-from metaopt.types import Batch, Episode, Estimator, Key, LossFn, Model
+from metaopt.types import Batch, Episode, Estimator, Key, TaskFamily, TaskSplit
 
 PACKAGES = ("jax", "jaxlib", "optax", "flax")
 
@@ -32,10 +34,10 @@ class Setting(NamedTuple):
     """How metaopt computes a problem.
 
     Attributes:
-      estimator: an exact one.
-      tasks_at_a_time: on each device, or its largest common divisor with the tasks
-        there; 0 all by `jax.vmap`, 1 one by one.
-      unroll: the inner steps, rather than scan them.
+      estimator: exact estimator.
+      tasks_at_a_time: tasks computed together on a device, or the largest common divisor with
+        the number of tasks there; 0 all by `jax.vmap`, 1 one by one.
+      unroll: whether the inner steps are unrolled rather than scanned.
     """
 
     estimator: Estimator
@@ -60,11 +62,11 @@ SETTINGS: dict[Name, tuple[Setting, ...]] = {
 def candidates(data: Data, threads: int) -> Candidates:
     """The forms of `SETTINGS`, with a device for every thread.
 
-    Where the tasks do not divide by the threads there are fewer devices, of more threads.
+    If the tasks do not divide by the threads, there are fewer devices, of more threads.
     """
-    num_devices = max(n for n in range(1, threads + 1) if data.problem.num_tasks % n == 0)
-    tasks, forms = data.problem.num_tasks // num_devices, {}
-    for setting in SETTINGS[data.problem.name]:
+    num_devices = max(n for n in range(1, threads + 1) if data.sizes.num_tasks % n == 0)
+    tasks, forms = data.sizes.num_tasks // num_devices, {}
+    for setting in SETTINGS[data.sizes.name]:
         group = math.gcd(setting.tasks_at_a_time, tasks) % tasks
         name = (
             f"{setting.estimator.__name__}, {group or 'all'} at a time, "
@@ -77,18 +79,18 @@ def candidates(data: Data, threads: int) -> Candidates:
 
 
 def _build(data: Data, setting: Setting, num_devices: int) -> Peer:
-    problem, learner = data.problem, learners.maml()
+    sizes, learner = data.sizes, learners.maml()
     devices = parallel.default_devices(num_devices)
-    inner = InnerLoop(num_steps=problem.num_inner_steps, unroll=setting.unroll)
-    outer = OuterConfig(learning_rate=problem.outer_learning_rate, clip_norm=float("inf"))
+    inner = InnerLoop(num_steps=sizes.num_inner_steps, unroll=setting.unroll)
+    outer = OuterConfig(learning_rate=sizes.outer_learning_rate, clip_norm=float("inf"))
     step = make_meta_step(
-        setting.estimator(learner, make_loss(problem, make_model(problem)), inner),
+        setting.estimator(learner, make_problem(sizes).loss_fn, inner),
         outer_optimizer(outer),
         tasks_at_a_time=setting.tasks_at_a_time,
         axis_name=parallel.AXIS,
     )
     compiled = parallel.parallel_step(step, devices)
-    hparams = outer.hparams() | {"inner_learning_rate": jnp.float32(problem.inner_learning_rate)}
+    hparams = outer.hparams() | {"inner_learning_rate": jnp.float32(sizes.inner_learning_rate)}
     params = jax.tree.map(jnp.asarray, unflatten(data.params))
     state = init_state(jax.random.key(0), params, learner, outer_optimizer(outer), hparams)
     place: list[Any] = [parallel.replicate(state, devices)]
@@ -108,71 +110,66 @@ def _build(data: Data, setting: Setting, num_devices: int) -> Peer:
 def _placed(data: Data, devices) -> Episode:
     """The episodes where the step wants them, as the tensors of the peers are."""
     support, query = (Batch(*map(jnp.asarray, batch)) for batch in (data.support, data.query))
-    tasks = jnp.arange(data.problem.num_tasks)
+    tasks = jnp.arange(data.sizes.num_tasks)
     split = parallel.split_over_devices(Episode(support, query, tasks), len(devices))
     return jax.pmap(lambda episodes: episodes, devices=devices)(split)
 
 
-def make_model(problem: Problem) -> Model:
-    """The model of a problem."""
-    if problem.name == "sinusoid":
-        return models.mlp(1, 1, (problem.width, problem.width))
-    if problem.name == "lm":
-        return models.transformer(
-            models.TransformerConfig(
-                vocab_size=VOCAB_SIZE,
-                width=problem.width,
-                num_layers=problem.num_layers,
-                num_heads=problem.num_heads,
-            )
-        )
-    shape = (problem.image_size, problem.image_size, 1)
-    return models.conv(shape, NUM_CLASSES, problem.width)
-
-
-def make_loss(problem: Problem, model: Model) -> LossFn:
-    """Mean squared error, or cross-entropy in nats."""
-    makers = {
-        "sinusoid": losses.regression,
-        "lm": losses.next_token,
-        "omniglot": losses.classification,
-    }
-    return makers[problem.name](model)
-
-
-def make_data(problem: Problem, seed: int = 0) -> Data:
-    """Parameters as metaopt starts them, and episodes.
+def make_problem(sizes: Sizes) -> Problem:
+    """Tasks, model and loss of a problem.
 
     Sinusoids are those of Finn et al. (2017). Tokens are uniform, and images one pattern a
     class with noise on it: a step takes as long on any others.
     """
+    if sizes.name == "sinusoid":
+        model = models.mlp(1, 1, (sizes.width, sizes.width))
+        points = SinusoidConfig(num_support=sizes.num_support, num_query=sizes.num_query)
+        return Problem(sinusoid(points), model, losses.regression(model))
+    if sizes.name == "lm":
+        model = models.transformer(
+            models.TransformerConfig(
+                vocab_size=VOCAB_SIZE,
+                width=sizes.width,
+                num_layers=sizes.num_layers,
+                num_heads=sizes.num_heads,
+            )
+        )
+        return Problem(_family(sizes, _draw_tokens), model, losses.next_token(model))
+    model = models.conv((sizes.image_size, sizes.image_size, 1), NUM_CLASSES, sizes.width)
+    return Problem(_family(sizes, _draw_images), model, losses.classification(model))
+
+
+def make_data(sizes: Sizes, seed: int = 0) -> Data:
+    """Parameters as metaopt starts them, and episodes."""
+    problem = make_problem(sizes)
     params_key, data_key = jax.random.split(jax.random.key(seed))
-    params = jax.device_get(jax.jit(make_model(problem).init)(params_key))
-    episodes = jax.device_get(jax.jit(functools.partial(_draw, problem))(data_key))
-    return Data(problem, flatten(params), tuple(episodes.support), tuple(episodes.query))
+    params = jax.device_get(jax.jit(problem.model.init)(params_key))
+    sample = jax.jit(problem.family.train.sample, static_argnums=1)
+    episodes = jax.device_get(sample(data_key, sizes.num_tasks))
+    return Data(sizes, flatten(params), tuple(episodes.support), tuple(episodes.query))
 
 
-def _draw(problem: Problem, key: Key) -> Episode:
-    if problem.name == "sinusoid":
-        sizes = SinusoidConfig(num_support=problem.num_support, num_query=problem.num_query)
-        return sinusoid(sizes).train.sample(key, problem.num_tasks)
-    draw = _draw_tokens if problem.name == "lm" else _draw_images
-    support_key, query_key, shared_key = jax.random.split(key, 3)
-    support = draw(problem, problem.num_support, support_key, shared_key)
-    query = draw(problem, problem.num_query, query_key, shared_key)
-    return Episode(support, query, jnp.arange(problem.num_tasks))
+def _family(sizes: Sizes, draw: Callable[[Sizes, int, int, Key, Key], Batch]) -> TaskFamily:
+    """Tasks whose support and query share what a key decides."""
+
+    def sample(key: Key, num_tasks: int) -> Episode:
+        support_key, query_key, shared_key = jax.random.split(key, 3)
+        support = draw(sizes, num_tasks, sizes.num_support, support_key, shared_key)
+        query = draw(sizes, num_tasks, sizes.num_query, query_key, shared_key)
+        return Episode(support, query, jnp.arange(num_tasks))
+
+    return TaskFamily(sizes.name, *3 * [TaskSplit(sample)])
 
 
-def _draw_tokens(problem: Problem, size: int, key: Key, _: Key) -> Batch:
-    shape = (problem.num_tasks, size, problem.length + 1)
-    tokens = jax.random.randint(key, shape, 0, VOCAB_SIZE)
+def _draw_tokens(sizes: Sizes, num_tasks: int, number: int, key: Key, _: Key) -> Batch:
+    tokens = jax.random.randint(key, (num_tasks, number, sizes.length + 1), 0, VOCAB_SIZE)
     return Batch(tokens[..., :-1], tokens[..., 1:])
 
 
-def _draw_images(problem: Problem, size: int, key: Key, patterns_key: Key) -> Batch:
-    image = (problem.image_size, problem.image_size, 1)
-    patterns = jax.random.normal(patterns_key, (problem.num_tasks, NUM_CLASSES, *image))
-    labels = jnp.arange(size) % NUM_CLASSES
-    noise = jax.random.normal(key, (problem.num_tasks, size, *image))
-    targets = jnp.broadcast_to(labels, (problem.num_tasks, size))
+def _draw_images(sizes: Sizes, num_tasks: int, number: int, key: Key, patterns_key: Key) -> Batch:
+    image = (sizes.image_size, sizes.image_size, 1)
+    patterns = jax.random.normal(patterns_key, (num_tasks, NUM_CLASSES, *image))
+    labels = jnp.arange(number) % NUM_CLASSES
+    noise = jax.random.normal(key, (num_tasks, number, *image))
+    targets = jnp.broadcast_to(labels, (num_tasks, number))
     return Batch(patterns[:, labels] + noise, targets)

@@ -28,22 +28,22 @@ Name = Literal["sinusoid", "lm", "omniglot"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Problem(Checked):
-    """Sizes of a meta-step: K inner SGD steps on each of T tasks, then one outer Adam step.
+class Sizes(Checked):
+    """A problem and its sizes: K inner SGD steps on each of T tasks, then one outer Adam step.
 
     Attributes:
       name: ``sinusoid``, an MLP with two hidden layers of ``width``, ReLU; ``lm``, a
         transformer over bytes of that width; ``omniglot``, the conv net with that many
         filters, 5 ways, and batch norm by each batch's own statistics.
-      num_tasks: T.
-      num_support: S, points, sequences or images.
-      num_query: Q, likewise.
-      width: of the model.
-      inner_learning_rate: of SGD.
-      outer_learning_rate: of Adam.
-      num_inner_steps: K.
-      num_layers: of the transformer.
-      num_heads: of the transformer.
+      num_tasks: T, tasks of a meta-step.
+      num_support: S, points, sequences or images in the support.
+      num_query: Q, points, sequences or images in the query.
+      width: Width of the model.
+      inner_learning_rate: Rate of the inner SGD.
+      outer_learning_rate: Rate of the outer Adam.
+      num_inner_steps: K, inner steps.
+      num_layers: Number of layers of the transformer.
+      num_heads: Number of heads of the transformer.
       length: L, tokens in a sequence.
       image_size: height and width of an image, of one channel.
     """
@@ -63,7 +63,7 @@ class Problem(Checked):
 
 
 REFERENCE = {
-    "sinusoid": Problem(
+    "sinusoid": Sizes(
         name="sinusoid",
         num_tasks=25,
         num_support=10,
@@ -71,10 +71,10 @@ REFERENCE = {
         width=40,
         inner_learning_rate=0.01,
     ),
-    "lm": Problem(
+    "lm": Sizes(
         name="lm", num_tasks=8, num_support=4, num_query=4, width=128, inner_learning_rate=0.03
     ),
-    "omniglot": Problem(
+    "omniglot": Sizes(
         name="omniglot",
         num_tasks=32,
         num_support=NUM_CLASSES,
@@ -90,8 +90,8 @@ SMALLER = {
     "omniglot": {"num_tasks": 2, "num_query": 10, "width": 4},
 }
 SMOKE = {
-    name: dataclasses.replace(problem, num_inner_steps=2, **SMALLER[name])
-    for name, problem in REFERENCE.items()
+    name: dataclasses.replace(sizes, num_inner_steps=2, **SMALLER[name])
+    for name, sizes in REFERENCE.items()
 }
 
 
@@ -108,20 +108,20 @@ class Peer(NamedTuple):
 
 
 Candidates = dict[str, Callable[[], Peer]]
-"""The forms that a library offers, by name: each makes a `Peer` that starts anew."""
+"""The forms that a library offers, by name: each makes a `Peer` at the initial parameters."""
 
 
 class Data(NamedTuple):
     """A problem with the numbers that all peers start from.
 
     Attributes:
-      problem: its sizes.
+      sizes: what it is, and how large.
       params: flat, names joined by ``/``: ``{'layer_0/kernel': float32 array}``.
       support: ``(inputs, targets)``, each ``[T, S, ...]``.
       query: likewise, ``[T, Q, ...]``.
     """
 
-    problem: Problem
+    sizes: Sizes
     params: dict[str, np.ndarray]
     support: tuple[np.ndarray, np.ndarray]
     query: tuple[np.ndarray, np.ndarray]
@@ -130,7 +130,7 @@ class Data(NamedTuple):
 def save(directory: Path, data: Data) -> None:
     """Writes ``problem.json``, ``params.npz`` and ``episodes.npz``."""
     directory.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(dataclasses.asdict(data.problem))
+    text = json.dumps(dataclasses.asdict(data.sizes))
     (directory / "problem.json").write_text(text, encoding="utf-8")
     np.savez(directory / "params.npz", **data.params)  # type: ignore[arg-type]
     arrays = dict(zip(EPISODE, (*data.support, *data.query), strict=True))
@@ -148,11 +148,11 @@ def load(directory: Path) -> Data:
     """
     if not (directory / "problem.json").exists():
         raise UserError(f"{directory} holds no problem; write one with `problems.save`")
-    problem = Problem(**json.loads((directory / "problem.json").read_text(encoding="utf-8")))
+    sizes = Sizes(**json.loads((directory / "problem.json").read_text(encoding="utf-8")))
     params = read_npz(directory / "params.npz")
     episodes = read_npz(directory / "episodes.npz", {name: Form(np.number) for name in EPISODE})
     arrays = [episodes[name] for name in EPISODE]
-    return Data(problem, params, (arrays[0], arrays[1]), (arrays[2], arrays[3]))
+    return Data(sizes, params, (arrays[0], arrays[1]), (arrays[2], arrays[3]))
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, np.ndarray]:

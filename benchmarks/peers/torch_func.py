@@ -41,8 +41,8 @@ def make_query_loss(setup: Setup):
         return setup.loss(functional_call(setup.module, params, (inputs,)), targets)
 
     def query_loss(params, support_inputs, support_targets, query_inputs, query_targets):
-        rate = setup.problem.inner_learning_rate
-        for _ in range(setup.problem.num_inner_steps):
+        rate = setup.sizes.inner_learning_rate
+        for _ in range(setup.sizes.num_inner_steps):
             grads = grad(loss)(params, support_inputs, support_targets)
             params = {name: value - rate * grads[name] for name, value in params.items()}
         return loss(params, query_inputs, query_targets)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.peers.problems import NUM_CLASSES, VOCAB_SIZE, Problem
+from benchmarks.peers.problems import NUM_CLASSES, VOCAB_SIZE, Sizes
 
 RMS_EPSILON = 1e-6
 NUM_CONV_LAYERS = 4
@@ -88,20 +88,20 @@ class Transformer(nn.Module):
     sin: Tensor
     hidden: Tensor
 
-    def __init__(self, problem: Problem):
-        """Of the width, depth, heads and length of the problem."""
+    def __init__(self, sizes: Sizes):
+        """Of the width, depth, heads and length of the sizes."""
         super().__init__()
-        width = problem.width
-        self.num_layers = problem.num_layers
+        width = sizes.width
+        self.num_layers = sizes.num_layers
         self.embed = nn.Embedding(VOCAB_SIZE, width)
-        for i in range(problem.num_layers):
-            self.add_module(f"layer_{i}", Block(width, problem.num_heads))
+        for i in range(sizes.num_layers):
+            self.add_module(f"layer_{i}", Block(width, sizes.num_heads))
         self.final_norm = RMSNorm(width)
         self.head = nn.Linear(width, VOCAB_SIZE, bias=False)
-        head_size = width // problem.num_heads
+        head_size = width // sizes.num_heads
         frequency = 10_000.0 ** (-torch.arange(0, head_size, 2).float() / head_size)
-        angle = torch.arange(problem.length).float()[:, None] * frequency
-        later = torch.ones(problem.length, problem.length).triu(1).bool()
+        angle = torch.arange(sizes.length).float()[:, None] * frequency
+        later = torch.ones(sizes.length, sizes.length).triu(1).bool()
         self.register_buffer("cos", angle.cos(), persistent=False)
         self.register_buffer("sin", angle.sin(), persistent=False)
         self.register_buffer("hidden", later, persistent=False)
@@ -148,14 +148,14 @@ class ConvNet(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
-def make_module(problem: Problem, params: dict[str, np.ndarray]) -> nn.Module:
+def make_module(sizes: Sizes, params: dict[str, np.ndarray]) -> nn.Module:
     """The module of a problem with metaopt's parameters in it."""
-    if problem.name == "sinusoid":
-        module: nn.Module = MLP(problem.width)
-    elif problem.name == "lm":
-        module = Transformer(problem)
+    if sizes.name == "sinusoid":
+        module: nn.Module = MLP(sizes.width)
+    elif sizes.name == "lm":
+        module = Transformer(sizes)
     else:
-        module = ConvNet(problem.width)
+        module = ConvNet(sizes.width)
     module.load_state_dict(dict(as_torch(path, value) for path, value in params.items()))
     return module
 
@@ -172,9 +172,9 @@ def as_torch(path: str, value: np.ndarray) -> tuple[str, Tensor]:
     return ".".join([*parents, name]), torch.from_numpy(np.array(value, order="C"))
 
 
-def make_loss(problem: Problem):
+def make_loss(sizes: Sizes):
     """``(outputs, targets) -> scalar``: mean squared error or cross-entropy in nats."""
-    if problem.name == "sinusoid":
+    if sizes.name == "sinusoid":
         return F.mse_loss
 
     def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
@@ -183,10 +183,10 @@ def make_loss(problem: Problem):
     return cross_entropy
 
 
-def as_tensors(problem: Problem, batch: tuple[np.ndarray, np.ndarray]) -> tuple[Tensor, Tensor]:
+def as_tensors(sizes: Sizes, batch: tuple[np.ndarray, np.ndarray]) -> tuple[Tensor, Tensor]:
     """Inputs and targets ``[T, S, ...]`` as torch takes them: channels first, int64 labels."""
     inputs, targets = (torch.from_numpy(np.array(array)) for array in batch)
-    if problem.name == "omniglot":
+    if sizes.name == "omniglot":
         inputs = inputs.movedim(-1, -3).contiguous()
     as_labels = {torch.int32: torch.int64}
     inputs = inputs.to(as_labels.get(inputs.dtype, inputs.dtype))

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from benchmarks.peers.problems import Candidates, Data, Peer, Problem
+from benchmarks.peers.problems import Candidates, Data, Peer, Sizes
 from benchmarks.peers.torch_models import as_tensors, make_loss, make_module
 
 
@@ -17,7 +17,7 @@ class Setup(NamedTuple):
     """A problem in torch.
 
     Attributes:
-      problem: its sizes.
+      sizes: what it is, and how large.
       module: the model, whose parameters are the meta-parameters.
       params: these by name.
       loss: ``(outputs, targets) -> scalar``.
@@ -25,7 +25,7 @@ class Setup(NamedTuple):
       query: likewise, ``[T, Q, ...]``.
     """
 
-    problem: Problem
+    sizes: Sizes
     module: nn.Module
     params: dict[str, nn.Parameter]
     loss: Callable[[Tensor, Tensor], Tensor]
@@ -50,12 +50,12 @@ def candidates(data: Data, threads: int, forms: dict[str, Form]) -> Candidates:
 
 def _build(data: Data, form: Form, threads: int) -> Peer:
     torch.set_num_threads(threads)
-    problem = data.problem
-    module = make_module(problem, data.params)
+    sizes = data.sizes
+    module = make_module(sizes, data.params)
     params = dict(module.named_parameters())
-    support, query = as_tensors(problem, data.support), as_tensors(problem, data.query)
-    outer = torch.optim.Adam(params.values(), lr=problem.outer_learning_rate)
-    meta_gradient = form(Setup(problem, module, params, make_loss(problem), support, query))
+    support, query = as_tensors(sizes, data.support), as_tensors(sizes, data.query)
+    outer = torch.optim.Adam(params.values(), lr=sizes.outer_learning_rate)
+    meta_gradient = form(Setup(sizes, module, params, make_loss(sizes), support, query))
 
     def step() -> float:
         outer.zero_grad()

@@ -19,7 +19,7 @@ def candidates(data: Data, threads: int) -> Candidates:
 
 
 def _meta_sgd(setup: Setup) -> MetaGradient:
-    module, rate = setup.module, setup.problem.inner_learning_rate
+    module, rate = setup.module, setup.sizes.inner_learning_rate
     inner = torchopt.MetaSGD(module, lr=rate)
     module_start = torchopt.extract_state_dict(module)
     inner_start = torchopt.extract_state_dict(inner)
@@ -27,7 +27,7 @@ def _meta_sgd(setup: Setup) -> MetaGradient:
     def query_loss(support_inputs, support_targets, query_inputs, query_targets) -> Tensor:
         torchopt.recover_state_dict(module, module_start)
         torchopt.recover_state_dict(inner, inner_start)
-        for _ in range(setup.problem.num_inner_steps):
+        for _ in range(setup.sizes.num_inner_steps):
             inner.step(setup.loss(module(support_inputs), support_targets))
         return setup.loss(module(query_inputs), query_targets)
 
@@ -35,14 +35,14 @@ def _meta_sgd(setup: Setup) -> MetaGradient:
 
 
 def _vmapped(setup: Setup) -> MetaGradient:
-    inner = torchopt.sgd(lr=setup.problem.inner_learning_rate)
+    inner = torchopt.sgd(lr=setup.sizes.inner_learning_rate)
 
     def loss(params: dict[str, Tensor], inputs: Tensor, targets: Tensor) -> Tensor:
         return setup.loss(functional_call(setup.module, params, (inputs,)), targets)
 
     def query_loss(params, support_inputs, support_targets, query_inputs, query_targets):
         state = inner.init(params)
-        for _ in range(setup.problem.num_inner_steps):
+        for _ in range(setup.sizes.num_inner_steps):
             grads = grad(loss)(params, support_inputs, support_targets)
             updates, state = inner.update(grads, state, params=params, inplace=False)
             params = torchopt.apply_updates(params, updates, inplace=False)

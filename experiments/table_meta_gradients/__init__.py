@@ -3,7 +3,7 @@
 Kemaev et al., 2025 (mixed mode, MixFlow-MG); Griewank and Walther, 2000 (planned
 recomputation); a transformer language model with Adam in the inner loop. Memory is what
 the compiler plans, operations are counted on the program: both are the same in every
-run. Times are medians of rounds in turn.
+run. Times are medians of alternating rounds.
 
     python -m experiments.table_meta_gradients                    # 15 minutes, 2 cores
     python -m experiments.table_meta_gradients --preset smoke     # a minute, tiny sizes
@@ -14,33 +14,28 @@ import dataclasses
 import functools
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import numpy as np
-from rich.console import Console
 
-from experiments.table_meta_gradients import forms as forms
+from experiments import harness
+from experiments.table_meta_gradients import forms
 from experiments.table_meta_gradients.forms import FORMS, NAIVE, PLANNED, Size
-from metaopt import losses, measure, parallel
-from metaopt.cli import command_line
+from metaopt import losses, measure
 from metaopt.console import log
 from metaopt.diagnostics import feasible
 from metaopt.errors import UserError
-from metaopt.files import write_json_lines, write_text
-from metaopt.ranges import Checked, Count, CountOr0, InnerSteps, Range, Seed, Several
+from metaopt.ranges import Count, CountOr0, InnerSteps, Range, Seed, Several
 from metaopt.rematerialization.plan import least_extra_steps, plan_for
-from metaopt.reporting import plots, tables
-from metaopt.reporting.results import cell_maker
+from metaopt.reporting import plots
 from metaopt.statistics import Interval
 from metaopt.training.progress import Progress
-from metaopt.training.runs import Run, open_run
 
 MIB, GIGA = 2**20, 1e9
 CHECKPOINT, QUICKEST = "per-step checkpoint", "mixed + saved, layers kept"
-CHOSEN_BY = ("preset",)
 
 SHORT = Size(length=128, steps=4)
 SMALL = Size(width=64, layers=2, length=64, steps=4)
@@ -56,26 +51,21 @@ SIZES = (
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(Checked):
+class Config(harness.RunConfig):
     """What a meta-gradient costs, in its exact forms side by side.
 
     Attributes:
-      preset: smoke (tiny), reference (two CPU cores) or gpu; the defaults of the rest.
-      sizes: where memory and operations are compared; the first ones are in the ratios.
-      time_size: where all forms are timed.
-      utilisation_sizes: where the quickest exact form is timed as well.
-      exact_size: where gradients are compared, in float64 and in float32.
-      growth_steps: numbers of inner steps for which recomputation is planned, at the
-        first size.
-      growth_budgets: memory for each of them but the first, in units of the first's.
-      ratio_sizes: how many of the sizes have rows among the ratios.
-      rounds: of timing.
-      seed: of parameters and data.
-      root: where runs are written.
-      run_dir: this directory instead, new or of the same config.
+      sizes: Sizes at which memory and operations are compared; the first ones are in the ratios.
+      time_size: Size at which all forms are timed.
+      utilisation_sizes: Sizes at which the fastest exact form is timed as well.
+      exact_size: Size at which gradients are compared, in float64 and in float32.
+      growth_steps: Numbers of inner steps for which recomputation is planned, at the first size.
+      growth_budgets: Memory for each of them but the first, in units of the first's.
+      ratio_sizes: Number of the sizes that have rows among the ratios.
+      rounds: Rounds of timing.
+      seed: Seed of parameters and data.
     """
 
-    preset: Literal["smoke", "reference", "gpu"] = "reference"
     sizes: Annotated[tuple[Size, ...], Several()] = SIZES
     time_size: Size = SHORT
     utilisation_sizes: tuple[Size, ...] = WIDER
@@ -85,8 +75,6 @@ class Config(Checked):
     ratio_sizes: CountOr0 = 2
     rounds: Count = 9
     seed: Seed = 0
-    root: str = "runs"
-    run_dir: str | None = None
 
     def __post_init__(self):
         super().__post_init__()
@@ -97,10 +85,9 @@ class Config(Checked):
             )
 
 
-def preset(flags: Mapping[str, str]) -> Config:
+def presets(preset: str = "cpu") -> Config:
     """The defaults for ``--preset``."""
-    name = flags.get("preset", "reference")
-    if name == "smoke":
+    if preset == "smoke":
         tiny = Size(width=32, layers=2, length=32, steps=4)
         return Config(
             preset="smoke",
@@ -113,7 +100,7 @@ def preset(flags: Mapping[str, str]) -> Config:
             ratio_sizes=1,
             rounds=2,
         )
-    if name == "gpu":
+    if preset == "gpu":
         large = Size(width=1024, layers=8, length=2048, steps=4, head_size=64)
         large = dataclasses.replace(large, compute_dtype="bfloat16")
         return Config(
@@ -128,23 +115,19 @@ def preset(flags: Mapping[str, str]) -> Config:
 
 
 class Bench:
-    """Programs of the table, each compiled once, and the records that come of them."""
+    """Programs of the table, each compiled once, and the table that they give numbers to."""
 
-    def __init__(self, config: Config, cell: Callable[..., dict[str, Any]]):
-        self.config, self._cell = config, cell
-        self.records: list[dict[str, Any]] = []
+    def __init__(self, config: Config, table: harness.TableRun):
+        self.config, self.table = config, table
         self._temps: dict[tuple[str, Size], int] = {}
 
-    def add(self, table: str, row: str, column: str, value: float, unit: str, **more: Any) -> None:
-        """Record one number."""
+    def add(self, part: str, row: str, column: str, value: float, unit: str, **more: Any) -> None:
+        """Adds one number to a part of the table; ``rounds`` says of what it is the median."""
+        if rounds := more.pop("rounds", None):
+            more["over"] = f"medians over {rounds} rounds in turn"
         found = Interval(value, math.nan, 1)
-        over = (
-            {"over": f"medians over {more.pop('rounds')} rounds in turn"}
-            if "rounds" in more
-            else {}
-        )
-        record = self._cell(row, column, found, unit, limit=True, **over, **more)
-        self.records.append(record | {"table": f"meta_gradients/{table}"})
+        part = f"meta_gradients/{part}"
+        self.table.add(row, column, found, table=part, unit=unit, limit=True, **more)
 
     def temp(self, form: str, size: Size) -> int:
         """Temporary bytes of a form, as the compiler plans them."""
@@ -188,45 +171,27 @@ def add_memory(bench: Bench) -> None:
             bench.add("reference", f"{label}/best {size}", "ratio", ratio, "times", form=best)
 
 
-def add_growth(bench: Bench, run: Run) -> None:
+def add_growth(bench: Bench) -> None:
     """Memory against the number of inner steps, planned within a budget and not planned."""
-    config, smallest = bench.config, FORMS[PLANNED]
+    config = bench.config
     sizes = [dataclasses.replace(config.sizes[0], steps=k) for k in config.growth_steps]
     others = ("mixed mode", "mixed + saved gradients", CHECKPOINT)
     bench.compile_all([(name, size) for size in sizes for name in others])
-    temps: list[int] = []
-    for i, size in enumerate(sizes):
-        first = bench.temp(PLANNED, sizes[0])
-        budget = first * config.growth_budgets[i - 1] if i else first * 1.001
-        found = plan_for(
-            lambda kept, size=size: forms.estimate(smallest, size, kept_states=kept),
-            size.steps,
-            forms.shapes(size),
-            budget,
-        )
-        planned = forms.estimate(smallest, size, kept_states=found.kept_states)
-        compiled = measure.compile_for(planned, *forms.shapes(size))
-        temps.append(measure.compiled_memory(compiled).temp)
-        log(f"{size}: {found.describe()}; compiled {measure.human_bytes(temps[-1])}")
-        row = f"K = {size.steps}"
-        error = found.predicted_bytes / temps[-1] - 1
-        for column, value, unit in [
-            ("kept states", found.kept_states, "states"),
-            ("predicted", found.predicted_bytes / MIB, "MiB"),
-            ("compiled", temps[-1] / MIB, "MiB"),
-            ("prediction / compiled − 1", 100 * error, "%"),
-            ("extra evaluations a step", found.extra_steps / size.steps, "times"),
-            *((name, bench.temp(name, size) / MIB, "MiB") for name in others),
-        ]:
-            bench.add("growth", row, column, value, unit)
-        if i:
+    temps = [
+        planned_bytes(bench, size, bench.temp(PLANNED, sizes[0]) * budget)
+        for size, budget in zip(sizes, (1.001, *config.growth_budgets), strict=True)
+    ]
+    for size, temp in zip(sizes, temps, strict=True):
+        for name in others:
+            bench.add("growth", f"K = {size.steps}", name, bench.temp(name, size) / MIB, "MiB")
+        if size != sizes[0]:
             name = f"K{size.steps}/K{sizes[0].steps}"
-            bench.add("reference", name, "ratio", temps[-1] / temps[0], "times", form=PLANNED)
-    lines = {"planned": [t / MIB for t in temps]}
+            bench.add("reference", name, "ratio", temp / temps[0], "times", form=PLANNED)
+    lines = {"planned": [temp / MIB for temp in temps]}
     for name in others:
         lines[name] = [bench.temp(name, size) / MIB for size in sizes]
     plots.lines(
-        run.directory / "memory.png",
+        bench.table.directory / "memory.png",
         config.growth_steps,
         lines,
         x_label="inner steps",
@@ -235,8 +200,29 @@ def add_growth(bench: Bench, run: Run) -> None:
     )
 
 
+def planned_bytes(bench: Bench, size: Size, budget: float) -> int:
+    """Temporary bytes of the plan for a budget, which is added to the table."""
+
+    def estimate(kept_states: int | None) -> Callable:
+        return forms.estimate(FORMS[PLANNED], size, kept_states=kept_states)
+
+    found = plan_for(estimate, size.steps, forms.shapes(size), budget)
+    compiled = measure.compile_for(estimate(found.kept_states), *forms.shapes(size))
+    temp = measure.compiled_memory(compiled).temp
+    log(f"{size}: {found.describe()}; compiled {measure.human_bytes(temp)}")
+    for column, value, unit in [
+        ("kept states", found.kept_states, "states"),
+        ("predicted", found.predicted_bytes / MIB, "MiB"),
+        ("compiled", temp / MIB, "MiB"),
+        ("prediction / compiled − 1", 100 * (found.predicted_bytes / temp - 1), "%"),
+        ("extra evaluations a step", found.extra_steps / size.steps, "times"),
+    ]:
+        bench.add("growth", f"K = {size.steps}", column, value, unit)
+    return temp
+
+
 def time_forms(config: Config, size: Size, names: list[str]) -> dict[str, measure.Timing]:
-    """Seconds of forms at a size, in turns."""
+    """Seconds of forms at a size, in alternating rounds."""
     args = forms.arguments(size, config.seed)
     programs = {n: measure.compile_for(forms.estimate(FORMS[n], size), *args) for n in names}
     calls = {name: lambda c=c: c(*args) for name, c in programs.items()}
@@ -244,7 +230,7 @@ def time_forms(config: Config, size: Size, names: list[str]) -> dict[str, measur
 
 
 def add_time(bench: Bench) -> None:
-    """Times of every form, what of the peak they reach, and the ratio of the quickest."""
+    """Times of every form, the share of the peak that they reach, and the ratio of the fastest."""
     config = bench.config
     dtype = config.time_size.compute_dtype
     peak = measure.matmul_peak(8192 if config.preset == "gpu" else 2048, dtype)
@@ -309,42 +295,52 @@ def relative_error(found: Any, expected: Any) -> float:
 
 @functools.cache
 def check(size: Size) -> None:
-    """Raises UserError where a size cannot be computed."""
+    """Raises UserError if a size cannot be computed."""
     model = forms.model_of(size, {})
     batch = feasible.tokens(size.sequences, size.length)
     feasible.check([], model.init, losses.next_token(model), batch, batch, num_episodes=1)
 
 
+class Stage(NamedTuple):
+    """A part of the table that is measured together.
+
+    Attributes:
+      row: row of one of its cells, by which a resumed run knows that it is done.
+      column: column of that cell.
+      add: what measures it.
+    """
+
+    row: str
+    column: str
+    add: Callable[[Bench], None]
+
+
+def make_stages(config: Config) -> list[Stage]:
+    """The stages of a run, in their order."""
+    return [
+        Stage(NAIVE, "time", add_time),
+        Stage(QUICKEST, "float32", add_exactness),
+        Stage(NAIVE, str(config.sizes[0]), add_memory),
+        Stage(f"K = {config.growth_steps[0]}", "compiled", add_growth),
+    ]
+
+
 def run(config: Config) -> None:
     """Measures all, and writes the tables and the figure."""
-    parallel.set_up_backend()
+    harness.begin()
     for size in {*config.sizes, config.time_size, config.exact_size, *config.utilisation_sizes}:
         check(size)
-    saved = command_line.as_saved(config)
-    place = open_run(
-        config.root, "table_meta_gradients", config.preset, saved, run_dir=config.run_dir
+    table = harness.TableRun(
+        "table_meta_gradients",
+        config,
+        presets,
+        table="meta_gradients",
+        unit="",
+        seeds=[config.seed],
+        episodes=1,
     )
-    command = command_line.command("table_meta_gradients", config, preset, CHOSEN_BY)
-    cell = cell_maker(
-        table="", preset=config.preset, command=command, seeds=[config.seed], episodes=1
-    )
-    bench = Bench(config, cell)
-    add_time(bench)
-    add_exactness(bench)
-    add_memory(bench)
-    add_growth(bench, place)
-    write_json_lines(place.results, bench.records)
-    report(place)
-    place.finish()
-
-
-def report(place: Run) -> None:
-    """The tables as Markdown and LaTeX files, and on the terminal."""
-    found = tables.arrange(tables.read_records(place.results))
-    texts = [f"### {table.name}\n\n{tables.to_markdown(table)}" for table in found]
-    write_text(place.directory / "table.md", "\n".join(texts))
-    write_text(place.directory / "table.tex", "\n".join(map(tables.to_latex, found)))
-    console = Console()
-    for table in found:
-        console.print(*tables.to_rich(table, console.width), sep="\n")
-    log(f"written to {place.directory}")
+    bench = Bench(config, table)
+    stages = make_stages(config)
+    for stage in table.pending(stages, lambda stage: stage.row, lambda stage: stage.column):
+        stage.add(bench)
+    table.finish()

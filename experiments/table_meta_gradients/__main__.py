@@ -1,10 +1,11 @@
 """The command ``python -m experiments.table_meta_gradients``."""
 
-import experiments.table_meta_gradients as table
-from experiments.table_meta_gradients import CHOSEN_BY, Config, preset
-from metaopt.cli import command_line
+from experiments import harness, table_meta_gradients
 
 if __name__ == "__main__":
-    command_line.main(
-        "table_meta_gradients", table.run, Config, preset, CHOSEN_BY, table.__doc__ or ""
+    harness.main(
+        "table_meta_gradients",
+        table_meta_gradients.run,
+        table_meta_gradients.presets,
+        table_meta_gradients.__doc__,
     )

@@ -14,7 +14,7 @@ from metaopt.errors import UserError
 from metaopt.inner_loop import InnerLoop, adapt
 from metaopt.measure import Flops, count_flops
 from metaopt.ranges import Checked, Count, InnerSteps, Layers, Length, Width
-from metaopt.types import Batch, Episode
+from metaopt.types import Batch, Episode, Model
 
 VOCAB_SIZE = 256  # bytes
 HPARAMS = {"inner_learning_rate": 1e-3}
@@ -28,13 +28,13 @@ class Size(Checked):
     """A transformer, the sequences it reads and the number of inner steps.
 
     Attributes:
-      width: D.
-      layers: of the transformer.
+      width: D, width of the transformer.
+      layers: Number of its layers.
       length: L, tokens in a sequence.
-      steps: K, with Adam.
-      sequences: in the support, and as many in the query.
-      head_size: width of an attention head.
-      compute_dtype: of the layers.
+      steps: K, inner steps with Adam.
+      sequences: Sequences in the support, and as many in the query.
+      head_size: Width of an attention head.
+      compute_dtype: Dtype of the layers.
     """
 
     width: Width = 128
@@ -58,10 +58,10 @@ class Size(Checked):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Form:
-    """One way to compute the meta-gradient.
+    """A form of the meta-gradient: how it is computed.
 
     Attributes:
-      estimator: of `metaopt.meta_gradients`.
+      estimator: estimator of `metaopt.meta_gradients`.
       inner: fields of `InnerLoop`; the steps are scanned in every form.
       model: fields of `TransformerConfig`.
       exact: whether it is the gradient that reverse mode gives.
@@ -104,7 +104,7 @@ def estimate(form: Form, size: Size, **inner: Any) -> Callable:
     return form.estimator(learner, losses.next_token(model_of(size, form.model)), loop)
 
 
-def model_of(size: Size, ways: Mapping[str, Any]):
+def model_of(size: Size, options: Mapping[str, Any]) -> Model:
     """The transformer of a size."""
     return models.transformer(
         models.TransformerConfig(
@@ -112,8 +112,8 @@ def model_of(size: Size, ways: Mapping[str, Any]):
             width=size.width,
             num_layers=size.layers,
             num_heads=size.width // size.head_size,
-            compute_dtype="bfloat16" if size.compute_dtype == "bfloat16" else "float32",
-            **ways,
+            compute_dtype=size.compute_dtype,
+            **options,
         )
     )
 
@@ -152,7 +152,7 @@ def flops(form: Form, size: Size, extra_steps: int = 0) -> Flops:
 
 
 def _step_flops(form: Form, size: Size) -> Flops:
-    """Of one inner step, forward."""
+    """Operations of one inner step, forward."""
     loss_fn = losses.next_token(model_of(size, form.model))
 
     def step(meta_params, hparams, episode, _):

@@ -15,7 +15,7 @@ from metaopt.optimizers.self_tuned import Scope, float_dtype, initial_values, sp
 from metaopt.types import Array, Learner, LossFn, Params, PyTree, unchanged_loss
 
 DOMAINS = "domain_logits"
-"""Name of the weights of the domains among the meta-parameters."""
+"""The name of the weights on the domains among what is learned."""
 
 FRACTIONS = ("momentum", "b1", "b2")
 """Values between 0 and 1, learned as log-odds: factors of about ``1 / (1 − m)`` where near 1."""
@@ -30,7 +30,7 @@ class DomainBatch(NamedTuple):
     Attributes:
       inputs: ``[S, ...]``.
       targets: ``[S, ...]``.
-      domains: int32 ``[S]``, numbers from 0.
+      domains: int32 ``[S]``, from 0 on.
     """
 
     inputs: Array
@@ -46,15 +46,15 @@ def tuned_learner(
     scope: Scope = "scalar",
     num_domains: int = 0,
 ) -> Learner:
-    """A training run as a learner: its steps are meta-learned, and its start.
+    """A training run as a learner: what is learned is how it steps, beside where it starts.
 
     Args:
       optimizer: ``values -> optimiser``, such as `sgd_from_values` and `adamw_from_values`. Its
         ``values['learning_rate']`` is a tree like the parameters.
-      start: initial values by name.
-      learned: names of those that are meta-parameters.
-      scope: scope of the learning rate, if it is learned; every other value is a scalar.
-      num_domains: of the weights on domains (see `weighted_by_domain`); 0 for none.
+      start: the values at the start, by name.
+      learned: which of them are meta-parameters.
+      scope: scope of the learning rate if it is learned; every other value is a scalar.
+      num_domains: number of weights on domains (see `weighted_by_domain`); 0 for none.
 
     Returns:
       A learner whose meta-parameters are ``params`` and, by name, the logarithms of the learned

@@ -48,7 +48,7 @@ def joint(
 
     def estimate(meta_params, hparams, episode, key):
         del key
-        check_call(learner, meta_params, hparams, episode, judged=False)
+        check_call(learner, meta_params, hparams, episode, needs_query=False)
         loss, grads = value_and_gradient(meta_params, episode)
         return grads, {"loss": loss, "inner_losses": jnp.zeros((0,), loss.dtype)}
 

@@ -100,7 +100,7 @@ def improving_train(
         memory=memory,
         fingerprint=training.fingerprint,
     )
-    return Trained(outcome.snapshot.state)
+    return Trained(outcome.snapshot.state, outcome.from_checkpoint)
 
 
 def reported_losses(

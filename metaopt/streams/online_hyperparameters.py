@@ -1,7 +1,7 @@
 """Exact meta-gradients of hyperparameters while a model trains, in truncated windows.
 
-The training itself is the inner run: it never restarts, and what is meta-learned is how it
-steps and the weight of each domain of its data.
+The training itself is the inner run: it never starts again, and what is meta-learned is how it
+steps and how it weighs the domains of its data.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ import optax
 
 from metaopt.errors import UserError
 from metaopt.inner_loop import InnerLoop
-from metaopt.learners.training_run import Optimizer, current_values, tuned_learner
+from metaopt.learners.training_run import Optimizer, tuned_learner, current_values
 from metaopt.meta_gradients.windows import InnerRun, start_run, unroll_window
 from metaopt.optimizers.self_tuned import Scope, check_factors, check_scope, moved
 from metaopt.pytrees import all_finite
@@ -27,14 +27,14 @@ class OnlineConfig(Checked):
     """What is learned online, and how.
 
     Attributes:
-      learned: names of the values that are learned; the others stay as given.
+      learned: the names of the values that are learned; the others stay as given.
       scope: scope of the learning rate; every other value is a scalar.
-      num_domains: number of domains of the data whose weights are learned; 0 for none.
+      num_domains: number of domains of the data that weights are learned on; 0 for none.
       window: its ``num_steps`` is W; ``batching`` must be ``split``: one batch a step.
-      every: interval of the windows that are differentiated; 1 for all.
-      meta_rate: rate of Adam on the logarithms of values and weights.
-      max_step_factor: largest factor by which an update changes any of them.
-      max_factor: largest factor in all, from the initial values, up or down.
+      every: interval between differentiated windows, in windows; 1 for all.
+      meta_rate: rate of Adam, on the logarithms of values and weights.
+      max_step_factor: the largest factor by which an update changes any of them.
+      max_factor: the largest factor in all, from where they started, each way.
     """
 
     learned: tuple[str, ...] = ("learning_rate",)
@@ -64,7 +64,7 @@ class OnlineConfig(Checked):
 
 
 class OnlineState(NamedTuple):
-    """A training run and its meta-parameters.
+    """A training run and what it has learned about itself.
 
     Attributes:
       run: parameters, optimiser state and training steps done.
@@ -86,8 +86,8 @@ class Online(NamedTuple):
       step: ``(state, batches, held_out) -> (state, metrics)``: W steps on batches ``[W, S, ...]``.
         The metrics are ``loss``, the held-out loss after them, ``inner_losses`` ``[W]``, and
         ``meta_grad_norm``, 0 where the window was not differentiated.
-      values: ``state -> {name: current value}``, learned or not, and with domains
-        ``domain_weights``, ``[num_domains]``, which sum to one.
+      values: ``state -> {name: value in force}``, those that are not learned too, and with
+        domains ``domain_weights``, ``[num_domains]``, which sum to one.
       learner: the run as a `metaopt.types.Learner`, for the estimators of metaopt.
     """
 
@@ -109,8 +109,8 @@ def online(
 
     Mathematics: with s the parameters and the optimiser's state where a window starts, held
     constant, and ``L(s, η)`` the held-out loss after W training steps from there with the
-    hyperparameters η, Adam descends ``∂L(s, η) / ∂ log η``. The state after the window is where
-    the training goes on. As in `metaopt.meta_gradients.truncated`, what pays off after more
+    hyperparameters η, Adam descends ``∂L(s, η) / ∂ log η``. Training continues from the
+    state after the window. As in `metaopt.meta_gradients.truncated`, what pays off after more
     than W steps is not seen; with noisy gradients that favours a small rate.
 
     With weights on domains a step descends ``Σ_i w_i l_i``, ``w = softmax_i(z[d_i])``

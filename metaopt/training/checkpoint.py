@@ -25,10 +25,10 @@ from jax.experimental import multihost_utils
 
 from metaopt.console import log
 from metaopt.errors import UserError
-from metaopt.training.fingerprint import Fingerprint
+from metaopt.training.fingerprint import Fingerprint, Origin, check_config, check_training
 from metaopt.training.host_leaves import check_finite, devices_of, leaf_types, place, to_host
 from metaopt.training.manifest import what_is_damaged, write_manifest
-from metaopt.training.runs import as_json, differences, versions
+from metaopt.training.runs import as_json, versions
 from metaopt.types import MetaState
 
 Example = MetaState | Callable[[dict[str, Any]], MetaState]
@@ -41,7 +41,7 @@ class Restored(NamedTuple):
     Attributes:
       state: the state, each leaf placed as the one of the example is.
       notes: the JSON object that was saved beside it.
-      valid_loss: the validation loss it was saved with; infinite where there was none.
+      valid_loss: validation loss it was saved with; infinite without one.
     """
 
     state: MetaState
@@ -164,7 +164,7 @@ class Checkpoints:
             self._manager.delete(later)
 
     def restore_latest(self, example: Example) -> Restored | None:
-        """The newest checkpoint that can be read; None where there is no checkpoint.
+        """The newest checkpoint that can be read; None if there is none.
 
         A damaged one is renamed ``damaged-<step>-<time>`` and the one before is taken, which
         is said in a line. The example gives structure, shapes, dtypes and shardings; its leaves
@@ -236,10 +236,14 @@ class Checkpoints:
         record = self._load(step, "host", ocp.args.JsonRestore())
         if missing := _RECORD - record.keys():
             raise _Damaged(f"its record lacks {min(missing)!r}")
-        self._check_config(record)
+        saved = Origin(
+            Fingerprint(**record["fingerprint"]), record["versions"]["jax"], record["devices"]
+        )
+        check_config(saved.fingerprint, self._fingerprint, self._directory)
         example = example(record["notes"]) if callable(example) else example
         self._check_leaves(record, example)
-        self._check_training(record, devices_of(example))
+        now = Origin(self._fingerprint, jax.__version__, devices_of(example))
+        check_training(saved, now, self._directory)
         leaves = self._load(step, "state", ocp.args.StandardRestore())
         state = place(leaves, example, record["key_impl"])
         return Restored(state, record["notes"], record["valid_loss"])
@@ -256,14 +260,6 @@ class Checkpoints:
             raise _Damaged(f"{item}: no dict")
         return loaded
 
-    def _check_config(self, record: dict[str, Any]) -> None:
-        config = differences(record["fingerprint"]["config"], self._fingerprint.config)
-        if config:
-            raise UserError(
-                f"the checkpoints in {self._directory} were made with another config ({config}); "
-                "go back to it, or give a new directory"
-            )
-
     def _check_leaves(self, record: dict[str, Any], example: MetaState) -> None:
         saved, wanted = record["leaves"], leaf_types(example)
         for path in wanted | saved:
@@ -273,40 +269,6 @@ class Checkpoints:
                     f"the checkpoints in {self._directory} hold another state: {path} is {before} "
                     f"there and {now} here; use the model and learner that made it"
                 )
-
-    def _check_training(self, record: dict[str, Any], devices: dict[str, Any] | None) -> None:
-        """Refuses another training, and says what could not be compared.
-
-        Random numbers differ between kinds of device, and programs between versions of jax too.
-        """
-        before = record["devices"]
-        if before is None or devices is None:
-            return
-        saved, now = Fingerprint(**record["fingerprint"]), self._fingerprint
-        changed, jax_before = [], record["versions"]["jax"]
-        same_kind = all(before[name] == devices[name] for name in ("platform", "machine"))
-        if same_kind:
-            names = dict(saved.arrays) | dict(now.arrays)
-            changed += [n for n in names if saved.arrays.get(n) != now.arrays.get(n)]
-        if same_kind and jax_before == jax.__version__:
-            names = saved.programs.keys() & now.programs.keys()
-            changed += sorted(n for n in names if saved.programs[n] != now.programs[n])
-        if changed:
-            raise UserError(
-                f"the checkpoints in {self._directory} are of another training, of other "
-                f"data, model, loss or learner (what differs: {', '.join(changed)}); go back "
-                "to it, or give a new directory"
-            )
-        if jax_before != jax.__version__:
-            log(
-                f"note: {self._directory.name} was trained under jax {jax_before}, and this is "
-                f"{jax.__version__}: that its program is the same is not checked"
-            )
-        if before != devices:
-            log(
-                f"note: {self._directory.name} was trained on {_number(before)} and resumes on "
-                f"{_number(devices)}: sums differ in the last digits"
-            )
 
     def _valid_loss(self, step: int) -> float:
         """NaN where the record is damaged."""
@@ -382,12 +344,6 @@ class _LatestAndBest(ocp.checkpoint_managers.PreservationPolicy):
         if evaluated:
             kept.add(min(evaluated, key=lambda step: self.valid_losses[step]))
         return [step in kept for step in steps]
-
-
-def _number(devices: dict[str, Any]) -> str:
-    """``'1 cpu device'``."""
-    number = devices["num_devices"]
-    return f"{number} {devices['platform']} device{'s' if number > 1 else ''}"
 
 
 def _in_words(damaged: Mapping[int, str]) -> str:

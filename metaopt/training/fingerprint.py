@@ -8,13 +8,17 @@ them are. A digest is the same in every process.
 import hashlib
 import re
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.extend
 import numpy as np
 
+from metaopt.console import log
+from metaopt.errors import UserError
 from metaopt.training.host_leaves import is_key
+from metaopt.training.runs import differences
 from metaopt.types import MetaState
 
 
@@ -33,6 +37,70 @@ class Fingerprint(NamedTuple):
     arrays: Mapping[str, str] = {}
     programs: Mapping[str, str] = {}
     execution: Mapping[str, Any] = {}
+
+
+class Origin(NamedTuple):
+    """A fingerprint, and what its digests were computed with.
+
+    Attributes:
+      fingerprint: the fingerprint.
+      jax: version of jax.
+      devices: ``platform``, ``machine`` and ``num_devices``; None for mere shapes, of which
+        nothing but the config is compared.
+    """
+
+    fingerprint: Fingerprint
+    jax: str
+    devices: Mapping[str, Any] | None
+
+
+def check_config(saved: Fingerprint, now: Fingerprint, directory: Path) -> None:
+    """Raises UserError, with the fields, if the config of a directory is another one."""
+    if changed := differences(saved.config, now.config):
+        raise UserError(
+            f"the checkpoints in {directory} were made with another config ({changed}); "
+            "go back to it, or give a new directory"
+        )
+
+
+def check_training(saved: Origin, now: Origin, directory: Path) -> None:
+    """Refuses a directory of another training, and logs what could not be compared.
+
+    Random numbers differ between kinds of device, and programs between versions of jax too.
+
+    Raises:
+      UserError: an array or a program differs, with the names of those that do.
+    """
+    if saved.devices is None or now.devices is None:
+        return
+    changed, (before, after) = [], (saved.fingerprint, now.fingerprint)
+    if all(saved.devices[name] == now.devices[name] for name in ("platform", "machine")):
+        names = dict(before.arrays) | dict(after.arrays)
+        changed += [name for name in names if before.arrays.get(name) != after.arrays.get(name)]
+        common = before.programs.keys() & after.programs.keys() if saved.jax == now.jax else ()
+        changed += sorted(n for n in common if before.programs[n] != after.programs[n])
+    if changed:
+        raise UserError(
+            f"the checkpoints in {directory} are of another training, of other "
+            f"data, model, loss or learner (what differs: {', '.join(changed)}); go back "
+            "to it, or give a new directory"
+        )
+    if saved.jax != now.jax:
+        log(
+            f"note: {directory.name} was trained under jax {saved.jax}, and this is {now.jax}: "
+            "whether the loss, the learner and the estimator are the same is not checked"
+        )
+    if saved.devices != now.devices:
+        log(
+            f"note: {directory.name} was trained on {_number(saved.devices)} and resumes on "
+            f"{_number(now.devices)}: sums differ in the last digits"
+        )
+
+
+def _number(devices: Mapping[str, Any]) -> str:
+    """``'1 cpu device'``."""
+    number = devices["num_devices"]
+    return f"{number} {devices['platform']} device{'s' if number > 1 else ''}"
 
 
 def of_step(

@@ -8,7 +8,6 @@ import math
 import os
 import pkgutil
 import typing
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +18,7 @@ from hypothesis import strategies as st
 import experiments
 import metaopt
 from experiments import harness
+from metaopt import cli
 from metaopt.errors import UserError
 from metaopt.ranges import Checked, Range, field_types
 
@@ -53,12 +53,12 @@ def modules(package):
 
 
 def commands():
-    """The modules of experiments that are commands, by name."""
-    return {
+    """The modules of all commands, by name: those of ``metaopt`` and the tables."""
+    named = {name: command.function.partition(":")[0] for name, command in cli.COMMANDS.items()}
+    return {name: importlib.import_module(module) for name, module in named.items()} | {
         module.__name__.split(".")[1]: module
         for module in modules(experiments)
-        if 'if __name__ == "__main__":' in inspect.getsource(module)
-        or (Path(inspect.getfile(module)).name, hasattr(module, "Config")) == ("__init__.py", True)
+        if hasattr(module, "Config")
     }
 
 

@@ -6,19 +6,16 @@ import types
 
 import pytest
 
-from benchmarks.peers import host, ours, problems, report, worker
-from experiments import table_peers
-from metaopt.cli import command_line
+from benchmarks.peers import host, ours, problems, worker
+from experiments import harness, table_peers
 from metaopt.errors import UserError
 from metaopt.files import read_json_lines
-from metaopt.reporting.results import cell_maker
 
 NAMES = tuple(problems.SMOKE)
 
 
 def main(*args, run=table_peers.run):
-    preset, chosen_by = table_peers.preset, table_peers.CHOSEN_BY
-    command_line.main("table_peers", run, table_peers.Config, preset, chosen_by, "", list(args))
+    harness.main("table_peers", run, table_peers.presets, "", list(args))
 
 
 def test_without_a_library_the_command_says_what_to_install(monkeypatch, capsys, tmp_path):
@@ -55,14 +52,14 @@ def test_a_problem_comes_back_from_its_files(tmp_path, name):
     data = ours.make_data(problems.SMOKE[name])
     problems.save(tmp_path, data)
     again = problems.load(tmp_path)
-    assert again.problem == data.problem and set(again.params) == set(data.params)
+    assert again.sizes == data.sizes and set(again.params) == set(data.params)
     pairs = zip(
         [*data.params.values(), *data.support, *data.query],
         [*(again.params[path] for path in data.params), *again.support, *again.query],
         strict=True,
     )
     assert all((a == b).all() and a.dtype == b.dtype for a, b in pairs)
-    sizes = data.problem
+    sizes = data.sizes
     assert data.support[0].shape[:2] == (sizes.num_tasks, sizes.num_support)
     assert data.query[1].shape[:2] == (sizes.num_tasks, sizes.num_query)
     assert problems.flatten(problems.unflatten(data.params)).keys() == data.params.keys()
@@ -90,7 +87,7 @@ def test_our_worker_steps_when_it_is_told_to_and_the_run_writes_the_row(tmp_path
     assert (time["row"], time["column"], time["unit"], time["n"]) == ("sinusoid", "ours", "ms", 2)
     assert 0 < time["quartiles"][0] <= time["value"] <= time["quartiles"][1]
     assert time["loss"] > 0 and time["grad_norm"] > 0 and "jaxlib" in time["versions"]
-    assert ratio["column"] == report.RATIO and ratio["value"] is None  # with no peer, no ratio
+    assert ratio["column"] == table_peers.RATIO and ratio["value"] is None  # with no peer, no ratio
     assert "sinusoid" in (directory / "table.md").read_text()
     again = shlex.split(time["command"])
     configs = []
@@ -138,18 +135,18 @@ def test_a_peer_that_disagrees_is_an_error():
             host.check_agreement("lm", {"ours": right, "higher": right | wrong})
 
 
-def test_the_ratio_is_of_the_fastest_peer_round_by_round_and_a_failure_has_no_number():
+def test_the_ratio_is_of_the_fastest_peer_round_by_round_and_a_failure_has_no_number(tmp_path):
     said = {"form": "loop", "loss": 1.0, "grad_norm": 1.0, "versions": {"torch": "2"}}
-    cell = cell_maker(table="peers", preset="smoke", command="c", seeds=[0], episodes=0)
+    config = table_peers.Config(run_dir=str(tmp_path / "run"))
+    table = harness.TableRun("table_peers", config, table_peers.presets, table="peers", unit="ms")
     times = {"ours": [1.0, 2.0, 4.0], "torch_func": [9.0] * 3, "torchopt": [3.0, 8.0, 8.0]}
-    records = report.records(
-        cell, "lm", times, dict.fromkeys(times, said), {"higher": "no such operation"}, 2
-    )
-    found = {record["column"]: record for record in records}
-    assert list(found) == ["ours", "torch.func", "torchopt", "higher", report.RATIO]
+    failures = {"higher": "no such operation"}
+    table_peers.add_row(table, "lm", times, dict.fromkeys(times, said), failures, 2)
+    found = {record["column"]: record for record in table.records}
+    assert list(found) == ["ours", "torch.func", "torchopt", "higher", table_peers.RATIO]
     assert found["ours"]["value"] == 2000 and found["torchopt"]["quartiles"] == [5500, 8000]
     assert found["higher"]["value"] is None and found["higher"]["note"] == "no such operation"
-    assert found[report.RATIO]["value"] == 3.0  # the median of 3, 4 and 2
+    assert found[table_peers.RATIO]["value"] == 3.0  # the median of 3, 4 and 2
     assert found["ours"]["versions"]["torch"] == "2" and "jax" in found["ours"]["versions"]
 
 
@@ -184,11 +181,11 @@ def test_the_gradient_of_every_parameter_is_ours(name):
     from metaopt.types import Batch
 
     data = ours.make_data(problems.SMOKE[name])
-    problem = data.problem
-    module = torch_models.make_module(problem, data.params)
-    inputs, targets = torch_models.as_tensors(problem, data.query)
-    torch_models.make_loss(problem)(module(inputs[0]), targets[0]).backward()
-    loss = ours.make_loss(problem, ours.make_model(problem))
+    sizes = data.sizes
+    module = torch_models.make_module(sizes, data.params)
+    inputs, targets = torch_models.as_tensors(sizes, data.query)
+    torch_models.make_loss(sizes)(module(inputs[0]), targets[0]).backward()
+    loss = ours.make_problem(sizes).loss_fn
     batch = Batch(*(array[0] for array in data.query))
     params = jax.tree.map(jax.numpy.asarray, problems.unflatten(data.params))
     grads = problems.flatten(jax.device_get(jax.grad(loss)(params, batch)))

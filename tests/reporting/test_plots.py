@@ -20,9 +20,8 @@ GOOD = Curve(3 - STEPS / 10, np.full(4, 0.1))
 
 
 def draw(path, curves, differences, limits):
-    adaptation_curves(
-        path, curves, differences, limits, baseline="joint", unit="nats/token", trained_steps=2
-    )
+    labels = {"title": "Held-out tasks", "baseline": "joint", "unit": "nats/token"}
+    adaptation_curves(path, curves, differences, limits, trained_steps=2, **labels)
     return imread(path)
 
 

@@ -51,7 +51,15 @@ def train(directory, state=None, step=STEP, num_steps=60, sample=sample, loop=LO
         state = quadratic.initial_state()
         scalars = {"outer_learning_rate": 0.2, "weight_decay": 1e-4, "query_annealing": 0.1}
         state = state._replace(hparams={k: jnp.float32(v) for k, v in scalars.items()})
-    training = Training("drop-in", state, step, sample, SIZE, 2, Fingerprint({}))
+    training = Training(
+        name="drop-in",
+        state=state,
+        step_fn=step,
+        sample=sample,
+        tasks_per_step=SIZE,
+        tokens_per_task=2,
+        fingerprint=Fingerprint({}),
+    )
     config = TrainConfig(num_steps=num_steps)
     return improving_train(training, config, directory, loop=loop, **options).state
 
