@@ -14,7 +14,7 @@ import optax
 
 from metaopt.errors import UserError
 from metaopt.inner_loop import InnerLoop
-from metaopt.learners.training_run import Optimizer, tuned_learner, current_values
+from metaopt.learners.training_run import Optimizer, current_values, tuned_learner
 from metaopt.meta_gradients.windows import InnerRun, start_run, unroll_window
 from metaopt.optimizers.self_tuned import Scope, check_factors, check_scope, moved
 from metaopt.pytrees import all_finite
