@@ -1,8 +1,9 @@
 """Learners side by side: every row is trained on the same episodes and judged on the same ones.
 
 A row is a learner with an estimator. All rows start from the same parameters (jointly
-pretrained, or the random initialisation), see the same tasks in the same order, and are evaluated on the same held-out episodes, so that differences are
-paired. Rates that are not learned are tuned on validation tasks, alike for all rows.
+pretrained, or the random initialisation), see the same tasks in the same order, and are
+evaluated on the same held-out episodes, so that differences are paired. Rates that are not
+learned are tuned on validation tasks, alike for all rows.
 """
 
 import dataclasses

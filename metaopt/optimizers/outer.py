@@ -73,7 +73,10 @@ class OuterConfig(Checked):
 
 
 OuterOpt = Callable[[Hparams], optax.GradientTransformation]
-"""``hparams -> optax.GradientTransformation``, built inside every traced step: its scalars are read from the state."""
+"""``hparams -> optax.GradientTransformation``, built inside every traced step.
+
+Its scalars are so read from the state, and may change without another compilation.
+"""
 
 
 def outer_optimizer(config: OuterConfig) -> OuterOpt:
