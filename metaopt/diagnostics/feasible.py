@@ -18,7 +18,7 @@ STATES = 4  # trees as large as the parameters that a step has: those, a gradien
 
 
 def tokens(number: int, length: int) -> Batch:
-    """The shapes of so many sequences."""
+    """The shapes of this number of sequences."""
     shape: Any = jax.ShapeDtypeStruct((number, length), jnp.int32)
     return Batch(shape, shape)
 
@@ -35,7 +35,7 @@ def check(
 
     Args:
       rows: learners with their estimators, None for what is not trained, and inner loops.
-      init: of the model.
+      init: initialisation of the model.
       loss_fn: its loss.
       support: the shapes of the support of one episode.
       query: likewise.
@@ -82,7 +82,7 @@ def _check_rows(rows: Iterable[Trained], params: Params, num_support: int, num_q
 
 
 def check_languages(config: MarkovConfig, num_tasks: int) -> None:
-    """Raises UserError where so many tasks cannot be drawn at once."""
+    """Raises UserError if this number of tasks cannot be drawn at once."""
     needed = bytes_to_draw(config, num_tasks)
     remedy = "lower their number, the vocabulary or the order"
     check_bytes(needed, f"to draw {num_tasks:,} languages at once", remedy)
@@ -99,7 +99,7 @@ def check_bytes(needed: float, what: str, remedy: str) -> None:
 
 
 def num_bytes(number: int, *parts: Batch) -> int:
-    """Of so many batches with these parts."""
+    """Bytes of this number of batches with these parts."""
     return number * _bytes(parts)
 
 

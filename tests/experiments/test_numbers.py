@@ -8,7 +8,6 @@ import math
 import os
 import pkgutil
 import typing
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -59,8 +58,7 @@ def commands():
     return {name: importlib.import_module(module) for name, module in named.items()} | {
         module.__name__.split(".")[1]: module
         for module in modules(experiments)
-        if 'if __name__ == "__main__":' in inspect.getsource(module)
-        or (Path(inspect.getfile(module)).name, hasattr(module, "Config")) == ("__init__.py", True)
+        if hasattr(module, "Config")
     }
 
 
