@@ -29,15 +29,26 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
 
+import jax
 import numpy as np
 from rich.console import Console
 
 from metaopt import parallel
 from metaopt.cli import command_line
-from metaopt.comparison import Comparison, Row, RowResult, select
+from metaopt.comparison import (
+    Comparison,
+    ComparisonConfig,
+    Row,
+    RowResult,
+    check_settings,
+    select,
+)
 from metaopt.console import log
+from metaopt.diagnostics import feasible
 from metaopt.errors import UserError
 from metaopt.files import write_bytes, write_json_lines
+from metaopt.fit import Problem
+from metaopt.inner_loop import InnerLoop
 from metaopt.npz import read_npz
 from metaopt.ranges import Checked
 from metaopt.reporting import plots, tables
@@ -54,6 +65,7 @@ __all__ = [
     "TrainedConfig",
     "as_saved",
     "begin",
+    "check_rows",
     "command",
     "compare",
     "curve",
@@ -61,6 +73,7 @@ __all__ = [
     "parse",
     "select",
     "step_column",
+    "step_columns",
 ]
 
 STEPS = (0, 1, 2, 5, 10)
@@ -206,6 +219,24 @@ def begin(*, improve: bool = False) -> TrainFn:
     return trainer(improve)
 
 
+def check_rows(
+    rows: Sequence[Row], problem: Problem, inner: InnerLoop, config: ComparisonConfig
+) -> None:
+    """Checks rows of a `Comparison` from shapes, before anything is compiled.
+
+    For tasks whose sampler can be traced; others call `feasible.check` with their shapes.
+
+    Raises:
+      UserError: what is asked for cannot be computed, or exceeds the memory of the device.
+    """
+    check_settings(inner, config)
+    batches = jax.eval_shape(lambda: problem.family.train.sample(jax.random.key(0), 1))[:2]
+    support, query = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batches)
+    trained = [(row.learner, row.estimator, inner) for row in rows]
+    most = config.most_episodes
+    feasible.check(trained, problem.model.init, problem.loss_fn, support, query, most)
+
+
 class Cell(NamedTuple):
     """The place of a number."""
 
@@ -341,6 +372,18 @@ class TableRun:
         record = self._make(row, column, found, unit or self._unit, **fields)
         self._cells[Cell(record["table"], row, column)] = record
 
+    def add_steps(self, row: str, values: np.ndarray, tasks: np.ndarray, **fields: Any) -> None:
+        """Adds cells of a row after the numbers of inner steps that have a column.
+
+        Args:
+          row: Name of the row.
+          values: Numbers ``[E, steps + 1]``.
+          tasks: Task of each episode ``[E]``, over which the intervals are.
+          **fields: See `add`.
+        """
+        for step, column in step_columns(values.shape[1] - 1).items():
+            self.add(row, column, interval(values[:, step], tasks), **fields)
+
     def keep(self, row: str, **arrays: np.ndarray) -> None:
         """Saves arrays of a row that other rows, figures or a resumed run need."""
         packed = io.BytesIO()
@@ -378,8 +421,13 @@ class TableRun:
 
 
 def step_column(step: int) -> str:
-    """The column of so many inner steps: ``'1 step'``, ``'5 steps'``."""
+    """The column of a number of inner steps: ``'1 step'``, ``'5 steps'``."""
     return f"{step} step" if step == 1 else f"{step} steps"
+
+
+def step_columns(longest: int) -> dict[int, str]:
+    """The columns of `STEPS` up to the longest evaluation, by the number of inner steps."""
+    return {step: step_column(step) for step in STEPS if step <= longest}
 
 
 def curve(values: np.ndarray, groups: np.ndarray) -> plots.Curve:

@@ -280,6 +280,7 @@ def draw(table: harness.TableRun, cells: Sequence[Cell], comparison: Comparison)
         {row: harness.curve(values, groups) for row, values in bits.items()},
         {row: harness.curve(bits[BASELINE] - bits[row], groups) for row in others},
         {},
+        title="Held-out domains",
         baseline=BASELINE,
         unit=UNIT,
         trained_steps=comparison.inner.num_steps,

@@ -1,9 +1,9 @@
 """Learners side by side: every row is trained on the same episodes and judged on the same ones.
 
-A row is a learner with an estimator. All rows start from one place (a joint
-pretraining of so many steps, or a random initialisation), see the same tasks in the
-same order, and are evaluated on the same held-out episodes, so that differences are
-paired. Rates that are not learned are tuned on validation tasks, alike for all rows.
+A row is a learner with an estimator. All rows start from the same parameters (jointly
+pretrained, or the random initialisation), see the same tasks in the same order, and are
+evaluated on the same held-out episodes, so that differences are paired. Rates that are not learned
+are tuned on validation tasks, alike for all rows.
 """
 
 import dataclasses
@@ -60,7 +60,7 @@ class Row(NamedTuple):
     """A learner and the estimator that trains it.
 
     Attributes:
-      name: as it stands in the table.
+      name: name in the table.
       learner: what is meta-learned.
       estimator: how; None leaves the random initialisation untrained.
       inner_optimizer: ``learning_rate -> optax.GradientTransformation``; rows with
@@ -78,21 +78,21 @@ class ComparisonConfig(Checked):
     """How long, on how much, and judged on what.
 
     Attributes:
-      seed: of the initialisation and of the training episodes.
-      num_devices: 0 for all.
+      seed: seed of the initialisation and of the training episodes.
+      num_devices: number of devices; 0 for all.
       tasks_per_step: the meta-batch, over all devices.
       tasks_at_a_time: on one device; 0 all by vmap, 1 one by one in a scan, between
         them groups.
       pretrain_steps: steps of joint pretraining that every trained row starts from.
-      meta_steps: steps of each row after that; the joint row goes on for as many.
-      max_inner_steps: the evaluation goes on to so many inner steps.
+      meta_steps: number of steps of each row after that, the joint row too.
+      max_inner_steps: number of inner steps of the evaluation.
       inner_rates: inner learning rates tried on the validation tasks.
       eval_every: meta-steps between evaluations on the validation tasks, of which the
         best is kept; 0 keeps the last.
       checkpoint_every: meta-steps between checkpoints.
       valid_episodes: episodes that rates and checkpoints are chosen on.
       test_episodes: episodes that are reported.
-      eval_seed: of both; fixed, so that two runs are comparable line by line.
+      eval_seed: seed of both; fixed, so that two runs are comparable line by line.
     """
 
     seed: Seed = 0
@@ -128,7 +128,7 @@ class RowResult(NamedTuple):
       hparams: with the inner rate that suits the trained number of steps best.
       curves: float64 ``[E, max_inner_steps + 1]``, in the unit of the loss.
       rates: ``[max_inner_steps + 1]``, the inner rate for each number of steps.
-      seconds: of training and evaluation, in this process.
+      seconds: duration of training and evaluation, in this process.
     """
 
     row: Row

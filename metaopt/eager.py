@@ -1,7 +1,7 @@
 """Functions called outside `jax.jit`: compiled once for equal functions and equal shapes.
 
-A closure that is made anew at each call (`optax.sgd(0.1)`, `losses.next_token(model)`) is a new
-function to `jax.jit`, and would be compiled again. Here two functions are equal where their code
+A closure that is made again at each call (`optax.sgd(0.1)`, `losses.next_token(model)`) is a new
+function to `jax.jit`, and would be compiled again. Here two functions are equal if their code
 is, and all that it reads: closures, defaults, global variables.
 """
 
@@ -23,9 +23,9 @@ import numpy as np
 from jax.core import Tracer
 
 MOST_KEPT = 64
-"""Compiled functions that are kept; the one used longest ago makes room."""
+"""Number of compiled functions that are kept; the least recently used is dropped."""
 MOST_PARTS = 20_000
-"""A function that reads more than so many objects is not looked at."""
+"""A function that reads more objects than this is not compared with others."""
 
 _compiled: collections.OrderedDict[Hashable, "_Compiled"] = collections.OrderedDict()
 _lock = threading.Lock()
@@ -43,7 +43,7 @@ _LIBRARIES = tuple(
 def compile_once(function: Callable) -> Callable:
     """The function; called with arrays alone, as one that is compiled once for all its equals.
 
-    Where an argument is traced it is the function itself, and so it is where equality cannot be
+    If an argument is traced it is the function itself, and so it is if equality cannot be
     known, since it reads an object that may change.
 
     Args:

@@ -119,7 +119,7 @@ def adaptation_curve(
       learner: what was meta-learned.
       loss_fn: what the inner loop descends, as the learner changes it, and what judges.
       inner: the inner loop of training.
-      num_steps: how far the curve goes; it may exceed the trained number.
+      num_steps: length of the curve; it may exceed the trained number.
       measure: what takes the place of the query loss, such as an accuracy. It may give
         several numbers at once, ``[M]``.
 
@@ -164,8 +164,8 @@ def make_curves(
 
     Hyperparameters are arguments: curves at another inner rate do not compile again,
     those of another number of episodes do. A device computes ``tasks_at_a_time``
-    episodes at a time, and 64 for 0: of episodes, unlike tasks of a meta-batch, there
-    are so many that all at once would not fit. With a ``measure`` of M numbers curves are
+    episodes at a time, and 64 for 0: unlike the tasks of a meta-batch, all episodes at once
+    would not fit. With a ``measure`` of M numbers curves are
     ``[E, steps + 1, M]``.
     """
     curve = adaptation_curve(learner, loss_fn, inner, num_steps, measure)
@@ -214,7 +214,7 @@ def tuned_curves(
     learner that has one rate for all steps: every point of its curve is its best.
 
     Args:
-      curves: from `make_curves`.
+      curves: result of `make_curves`.
       meta_params: the learner's meta-parameters.
       hparams: the other hyperparameters.
       rates: the inner learning rates to try. If the best of several is an outermost

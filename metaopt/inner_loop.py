@@ -48,7 +48,7 @@ class InnerLoop(Checked):
       save_gradients: with ``remat``, keep the inner gradients, which the inner
         optimiser's own derivative needs again: one evaluation of them less, for the bytes
         of the parameters a step.
-      kept_states: how many of the states between the steps are kept at a time, the others
+      kept_states: number of states between the steps that are kept at a time, the others
         being recomputed by the optimal plan of `metaopt.rematerialization.plan`, which also
         finds the number for a memory budget. It implies ``remat`` and a scan. None keeps
         all K.
@@ -82,7 +82,7 @@ class Adapted(NamedTuple):
     Attributes:
       params: the adapted parameters.
       losses: float32 ``[K]``, the support loss before each step.
-      opt_state: of the inner optimiser after the last step, to go on from.
+      opt_state: state of the inner optimiser after the last step, to resume from.
       probes: ``probe(params, batch)`` before each step, stacked ``[K, ...]``; None without one.
     """
 
@@ -123,7 +123,7 @@ def adapt(
       config: see `InnerLoop`.
       num_steps: takes the place of ``config.num_steps``, for an evaluation that goes
         on past the trained number of steps (only with ``batching='same'``); 0 takes none.
-      opt_state: of the inner optimiser, where an earlier run is gone on with; None starts anew.
+      opt_state: state of the inner optimiser of an earlier run that is resumed; None starts one.
       grad_fn: turns the loss into ``(params, batch) -> (loss, gradient)``.
       probe: what else to measure before each step: a function of the parameters and of the
         batch that the step is about to take.

@@ -21,6 +21,7 @@ from metaopt.parts import load_part, make_part
 from metaopt.ranges import Checked, Count, Heads, Layers, Length, Seed, Width
 from metaopt.tasks.markov import Concentration, MarkovConfig, Order, Symbols, markov
 from metaopt.tasks.text import VOCAB_SIZE, TextConfig, text
+from metaopt.tasks.text import digest as text_digest
 from metaopt.types import Estimator, Learner, Model, TaskFamily
 
 ModelName = Literal["bigram", "rnn", "gru", "lstm", "transformer"]
@@ -113,17 +114,25 @@ def make_family(config: LanguageConfig) -> TaskFamily:
             f"unknown tasks {config.tasks!r}: markov, text, stdlib, tfds:NAME or module:function "
             "of your own"
         )
-    return text(
-        TextConfig(
-            source=str(config.folder if config.tasks == "text" else config.tasks),
-            num_valid_domains=config.num_valid_domains,
-            num_test_domains=config.num_test_domains,
-            split_seed=config.split_seed,
-            num_support=config.num_support,
-            num_query=config.num_query,
-            length=config.length,
-        )
+    return text(text_config(config))
+
+
+def text_config(config: LanguageConfig) -> TextConfig:
+    """The domains of text of a config."""
+    return TextConfig(
+        source=str(config.folder if config.tasks == "text" else config.tasks),
+        num_valid_domains=config.num_valid_domains,
+        num_test_domains=config.num_test_domains,
+        split_seed=config.split_seed,
+        num_support=config.num_support,
+        num_query=config.num_query,
+        length=config.length,
     )
+
+
+def digest(config: LanguageConfig) -> str | None:
+    """The digest of files that the tasks of a config are read from; None if there are none."""
+    return text_digest(text_config(config)) if is_text(config.tasks) else None
 
 
 def make_model(config: LanguageConfig) -> Model:

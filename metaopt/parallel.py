@@ -27,7 +27,7 @@ Device = Any
 def set_up_backend() -> None:
     """What a command does before JAX is first used: virtual CPU devices, compilation cache.
 
-    Where the CPU computes, each core becomes a device: two cores as two devices took
+    On the CPU each core becomes a device: two cores as two devices took
     0.58 of the time of one device with two threads for a meta-step of a small model.
     Settings that are there already (``XLA_FLAGS``, ``JAX_NUM_CPU_DEVICES``,
     ``JAX_COMPILATION_CACHE_DIR``) are left as they are.
@@ -46,7 +46,7 @@ def _write_damaged_entries_again() -> None:
     """Removes an entry of the compilation cache that cannot be read, so that it is written again.
 
     By itself jax warns of it in every run and keeps it. There is no public way to it: another
-    version of jax may go on warning.
+    version of jax may still warn.
     """
     try:
         from jax._src import compilation_cache
@@ -76,7 +76,7 @@ def default_devices(num_devices: int = 0) -> list[Device]:
     """The first ``num_devices`` devices, or all of them for 0.
 
     Raises:
-      UserError: there are not so many.
+      UserError: there are fewer.
     """
     devices = jax.devices()
     if num_devices > len(devices) or num_devices < 0:

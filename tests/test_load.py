@@ -8,8 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import adapt_languages
-from metaopt.cli import command_line
+from experiments import adapt_languages, harness
 from metaopt.comparison import Comparison
 from metaopt.errors import UserError
 from metaopt.evaluate import make_curves
@@ -32,9 +31,8 @@ def finished(tmp_path_factory):
     root = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Comparison, "run", kept)
-        args = ("adapt_languages", adapt_languages.run, adapt_languages.Config)
-        more = (adapt_languages.preset, adapt_languages.CHOSEN_BY, "")
-        command_line.main(*args, *more, [*shlex.split(SIZES), "--root", str(root)])
+        args = [*shlex.split(SIZES), "--root", str(root)]
+        harness.main("adapt_languages", adapt_languages.run, adapt_languages.presets, "", args)
     (directory,) = root.glob("adapt_languages/*")
     return directory, results
 

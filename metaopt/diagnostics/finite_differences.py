@@ -20,7 +20,7 @@ def directional_derivative(
 
     Args:
       value_at: a scalar of the step, which is a number of the dtype.
-      dtype: of the computation; the steps are powers of its rounding unit.
+      dtype: dtype of the computation; the steps are powers of its rounding unit.
 
     Returns:
       ``(derivative, uncertainty)``, both NaN where no three neighbours are finite.

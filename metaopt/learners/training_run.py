@@ -53,8 +53,8 @@ def tuned_learner(
         ``values['learning_rate']`` is a tree like the parameters.
       start: the values at the start, by name.
       learned: which of them are meta-parameters.
-      scope: of the learning rate, where it is learned; every other value is a scalar.
-      num_domains: of the weights on domains (see `weighted_by_domain`); 0 for none.
+      scope: scope of the learning rate if it is learned; every other value is a scalar.
+      num_domains: number of weights on domains (see `weighted_by_domain`); 0 for none.
 
     Returns:
       A learner whose meta-parameters are ``params`` and, by name, the logarithms of the learned

@@ -28,7 +28,7 @@ class OuterConfig(Checked):
       rates_learning_rate: peak outer rate of all that is learned beside the
         parameters; ``hparams['rates_learning_rate']``.
       weight_decay: decoupled, on the parameters alone; ``hparams['weight_decay']``.
-      momentum: of momentum and lars; ``hparams['momentum']``.
+      momentum: decay of momentum and lars; ``hparams['momentum']``.
       clip_norm: largest global norm of the meta-gradient, inf for any; ``hparams['clip_norm']``.
       warmup_steps: meta-steps, W, of which the first takes ``1 / (W + 1)`` of the
         peak, rising linearly to all of it in the step after them.
@@ -60,7 +60,7 @@ class OuterConfig(Checked):
         return dataclasses.replace(self, decay_steps=decay_steps)
 
     def hparams(self) -> dict[str, jax.Array]:
-        """The scalars of the outer loop that may change while a run goes on."""
+        """The scalars of the outer loop that may change during a run."""
         values = {
             "outer_learning_rate": self.learning_rate,
             "rates_learning_rate": self.rates_learning_rate,
@@ -73,7 +73,10 @@ class OuterConfig(Checked):
 
 
 OuterOpt = Callable[[Hparams], optax.GradientTransformation]
-"""``hparams -> optax.GradientTransformation``, built anew inside every traced step."""
+"""``hparams -> optax.GradientTransformation``, built inside every traced step.
+
+Its scalars are read from the state, so that changing them compiles nothing.
+"""
 
 
 def outer_optimizer(config: OuterConfig) -> OuterOpt:

@@ -88,7 +88,7 @@ def self_tuned(
       learning_rate: α_0, the rate at the start.
       weight_decay: λ at the start, on all parameters.
       tuned: which of the two is learned.
-      scope: of the rate; the weight decay is one scalar.
+      scope: scope of the rate; the weight decay is one scalar.
       rule: see above.
       meta_rate: κ.
       trace_decay: γ, in [0, 1].

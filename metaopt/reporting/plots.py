@@ -24,8 +24,8 @@ class Curve(NamedTuple):
     """A line with a band.
 
     Attributes:
-      mean: ``[steps + 1]``.
-      ci95: half-widths ``[steps + 1]``.
+      mean: Means ``[steps + 1]``.
+      ci95: Half-widths ``[steps + 1]``.
     """
 
     mean: np.ndarray
@@ -84,6 +84,7 @@ def adaptation_curves(
     differences: Mapping[str, Curve],
     limits: Mapping[str, float],
     *,
+    title: str,
     baseline: str,
     unit: str,
     trained_steps: int,
@@ -93,12 +94,13 @@ def adaptation_curves(
     Tasks differ more than learners do, so the bands are on the paired differences.
 
     Args:
-      path: of the PNG file.
-      curves: loss by name, in the order of the legend.
-      differences: the baseline's loss minus the row's, by name; a subset of the curves.
-      limits: horizontal lines by name, such as Bayes limits.
-      baseline: its name.
-      unit: of the loss.
+      path: PNG file.
+      curves: Loss by name, in the order of the legend.
+      differences: Loss of the baseline minus that of the row, by name; a subset of the curves.
+      limits: Horizontal lines by name, such as Bayes limits.
+      title: Title of the left panel: what the loss is of.
+      baseline: Name of the baseline.
+      unit: Unit of the loss.
       trained_steps: K, marked by a vertical line.
     """
     figure = new_figure(11.0, 4.4)
@@ -113,7 +115,7 @@ def adaptation_curves(
             right.fill_between(steps, mean - half, mean + half, color=f"C{i}", alpha=0.12, lw=0)
     for dashes, (name, value) in zip(["--", ":", "-."], limits.items(), strict=False):
         left.axhline(value, color="black", linestyle=dashes, linewidth=1.2, label=label(name))
-    left.set(xlabel="inner steps", ylabel=f"query loss, {unit}", title="Held-out languages")
+    left.set(xlabel="inner steps", ylabel=f"query loss, {unit}", title=title)
     right.set(xlabel="inner steps", ylabel=f"{baseline} − row, {unit}", title="Paired gain")
     right.axhline(0, color="black", linewidth=0.8)
     starts = np.array([curve.mean[0] for curve in curves.values()])
@@ -135,6 +137,7 @@ def panels(
     x_label: str,
     y_label: str,
     spacing: float = 1.0,
+    y_scale: Literal["linear", "log"] = "linear",
 ) -> None:
     """Curves of the same names in several panels side by side, told apart without colour too.
 
@@ -144,6 +147,7 @@ def panels(
       x_label: Label of the horizontal axes.
       y_label: Label of the vertical axes.
       spacing: Distance of the points of a curve on the horizontal axis, from 0 on.
+      y_scale: Scale of the vertical axes.
     """
     count = max(map(len, curves.values()))
     figure = new_figure(1.0 + 5.0 * len(curves), 4.0 + 0.1 * count)
@@ -156,7 +160,7 @@ def panels(
             style |= {"marker": MARKERS[i % len(MARKERS)], "markersize": 4, "markevery": every}
             axes.plot(x, mean, label=label(name), **style)
             axes.fill_between(x, mean - half, mean + half, color=f"C{i}", alpha=0.12, lw=0)
-        axes.set(xlabel=x_label, ylabel=y_label, title=label(title))
+        axes.set(xlabel=x_label, ylabel=y_label, title=label(title), yscale=y_scale)
         axes.grid(alpha=0.25)
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, fontsize=8, loc="outside lower center", ncols=2)
@@ -175,12 +179,12 @@ def lines(
     """Lines over a common axis, both axes logarithmic.
 
     Args:
-      path: of the PNG file.
-      x: ``[n]``, positive.
-      ys: ``[n]``, positive, by the name in the legend.
-      x_label: of the horizontal axis.
-      y_label: of the vertical axis.
-      title: of the figure.
+      path: PNG file.
+      x: Points ``[n]``, positive.
+      ys: Values ``[n]``, positive, by the name in the legend.
+      x_label: Label of the horizontal axis.
+      y_label: Label of the vertical axis.
+      title: Title of the figure.
     """
     figure = new_figure()
     axes = figure.subplots()
@@ -208,13 +212,13 @@ def trajectories(
     """Quantities that move on as a run does, each at its own points.
 
     Args:
-      path: of the PNG file.
-      points: ``[n, 2]``, x and y, by the name in the legend; what is not finite is a gap.
-      dashed: what belongs to some of these, by the same names, drawn in the same colour.
-      x_label: of the horizontal axis.
-      y_label: of the vertical axis.
-      title: of the figure.
-      y_scale: of the vertical axis.
+      path: PNG file.
+      points: Points ``[n, 2]``, x and y, by the name in the legend; NaN and inf are gaps.
+      dashed: Lines that belong to some of these, by the same names, drawn in the same colour.
+      x_label: Label of the horizontal axis.
+      y_label: Label of the vertical axis.
+      title: Title of the figure.
+      y_scale: Scale of the vertical axis.
     """
     figure = new_figure()
     axes = figure.subplots()

@@ -6,11 +6,10 @@ snapshot. What was decided, and on which evidence, is in ``decisions.jsonl``; a 
 runs, if there is one, gives the start and is given the end.
 """
 
-import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, NoReturn, Self
 
@@ -33,12 +32,10 @@ from metaopt.self_improvement.trials import (
     Change,
     Margin,
     Proposer,
-    SearchState,
+    Search,
     TrialConfig,
-    has_moved_on,
     is_bad_batch,
     lowered,
-    search_rounds,
 )
 from metaopt.self_improvement.workload import (
     Setting,
@@ -202,13 +199,26 @@ def run(
     ):
         if config.count_flops and "flops_per_example" not in options:
             options = _counted(workload, first) | options
-        identity = _identity(workload, settings, config, interventions)
+        identity = {
+            "task": dict(workload.task),
+            "num_examples": workload.num_examples,
+            "space": dict(workload.space),
+            "settings": dict(settings),
+            "loop": {name: value for name, value in vars(config).items() if name != "count_flops"},
+            "interventions": interventions,
+        }
         flops = options.get("flops_per_example")
         run_log = RunLog(workload, directory, checkpoints, identity, flops)
         loop = Loop(workload, config, run_log, stop, proposer, interventions)
         snapshot = loop.start(first, memory)
         is_new, step = snapshot.examples < workload.num_examples, int(snapshot.state.step)
-        with loop.monitored(snapshot, directory, options):
+        done, total = snapshot.examples, workload.num_examples
+        with (
+            Progress(workload.name, total=total, start=min(done, total)) as loop.progress,
+            RollbackGuard(
+                workload, config, run_log.alarms, loop.progress, snapshot, directory, options
+            ) as loop.guard,
+        ):
             outcome = loop.run(snapshot)
     if memory is not None and is_new:
         memory.remember(record_of(workload, outcome))
@@ -225,20 +235,6 @@ def _check_agreement(workload: Workload, memory: Memory | None) -> None:
             f"several processes: {', '.join(timed)} would be chosen by the clock of each; find "
             "the values in one process, and leave them out of the space and the execution options"
         )
-
-
-def _identity(
-    workload: Workload, settings: Settings, config: LoopConfig, interventions: Sequence
-) -> dict[str, Any]:
-    """What decides the states."""
-    return {
-        "task": dict(workload.task),
-        "num_examples": workload.num_examples,
-        "space": dict(workload.space),
-        "settings": dict(settings),
-        "loop": {name: value for name, value in vars(config).items() if name != "count_flops"},
-        "interventions": list(interventions),
-    }
 
 
 def _counted(workload: Workload, first: Snapshot) -> dict[str, float]:
@@ -310,7 +306,7 @@ class Loop:
             snapshot = self.train(snapshot, self._next_stop(snapshot))
             if self._assessment_due(snapshot):
                 snapshot = self.assess(snapshot)
-        run_log.wait()
+        run_log.checkpoints.wait()
         ledger = run_log.ledger(snapshot)
         return Outcome(
             snapshot, run_log.decisions, run_log.curve, ledger, run_log.alarms, self.earlier
@@ -349,24 +345,6 @@ class Loop:
                 log(f"{workload.name}: the decisions of {proposal.run} cannot be read; not used")
         return changed(workload, first, known)
 
-    @contextlib.contextmanager
-    def monitored(
-        self, snapshot: Snapshot, directory: Path, options: Mapping[str, Any]
-    ) -> Iterator[None]:
-        """With the monitor and the progress open."""
-        total, name = self.workload.num_examples, self.workload.name
-        self.progress = Progress(name, total=total, start=min(snapshot.examples, total))
-        self.guard = RollbackGuard(
-            self.workload,
-            snapshot,
-            self.config,
-            self.run_log.alarms,
-            directory=directory,
-            **options,
-        )
-        with self.guard, self.progress:
-            yield
-
     # Assess
 
     def assess(self, snapshot: Snapshot) -> Snapshot:
@@ -398,21 +376,17 @@ class Loop:
         """Tries what is proposed for as long as something is and the budget allows it."""
         fraction = snapshot.examples / self.workload.num_examples
         phase = sum(fraction >= start for start in self.config.phases) - 1
-        decisions = self.run_log.decisions
-        if phase < 0 or has_moved_on(decisions, snapshot, phase):
+        if phase < 0:
             return snapshot
-        state: SearchState | None = None
+        decisions = self.run_log.decisions
+        config = dataclasses.replace(self.config.trials, margin=self.config.margins[phase])
+        workload = self.workload._replace(space=self._searched(snapshot))
+        search = Search(workload, config, phase, self._check_stop)
+        if search.is_over(snapshot, decisions):
+            return snapshot
+        state, share = None, self.config.shares[phase]
         try:
-            for state, decision in search_rounds(
-                self.workload._replace(space=self._searched(snapshot)),
-                snapshot,
-                self._propose,
-                dataclasses.replace(self.config.trials, margin=self.config.margins[phase]),
-                self.config.shares[phase],
-                phase,
-                decisions,
-                check=self._check_stop,
-            ):
+            for state, decision in search.rounds(snapshot, self._propose, share, decisions):
                 self._take(state.snapshot, decision)
         except Stopped:
             self._leave(state.snapshot if state else snapshot)
@@ -524,24 +498,18 @@ class Loop:
         for step in steps(self.workload, snapshot, end):
             number, snapshot = number + 1, step.snapshot
             if unseen:  # while the device computes this step, look at the one before
-                damage = self._observe(number - 1, unseen, step.began - unseen.began)
+                damage = self.guard.observe(number - 1, unseen, step.began - unseen.began)
             unseen = step
             if damage or self.stop.received is not None:
                 break
             self.guard.offer(number, snapshot)
         if unseen and not damage:
-            damage = self._observe(number, unseen)
+            damage = self.guard.observe(number, unseen)
         if damage:
             return self.roll_back(snapshot, damage)
         if self.stop.received is not None:
             self._leave(snapshot)
         return snapshot._replace(examples=examples)
-
-    def _observe(self, number: int, step: Step, seconds: float | None = None) -> "Damage | None":
-        values, damage = self.guard.observe(number, step, seconds)
-        done = min(step.snapshot.examples, self.workload.num_examples)
-        self.progress.update(done, loss=values["loss"])
-        return damage
 
     def _leave(self, snapshot: Snapshot) -> NoReturn:
         """Saves and exits; if the state became NaN or inf, the last good one is saved."""
@@ -549,7 +517,7 @@ class Loop:
             self._save(snapshot)
         except FloatingPointError:
             self._save(self.guard.last_good)
-        self.run_log.wait()
+        self.run_log.checkpoints.wait()
         total = self.workload.num_examples // self.workload.examples_per_step(snapshot.settings)
         exit_on_signal(self.workload.name, int(snapshot.state.step), total, self.stop.received or 0)
 
@@ -576,7 +544,7 @@ class Loop:
                 "decisions.jsonl and at the data, and start with smaller rates"
             )
         good = self.guard.restore()._replace(left_out=snapshot.left_out)
-        self.run_log.went_back(good)
+        self.run_log.checkpoints.forget_after(int(good.state.step))
         after, reason = good, f"{alarm.kind}: {alarm.message}"
         left_out = None
         if alarm.kind == "nan" and stretch and is_bad_batch(self.workload, good, stretch):
@@ -622,27 +590,20 @@ class RollbackGuard:
     def __init__(
         self,
         workload: Workload,
-        start: Snapshot,
         config: LoopConfig,
         alarms: list[Alarm],
-        *,
+        progress: Progress,
+        start: Snapshot,
         directory: Path,
-        flops_per_example: float | None = None,
-        **monitor: Any,
+        options: Mapping[str, Any],
     ):
-        """Begins at a snapshot, which counts as good.
+        """Begins at a snapshot, which counts as good; ``alarms`` is added to.
 
-        Args:
-          workload: the training.
-          start: where it begins.
-          config: thresholds of the monitor, and the snapshot interval.
-          alarms: those that are raised are added to it.
-          directory: of the run.
-          flops_per_example: for the monitor; None if not known.
-          monitor: further arguments of `Monitor`.
+        ``options`` are further arguments of `Monitor`, and ``flops_per_example``.
         """
         self._workload, self._alarms, self._keep_every = workload, alarms, config.keep_every
-        self._flops_per_example = flops_per_example
+        self._progress, monitor = progress, dict(options)
+        self._flops_per_example: float | None = monitor.pop("flops_per_example", None)
         size = workload.examples_per_step(start.settings)
         self._monitor = Monitor(
             config.monitor,
@@ -687,19 +648,16 @@ class RollbackGuard:
             size * self._workload.tokens_per_example, None if flops is None else size * flops
         )
 
-    def observe(
-        self, number: int, step: Step, seconds: float | None = None
-    ) -> tuple[Mapping[str, float], Damage | None]:
-        """Waits for the metrics of a step; the scalars among them, and the damage, if any.
+    def observe(self, number: int, step: Step, seconds: float | None = None) -> Damage | None:
+        """Waits for the metrics of a step; the damage that they show, if any.
 
-        Args:
-          number: of the step.
-          step: as it happened.
-          seconds: that it took; up to now if not given.
+        ``seconds`` is the time of the step; up to now if not given.
         """
         metrics = jax.device_get(step.metrics)
         seconds = time.perf_counter() - step.began if seconds is None else seconds
         values = {name: float(x) for name, x in metrics.items() if np.ndim(x) == 0}
+        done = min(step.snapshot.examples, self._workload.num_examples)
+        self._progress.update(done, loss=values["loss"])
         times = {"step_seconds": seconds, "data_seconds": step.data_seconds}
         raised = [alarm for alarm in self._monitor.observe(number, values | times) if alarm.raised]
         for alarm in raised:
@@ -708,7 +666,7 @@ class RollbackGuard:
             self._alarms.append(alarm)
         damage = [alarm for alarm in raised if alarm.kind in DAMAGE]
         if damage:
-            return values, Damage(damage[0], (step.position, step.snapshot.examples))
+            return Damage(damage[0], (step.position, step.snapshot.examples))
         if self._candidate is not None and number >= self._candidate[0] + STEPS_UNTIL_GOOD:
             self.last_good, self._candidate = self._candidate[1], None
-        return values, None
+        return None

@@ -263,16 +263,11 @@ class RunLog:
         identity: Mapping[str, Any],
         flops_per_example: float | None = None,
     ):
-        """Nothing is read or written yet.
+        """Reads and writes nothing yet; checkpoints of another ``identity`` will be refused.
 
-        Args:
-          workload: the training.
-          directory: of the run.
-          checkpoints: of this training.
-          identity: what decides the states; a checkpoint of another is refused.
-          flops_per_example: operations, for the efficiency; None if not known.
+        ``flops_per_example`` are operations, for the efficiency; None if not known.
         """
-        self._workload, self._directory, self._checkpoints = workload, directory, checkpoints
+        self._workload, self._directory, self.checkpoints = workload, directory, checkpoints
         self._identity, self._flops = runs.as_json(identity), flops_per_example
         self._losses: list[float] = []
         self._spent = Ledger()
@@ -305,7 +300,7 @@ class RunLog:
             # Another optimiser has another state.
             return changed(self._workload, first, notes["settings"]).state
 
-        restored = self._checkpoints.restore_latest(example)
+        restored = self.checkpoints.restore_latest(example)
         notes = restored.notes if restored else {}
         settings, examples = notes.get("settings", {}), notes.get("examples", -1)
         number = notes.get("num_decisions", 0)
@@ -327,34 +322,25 @@ class RunLog:
     def _num_replayed(self, number: int, settings: Settings, examples: int) -> int:
         """How many decisions after the first ``number`` belong to a search from the snapshot.
 
-        From a damaged one on, the same is decided again.
+        From a damaged one on, or one that cannot have been taken there, it is decided again.
         """
-        replayed, settings = 0, dict(settings)
+        replayed, settings, space = 0, dict(settings), self._workload.space
         for at, line in self._lines("decisions.jsonl")[number:]:
             try:
                 decision = _checked(line, decision_of)
                 if decision.kind != "search" or decision.examples != examples:
                     break
-                self._check_follows(decision, settings)
-            except ValueError as error:
+                for name, (old, _) in decision.changes.items():
+                    if settings.get(name) != old:
+                        raise ValueError(f"{name!r} was {settings.get(name)}, not {old}")
+                settings |= {name: new for name, (_, new) in decision.changes.items()}
+                check_settings({k: space[k] for k in decision.changes if k in space}, settings)
+            except (ValueError, UserError) as error:
                 path = self._directory / "decisions.jsonl"
                 log(f"{path}:{at} is left out ({error}); what it decided is decided again")
                 break
-            settings |= {name: new for name, (_, new) in decision.changes.items()}
             replayed += 1
         return replayed
-
-    def _check_follows(self, decision: Decision, settings: Settings) -> None:
-        """Raises ValueError if a decision cannot have been taken at these settings."""
-        for name, (old, _) in decision.changes.items():
-            if settings.get(name) != old:
-                raise ValueError(f"{name!r} was {settings.get(name)}, not {old}")
-        after = {**settings, **{name: new for name, (_, new) in decision.changes.items()}}
-        space = self._workload.space
-        try:
-            check_settings({k: space[k] for k in decision.changes if k in space}, after)
-        except UserError as error:
-            raise ValueError(str(error)) from None
 
     def _lines(self, file: str) -> list[tuple[int, dict[str, Any]]]:
         """The lines of this training in a file, with their numbers in it."""
@@ -433,15 +419,7 @@ class RunLog:
             "num_assessments": len(self.curve),
         }
         valid_loss = self.curve[-1].loss.mean if assessed else math.inf
-        self._checkpoints.save(snapshot.state, valid_loss=valid_loss, notes=runs.as_json(notes))
-
-    def went_back(self, snapshot: Snapshot) -> None:
-        """Takes back the checkpoints from after the snapshot."""
-        self._checkpoints.forget_after(int(snapshot.state.step))
-
-    def wait(self) -> None:
-        """Waits until all is written."""
-        self._checkpoints.wait()
+        self.checkpoints.save(snapshot.state, valid_loss=valid_loss, notes=runs.as_json(notes))
 
     def ledger(self, snapshot: Snapshot) -> Ledger:
         """What was spent up to now."""

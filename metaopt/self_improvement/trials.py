@@ -20,7 +20,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 import numpy as np
@@ -399,78 +399,6 @@ def _record_of(change: Change, trial: Trial, verdict: Verdict) -> TriedChange:
     )
 
 
-def affordable(
-    workload: Workload,
-    snapshot: Snapshot,
-    changes: Sequence[Change],
-    config: TrialConfig,
-    budget: float,
-    *,
-    size: int = 0,
-) -> tuple[list[Change], int]:
-    """The changes that can be tried now, and the examples of their trials.
-
-    Nothing of a higher rank is tried while something of a lower one is possible, and nothing is
-    refined while something coarse is left. What refines has trials of its full length; the last
-    one that the budget allows may have half of it. If the budget allows only trials of the last
-    size, they are believed against their bias alone: only what makes a setting smaller is tried.
-
-    Args:
-      workload: the training.
-      snapshot: where trials start.
-      changes: in the order of their worth.
-      config: how they are tried.
-      budget: examples that discarded trials may cost.
-      size: of the trials of the last round of this search; they do not become shorter.
-    """
-    settings = snapshot.settings
-    possible = [change for change in changes if config.judges(workload, settings, change)]
-    first = min((change.rank for change in possible), default=0)
-    possible = [change for change in possible if change.rank == first]
-    level = min((change.level for change in possible), default=0)
-    found = [change for change in possible if change.level == level]
-    wanted = max(size, config.size(workload, settings, level))
-    each, room = 1 + config.anneal, _room(workload, snapshot, possible, config)
-
-    def affords(number: int) -> float:
-        """The size of ``number`` trials beside one without a change, if the best is kept."""
-        trials = number + 1 + _is_merged(found[:number])
-        left = budget - (trials + 1) * workload.evaluation_examples  # one is of the start
-        return min(wanted, room, left / (each * trials - 1))
-
-    if size != wanted:
-        for number in range(len(found), 0, -1):
-            least = wanted / 2 if level and number == 1 else wanted
-            if affords(number) >= max(size + 1, least):
-                found, size = found[:number], int(affords(number))
-                return [c for c in found if config.judges(workload, settings, c, size)], size
-        found = [change for change in possible if change.direction < 0] if level else found
-    if not 0 < size <= room:
-        return [], size
-    found = [change for change in found if config.judges(workload, settings, change, size)]
-    one = each * size + workload.evaluation_examples
-    while found and one * (len(found) + _is_merged(found)) > budget:
-        found = found[:-1]
-    return found, size
-
-
-def _room(
-    workload: Workload, snapshot: Snapshot, changes: Sequence[Change], config: TrialConfig
-) -> float:
-    """The size of a trial that ends with the run, whatever its batch."""
-    batches = [
-        workload.examples_per_step({**snapshot.settings, **settings})
-        for settings in ({}, *(change.settings for change in changes))
-    ]
-    left = workload.num_examples - snapshot.examples - 2 * max(batches)
-    return left / (1 + config.anneal)
-
-
-def _is_merged(changes: Sequence[Change]) -> bool:
-    """Whether there may be one more trial, of several settings together."""
-    return len({change.setting for change in changes if change.score == "loss"}) > 1
-
-
 class SearchState(NamedTuple):
     """What all rounds of a search are decided on.
 
@@ -492,129 +420,224 @@ class SearchState(NamedTuple):
         return self.winner.after if self.winner else self.snapshot
 
 
-def begin_search(workload: Workload, snapshot: Snapshot) -> SearchState:
-    """The state before the first round.
+@dataclasses.dataclass(frozen=True)
+class Search:
+    """A search: trial rounds from one snapshot, within a budget.
 
-    Raises:
-      FloatingPointError: its held-out loss is not finite.
+    Attributes:
+      workload: The training.
+      config: How changes are tried.
+      phase: Number of the search, for the record.
+      check: Called at every step of a trial; what it raises ends the round.
     """
-    before = np.asarray(workload.evaluate(snapshot.state), np.float64)
-    if not np.isfinite(before).all():
-        raise FloatingPointError("the held-out loss is not finite")
-    return SearchState(snapshot, before)
 
+    workload: Workload
+    config: TrialConfig
+    phase: int = 0
+    check: Callable[[], None] = lambda: None
 
-def run_round(
-    workload: Workload,
-    state: SearchState,
-    changes: Sequence[Change],
-    config: TrialConfig,
-    phase: int = 0,
-    *,
-    size: int = 0,
-    last: Decision | None = None,
-    check: Callable[[], None] = lambda: None,
-) -> tuple[SearchState, Decision]:
-    """Tries the changes beside no change, and takes the best that is better.
+    def begin(self, snapshot: Snapshot) -> SearchState:
+        """The state before the first round. Raises FloatingPointError if a loss is not finite."""
+        before = np.asarray(self.workload.evaluate(snapshot.state), np.float64)
+        if not np.isfinite(before).all():
+            raise FloatingPointError("the held-out loss is not finite")
+        return SearchState(snapshot, before)
 
-    If every trial diverges, nothing is accepted: a batch that gives NaN or inf from the start
-    too is left out, or else the rates are lowered.
+    def rounds(
+        self, snapshot: Snapshot, proposer: Proposer, share: float, decisions: Sequence[Decision]
+    ) -> Iterator[tuple[SearchState, Decision]]:
+        """The state after each round, and its decision, while the next one can be afforded.
 
-    Args:
-      workload: the training.
-      state: of the search; its arrays stay as they are.
-      changes: one or more.
-      config: how they are tried.
-      phase: number of the search, for the record.
-      size: examples of a trial, at least those of the last round; of the config if not given.
-      last: the last decision of this search.
-      check: called at every step of a trial; what it raises ends the round.
+        Args:
+          snapshot: where all trials start; its arrays stay as they are.
+          proposer: names what to try.
+          share: of the run that discarded trials may cost.
+          decisions: all of the run; each that is given is to be added to them before the next.
 
-    Returns:
-      The state of the search with what was found, and the decision.
-    """
-    began, start = time.perf_counter(), state.snapshot
-    size = max(size or config.size(workload, start.settings), state.size)
+        Raises:
+          FloatingPointError: the held-out loss of the snapshot is not finite.
+        """
+        state: SearchState | None = None
+        while True:
+            now = state.snapshot if state else snapshot
+            last = decisions[-1] if decisions else None
+            if last and (last.verdict == "rolled back" or not self._is_round(last, now)):
+                last = None
+            spent = sum(d.trial_examples for d in decisions if d.phase == self.phase)
+            budget = share * self.workload.num_examples - spent
+            proposed = proposer(now, decisions, self.phase)
+            changes, size = self.affordable(now, proposed, budget, last.size if last else 0)
+            if not changes:
+                return
+            state = state or self.begin(snapshot)
+            state, decision = self.run_round(state, changes, size, last)
+            yield state, decision
 
-    def tried(change: Change | None, begin: Snapshot = start) -> Trial:
-        left, anneal = start.examples + size - begin.examples, round(config.anneal * size)
+    def _is_round(self, decision: Decision, now: Snapshot) -> bool:
+        return decision.phase == self.phase and decision.examples == now.examples
+
+    def affordable(
+        self, snapshot: Snapshot, changes: Sequence[Change], budget: float, size: int = 0
+    ) -> tuple[list[Change], int]:
+        """The changes that can be tried now, and the examples of their trials.
+
+        Nothing of a higher rank is tried while something of a lower one is possible, and nothing
+        is refined while something coarse is left. What refines has trials of its full length; the
+        last one that the budget allows may have half of it. If the budget allows only trials of
+        the last size, they are believed against their bias alone: only what makes a setting
+        smaller is tried.
+
+        Args:
+          snapshot: where trials start.
+          changes: in the order of their worth.
+          budget: examples that discarded trials may cost.
+          size: of the trials of the last round; they do not become shorter.
+        """
+        workload, config, settings = self.workload, self.config, snapshot.settings
+        possible = [change for change in changes if config.judges(workload, settings, change)]
+        first = min((change.rank for change in possible), default=0)
+        possible = [change for change in possible if change.rank == first]
+        level = min((change.level for change in possible), default=0)
+        found = [change for change in possible if change.level == level]
+        wanted = max(size, config.size(workload, settings, level))
+        each, room = 1 + config.anneal, self._room(snapshot, possible)
+
+        def affords(number: int) -> float:
+            """The size of ``number`` trials beside one without a change, if the best is kept."""
+            trials = number + 1 + _is_merged(found[:number])
+            left = budget - (trials + 1) * workload.evaluation_examples  # one is of the start
+            return min(wanted, room, left / (each * trials - 1))
+
+        if size != wanted:
+            for number in range(len(found), 0, -1):
+                least = wanted / 2 if level and number == 1 else wanted
+                if affords(number) >= max(size + 1, least):
+                    found, size = found[:number], int(affords(number))
+                    return [c for c in found if config.judges(workload, settings, c, size)], size
+            found = [change for change in possible if change.direction < 0] if level else found
+        if not 0 < size <= room:
+            return [], size
+        found = [change for change in found if config.judges(workload, settings, change, size)]
+        one = each * size + workload.evaluation_examples
+        while found and one * (len(found) + _is_merged(found)) > budget:
+            found = found[:-1]
+        return found, size
+
+    def _room(self, snapshot: Snapshot, changes: Sequence[Change]) -> float:
+        """The size of a trial that ends with the run, whatever its batch."""
+        tried = [snapshot.settings | change.settings for change in changes]
+        batches = map(self.workload.examples_per_step, [snapshot.settings, *tried])
+        left = self.workload.num_examples - snapshot.examples - 2 * max(batches)
+        return left / (1 + self.config.anneal)
+
+    def run_round(
+        self,
+        state: SearchState,
+        changes: Sequence[Change],
+        size: int = 0,
+        last: Decision | None = None,
+    ) -> tuple[SearchState, Decision]:
+        """Tries the changes beside no change, and takes the best that is better.
+
+        If every trial diverges, nothing is accepted: a batch that gives NaN or inf from the start
+        too is left out, or else the rates are lowered.
+
+        Args:
+          state: of the search; its arrays stay as they are.
+          changes: one or more.
+          size: examples of a trial, at least those of the last round; of the config if 0.
+          last: the last decision of this search.
+        """
+        began, start, config = time.perf_counter(), state.snapshot, self.config
+        size = max(size or config.size(self.workload, start.settings), state.size)
+        unchanged = self._unchanged(state, size)
+        trials = TrialRound(state.before, unchanged, config.margin)
+        for change in sorted(changes, key=lambda change: change.score == "loss"):
+            if not trials.is_needless(change):
+                trials.enter(self._tried(state, change, size))
+        if together := trials.together():
+            trials.enter(self._tried(state, together, size))
+        end, verdict, reason = state._replace(winner=unchanged, size=size), "kept", trials.reason()
+        if trials.best is not None and trials.best.change is not None:
+            found = changed(self.workload, start, trials.best.change.settings)
+            winner = trials.best._replace(change=None)
+            end, verdict = end._replace(snapshot=found, winner=winner), "accepted"
+        elif not np.isfinite(unchanged.losses).all():
+            found, reason = self._all_diverged(start, unchanged.broken)
+            end, verdict = SearchState(found, state.before), "rolled back"
+        records = trials.trials()
+        # A run that was stopped after the last round repeats its winner, at no cost.
+        gained, held = end.reached.examples - start.examples, last.gained if last else 0
+        again = 0 if last is not None and last.size == size else unchanged.examples - held
+        # Of the start, of the trial without a change, and of all that could be run.
+        evaluations = (last is None) + (again > 0) + sum(not record.error for record in records)
+        spent = sum(record.examples for record in records) + again - gained + held
+        return end, Decision(
+            kind="search",
+            step=int(start.state.step),
+            examples=start.examples,
+            phase=self.phase,
+            verdict=verdict,
+            changes=differences(start.settings, end.snapshot.settings),
+            reason=reason,
+            trials=records,
+            trial_examples=spent + math.ceil(evaluations * self.workload.evaluation_examples),
+            seconds=time.perf_counter() - began,
+            left_out=next(iter(end.snapshot.left_out - start.left_out), None),
+            size=size,
+            gained=gained,
+        )
+
+    def _trial(self, change: Change | None, begin: Snapshot, size: int, total: int) -> Trial:
+        anneal = round(self.config.anneal * total)
+        return run_trial(self.workload, begin, change, size, anneal, self.check)
+
+    def _tried(self, state: SearchState, change: Change, size: int) -> Trial:
+        """The trial of a change, or why it could not be run."""
         try:
-            return run_trial(workload, begin, change, left, anneal, check)
+            return self._trial(change, state.snapshot, size, size)
         except (UserError, jax.errors.JaxRuntimeError) as error:  # such as no room in memory
-            if change is None:
-                raise
             nothing, reason = np.full_like(state.before, math.inf), str(error).partition("\n")[0]
-            return Trial(change, begin, nothing, 0.0, 0, None, reason)
+            return Trial(change, state.snapshot, nothing, 0.0, 0, None, reason)
 
-    unchanged = state.winner or tried(None)
-    if state.winner and state.size < size:
-        unchanged = _extended(state.winner, tried(None, state.winner.after), start)
-    trials = TrialRound(state.before, unchanged, config.margin)
-    for change in sorted(changes, key=lambda change: change.score == "loss"):
-        if not trials.is_needless(change):
-            trials.enter(tried(change))
-    if together := trials.together():
-        trials.enter(tried(together))
-    end, ended = state._replace(winner=unchanged, size=size), _Ended("kept", trials.reason())
-    if trials.best is not None and trials.best.change is not None:
-        found = changed(workload, start, trials.best.change.settings)
-        end = end._replace(snapshot=found, winner=trials.best._replace(change=None))
-        ended = ended._replace(verdict="accepted")
-    elif not np.isfinite(unchanged.losses).all():
-        found, ended = _all_diverged(workload, start, unchanged.broken)
-        end = SearchState(found, state.before)
-    records = trials.trials()
-    # A run that was stopped after the last round repeats its winner, at no cost to the budget.
-    gained, held = end.reached.examples - start.examples, last.gained if last else 0
-    again = 0 if last is not None and last.size == size else unchanged.examples - held
-    # Of the start, of the trial without a change, and of all that could be run.
-    evaluations = (last is None) + (again > 0) + sum(not record.error for record in records)
-    spent = sum(record.examples for record in records) + again - gained + held
-    return end, Decision(
-        kind="search",
-        step=int(start.state.step),
-        examples=start.examples,
-        phase=phase,
-        verdict=ended.verdict,
-        changes=differences(start.settings, end.snapshot.settings),
-        reason=ended.reason,
-        trials=records,
-        trial_examples=spent + math.ceil(evaluations * workload.evaluation_examples),
-        seconds=time.perf_counter() - began,
-        left_out=ended.left_out,
-        size=size,
-        gained=gained,
-    )
+    def _unchanged(self, state: SearchState, size: int) -> Trial:
+        """The trial without a change: the last winner, continued if trials are longer now."""
+        start, winner = state.snapshot, state.winner
+        if winner is None:
+            return self._trial(None, start, size, size)
+        if state.size == size:
+            return winner
+        before = winner.after.examples - start.examples
+        longer = self._trial(None, winner.after, size - before, size)
+        return longer._replace(
+            examples=longer.examples + before,
+            seconds=longer.seconds + winner.seconds * before / winner.examples,
+        )
+
+    def _all_diverged(
+        self, start: Snapshot, broken: tuple[int, int] | None
+    ) -> tuple[Snapshot, str]:
+        """The start of a round that diverged, with what is changed about it, and why."""
+        again = copied(start)
+        if broken is not None and is_bad_batch(self.workload, start, broken):
+            reason = f"examples {broken[0]} to {broken[1] - 1} give NaN or inf and are left out"
+            return again._replace(left_out=again.left_out | {broken}), reason
+        reason = f"all trials diverged: no loss is finite; the rates are multiplied by {LOWERED:g}"
+        return lowered(self.workload, again), reason
+
+    def is_over(self, now: Snapshot, decisions: Sequence[Decision]) -> bool:
+        """Whether the run has trained on since this search."""
+        return any(
+            decision.phase == self.phase
+            and decision.verdict != "rolled back"
+            and decision.examples < now.examples
+            for decision in decisions
+        )
 
 
-class _Ended(NamedTuple):
-    """How a round ended, and why."""
-
-    verdict: Literal["accepted", "kept", "rolled back"]
-    reason: str
-    left_out: tuple[int, int] | None = None
-
-
-def _extended(winner: Trial, longer: Trial, start: Snapshot) -> Trial:
-    """A winner that was continued, as one trial from the common start."""
-    before = winner.after.examples - start.examples
-    return longer._replace(
-        examples=longer.examples + before,
-        seconds=longer.seconds + winner.seconds * before / winner.examples,
-    )
-
-
-def _all_diverged(
-    workload: Workload, start: Snapshot, broken: tuple[int, int] | None
-) -> tuple[Snapshot, _Ended]:
-    """The start of a search that every trial diverged from, with what is done about it."""
-    again = copied(start)
-    if broken is not None and is_bad_batch(workload, start, broken):
-        reason = f"examples {broken[0]} to {broken[1] - 1} give NaN or inf and are left out"
-        again = again._replace(left_out=again.left_out | {broken})
-        return again, _Ended("rolled back", reason, broken)
-    reason = f"all trials diverged: no loss is finite; the rates are multiplied by {LOWERED:g}"
-    return lowered(workload, again), _Ended("rolled back", reason)
+def _is_merged(changes: Sequence[Change]) -> bool:
+    """Whether there may be one more trial, of several settings together."""
+    return len({change.setting for change in changes if change.score == "loss"}) > 1
 
 
 def lowered(workload: Workload, snapshot: Snapshot, factor: float = LOWERED) -> Snapshot:
@@ -625,68 +648,3 @@ def lowered(workload: Workload, snapshot: Snapshot, factor: float = LOWERED) -> 
         if isinstance(axis, Scale):
             rates[name] = axis.scaled(float(snapshot.settings[name]), factor)
     return changed(workload, snapshot, rates)
-
-
-def search_rounds(
-    workload: Workload,
-    snapshot: Snapshot,
-    proposer: Proposer,
-    config: TrialConfig,
-    share: float,
-    phase: int,
-    decisions: Sequence[Decision],
-    *,
-    check: Callable[[], None] = lambda: None,
-) -> Iterator[tuple[SearchState, Decision]]:
-    """Rounds from one snapshot for as long as something is proposed and can be afforded.
-
-    Args:
-      workload: the training.
-      snapshot: where all trials start; its arrays stay as they are.
-      proposer: names what to try.
-      config: how it is tried.
-      share: of the run that discarded trials may cost.
-      phase: number of the search.
-      decisions: all of the run; each that is given is to be added to them before the next.
-      check: as for `run_round`.
-
-    Returns:
-      The state of the search after each round, and the decision.
-
-    Raises:
-      FloatingPointError: the held-out loss of the snapshot is not finite.
-    """
-    state: SearchState | None = None
-    while True:
-        now = state.snapshot if state else snapshot
-        last = decisions[-1] if decisions else None
-        if last and not (
-            last.phase == phase and last.examples == now.examples and last.verdict != "rolled back"
-        ):
-            last = None  # it was of no round of this search, or led nowhere
-        spent = sum(decision.trial_examples for decision in decisions if decision.phase == phase)
-        changes, size = affordable(
-            workload,
-            now,
-            proposer(now, decisions, phase),
-            config,
-            share * workload.num_examples - spent,
-            size=last.size if last else 0,
-        )
-        if not changes:
-            return
-        state = state or begin_search(workload, snapshot)
-        state, decision = run_round(
-            workload, state, changes, config, phase, size=size, last=last, check=check
-        )
-        yield state, decision
-
-
-def has_moved_on(decisions: Sequence[Decision], now: Snapshot, phase: int) -> bool:
-    """Whether the run has trained on since the search of this phase."""
-    return any(
-        decision.phase == phase
-        and decision.verdict != "rolled back"
-        and decision.examples < now.examples
-        for decision in decisions
-    )

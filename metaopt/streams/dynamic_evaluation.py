@@ -97,16 +97,16 @@ def walk(
     differentiated by whoever calls it; memory does not grow with N.
 
     Args:
-      loss_fn: of a batch of one segment.
+      loss_fn: loss of a batch of one segment.
       optimizer: how it steps, learning rate and sign included.
       params: θ_0.
       segments: leaves ``[N, ...]``, in the order of the stream.
-      opt_state: of the optimiser, where an earlier walk is gone on with; None starts anew.
+      opt_state: state of the optimiser of an earlier walk that is resumed; None starts one.
       grad_fn: turns the loss into ``(params, batch) -> (loss, gradient)``.
 
     Returns:
       `metaopt.inner_loop.Adapted`: ``losses`` is float32 ``[N]``, each from before its step;
-      ``params`` and ``opt_state`` are those to walk on with.
+      ``params`` and ``opt_state`` are those to resume with.
 
     References:
       Krause et al., 2018, "Dynamic Evaluation of Neural Sequence Models", section 3.
@@ -197,9 +197,9 @@ def mean_squared_gradients(loss_fn: LossFn, params: Params, segments: Batch) -> 
     """``MS = 1/N Σ_i g_i²``, of the gradients of single segments at fixed parameters.
 
     Args:
-      loss_fn: of a batch of one segment.
+      loss_fn: loss of a batch of one segment.
       params: where the gradients are taken.
-      segments: of the training text, leaves ``[N, ...]``.
+      segments: segments of the training text, leaves ``[N, ...]``.
 
     Returns:
       Float32 numbers as the parameters.

@@ -1,7 +1,7 @@
 """Exact meta-gradients of hyperparameters while a model trains, in truncated windows.
 
-The training itself is the inner run: it never starts anew, and what is meta-learned is how it
-steps and how much it listens to each domain of its data.
+The training itself is the inner run: it never starts again, and what is meta-learned is how it
+steps and how it weighs the domains of its data.
 """
 
 import dataclasses
@@ -28,11 +28,11 @@ class OnlineConfig(Checked):
 
     Attributes:
       learned: the names of the values that are learned; the others stay as given.
-      scope: of the learning rate; every other value is a scalar.
-      num_domains: learn weights on so many domains of the data; 0 for none.
+      scope: scope of the learning rate; every other value is a scalar.
+      num_domains: number of domains of the data that weights are learned on; 0 for none.
       window: its ``num_steps`` is W; ``batching`` must be ``split``: one batch a step.
-      every: one window in so many is differentiated, the last of them; 1 for all.
-      meta_rate: of Adam, on the logarithms of values and weights.
+      every: interval between differentiated windows, in windows; 1 for all.
+      meta_rate: rate of Adam, on the logarithms of values and weights.
       max_step_factor: the largest factor by which an update changes any of them.
       max_factor: the largest factor in all, from where they started, each way.
     """
@@ -70,7 +70,7 @@ class OnlineState(NamedTuple):
       run: parameters, optimiser state and training steps done.
       logs: what is learned, by name: logarithms of the values, log-odds for fractions, and
         the domains' logits ``[num_domains]``.
-      meta_opt_state: of the optimiser of ``logs``.
+      meta_opt_state: state of the optimiser of ``logs``.
     """
 
     run: InnerRun
@@ -109,8 +109,8 @@ def online(
 
     Mathematics: with s the parameters and the optimiser's state where a window starts, held
     constant, and ``L(s, η)`` the held-out loss after W training steps from there with the
-    hyperparameters η, Adam descends ``∂L(s, η) / ∂ log η``. The state after the window is where
-    the training goes on. As in `metaopt.meta_gradients.truncated`, what pays off after more
+    hyperparameters η, Adam descends ``∂L(s, η) / ∂ log η``. Training continues from the
+    state after the window. As in `metaopt.meta_gradients.truncated`, what pays off after more
     than W steps is not seen; with noisy gradients that favours a small rate.
 
     With weights on domains a step descends ``Σ_i w_i l_i``, ``w = softmax_i(z[d_i])``

@@ -89,6 +89,19 @@ def text(config: TextConfig) -> TaskFamily:
     )
 
 
+def digest(config: TextConfig) -> str | None:
+    """The names and contents of all domains of a folder or of the standard library.
+
+    None for a ``tfds:`` dataset, whose contents its name and version say.
+
+    Raises:
+      UserError: the source is missing, empty or unreadable.
+    """
+    if config.source.startswith(_TFDS):
+        return None
+    return text_sources.fingerprint(_find_domains(config, Path()))
+
+
 def split_domains(
     names: Sequence[str], config: TextConfig
 ) -> tuple[list[int], list[int], list[int]]:

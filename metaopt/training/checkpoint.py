@@ -41,7 +41,7 @@ class Restored(NamedTuple):
     Attributes:
       state: the state, each leaf placed as the one of the example is.
       notes: the JSON object that was saved beside it.
-      valid_loss: the validation loss it was saved with; infinite where there was none.
+      valid_loss: validation loss it was saved with; infinite without one.
     """
 
     state: MetaState
@@ -164,7 +164,7 @@ class Checkpoints:
             self._manager.delete(later)
 
     def restore_latest(self, example: Example) -> Restored | None:
-        """The newest checkpoint that can be read; None where there is no checkpoint.
+        """The newest checkpoint that can be read; None if there is none.
 
         A damaged one is renamed ``damaged-<step>-<time>`` and the one before is taken, which
         is said in a line. The example gives structure, shapes, dtypes and shardings; its leaves

@@ -61,7 +61,7 @@ def train(training: Training, config: TrainConfig, directory: Path | str | None 
 
     Args:
       training: what is trained. Its state is donated.
-      config: when to do what.
+      config: length, and intervals.
       directory: directory of the run.
 
     Raises:
@@ -159,7 +159,7 @@ class _BestInMemory:
 
 
 class _Host(NamedTuple):
-    """What goes on around the steps."""
+    """What the loop does beside the steps."""
 
     training: Training
     config: TrainConfig

@@ -1,4 +1,4 @@
-"""What a meta-training run says about itself while it goes on, and when it must stop."""
+"""Metrics of a meta-training run: written down, and watched for divergence."""
 
 import contextlib
 import math
@@ -76,7 +76,7 @@ class Recorder:
         return {"first_loss": self._first_loss, "seconds": time.monotonic() - self._began}
 
     def record(self, step: int, metrics: Metrics) -> None:
-        """Wait for the metrics of a step, stop where they are unsound, log where it is due."""
+        """Wait for the metrics of a step, stop if they are unsound, log if it is due."""
         values = jax.device_get(metrics)
         loss = float(values["loss"])
         reference = abs(self._first_loss) if self._first_loss is not None else math.inf
@@ -128,7 +128,7 @@ class Recorder:
 
 
 class TensorBoard:
-    """Curves for TensorBoard. Where they cannot be written, that is said once, and no more.
+    """Curves for TensorBoard. If they cannot be written, that is logged once.
 
     Written from this thread: that of tensorboardX's own writer ends on a full disk, and
     then the training waits for it.
@@ -186,7 +186,7 @@ class TensorBoard:
 
 
 def _what_diverged(metrics: dict[str, np.ndarray], limit: float) -> str | None:
-    """Where a step went wrong, in words; None where it did not."""
+    """What diverged in a step, in words; None if nothing did."""
     inner_losses, loss = metrics["inner_losses"], float(metrics["loss"])
     broken = np.flatnonzero(~np.isfinite(inner_losses))
     if broken.size:

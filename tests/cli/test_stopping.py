@@ -7,8 +7,7 @@ import time
 
 import pytest
 
-from experiments import adapt_languages
-from experiments.adapt_languages.report import Report
+from experiments import adapt_languages, harness
 from metaopt.cli import command_line
 from metaopt.comparison import Comparison
 
@@ -31,23 +30,24 @@ def exit_of(capsys, call):
 
 PHASES = [
     (adapt_languages, "make_family"),
-    (adapt_languages, "open_run"),
+    (harness, "open_run"),
     (Comparison, "pretrain"),
     (Comparison, "run"),
-    (Report, "add"),
-    (Report, "finish"),
+    (adapt_languages, "add_row"),
+    (harness.TableRun, "finish"),
 ]
 
 
 @pytest.mark.parametrize("phase", range(len(PHASES)), ids=[name for _, name in PHASES])
 def test_ctrl_c_in_any_phase_is_one_line(phase, tmp_path, monkeypatch, capsys):
-    for owner, name in [*PHASES[2:phase], (Report, "add_limits")]:
-        monkeypatch.setattr(owner, name, lambda *args, **kwargs: None)
+    others = [(adapt_languages, name) for name in ("draw", "samples", "add_limits")]
+    for owner, name in [*PHASES[2:phase], *others]:
+        monkeypatch.setattr(owner, name, lambda *args, **kwargs: "")
+    monkeypatch.setattr(harness, "log", lambda line: None)  # which tells of finished rows
     monkeypatch.setattr(*PHASES[phase], raises(KeyboardInterrupt))
     flags = ["--preset", "smoke", "--rows", "MAML", "--root", str(tmp_path)]
-    args = ("adapt_languages", adapt_languages.run, adapt_languages.Config)
-    more = (adapt_languages.preset, adapt_languages.CHOSEN_BY, "", flags)
-    found = exit_of(capsys, lambda: command_line.main(*args, *more))
+    args = ("adapt_languages", adapt_languages.run, adapt_languages.presets, "", flags)
+    found = exit_of(capsys, lambda: harness.main(*args))
     assert found == (130, f"stopped by SIGINT; {GO_ON}", 1)
 
 

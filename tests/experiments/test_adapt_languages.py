@@ -6,17 +6,15 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from experiments import adapt_languages
-from experiments.adapt_languages.report import Report
+from experiments import adapt_languages, harness
+from experiments.adapt_languages import Study, add_row
 from metaopt import languages, learners
-from metaopt.cli import command_line
 from metaopt.comparison import Row, RowResult
 from metaopt.files import read_json_lines
 from metaopt.statistics import interval
@@ -38,16 +36,12 @@ TEXT = shlex.split(
 )
 
 
-def main(*args, run=adapt_languages.run):
-    preset, chosen_by = adapt_languages.preset, adapt_languages.CHOSEN_BY
-    config_type = adapt_languages.Config
-    command_line.main("adapt_languages", run, config_type, preset, chosen_by, "", list(args))
+def main(*args):
+    harness.main("adapt_languages", adapt_languages.run, adapt_languages.presets, "", args)
 
 
 def parse(*args):
-    configs = []
-    main(*args, run=configs.append)
-    return configs[0]
+    return harness.parse("adapt_languages", adapt_languages.presets, "", args)
 
 
 def run_in(root, args):
@@ -74,7 +68,7 @@ def markov_run(tmp_path_factory):
 def test_a_run_leaves_config_results_table_picture_and_samples(markov_run):
     config = parse(*MARKOV, "--root", str(markov_run.parents[1]))
     saved = json.loads((markov_run / "config.json").read_text())
-    assert saved == command_line.as_saved(config)
+    assert saved == harness.as_saved(config)
     assert saved["inner"]["num_steps"] == 2 and "root" not in saved
     for record in read_json_lines(markov_run / "results.jsonl"):
         assert set(record) >= {"table", "row", "column", "value", "ci95", "unit", "n", "seeds"}
@@ -137,7 +131,7 @@ def test_differences_are_paired_and_gaps_are_to_the_limit(markov_run):
 
 def test_a_finished_run_is_not_taken_up_again(markov_run):
     config = parse(*MARKOV)
-    saved, root = command_line.as_saved(config), markov_run.parents[1]
+    saved, root = harness.as_saved(config), markov_run.parents[1]
     assert not open_run(root, "adapt_languages", "smoke", saved).resumed
 
 
@@ -166,6 +160,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_results(markov_run, tmp_path
         directory
     )
     assert not (directory / "table.md").exists()
+    before = read_json_lines(directory / "results.jsonl")
     trained = [
         x["step"] for x in read_json_lines(directory / "metrics.jsonl") if x["name"] == "Meta-SGD"
     ]
@@ -174,6 +169,8 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_results(markov_run, tmp_path
     main(*MARKOV, "--root", str(tmp_path))
     assert list(tmp_path.glob("adapt_languages/*")) == [directory]
     assert cells(directory) == cells(markov_run)
+    after = read_json_lines(directory / "results.jsonl")
+    assert after[: len(before)] == before  # with their seconds: the first row is not run again
 
 
 @pytest.fixture
@@ -224,7 +221,7 @@ def test_help_names_every_preset_and_flag():
             name, value = prefix + field.name.replace("_", "-"), getattr(config, field.name)
             yield from flags(value, f"{name}.") if dataclasses.is_dataclass(value) else [name]
 
-    for word in (*flags(adapt_languages.preset({})), "{smoke,cpu,gpu}"):
+    for word in (*flags(adapt_languages.presets()), "{smoke,cpu,gpu}"):
         assert word in done.stdout, word
 
 
@@ -245,8 +242,7 @@ def flags_of(line):
 )
 def test_the_command_of_a_config_gives_that_config(line):
     config = parse(*shlex.split(line))
-    preset, chosen_by = adapt_languages.preset, adapt_languages.CHOSEN_BY
-    command = command_line.command("adapt_languages", config, preset, chosen_by)
+    command = harness.command("adapt_languages", config, adapt_languages.presets)
     prefix = "python -m experiments.adapt_languages"
     assert command.startswith(prefix) and flags_of(command) == flags_of(line)
     assert parse(*shlex.split(command.removeprefix(prefix))) == config
@@ -285,7 +281,7 @@ def test_wrong_input_is_one_line_before_anything_is_compiled_or_made(
     def too_late(*args, **kwargs):
         raise AssertionError("not refused")
 
-    monkeypatch.setattr(adapt_languages, "open_run", too_late)
+    monkeypatch.setattr(harness, "open_run", too_late)
     monkeypatch.chdir(tmp_path)
     for name, domains in {"empty": [], "short": "abc", "few": "ab"}.items():
         (tmp_path / name).mkdir()
@@ -313,27 +309,22 @@ def test_the_directory_of_another_config_is_left_alone(markov_run, capsys):
 
 
 def test_a_row_of_several_seeds_is_their_mean_with_an_interval_over_tasks(tmp_path):
-    comparison = SimpleNamespace(
-        test=SimpleNamespace(task=np.repeat(np.arange(8), 2)),
-        inner=SimpleNamespace(num_steps=1),
-        config=SimpleNamespace(max_inner_steps=1),
-    )
-    run = open_run(tmp_path, "adapt_languages", "smoke", {})
-    report = Report(
-        run,
-        comparison,
-        tasks="markov",
-        preset="smoke",
-        command="COMMAND",
+    config = parse(*MARKOV, "--comparison.max-inner-steps", "2", "--root", str(tmp_path))
+    table = harness.TableRun(
+        "adapt_languages",
+        config,
+        adapt_languages.presets,
+        table="toy",
+        unit="nats/token",
         seeds=(3, 5),
-        reads_prefix=False,
     )
-    curves = np.random.default_rng(0).uniform(1, 2, size=(2, 2, 16, 2))  # [row, seed, E, steps]
+    study = Study(table, config, np.repeat(np.arange(8), 2), {})
+    curves = np.random.default_rng(0).uniform(1, 2, size=(2, 2, 16, 3))  # [row, seed, E, steps]
     for name, of_row in zip(("joint pretraining", "MAML"), curves, strict=True):
-        row = Row(name, learners.maml(), None)
-        rates = np.full(2, 0.1)
-        report.add([RowResult(row, {"params": {}}, {}, of_seed, rates, 1.0) for of_seed in of_row])
-    records = {(r["row"], r["column"]): r for r in read_json_lines(run.results)}
+        row, rates = Row(name, learners.maml(), None), np.full(3, 0.1)
+        results = [RowResult(row, {"params": {}}, {}, of_seed, rates, 1.0) for of_seed in of_row]
+        add_row(study, name, results)
+    records = {(r["row"], r["column"]): r for r in table.records}
     means = curves.mean(axis=1)[..., 1].reshape(2, 8, 2).mean(axis=2)  # over seeds, then episodes
     for record, values in [
         (records["MAML", "1 step"], means[1]),
@@ -342,3 +333,19 @@ def test_a_row_of_several_seeds_is_their_mean_with_an_interval_over_tasks(tmp_pa
         expected = interval(values, np.arange(8))
         assert (record["value"], record["ci95"]) == pytest.approx(expected[:2])
         assert record["seeds"] == [3, 5] and record["n"] == 8
+
+
+def test_a_folder_that_changed_makes_another_run(folder):
+    args = [*TEXT, "--folder", str(folder)]
+    before = languages.digest(parse(*args))
+    assert before == languages.digest(parse(*args)) and languages.digest(parse()) is None
+    path = next(folder.iterdir())
+    path.write_bytes(path.read_bytes()[::-1])
+    assert languages.digest(parse(*args)) != before
+
+
+def test_help_shows_the_defaults_of_the_chosen_flags(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse("--preset", "gpu", "--tasks", "stdlib", "--help")
+    text = " ".join(capsys.readouterr().out.split())
+    assert stop.value.code == 0 and "(default: 512)" in text and "(default: gpu)" in text

@@ -88,7 +88,9 @@ def resume(run):
     notes |= {"num_decisions": 2, "num_assessments": 1}
     restored = types.SimpleNamespace(notes=notes, state=None)
     checkpoints = types.SimpleNamespace(restore_latest=lambda example: restored)
-    workload = types.SimpleNamespace(name="loop", tokens_per_example=8, evaluation_examples=0.0)
+    workload = types.SimpleNamespace(
+        name="loop", tokens_per_example=8, evaluation_examples=0.0, space={}
+    )
     log = RunLog(workload, run, checkpoints, {})  # type: ignore[arg-type]
     snapshot, _ = log.resume(None)  # type: ignore[arg-type]
     assert str([log.ledger(snapshot), log.assessed_at, snapshot])

@@ -12,14 +12,12 @@ from metaopt.errors import UserError
 from metaopt.self_improvement.records import past_search
 from metaopt.self_improvement.trials import (
     Change,
+    Search,
     Trial,
     TrialConfig,
     TrialRound,
-    affordable,
-    begin_search,
     judge,
     lowered,
-    run_round,
     run_trial,
 )
 from metaopt.self_improvement.workload import begin, changed, copied, steps
@@ -41,8 +39,8 @@ def last(problem, snapshot, end, **options):
 
 def first_round(problem, snapshot, changes, config=CONFIG, *args, **options):
     """The first round of a search."""
-    state = begin_search(problem, snapshot)
-    return run_round(problem, state, changes, config, *args, **options)
+    search = Search(problem, config, *args, **options)
+    return search.run_round(search.begin(snapshot), changes)
 
 
 def test_a_round_leaves_its_start_as_it_was_and_the_winner_is_a_run_with_the_change():
@@ -84,12 +82,12 @@ def test_the_next_round_starts_at_the_same_place_and_knows_its_trial_without_a_c
 
     state, first = first_round(problem, begin(problem, SLOW), [rate(0.2)])
     problem = problem._replace(sample=sample)
-    again, second = run_round(problem, state, [rate(0.8)], CONFIG, size=40, last=first)
+    again, second = Search(problem, CONFIG).run_round(state, [rate(0.8)], 40, first)
     assert set(seen) == {0.8} and second.examples == first.examples == 0
     assert second.trial_examples == 56  # all of its one trial, and the first one's is gone on with
     # A run that was stopped in between tries its winner once more, at no account.
-    resumed = begin_search(problem, state.snapshot)
-    after, decision = run_round(problem, resumed, [rate(0.8)], CONFIG, size=40, last=first)
+    resumed = Search(problem, CONFIG).begin(state.snapshot)
+    after, decision = Search(problem, CONFIG).run_round(resumed, [rate(0.8)], 40, first)
     assert decision.trial_examples == second.trial_examples
     assert as_bytes(after.reached.state) == as_bytes(again.reached.state)
 
@@ -104,15 +102,15 @@ def test_longer_trials_go_on_with_the_winner_where_it_had_come_to():
 
     state, first = first_round(PROBLEM, snapshot, [rate(0.2)])
     problem = PROBLEM._replace(sample=sample)
-    longer, second = run_round(problem, state, [rate(30.0)], CONFIG, size=80, last=first)
+    longer, second = Search(problem, CONFIG).run_round(state, [rate(30.0)], 80, first)
     assert min(positions) == 40 and longer.size == 80
     by_hand = last(PROBLEM, changed(PROBLEM, copied(snapshot), {"outer_learning_rate": 0.2}), 80)
     assert as_bytes(longer.reached.state) == as_bytes(by_hand.state)
     assert longer.winner is not None and longer.winner.examples == 80 + 28  # 26.4 to anneal
     # 108 of the change; of the other, all but the 80 that are gone on with.
     assert second.gained == 80 and second.trial_examples == 108 + 28
-    resumed = begin_search(PROBLEM, state.snapshot)
-    after, again = run_round(PROBLEM, resumed, [rate(30.0)], CONFIG, size=80, last=first)
+    resumed = Search(PROBLEM, CONFIG).begin(state.snapshot)
+    after, again = Search(PROBLEM, CONFIG).run_round(resumed, [rate(30.0)], 80, first)
     assert again.trial_examples == second.trial_examples
     assert as_bytes(after.reached.state) == as_bytes(longer.reached.state)
     assert after.winner is not None
@@ -147,7 +145,7 @@ def test_a_batch_that_gives_no_number_is_left_out_and_the_rates_are_not_touched(
     assert decision.changes == {} and state.reached.examples == 0
     assert state.snapshot.left_out == {(12, 16)}
     assert as_bytes(state.reached.state) == as_bytes(snapshot.state)
-    state, decision = run_round(problem, state, [rate(0.2)], CONFIG)
+    state, decision = Search(problem, CONFIG).run_round(state, [rate(0.2)])
     assert decision.verdict == "accepted" and decision.left_out is None
     assert state.reached.examples == 40
 
@@ -170,7 +168,9 @@ def test_a_start_without_a_finite_loss_is_no_state_to_decide_on():
     snapshot = begin(PROBLEM, SETTINGS)
     params = {"params": jnp.full(6, jnp.nan)}
     with pytest.raises(FloatingPointError):
-        begin_search(PROBLEM, snapshot._replace(state=snapshot.state._replace(meta_params=params)))
+        Search(PROBLEM, CONFIG).begin(
+            snapshot._replace(state=snapshot.state._replace(meta_params=params))
+        )
 
 
 def test_a_round_that_is_given_up_leaves_its_start_whole():
@@ -309,7 +309,7 @@ def of_rate(value, direction=0, level=0):
 
 
 def afforded(changes, **options):
-    found, size = affordable(PROBLEM, options.pop("at", START), changes, BUDGETED, **options)
+    found, size = Search(PROBLEM, BUDGETED).affordable(options.pop("at", START), changes, **options)
     return [change.direction for change in found], size
 
 
@@ -393,8 +393,8 @@ def test_only_changes_that_leave_a_trial_enough_steps_are_possible():
     assert not more.judges(PROBLEM, SETTINGS, batch)
     assert more.judges(PROBLEM, SETTINGS, batch._replace(level=1))
     large = batch._replace(settings={"batch_size": 40}, level=1)
-    assert affordable(PROBLEM, START, [large], BUDGETED, 240, size=40) == ([large], 160)
-    assert affordable(PROBLEM, START, [large], BUDGETED, 120, size=40) == ([], 80)  # of 2 steps
+    assert Search(PROBLEM, BUDGETED).affordable(START, [large], 240, 40) == ([large], 160)
+    assert Search(PROBLEM, BUDGETED).affordable(START, [large], 120, 40) == ([], 80)  # of 2 steps
 
 
 @pytest.mark.parametrize(
