@@ -97,8 +97,8 @@ def one_line_exits(args: Sequence[str], *, resumes: bool = False) -> Iterator[No
     its traceback.
 
     Args:
-      args: the command line.
-      resumes: whether the same command goes on with what it has done.
+      args: Command line.
+      resumes: Whether the same command resumes what it has begun.
     """
     set_up_output()
     stopping.stop_in_order()
@@ -113,7 +113,7 @@ def one_line_exits(args: Sequence[str], *, resumes: bool = False) -> Iterator[No
         _leave(1, f"error: {error}")
     except KeyboardInterrupt as interrupt:
         signum = stopping.signal_of(interrupt)
-        more = "; run the same command again to go on" if resumes else ""
+        more = "; run the same command again to resume" if resumes else ""
         _leave(128 + signum, f"stopped by {signum.name}{more}")
     except BrokenPipeError:
         with contextlib.suppress(OSError, ValueError), open(os.devnull, "wb") as nowhere:

@@ -55,11 +55,11 @@ def cell_maker(
     """``(row, column, interval, unit, **more) -> record``, with what a run's cells share.
 
     Args:
-      table: name of the table.
-      preset: which made the numbers.
-      command: that makes them again.
-      seeds: of the run.
-      episodes: test episodes behind every cell.
+      table: Name of the table.
+      preset: Preset that made the numbers.
+      command: Command that makes them again.
+      seeds: Seeds of the run.
+      episodes: Number of test episodes behind every cell.
 
     Returns:
       A function to records as `metaopt.reporting.tables` reads them; ``n`` is the number of tasks

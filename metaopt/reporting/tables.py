@@ -49,9 +49,9 @@ class Table(NamedTuple):
     """Records of one table, arranged.
 
     Attributes:
-      name: of the table.
-      rows: names in the order in which they first came.
-      columns: likewise.
+      name: Name of the table.
+      rows: Names of rows in the order in which they first came.
+      columns: Names of columns, likewise.
       cells: ``(row, column) -> record``; the last record of a cell counts.
     """
 
@@ -193,10 +193,10 @@ def write(
     """Writes ``table.md`` and ``table.tex``, the tables one after the other.
 
     Args:
-      directory: of both files.
-      tables: in their order.
-      notes: lines below the tables, in Markdown.
-      titles: headings by the name of a table; its name by default, if there are several.
+      directory: Directory of both files.
+      tables: Tables in their order.
+      notes: Lines below the tables, in Markdown.
+      titles: Headings by the name of a table; its name by default, if there are several.
     """
     names = {table.name: table.name for table in tables} if len(tables) > 1 else {}
     headings = {name: printable(title) for name, title in (names | dict(titles or {})).items()}

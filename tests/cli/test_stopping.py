@@ -11,7 +11,7 @@ from experiments import adapt_languages, harness
 from metaopt.cli import command_line
 from metaopt.comparison import Comparison
 
-GO_ON = "run the same command again to go on"
+RESUME = "run the same command again to resume"
 
 
 def raises(error):
@@ -48,7 +48,7 @@ def test_ctrl_c_in_any_phase_is_one_line(phase, tmp_path, monkeypatch, capsys):
     flags = ["--preset", "smoke", "--rows", "MAML", "--root", str(tmp_path)]
     args = ("adapt_languages", adapt_languages.run, adapt_languages.presets, "", flags)
     found = exit_of(capsys, lambda: harness.main(*args))
-    assert found == (130, f"stopped by SIGINT; {GO_ON}", 1)
+    assert found == (130, f"stopped by SIGINT; {RESUME}", 1)
 
 
 @pytest.mark.parametrize(
@@ -156,7 +156,7 @@ def test_an_interrupt_that_is_lost_comes_again():
     process.send_signal(signal.SIGINT)
     out, error = process.communicate(timeout=10)
     assert (process.returncode, out) == (130, "saved\n"), error
-    assert error.splitlines()[-1] == f"stopped by SIGINT; {GO_ON}"
+    assert error.splitlines()[-1] == f"stopped by SIGINT; {RESUME}"
 
 
 def test_a_second_signal_ends_it_at_once_in_the_midst_of_a_computation():
