@@ -17,7 +17,7 @@ ORDER = [
     {"files", "ranges", "indices", "npz", "parts", "pytrees", "signals"},
     {"losses", "models", "measure", "parallel", "statistics"},
     {"checks", "eager"},
-    {"tasks", "rematerialization", "resources"},
+    {"tasks", "rematerialization", "resources", "timing"},
     {"optimizers"},
     {"inner_loop"},
     {"learners", "meta_gradients"},

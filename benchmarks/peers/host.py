@@ -71,7 +71,7 @@ class Worker:
         self._errors.close()
 
     def turn(self, seconds: float) -> float:
-        """The median time of the meta-steps that fit into so many seconds, at least one.
+        """The median time of the meta-steps that fit into ``seconds``, at least one.
 
         Raises:
           WorkerFailed: the process ended.

@@ -118,7 +118,7 @@ class Data(NamedTuple):
       sizes: what it is, and how large.
       params: flat, names joined by ``/``: ``{'layer_0/kernel': float32 array}``.
       support: ``(inputs, targets)``, each ``[T, S, ...]``.
-      query: likewise, ``[T, Q, ...]``.
+      query: ``(inputs, targets)``, each ``[T, Q, ...]``.
     """
 
     sizes: Sizes

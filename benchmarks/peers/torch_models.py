@@ -65,7 +65,7 @@ class Block(nn.Module):
         return x + self.mlp_out(F.gelu(up, approximate="tanh"))
 
     def attention(self, x: Tensor, cos: Tensor, sin: Tensor, hidden: Tensor) -> Tensor:
-        """Causal self-attention; ``hidden [L, L]`` is true where a token may not look."""
+        """Causal self-attention; ``hidden [L, L]`` is true for what a token may not see."""
         S, L, D = x.shape
         qkv = self.qkv(x).reshape(S, L, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
         query, key, value = qkv[0], qkv[1], qkv[2]  # [S, H, L, F]
@@ -89,7 +89,7 @@ class Transformer(nn.Module):
     hidden: Tensor
 
     def __init__(self, sizes: Sizes):
-        """Of the width, depth, heads and length of the sizes."""
+        """Makes the layers, of the width, number, heads and length of the sizes."""
         super().__init__()
         width = sizes.width
         self.num_layers = sizes.num_layers

@@ -22,7 +22,7 @@ class Setup(NamedTuple):
       params: these by name.
       loss: ``(outputs, targets) -> scalar``.
       support: ``(inputs, targets)``, ``[T, S, ...]``.
-      query: likewise, ``[T, Q, ...]``.
+      query: ``(inputs, targets)``, each ``[T, Q, ...]``.
     """
 
     sizes: Sizes

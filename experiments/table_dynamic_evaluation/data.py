@@ -12,11 +12,11 @@ from metaopt.errors import UserError
 from metaopt.streams.dynamic_evaluation import cut_segments
 from metaopt.tasks.sources.text import (
     Domain,
+    array_domain,
     draw_window,
     file_domain,
     fingerprint,
     folder_domains,
-    join,
     stdlib_domains,
 )
 from metaopt.tasks.sources.text_checks import check_text
@@ -35,7 +35,7 @@ class Stream(NamedTuple):
     def domains(self) -> list[Domain]:
         """Both parts, as text to be checked."""
         return [
-            join(f"{self.name} {name}", [len(part)], lambda _, i, n, part=part: part[i : i + n])
+            array_domain(f"{self.name} {name}", part)
             for name, part in (("valid", self.valid), ("test", self.test))
         ]
 

@@ -72,8 +72,11 @@ class Text:
         domains = found or text_sources.stdlib_domains()
         check_text(domains)
         self.length, self.seed = length, seed
-        self.domains = [np.asarray(domain.read(0, domain.size)) for domain in domains]
-        shortest = min(len(domain) for domain in self.domains)
+        self.domains = [
+            text_sources.array_domain(domain.name, domain.read(0, domain.size))
+            for domain in domains
+        ]
+        shortest = min(domain.size for domain in self.domains)
         if shortest // 20 <= length + 1:
             raise UserError(
                 f"a domain of {shortest} bytes is too short for sequences of {length}: "
@@ -81,14 +84,15 @@ class Text:
             )
 
     def draw(self, part: tuple[float, float], key: int, number: int) -> Batch:
-        """So many sequences from between two fractions of each domain, int32 ``[number, L]``."""
+        """Sequences from between two fractions of each domain, int32 ``[number, L]``."""
         rng = np.random.default_rng((self.seed, key))
         drawn = []
         for index in rng.integers(len(self.domains), size=number):
             domain = self.domains[index]
-            low, high = (int(fraction * len(domain)) for fraction in part)
-            at = int(rng.integers(low, high - self.length - 1))
-            drawn.append(domain[at : at + self.length + 1])
+            low, high = (int(fraction * domain.size) for fraction in part)
+            drawn.append(
+                text_sources.draw_window(rng, domain, self.length + 1, low=low, high=high - 1)
+            )
         tokens = np.stack(drawn).astype(np.int32)
         return Batch(tokens[:, :-1], tokens[:, 1:])  # type: ignore[arg-type]
 

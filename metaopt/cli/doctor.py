@@ -13,7 +13,7 @@ in float64, which shows how exact it is, and in float32, which shows what it cos
 ``module:function`` names a function of your own in a module that can be imported from the
 current directory. Each returns what metaopt's own functions of that kind return: an estimator
 takes (learner, loss_fn, inner_loop), an optimiser the learning rate, a learner what it needs of
-model, inner_optimizer and num_steps, a problem nothing: it returns a metaopt.fit.Problem.
+model, inner_optimizer and num_steps, a problem nothing: it returns a metaopt.Problem.
 """
 
 import ast

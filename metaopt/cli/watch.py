@@ -1,12 +1,12 @@
-"""Watch trainings while they run: what they reach, what they use, what is wrong, what was decided.
+"""Watch trainings while they run: their losses, resources, alarms and decisions.
 
     metaopt watch runs/adapt_languages/cpu-20260101-120000
     metaopt watch RUN RUN ... --every 5
-    metaopt watch RUN --once          # one view, as where there is no terminal
+    metaopt watch RUN --once          # one view, as without a terminal
 
-It reads the files that runs write and may be started, left and started again at any
-time. A training with a monitor shows everything; one without shows what is in its
-``metrics.jsonl``. It ends when every run is finished, or with Ctrl-C.
+It reads the files that runs write, and may be started and stopped at any time. A training with a
+monitor shows everything; one without shows what is in its ``metrics.jsonl``. It ends when every
+run is finished, or with Ctrl-C.
 """
 
 import contextlib
@@ -46,9 +46,9 @@ class Config(Checked):
     """Watch trainings while they run.
 
     Attributes:
-      runs: directories of runs.
-      every: seconds from one view to the next.
-      once: print one view and leave.
+      runs: Directories of runs.
+      every: Interval between views, in seconds.
+      once: Print one view and exit.
     """
 
     runs: tyro.conf.Positional[Annotated[tuple[Path, ...], Several()]]
@@ -69,7 +69,7 @@ def sparkline(values: Sequence[float], width: int = CURVE) -> str:
 
 
 def view(runs: Sequence[RunView], width: int = PLAIN_WIDTH) -> Group:
-    """What is shown: of each run a table of its trainings, raised alarms, the last decisions."""
+    """What is shown of each run: a table of its trainings, active alarms, the last decisions."""
     parts = []
     for run in runs:
         directory, trainings = run.directory.resolve(), run.trainings
@@ -87,13 +87,13 @@ def view(runs: Sequence[RunView], width: int = PLAIN_WIDTH) -> Group:
 
 
 def row(name: str, training: Training, total: int | None, width: int) -> list[Text]:
-    """One training, in the order of `COLUMNS`; a dash where something is not known.
+    """One training, in the order of `COLUMNS`; a dash for what is not known.
 
     Args:
-      name: of the training.
-      training: how it stands.
+      name: name of the training.
+      training: its state.
       total: its length in steps, if it does not say so itself.
-      width: of the loss curve, in characters.
+      width: width of the loss curve, in characters.
     """
     v = training.values
     total = v.get("num_steps") or total
@@ -121,7 +121,7 @@ def number(value: Any) -> str:
 
 
 def alarms(name: str, training: Training) -> list[Text]:
-    """The messages of the alarms that are raised."""
+    """The messages of the active alarms."""
     active = training.values.get("active") or ()
     notes = [training.alarms[kind] for kind in active if kind in training.alarms]
     return [Text(printable(f"! {name}, {message}"), style="red") for message in notes]
@@ -145,10 +145,10 @@ def decision_note(decision: dict[str, Any]) -> Text:
 
 
 def run(config: Config, console: Console | None = None) -> None:
-    """Shows the runs until they are finished; once, where that is asked or there is no terminal.
+    """Shows the runs until they are finished; once, if that is asked or there is no terminal.
 
     Raises:
-      UserError: there is nothing to watch, or something that is no run.
+      UserError: there is nothing to watch, or a directory is not that of a run.
     """
     console = console or Console()
     runs = [open_view(directory) for directory in config.runs]

@@ -38,7 +38,7 @@ SHOWN = typing.get_type_hints(Shown)
 
 
 class Tail:
-    """Reads on in a JSON-lines file that grows, or is written anew, while it is read."""
+    """Reads a JSON-lines file that grows, or is replaced, while it is read."""
 
     def __init__(self, path: Path):
         self._path, self._file, self._offset = path, None, 0
@@ -46,8 +46,8 @@ class Tail:
     def read(self) -> tuple[list[dict[str, Any]], bool]:
         """The records since the last call, and whether they are the first of a new file.
 
-        A last line that is half written is left for the next call; one that is no JSON
-        object is left out.
+        A last line that is half written is left for the next call. A line that is not a JSON
+        object is skipped.
         """
         try:
             with open(self._path, "rb") as file:
@@ -75,7 +75,7 @@ def _record(line: bytes) -> dict[str, Any] | None:
 
 
 class Training:
-    """How one training stands: its latest values and the end of its loss curve."""
+    """The state of one training: its latest values and the end of its loss curve."""
 
     def __init__(self):
         self.values: dict[str, Any] = {}
@@ -83,9 +83,9 @@ class Training:
         self.curve: deque[tuple[int, float]] = deque(maxlen=POINTS)
 
     def add(self, record: dict[str, Any]) -> None:
-        """Takes one line of ``monitor.jsonl`` or ``metrics.jsonl``.
+        """Adds one line of ``monitor.jsonl`` or ``metrics.jsonl``.
 
-        What is of another type than it should be is not known.
+        A value of the wrong type is treated as unknown.
         """
         values = {k: v if matches(v, SHOWN[k]) else None for k, v in record.items() if k in SHOWN}
         step, loss, alarm = values.get("step") or 0, values.get("loss"), values.get("alarm")
@@ -99,7 +99,7 @@ class Training:
 
 
 class RunView:
-    """One run: all its trainings, by name, and what was decided in it."""
+    """One run: all its trainings, by name, and its decisions."""
 
     def __init__(self, directory: Path):
         self.directory, self.total = directory, _total(directory)
@@ -124,7 +124,7 @@ class RunView:
 
     @property
     def trainings(self) -> dict[str, Training]:
-        """By name; what a monitor says goes before what else was logged."""
+        """Trainings by name; values of a monitor take precedence over other logged ones."""
         merged = {}
         for name in self._found["metrics"] | self._found["monitor"]:
             logged, watched = (self._found[file].get(name) for file in ("metrics", "monitor"))
@@ -137,7 +137,7 @@ class RunView:
 
     @property
     def state(self) -> str:
-        """``finished``, or for how long nothing was written."""
+        """``finished``, ``running``, or for how long nothing was written."""
         if (self.directory / "finished").exists():
             return "finished"
         written = []
@@ -154,7 +154,7 @@ def open_view(directory: Path) -> RunView:
     """The view of a run.
 
     Raises:
-      UserError: this is no directory of a run.
+      UserError: this is not the directory of a run.
     """
     directory = local_path(directory)
     marks = ("config.json", "metrics.jsonl", "monitor.jsonl")

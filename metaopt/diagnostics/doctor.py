@@ -63,7 +63,7 @@ class Derivative(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """Bytes of working memory, and seconds a call (None where nothing was timed)."""
+    """Bytes of working memory, and seconds a call (None if nothing was timed)."""
 
     temp: int
     seconds: measure.Timing | None

@@ -1,4 +1,4 @@
-"""Whether what a config asks for can be computed, found out from shapes: nothing is compiled."""
+"""Whether what a config asks for can be computed, found from shapes: nothing is compiled."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -18,7 +18,7 @@ STATES = 4  # trees as large as the parameters that a step has: those, a gradien
 
 
 def tokens(number: int, length: int) -> Batch:
-    """The shapes of this number of sequences."""
+    """The shapes of a batch of sequences, int32 ``[number, length]``."""
     shape: Any = jax.ShapeDtypeStruct((number, length), jnp.int32)
     return Batch(shape, shape)
 
@@ -31,15 +31,15 @@ def check(
     query: Batch,
     num_episodes: int,
 ) -> None:
-    """Traces what is to be trained, and holds what it takes at least against the memory.
+    """Traces what is to be trained, and compares the least memory that it needs with the device's.
 
     Args:
       rows: learners with their estimators, None for what is not trained, and inner loops.
       init: initialisation of the model.
       loss_fn: its loss.
       support: the shapes of the support of one episode.
-      query: likewise.
-      num_episodes: the largest number that is held at a time, as of the test.
+      query: the shapes of the query of one episode.
+      num_episodes: the largest number of episodes that is held at a time.
 
     Raises:
       UserError: a row cannot run, such as Reptile with ``batching='split'`` whose steps do not
@@ -82,14 +82,14 @@ def _check_rows(rows: Iterable[Trained], params: Params, num_support: int, num_q
 
 
 def check_languages(config: MarkovConfig, num_tasks: int) -> None:
-    """Raises UserError if this number of tasks cannot be drawn at once."""
+    """Raises UserError if the tables of ``num_tasks`` languages exceed the memory of the device."""
     needed = bytes_to_draw(config, num_tasks)
     remedy = "lower their number, the vocabulary or the order"
     check_bytes(needed, f"to draw {num_tasks:,} languages at once", remedy)
 
 
 def check_bytes(needed: float, what: str, remedy: str) -> None:
-    """Raises UserError where something takes more than the memory of the device."""
+    """Raises UserError if something takes more than the memory of the device."""
     there = measure.device_bytes()
     if needed > there:
         raise UserError(
@@ -99,7 +99,7 @@ def check_bytes(needed: float, what: str, remedy: str) -> None:
 
 
 def num_bytes(number: int, *parts: Batch) -> int:
-    """Bytes of this number of batches with these parts."""
+    """Bytes of ``number`` copies of these batches."""
     return number * _bytes(parts)
 
 

@@ -80,7 +80,7 @@ def tuned_learner(
 
     def inner_opt(meta_params, hparams):
         del hparams
-        values = values_in_force(start, meta_params)
+        values = current_values(start, meta_params)
         rates = spread(rate_scope, values["learning_rate"], meta_params["params"])
         return optimizer({**values, "learning_rate": rates})
 
@@ -93,7 +93,7 @@ def tuned_learner(
     )
 
 
-def values_in_force(start: Mapping[str, float], logs: Mapping[str, PyTree]) -> dict[str, PyTree]:
+def current_values(start: Mapping[str, float], logs: Mapping[str, PyTree]) -> dict[str, PyTree]:
     """The values by name, learned or not, and ``domain_weights``, which sum to one, if any."""
     values: dict[str, PyTree] = dict(start)
     for name in set(start) & set(logs):

@@ -10,7 +10,6 @@ reach is logged once on standard error, and the run continues without it.
 
 import contextlib
 import dataclasses
-import itertools
 import json
 import math
 import re
@@ -394,11 +393,8 @@ def set_aside(path: Path) -> Path:
 
     SQLite would play a journal that is left behind into the file's successor.
     """
-    stamp = time.strftime("%Y%m%d-%H%M%S")
-    for number in itertools.count(1):
-        aside = path.with_name(f"damaged-{stamp}{f'-{number}' * (number > 1)}-{path.name}")
-        if not aside.exists():
-            break
+    stamp = f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
+    aside = path.with_name(f"damaged-{stamp}-{path.name}")
     for ending in ("-journal", "-wal", "-shm"):
         with contextlib.suppress(FileNotFoundError):
             path.with_name(path.name + ending).rename(aside.with_name(aside.name + ending))

@@ -14,7 +14,7 @@ import optax
 
 from metaopt.errors import UserError
 from metaopt.inner_loop import InnerLoop
-from metaopt.learners.training_run import Optimizer, tuned_learner, values_in_force
+from metaopt.learners.training_run import Optimizer, current_values, tuned_learner
 from metaopt.meta_gradients.windows import InnerRun, start_run, unroll_window
 from metaopt.optimizers.self_tuned import Scope, check_factors, check_scope, moved
 from metaopt.pytrees import all_finite
@@ -198,7 +198,7 @@ def online(
         due = (state.run.step // config.window.num_steps + 1) % config.every == 0
         return jax.lax.cond(due, differentiated, plain, state, episode)
 
-    return Online(init, step, lambda state: values_in_force(start, state.logs), learner)
+    return Online(init, step, lambda state: current_values(start, state.logs), learner)
 
 
 def _flat(batches: Any, config: OnlineConfig) -> Any:

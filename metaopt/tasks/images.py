@@ -59,8 +59,8 @@ class ImagesConfig(Checked):
       rotate_held_out: turn those of validation and test too, as the released code of Finn
         et al. does; that of Reptile and of MAML++ does not.
       image_size: height and width, in pixels.
-      num_train_characters: how many characters are for training.
-      num_valid_characters: how many are for validation; the rest is for test.
+      num_train_characters: number of characters for training.
+      num_valid_characters: number for validation; the rest is for the test.
       split_seed: decides which.
       data_dir: where ``tfds:`` datasets are looked for first; ``$METAOPT_DATA`` if not
         given, or else ``data``.

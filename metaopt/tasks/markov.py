@@ -26,7 +26,7 @@ BYTES_TO_DRAW = 150  # of working memory for each probability of a language, mea
 Order = Annotated[int, Range(1, 24)]
 Symbols = Annotated[int, Range(2, 4096)]
 Concentration = Annotated[float, Range(1e-3, 1e4)]
-"""Of the Dirichlet prior: below, every language is one word repeated; above, it is noise."""
+"""Concentration of a Dirichlet prior: below, every language is one word repeated; above, noise."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,7 +56,7 @@ class MarkovConfig(Checked):
 
 
 def bytes_to_draw(config: MarkovConfig, num_tasks: int) -> int:
-    """The memory that it takes to draw so many episodes at once, each with its language."""
+    """The memory that it takes to draw ``num_tasks`` episodes at once, each with its language."""
     return BYTES_TO_DRAW * num_tasks * config.vocab_size ** (config.order + 1)
 
 
@@ -84,7 +84,7 @@ def draw_sequences(config: MarkovConfig, key: Key, language: Array, num_sequence
       config: the config that the language was drawn with.
       key: typed key.
       language: what `draw_language` returns.
-      num_sequences: how many, independent of one another.
+      num_sequences: number of sequences, independent of one another.
     """
     start_key, chain_key = jax.random.split(key)
     start = jax.random.randint(start_key, (num_sequences, config.order), 0, config.vocab_size)

@@ -30,19 +30,19 @@ class TextConfig(Checked):
     """Which text, how it is cut into episodes, and which domains are held out.
 
     Attributes:
-      source: a folder with one file a domain; ``stdlib``, the source of the running
+      source: folder with one file a domain; ``stdlib``, the source of the running
         Python's library; or ``tfds:NAME[/CONFIG][:VERSION]``, a prepared TensorFlow
         Datasets dataset whose examples are grouped by a feature.
-      num_support: S, support sequences an episode.
-      num_query: Q, query sequences an episode.
+      num_support: S, support sequences in an episode.
+      num_query: Q, query sequences in an episode.
       length: L, bytes in a sequence.
-      num_valid_domains: how many domains are for validation.
-      num_test_domains: how many domains are for test.
-      test_domains: names of the test domains, instead of so many drawn.
-      split_seed: decides which domains are held out.
-      text_feature: the string feature of a ``tfds:`` dataset that is the text.
+      num_valid_domains: number of domains held out for validation.
+      num_test_domains: number of domains held out for the test.
+      test_domains: names of the test domains, instead of ``num_test_domains`` random ones.
+      split_seed: seed of the choice of held-out domains.
+      text_feature: string feature of a ``tfds:`` dataset that is the text.
       domain_feature: its class label, integer or string feature that names the domain.
-      data_dir: where text is stored for reading, and where ``tfds:`` datasets are
+      data_dir: directory where text is stored for reading, and where ``tfds:`` datasets are
         looked for first; ``$METAOPT_DATA`` if not given, or else ``data``.
     """
 

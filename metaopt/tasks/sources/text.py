@@ -29,7 +29,7 @@ class Domain(NamedTuple):
 
     Attributes:
       name: any string, distinct among the domains of a source.
-      size: in bytes.
+      size: number of bytes.
       read: ``(start, length) -> uint8 [length]``, in bytes; IndexError outside the domain.
     """
 
@@ -44,8 +44,8 @@ def join(
     """Makes a domain of pieces laid end to end.
 
     Args:
-      name: of the domain.
-      sizes: of the pieces, in bytes.
+      name: name of the domain.
+      sizes: sizes of the pieces, in bytes.
       read_piece: ``(piece, start, length) -> uint8 [length]`` within one piece.
     """
     starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
@@ -65,9 +65,20 @@ def join(
     return Domain(name, size, read)
 
 
-def draw_window(rng: np.random.Generator, domain: Domain, size: int) -> np.ndarray:
-    """Bytes of a domain from a random position on, uint8 ``[size]``; all positions alike."""
-    return domain.read(int(rng.integers(domain.size - size + 1)), size)
+def array_domain(name: str, data: np.ndarray) -> Domain:
+    """Makes a domain of bytes in memory, uint8."""
+    return join(name, [len(data)], lambda _, start, length: data[start : start + length])
+
+
+def draw_window(
+    rng: np.random.Generator, domain: Domain, size: int, low: int = 0, high: int | None = None
+) -> np.ndarray:
+    """Consecutive bytes of a domain, or of its part from ``low`` to ``high``, uint8 ``[size]``.
+
+    All positions are equally likely.
+    """
+    high = domain.size if high is None else high
+    return domain.read(int(rng.integers(low, high - size + 1)), size)
 
 
 def file_domain(name: str, paths: Sequence[Path]) -> Domain:

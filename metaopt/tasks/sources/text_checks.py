@@ -65,7 +65,7 @@ def check_readable(domains: Sequence[Domain]) -> str | None:
 
     Returns:
       A line that names the domains that are not UTF-8, with the encoding that they seem to have;
-      None where all are.
+      None if all are.
 
     Raises:
       UserError: one is packed, an image or the like, or text in UTF-16 or UTF-32.
@@ -95,7 +95,7 @@ def _first(items: Sequence[str], what: str) -> str:
 
 
 def _first_wrong(domain: Domain) -> int | None:
-    """The position of the first byte that is no UTF-8; None where all is."""
+    """The position of the first byte that is no UTF-8; None if all is."""
     decoder, position = codecs.getincrementaldecoder("utf-8")(), 0
     for chunk in _chunks(domain):
         kept = len(decoder.getstate()[0])
@@ -123,7 +123,7 @@ def check_distinct(domains: Sequence[Domain], where: Callable[[int], str]) -> st
       where: ``index -> split``, for the words.
 
     Returns:
-      A line that names domains that share much of their text; None where none do.
+      A line that names domains that share much of their text; None if none do.
 
     Raises:
       UserError: two are identical. A task would count twice, or be trained on and tested.

@@ -62,7 +62,7 @@ class TextBlocks(tfds.core.GeneratorBasedBuilder):
 
 
 def stored_domains(directory: Path, domains: Callable[[], Sequence[Domain]]) -> tuple[Domain, ...]:
-    """The domains stored in a directory, after storing them where that is not yet done.
+    """The domains stored in a directory; if there are none yet, they are stored first.
 
     TensorFlow Datasets writes beside the final place and renames at the end: what was
     interrupted is never taken as whole, and of several processes one wins.
