@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NotRequired, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 
@@ -40,9 +40,13 @@ def add_cells(table: harness.TableRun, row: str, cells: Iterable[Cell], name: st
     The rows of `TABLE` are different trainings and no rivals: none of them is its best.
     """
     for cell in cells:
-        fields = {"better": "lower", "over": OVER, "episodes": cell.found.n} | cell.more
-        fields |= {"table": name, "limit": name == TABLE}
-        table.add(row, cell.column, cell.found, unit=UNITS.get(cell.column, ""), **fields)
+        fields: dict[str, Any] = {
+            "unit": UNITS.get(cell.column, ""),
+            "better": "lower",
+            "over": OVER,
+        }
+        fields |= {"episodes": cell.found.n} | cell.more
+        table.add(row, cell.column, cell.found, **fields, table=name, limit=name == TABLE)
 
 
 def draw(table: harness.TableRun, config: Config) -> None:
