@@ -24,14 +24,14 @@ from rich.console import Console
 
 from experiments import harness
 from metaopt import losses
-from metaopt.comparison import Comparison, ComparisonConfig, Row, RowResult, check_settings
+from metaopt.comparison import Comparison, ComparisonConfig, RowResult
 from metaopt.console import printable
-from metaopt.diagnostics import feasible
 from metaopt.files import read_text, write_text
 from metaopt.fit import Problem
 from metaopt.inner_loop import InnerLoop, adapt
 from metaopt.languages import (
     LanguageConfig,
+    check,
     digest,
     is_text,
     make_family,
@@ -45,7 +45,7 @@ from metaopt.reporting import plots
 from metaopt.sequence import decoding
 from metaopt.statistics import Interval, interval
 from metaopt.tasks.markov import bayes_loss
-from metaopt.types import Array, Episode, Model
+from metaopt.types import Array, Episode
 
 DIFFERENCES = (1, 2, 5)
 """Numbers of inner steps that have a column of gains on the baseline."""
@@ -200,21 +200,6 @@ def unit_of(config: Config) -> str:
     return "bits/byte" if is_text(config.tasks) else "nats/token"
 
 
-def check(config: Config, rows: Sequence[Row], model: Model) -> None:
-    """Raises UserError if what the config asks for cannot be computed."""
-    check_settings(config.inner, config.comparison)
-    if config.tasks == "markov":
-        feasible.check_languages(markov_config(config), config.comparison.most_episodes)
-    feasible.check(
-        [(row.learner, row.estimator, config.inner) for row in rows],
-        model.init,
-        losses.next_token(model),
-        feasible.tokens(config.num_support, config.length),
-        feasible.tokens(config.num_query, config.length),
-        config.comparison.most_episodes,
-    )
-
-
 def bayes_limits(config: Config, test: Episode) -> dict[str, np.ndarray]:
     """The losses of the best possible learners, nats ``[E, 2]``: without the support and with it.
 
@@ -329,7 +314,7 @@ def run(config: Config) -> None:
     train_fn = harness.begin(improve=config.improve)
     model = make_model(config)
     rows = make_rows(config, model)
-    check(config, rows, model)
+    check(config, config.comparison, rows, model)
     problem = Problem(make_family(config), model, losses.next_token(model))
     seeds = config.seeds or (config.comparison.seed,)
     comparisons = {}
