@@ -91,7 +91,7 @@ class GroupConfig(Checked):
 
     Attributes:
       settings: Order, symbols, concentration and support sequences of each setting.
-      learners: Names of the learners to run; all if none.
+      learners: Names of the learners to run; `LEARNERS` if none.
       outer: Outer optimiser.
       comparison: Length of training, its sizes and the evaluation.
     """
@@ -209,6 +209,17 @@ def _resized(
     return dataclasses.replace(group, settings=settings, learners=names, comparison=comparison)
 
 
+LEARNERS = (
+    "random init",
+    "joint pretraining",
+    "FOMAML",
+    "MAML",
+    "per-layer-per-step",
+    "Meta-SGD",
+    "Meta-SGD on Adagrad",
+)
+"""The learners of a model if none are named: without Reptile and ANIL."""
+
 make_family = functools.cache(markov)  # models of one setting share its compiled sampler
 
 
@@ -302,7 +313,7 @@ def make_study(config: Config, name: str, factors: Factors, train_fn: TrainFn) -
         order=order,
         concentration=concentration,
         inner=config.inner,
-        rows=("Meta-SGD on Adagrad",) if name == "bigram table" else group.learners,
+        rows=("Meta-SGD on Adagrad",) if name == "bigram table" else group.learners or LEARNERS,
     )
     is_ngram = name == "n-gram table"
     model = models.ngram(vocab_size, order) if is_ngram else languages.make_model(language)

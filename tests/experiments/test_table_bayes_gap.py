@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import math
 import shlex
@@ -20,6 +21,7 @@ from metaopt.inner_loop import InnerLoop
 from metaopt.languages import LanguageConfig, make_rows
 from metaopt.reporting import plots, tables
 from metaopt.tasks.markov import MarkovConfig, bayes_loss, number_ngrams
+from metaopt.training.loop import train
 from metaopt.types import Batch, Episode
 
 RUN = shlex.split(
@@ -212,6 +214,15 @@ def test_presets():
     study = make_study("GRU")
     assert study.column == "order 2, 3 symbols, 0.3, 2x9"
     assert study.row_name(study.rows[0]) == "random init, GRU"
+
+
+def test_the_learners_if_none_are_named():
+    config = table_bayes_gap.presets("smoke")
+    networks = dataclasses.replace(config.networks, learners=())
+    config = dataclasses.replace(config, networks=networks)
+    study = table_bayes_gap.make_study(config, "transformer", (1, 4, 0.3, 2), train)
+    names = ["random init", "joint pretraining", "FOMAML", "MAML", "per-layer-per-step"]
+    assert [row.name for row in study.rows] == [*names, "Meta-SGD", "Meta-SGD on Adagrad"]
 
 
 WRONG = [
