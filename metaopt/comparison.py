@@ -20,12 +20,11 @@ import optax
 from metaopt import parallel
 from metaopt.console import log
 from metaopt.errors import UserError
-from metaopt.evaluate import CurveFn, TunedCurves, tuned_curves
+from metaopt.evaluate import CurveFn, TunedCurves, curves_of, tuned_curves
 from metaopt.fit import (
     FitConfig,
     Problem,
     check_devices,
-    curves_of,
     fit,
     validation_episodes,
 )

@@ -86,18 +86,9 @@ def evaluate(
     check_count("num_episodes", num_episodes)
     if split not in ("valid", "test"):
         raise UserError(f"split is {split!r}: give 'valid' or 'test'")
-    judge = problem.outer_loss
-    if measure is None and judge is not None:
-        measure = lambda params, episode: judge(params, episode.query)  # noqa: E731
-    curves = make_curves(
-        learner,
-        problem.loss_fn,
-        inner,
-        inner.num_steps if num_steps is None else num_steps,
-        default_devices(num_devices),
-        tasks_at_a_time,
-        measure,
-    )
+    length = inner.num_steps if num_steps is None else num_steps
+    devices = default_devices(num_devices)
+    curves = curves_of(problem, learner, inner, length, devices, tasks_at_a_time, measure)
     family = problem.family
     chosen = family.test if split == "test" else family.valid
     episodes = chosen.sample(jax.random.key(seed), num_episodes)
@@ -185,6 +176,24 @@ def make_curves(
         return mapped((meta_params, dict(hparams)), episodes).astype(np.float64)
 
     return curves
+
+
+def curves_of(
+    problem: "Problem",
+    learner: Learner,
+    inner: InnerLoop,
+    num_steps: int,
+    devices: Sequence[Device],
+    tasks_at_a_time: int = 0,
+    measure: MeasureFn | None = None,
+) -> CurveFn:
+    """`make_curves` of a problem: by its outer loss if it has one and there is no measure."""
+    judge = problem.outer_loss
+    if measure is None and judge is not None:
+        measure = lambda params, episode: judge(params, episode.query)  # noqa: E731
+    return make_curves(
+        learner, problem.loss_fn, inner, num_steps, devices, tasks_at_a_time, measure
+    )
 
 
 class TunedCurves(NamedTuple):

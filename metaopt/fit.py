@@ -21,7 +21,7 @@ import numpy as np
 from metaopt import parallel
 from metaopt.diagnostics import feasible
 from metaopt.errors import UserError
-from metaopt.evaluate import CurveFn, make_curves
+from metaopt.evaluate import curves_of
 from metaopt.files import check_directory
 from metaopt.inner_loop import InnerLoop
 from metaopt.meta_gradients import reverse
@@ -273,22 +273,6 @@ def make_evaluate(
         return task_means(found[:, -1], np.asarray(valid.task))
 
     return losses
-
-
-def curves_of(
-    problem: Problem,
-    learner: Learner,
-    inner: InnerLoop,
-    num_steps: int,
-    devices: Sequence[parallel.Device],
-    tasks_at_a_time: int = 0,
-) -> CurveFn:
-    """`metaopt.evaluate.make_curves` of a problem, by its outer loss if it has one."""
-    judge = problem.outer_loss
-    measure = None if judge is None else lambda params, episode: judge(params, episode.query)
-    return make_curves(
-        learner, problem.loss_fn, inner, num_steps, devices, tasks_at_a_time, measure
-    )
 
 
 def tokens_per_task(episodes: Episode) -> int:
