@@ -52,7 +52,7 @@ from metaopt.inner_loop import InnerLoop
 from metaopt.npz import read_npz
 from metaopt.ranges import Checked
 from metaopt.reporting import plots, tables
-from metaopt.reporting.results import Published, cell_maker
+from metaopt.reporting.results import Published, cell_maker, step_column
 from metaopt.self_improvement.drop_in import trainer
 from metaopt.statistics import Interval, interval
 from metaopt.training.runs import as_json, check_root, open_run, slug
@@ -422,11 +422,6 @@ class TableRun:
             console.print(*tables.to_rich(table, console.width), sep="\n")
         for line in (*notes, f"written to {self.directory}"):
             console.print(line, markup=False, highlight=False)
-
-
-def step_column(step: int) -> str:
-    """The column of a number of inner steps: ``'1 step'``, ``'5 steps'``."""
-    return f"{step} step" if step == 1 else f"{step} steps"
 
 
 def step_columns(longest: int) -> dict[int, str]:

@@ -86,8 +86,8 @@ class ComparisonConfig(Checked):
       meta_steps: number of steps of each row after that, the joint row too.
       max_inner_steps: number of inner steps of the evaluation.
       inner_rates: inner learning rates tried on the validation tasks.
-      eval_every: meta-steps between evaluations on the validation tasks, of which the
-        best is kept; 0 keeps the last.
+      eval_every: interval between evaluations on the validation tasks, in meta-steps; the best
+        evaluated state is kept. 0 keeps the last state.
       checkpoint_every: meta-steps between checkpoints.
       valid_episodes: episodes that rates and checkpoints are chosen on.
       test_episodes: episodes that are reported.

@@ -97,8 +97,8 @@ class FitConfig(TrainConfig):
         scan, between them groups.
       steps_per_call: meta-updates in one compiled call, in which the tasks are drawn too. For
         steps that take less time than a call; the sampler must be traceable.
-      eval_every: interval between evaluations on the validation episodes, of which the best
-        state is the result; 0 gives the last state.
+      eval_every: interval between evaluations on the validation episodes; the best evaluated
+        state is the result. 0 gives the last state.
       log_every: see `TrainConfig`.
       checkpoint_every: see `TrainConfig`.
       keep_last: see `TrainConfig`.

@@ -14,6 +14,7 @@ from metaopt.errors import UserError
 from metaopt.files import local_path, read_json_lines, read_text
 from metaopt.inner_loop import InnerLoop
 from metaopt.languages import LanguageConfig, make_model, make_rows
+from metaopt.reporting.results import step_column
 from metaopt.training.checkpoint import Checkpoints
 from metaopt.training.fingerprint import Fingerprint
 from metaopt.training.loop import checkpoint_directory
@@ -127,7 +128,7 @@ def _fields_of(config_type: type, saved: dict[str, Any]) -> dict[str, Any]:
 
 def _rate(run: Path, row: str, num_steps: int, place: int) -> float | None:
     """The inner rate of a row in the results, after the trained number of steps."""
-    column = f"{num_steps} step" if num_steps == 1 else f"{num_steps} steps"
+    column = step_column(num_steps)
     for record in read_json_lines(run / "results.jsonl"):
         if (record.get("row"), record.get("column")) == (row, column):
             rates = record.get("inner_learning_rate")

@@ -27,7 +27,7 @@ def load_part(
     Args:
       flag: such as ``--estimator``, for the messages.
       name: a name of the library's, or ``module:function``.
-      takes: what the function is given, by position: it must take so many arguments.
+      takes: what the function is given, by position; it must take that number of arguments.
       library: the library's own functions of this kind, by name.
 
     Raises:

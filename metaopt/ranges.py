@@ -31,7 +31,7 @@ class Range(NamedTuple):
 
 
 class Several(NamedTuple):
-    """A tuple has at least so many entries, which are all different if that is said."""
+    """A tuple has at least ``least`` entries, all different if ``different``."""
 
     least: int = 1
     different: bool = False

@@ -1,8 +1,8 @@
 """The fastest of some functions, in noise and in little time.
 
 Functions are timed in turns, round by round, and one replaces the current one only if it was
-faster in so many rounds that chance does not explain it. Half of the others leave whenever the
-number of rounds has doubled (successive halving; Jamieson, Talwalkar, 2016, "Non-stochastic best
+faster in more rounds than chance explains. Half of the others leave each time the number of rounds
+has doubled (successive halving; Jamieson, Talwalkar, 2016, "Non-stochastic best
 arm identification and hyperparameter optimization").
 """
 
@@ -96,7 +96,7 @@ def _repeat(function: Callable[[], Any], calls: int) -> Any:
 def beyond_noise(
     challenger: Sequence[float], current: Sequence[float], least_gain: float = 0.0
 ) -> bool:
-    """Whether so many rounds were won that equals would do it with a chance below `CHANCE`.
+    """Whether more rounds were won than equals would win with a chance of `CHANCE`.
 
     A sign test on pairs of times, so that a busy moment costs one round at most.
 

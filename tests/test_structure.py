@@ -24,12 +24,12 @@ ORDER = [
     {"outer_step", "diagnostics"},
     {"sequence", "streams"},
     {"evaluate", "training"},
+    {"reporting"},
     {"fit"},
     {"comparison"},
     {"languages"},
     {"load"},
     {"self_improvement"},
-    {"reporting"},
     {"cli"},
     {"__main__"},
 ]

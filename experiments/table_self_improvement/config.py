@@ -110,8 +110,8 @@ class Config(harness.RunConfig):
       markov: The meta-learning problem.
       mnist: The image classifier.
       loop: The closed loop.
-      second_runs: Lengths of a run that remembers a first one, as shares of it, of which the
-        first that reaches its loss is reported.
+      second_runs: Lengths of a run that remembers a first one, as shares of its length. The
+        first of them that reaches its loss is reported.
       population: Members of the baseline.
       resources_seconds: Budget of the search through execution options of a step.
       resources_rounds: Timed calls with each of them, for the best.

@@ -129,7 +129,7 @@ def resources_row(study: Study) -> Iterator[Cell]:
 
 
 def training_step(config: Config, size: int, settings: Settings) -> tuple[Callable, tuple]:
-    """A training step of so many sequences, computed as the settings say, and its arguments."""
+    """A training step of a number of sequences, computed as the settings say, and its arguments."""
     lm, micro, remat = config.lm, int(settings["microbatch"]), bool(settings["remat"])
     model = transformer(lm, remat=remat, scan_layers=remat)
     loss_fn, outer = losses.next_token(model), OuterConfig()
@@ -222,7 +222,7 @@ def fault_row(study: Study, name: str, inject: Callable) -> Iterator[Cell]:
 
 
 def times(factor: float) -> Callable[[dict], dict[str, Setting]]:
-    """The learning rate, so many times."""
+    """The learning rate, multiplied by a factor."""
     return lambda settings: {"outer_learning_rate": settings["outer_learning_rate"] * factor}
 
 

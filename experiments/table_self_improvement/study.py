@@ -67,7 +67,7 @@ class Study:
 def in_turns(
     rounds: int, plain: Callable[[], Outcome], improved: Callable[[str], Outcome]
 ) -> tuple[Outcome, Interval]:
-    """The first of so many runs under the loop, and their times beside those of plain runs.
+    """The first of several runs under the loop, and their times beside those of plain runs.
 
     Args:
       rounds: runs under the loop; before and after each is a plain one.

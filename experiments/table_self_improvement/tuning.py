@@ -46,7 +46,7 @@ def final_loss(problem: Problem, settings: Settings, directory: Path) -> float:
 def tuned(
     problem: Problem, suggest: Suggest, num_trials: int, seed: int, directory: Path
 ) -> dict[str, Setting]:
-    """The best settings of so many plain runs, by Optuna's TPE; goes on where it was stopped."""
+    """The best settings of several plain runs, by Optuna's TPE; resumed where it was stopped."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     directory.mkdir(parents=True, exist_ok=True)
     study = optuna.create_study(

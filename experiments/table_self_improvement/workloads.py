@@ -108,7 +108,7 @@ def transformer(lm: LanguageModel, **how) -> Model:
 def language_model(
     config: Config, num_examples: int | None = None, *, optimizers: Sequence[Setting] = ()
 ) -> Problem:
-    """The language model, for so many examples if not those of the config.
+    """The language model, for a number of examples or that of the config.
 
     Where optimisers are given, they are something to choose from.
     """

@@ -56,7 +56,7 @@ def batch_norm(
 ) -> Array:
     """Normalises each channel of ``[S, height, width, C]`` by the statistics of this batch.
 
-    With ``num_reference`` they are those of so many first examples alone.
+    With ``num_reference`` they are those of that number of first examples alone.
     """
     reference = x[:num_reference]
     mean = jnp.mean(reference, axis=(0, 1, 2), keepdims=True)
@@ -129,7 +129,7 @@ def conv(
     normalised by the mean and variance of the batch that the model is given, and
     no running statistics are kept. The prediction for one query image therefore
     depends on the other images of its batch; published MAML results share this. With
-    ``num_reference`` the statistics are those of so many first images of a batch, whatever
+    ``num_reference`` the statistics are those of that number of first images of a batch, whatever
     comes after them: the same parameters, asked not to look at the other images.
     The convolutions have no bias, since batch norm would take it away.
 

@@ -30,8 +30,8 @@ class OuterConfig(Checked):
       weight_decay: decoupled, on the parameters alone; ``hparams['weight_decay']``.
       momentum: decay of momentum and lars; ``hparams['momentum']``.
       clip_norm: largest global norm of the meta-gradient, inf for any; ``hparams['clip_norm']``.
-      warmup_steps: meta-steps, W, of which the first takes ``1 / (W + 1)`` of the
-        peak, rising linearly to all of it in the step after them.
+      warmup_steps: number of meta-steps, W, in which the rate rises linearly from
+        ``1 / (W + 1)`` of the peak; the step after them has the whole peak.
       decay_steps: the meta-step at which the cosine, which begins after the warm-up,
         ends; 0 keeps the peak.
       final_fraction: what is left of the peak at the end of the cosine.

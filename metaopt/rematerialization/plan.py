@@ -28,7 +28,7 @@ from metaopt.measure import compile_for, compiled_memory, device_bytes, human_by
 
 
 class Leg(NamedTuple):
-    """Go on from a kept state: position ``start`` in slot ``source``, so many steps.
+    """A number of steps from a kept state: position ``start`` in slot ``source``.
 
     ``target`` is the slot in which the state that is reached is kept; None where its
     step is reversed instead. Slot 0 holds the state before the first step.
@@ -94,7 +94,7 @@ def _costs(num_steps: int, free: int) -> tuple[np.ndarray, np.ndarray, np.ndarra
 
 
 def least_extra_steps(num_steps: int, kept_states: int) -> int:
-    """Fewest step evaluations beside the forward run and the reversals, for so many kept."""
+    """Fewest step evaluations beside forward run and reversals, for a number of kept states."""
     return int(_costs(num_steps, min(kept_states, num_steps) - 1)[1][num_steps])
 
 

@@ -94,5 +94,10 @@ def cell_maker(
     return cell
 
 
+def step_column(step: int) -> str:
+    """The column of a number of inner steps: ``'1 step'``, ``'5 steps'``."""
+    return f"{step} step" if step == 1 else f"{step} steps"
+
+
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None

@@ -65,7 +65,7 @@ STEPS_UNTIL_GOOD = max(CONSECUTIVE_CHECKS[kind] for kind in DAMAGE)
 """Number of steps after a snapshot in which damage to it shows."""
 
 Intervention = tuple[int, Settings]
-"""Settings that are changed from outside, after so many examples."""
+"""``(examples, settings)``: settings changed from outside, after that number of examples."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -84,7 +84,7 @@ def test_the_next_round_starts_at_the_same_place_and_knows_its_trial_without_a_c
     problem = problem._replace(sample=sample)
     again, second = Search(problem, CONFIG).run_round(state, [rate(0.8)], 40, first)
     assert set(seen) == {0.8} and second.examples == first.examples == 0
-    assert second.trial_examples == 56  # all of its one trial, and the first one's is gone on with
+    assert second.trial_examples == 56  # all of its one trial; the first one's is kept
     # A run that was stopped in between tries its winner once more, at no account.
     resumed = Search(problem, CONFIG).begin(state.snapshot)
     after, decision = Search(problem, CONFIG).run_round(resumed, [rate(0.8)], 40, first)
@@ -107,7 +107,7 @@ def test_longer_trials_go_on_with_the_winner_where_it_had_come_to():
     by_hand = last(PROBLEM, changed(PROBLEM, copied(snapshot), {"outer_learning_rate": 0.2}), 80)
     assert as_bytes(longer.reached.state) == as_bytes(by_hand.state)
     assert longer.winner is not None and longer.winner.examples == 80 + 28  # 26.4 to anneal
-    # 108 of the change; of the other, all but the 80 that are gone on with.
+    # 108 of the change; of the other, all but the 80 that the run continues from.
     assert second.gained == 80 and second.trial_examples == 108 + 28
     resumed = Search(PROBLEM, CONFIG).begin(state.snapshot)
     after, again = Search(PROBLEM, CONFIG).run_round(resumed, [rate(30.0)], 80, first)
@@ -320,7 +320,7 @@ FINE = [of_rate(0.3, -1, 1), of_rate(0.6, 1, 1)]
 @pytest.mark.parametrize(
     ("budget", "expected"),
     [
-        (110, ([1, -1], 40)),  # 40 examples and 10 to anneal, three times; 40 are gone on with
+        (110, ([1, -1], 40)),  # 40 examples and 10 to anneal, three times; 40 are kept
         (109, ([1], 40)),
         (60, ([1], 40)),
         (59, ([], 0)),
@@ -348,7 +348,7 @@ def test_a_trial_of_several_settings_together_is_paid_for():
 @pytest.mark.parametrize(
     ("budget", "expected"),
     [
-        (440, ([-1, 1], 160)),  # three of 160 and 40, of which 160 are gone on with
+        (440, ([-1, 1], 160)),  # three of 160 and 40, of which 160 are kept
         (439, ([-1], 160)),
         (240, ([-1], 160)),
         (180, ([-1], 120)),  # the last one is shorter
