@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from experiments.table_self_improvement import run
-from experiments.table_self_improvement import tuning as tuning
+from experiments.table_self_improvement import tuning
 from experiments.table_self_improvement.config import Config, LanguageModel, Mnist, presets
 from experiments.table_self_improvement.mnist import SHOWN, mnist_row
 from experiments.table_self_improvement.rows import make_rows
@@ -14,6 +14,7 @@ from experiments.table_self_improvement.workloads import Text, language_model, m
 from metaopt.errors import UserError
 from metaopt.files import read_json_lines
 from metaopt.self_improvement.loop import Ledger
+from metaopt.tasks.sources.text import array_domain
 
 SMOKE = presets("smoke")
 PARTS = ("train", "test")
@@ -63,7 +64,7 @@ def test_what_is_trained_on_and_what_is_held_out_do_not_meet(tmp_path):
         (tmp_path / f"{name}.txt").write_bytes(name.encode() * 2000)
     text = Text(str(tmp_path), length=8, seed=0)
     place = {}  # a domain of 2000 is cut at 1800
-    text.domains = [np.arange(2000), np.arange(2000)]
+    text.domains = [array_domain(name, np.arange(2000)) for name in "ab"]
     for part in ((0.0, 0.9), (0.9, 0.95), (0.95, 1.0)):
         batch = text.draw(part, 1, 400)
         assert batch.inputs.shape == (400, 8)
