@@ -80,7 +80,11 @@ def searched(
     budget = share * problem.workload.num_examples
     short = problem.workload._replace(num_examples=round(budget / num_parts))
     pruner = optuna.pruners.HyperbandPruner(max_resource=3) if prune else optuna.pruners.NopPruner()
-    study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=seed), pruner=pruner)
+    study = optuna.create_study(
+        study_name=f"{problem.workload.name}, seed {seed}",  # Hyperband's brackets are by its hash
+        sampler=optuna.samplers.TPESampler(seed=seed),
+        pruner=pruner,
+    )
     spent = []
 
     def objective(trial: optuna.Trial) -> float:

@@ -10,11 +10,13 @@ from experiments.table_self_improvement.config import Config, LanguageModel, Mni
 from experiments.table_self_improvement.mnist import SHOWN, mnist_row
 from experiments.table_self_improvement.rows import make_rows
 from experiments.table_self_improvement.study import Study, in_turns, ratio
-from experiments.table_self_improvement.workloads import Text, language_model, mnist
+from experiments.table_self_improvement.workloads import Problem, Text, language_model, mnist
 from metaopt.errors import UserError
 from metaopt.files import read_json_lines
 from metaopt.self_improvement.loop import Ledger
+from metaopt.self_improvement.workload import Workload
 from metaopt.tasks.sources.text import array_domain
+from metaopt.types import MetaState
 
 SMOKE = presets("smoke")
 PARTS = ("train", "test")
@@ -102,6 +104,46 @@ def test_rungs_are_whole_steps_up_to_all_of_a_run():
     found = tuning.rungs_of(workload, {"batch_size": 16})
     assert found == [64, 208, 640]
     assert tuning.rungs_of(workload, {"batch_size": 400})[-1] == 400
+
+
+def searched_by_hyperband(seed):
+    """What Hyperband finds on a loss that falls from step to step, and all that it evaluated."""
+    seen = []
+
+    def evaluate(state):
+        seen.append((state.meta_params["rate"], state.step))
+        return np.array([np.log(state.meta_params["rate"]) ** 2 + 1 / state.step])
+
+    workload = Workload(
+        name="no training at all",
+        task={},
+        start=lambda settings: MetaState(0, settings, (), {}, None),  # type: ignore[arg-type]
+        step=lambda settings: lambda state, batch: (state._replace(step=state.step + 1), {}),
+        sample=lambda settings, position: None,  # type: ignore[arg-type,return-value]
+        examples_per_step=lambda settings: 1,
+        evaluate=evaluate,
+        num_examples=240,
+        tokens_per_example=1,
+        space={},
+    )
+    problem = Problem(workload, {}, evaluate, None)  # type: ignore[arg-type]
+    found = tuning.searched(
+        problem,
+        lambda trial: {"rate": trial.suggest_float("rate", 1e-3, 10.0, log=True)},
+        1.0,
+        num_parts=20,
+        prune=True,
+        seed=seed,
+    )
+    return found, seen
+
+
+def test_the_same_seed_is_the_same_search():
+    """Hyperband draws the bracket of a trial by a hash of the name of its study."""
+    found, seen = searched_by_hyperband(0)
+    assert searched_by_hyperband(0) == (found, seen)
+    assert len({rate for rate, _ in seen}) > 20 > len([1 for _, step in seen if step == 12])
+    assert searched_by_hyperband(1) != (found, seen)
 
 
 def test_a_batch_of_nan_is_noticed_and_left_out(tmp_path):
