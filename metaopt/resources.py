@@ -38,23 +38,27 @@ class MemoryUse(NamedTuple):
         return max(self.host / self.host_limit, device)
 
 
-def memory_use() -> MemoryUse:
-    """What is in use now; a few microseconds."""
+def memory_use(devices: Sequence[Any] | None = None) -> MemoryUse:
+    """What is in use now, of these devices or of those of this process; a few microseconds."""
     host = _process(os.getpid()).memory_info().rss
-    found = [stats for device in _own_devices() if (stats := device.memory_stats())]
+    devices = _own_devices() if devices is None else devices
+    found = [stats for device in devices if (stats := device.memory_stats())]
     shares = [(s["bytes_in_use"], s["bytes_limit"]) for s in found if s.get("bytes_limit")]
     fullest = max(shares, key=lambda s: s[0] / s[1], default=(None, None))
     return MemoryUse(host, host_limit(), *fullest)
 
 
 @functools.cache
-def host_limit() -> int:
-    """Bytes of memory that this process may use: the machine's, or its control group's if lower."""
+def host_limit(root: Path = CGROUPS) -> int:
+    """Bytes of memory that this process may use: the machine's, or its control group's if lower.
+
+    ``root`` is where control groups are mounted.
+    """
     try:
         membership = Path("/proc/self/cgroup").read_text(encoding="utf-8")
     except OSError:  # not Linux
         membership = ""
-    return min(psutil.virtual_memory().total, cgroup_limit(membership) or NO_LIMIT)
+    return min(psutil.virtual_memory().total, cgroup_limit(membership, root) or NO_LIMIT)
 
 
 def cgroup_limit(membership: str, root: Path = CGROUPS) -> int | None:
@@ -116,13 +120,19 @@ def collective_seconds(tree: Any, devices: Sequence[Any] | None = None, rounds: 
     if len(devices) == 1:
         return 0.0
     extra = 10
-    programs = {"one": _means(tree, 1, devices), "many": _means(tree, 1 + extra, devices)}
+    programs = {
+        "one": means_program(tree, 1, devices),
+        "many": means_program(tree, 1 + extra, devices),
+    }
     timings = measure.interleaved(programs, rounds)
     return max(0.0, min(timings["many"].samples) - min(timings["one"].samples)) / extra
 
 
-def _means(tree: Any, count: int, devices: Sequence[Any]) -> Callable[[], Any]:
-    """A program that takes ``count`` means of the tree over the devices, one after another."""
+def means_program(tree: Any, count: int, devices: Sequence[Any]) -> Callable[[], Any]:
+    """A call that takes ``count`` means of the tree over the devices, one after another.
+
+    Device d adds d before each, from zeros at the first call; the next call continues from there.
+    """
 
     def step(grads, index):
         def mean(carry, _):  # differs from device to device, or there is nothing to send

@@ -1,4 +1,5 @@
 import os
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ def test_memory_of_this_process():
     assert resources.memory_use().host - use.host > 0.9 * len(ballast)
 
 
-def test_the_fullest_device_counts(monkeypatch):
+def test_the_fullest_device_counts():
     class Device:
         process_index = 0
 
@@ -30,11 +31,9 @@ def test_the_fullest_device_counts(monkeypatch):
             return self.stats
 
     devices = [Device(), Device(90, 1000), Device(50, 100), Device(7)]
-    monkeypatch.setattr(resources, "_own_devices", lambda: devices)
-    use = resources.memory_use()
+    use = resources.memory_use(devices)
     assert (use.device, use.device_limit, use.share) == (50, 100, 0.5)
-    monkeypatch.setattr(resources, "_own_devices", lambda: devices[:1])
-    assert resources.memory_use().device is None
+    assert resources.memory_use(devices[:1]).device is None
 
 
 def test_the_share_is_the_larger_one():
@@ -67,11 +66,14 @@ def test_control_groups_of_version_1(tmp_path):
     assert cgroup_limit("", tmp_path) is None
 
 
-def test_the_limit_is_that_of_the_control_group_where_it_is_lower(monkeypatch):
-    monkeypatch.setattr(resources, "cgroup_limit", lambda membership: 1 << 20)
-    assert resources.host_limit.__wrapped__() == 1 << 20
-    monkeypatch.setattr(resources, "cgroup_limit", lambda membership: None)
-    assert resources.host_limit.__wrapped__() == psutil.virtual_memory().total
+@pytest.mark.skipif(not Path("/proc/self/cgroup").exists(), reason="control groups of Linux")
+def test_the_limit_is_that_of_the_control_group_where_it_is_lower(tmp_path):
+    total = psutil.virtual_memory().total
+    for name, limit in (("none", "max"), ("higher", str(2 * total)), ("lower", str(1 << 20))):
+        write(tmp_path / name / "memory.max", limit)  # of version 2, and of version 1
+        write(tmp_path / name / "memory" / "memory.limit_in_bytes", limit)
+        expected = 1 << 20 if name == "lower" else total
+        assert resources.host_limit(tmp_path / name) == expected
 
 
 def test_the_peak_is_measured_once(monkeypatch):
@@ -93,7 +95,7 @@ def test_the_time_of_a_collective():
 
 def test_what_is_timed_is_the_mean_over_the_devices_so_many_times():
     devices = parallel.default_devices()[:2]
-    program = resources._means({"x": jnp.zeros(3)}, 4, devices)
+    program = resources.means_program({"x": jnp.zeros(3)}, 4, devices)
     # Device d adds d, and the mean is taken, 4 times; the next call goes on from there.
     assert program()["x"].tolist() == [4 * 0.5] * 3
     assert program()["x"].tolist() == [8 * 0.5] * 3
