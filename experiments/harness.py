@@ -53,7 +53,7 @@ from metaopt.npz import read_npz
 from metaopt.ranges import Checked
 from metaopt.reporting import plots, tables
 from metaopt.reporting.results import Published, cell_maker, step_column
-from metaopt.self_improvement.drop_in import trainer
+from metaopt.self_improvement.builders import trainer
 from metaopt.statistics import Interval, interval
 from metaopt.training.runs import as_json, check_root, open_run, slug
 from metaopt.training.types import TrainFn

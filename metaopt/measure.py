@@ -203,8 +203,12 @@ def _not_known(operation: str) -> UserError:
 
 
 def compile_for(function: Callable, *args: Any) -> jax.stages.Compiled:
-    """Compiles a function for arguments of these shapes; it is called with such arguments."""
-    return jax.jit(function).lower(*args).compile()
+    """Compiles a function for arguments of these shapes; it is called with such arguments.
+
+    One that is under `jax.jit` or `jax.pmap` already is compiled as it is.
+    """
+    traced = function if hasattr(function, "lower") else jax.jit(function)
+    return traced.lower(*args).compile()
 
 
 def compiled_memory(compiled: jax.stages.Compiled) -> Memory:

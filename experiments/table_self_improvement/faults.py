@@ -68,7 +68,7 @@ def memory_pressure(workload: Workload, settings: Settings, at: int) -> Iterator
     def read() -> MemoryUse:
         return memory_use()._replace(host_limit=int(limit))
 
-    yield workload._replace(sample=sample), {"monitor": {"read_memory": read}}, "memory"
+    yield workload._replace(sample=sample), {"read_memory": read}, "memory"
     ballast.clear()
 
 

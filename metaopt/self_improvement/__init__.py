@@ -3,8 +3,12 @@
 Each part is a module of its own, usable alone; what a notebook wants of them is here.
 """
 
-from metaopt.self_improvement.builders import default_settings, meta_training, plain_training
-from metaopt.self_improvement.drop_in import improving_train
+from metaopt.self_improvement.builders import (
+    default_settings,
+    improving_train,
+    meta_training,
+    plain_training,
+)
 from metaopt.self_improvement.loop import Ledger, LoopConfig, Outcome, run
 from metaopt.self_improvement.memory import Memory
 from metaopt.self_improvement.monitor import Alarm, Monitor, MonitorConfig

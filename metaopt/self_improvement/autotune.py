@@ -13,12 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from metaopt.errors import UserError
-from metaopt.measure import (
-    compile_for,
-    device_bytes,
-    human_bytes,
-    program_bytes,
-)
+from metaopt.measure import compile_for, device_bytes, human_bytes, program_bytes
 from metaopt.self_improvement.records import Decision, TimedOptions, differences
 from metaopt.self_improvement.workload import Setting, Settings, Snapshot, Workload, changed
 from metaopt.timing import SAMPLE_SECONDS, fastest
@@ -37,14 +32,6 @@ class TuningResult(NamedTuple):
     timings: tuple[TimedOptions, ...]
 
 
-class _Candidate(NamedTuple):
-    """Settings whose program was compiled and called once; not if ``run`` is None."""
-
-    record: TimedOptions
-    run: Callable[[], Any] | None = None
-    seconds: float = 0.0
-
-
 def tune_options(
     build: Build,
     space: Mapping[str, Sequence[Setting]],
@@ -52,9 +39,6 @@ def tune_options(
     *,
     memory_budget: float,
     seconds_budget: float,
-    items: Callable[[Settings], float] = lambda settings: 1.0,
-    rounds: int = 16,
-    least_gain: float = 0.02,
 ) -> TuningResult:
     """Compiles the combinations of options, the nearest to the start first, and times them.
 
@@ -70,9 +54,6 @@ def tune_options(
         differs in the fewest settings takes its place.
       memory_budget: bytes a device (`program_bytes`); up to 1, a fraction of what it has.
       seconds_budget: for all, compiling included; what has begun is finished.
-      items: done by one call.
-      rounds: the most that are timed.
-      least_gain: of a round that is won, as a fraction.
 
     Raises:
       UserError: a setting has no start, or nothing in the space fits and runs.
@@ -80,44 +61,33 @@ def tune_options(
     if missing := [name for name in space if name not in start]:
         raise UserError(f"{', '.join(missing)}: may be varied, but has no value to start from")
     budget = memory_budget * device_bytes() if memory_budget <= 1 else memory_budget
-    ends, longest = time.perf_counter() + seconds_budget, 0.0
-    candidates: list[_Candidate] = []
+    ends, longest, comparing = time.perf_counter() + seconds_budget, 0.0, 0.0
+    records: dict[str, TimedOptions] = {}
+    programs: dict[str, Callable[[], Any]] = {}
     for settings in _nearest_first(space, start):
-        began = time.perf_counter()
-        timing = sum(CALLS_TO_COMPARE * c.seconds for c in candidates if c.run)
-        if timing and began + longest + timing > ends:
-            candidates.append(_Candidate(TimedOptions(settings, "no time")))
-        else:
-            candidates.append(_prepared(build, settings, budget))
-            longest = max(longest, time.perf_counter() - began)
-    runnable = {_label(c.record.settings): c for c in candidates if c.run}
-    if not runnable:
-        reason = candidates[0].record.reason
+        began, name = time.perf_counter(), _label(settings)
+        if programs and began + longest + comparing > ends:
+            records[name] = TimedOptions(settings, "no time")
+            continue
+        records[name], program, seconds = _prepared(build, settings, budget)
+        longest = max(longest, time.perf_counter() - began)
+        if program is not None:
+            programs[name], comparing = program, comparing + CALLS_TO_COMPARE * seconds
+    if not programs:
+        reason = next(iter(records.values())).reason
         raise UserError(f"no settings of the space can be run; for the start, {reason}")
-    work = {name: items(candidate.record.settings) for name, candidate in runnable.items()}
-    found = fastest(
-        {name: candidate.run for name, candidate in runnable.items() if candidate.run},
-        next(iter(runnable)),
-        seconds_budget=ends - time.perf_counter(),
-        rounds=rounds,
-        items=work,
-        least_gain=least_gain,
-    )
-    records = []
-    for record, run, _ in candidates:
-        name = _label(record.settings)
-        if run:
-            record = record._replace(verdict=found.verdicts[name])
-        if timing := found.timings.get(name):
-            record = record._replace(
-                items_per_second=1 / timing.median,
-                seconds=work[name] * timing.median,
-                lower=work[name] * timing.lower,
-                upper=work[name] * timing.upper,
-                rounds=len(timing.samples),
-            )
-        records.append(record)
-    return TuningResult(runnable[found.winner].record.settings, tuple(records))
+    left = ends - time.perf_counter()
+    found = fastest(programs, next(iter(programs)), seconds_budget=left)
+    for name, verdict in found.verdicts.items():
+        records[name] = records[name]._replace(verdict=verdict)
+    for name, timing in found.timings.items():
+        records[name] = records[name]._replace(
+            seconds=timing.median,
+            lower=timing.lower,
+            upper=timing.upper,
+            rounds=len(timing.samples),
+        )
+    return TuningResult(records[found.winner].settings, tuple(records.values()))
 
 
 def _nearest_first(
@@ -131,31 +101,28 @@ def _nearest_first(
     return sorted(unique.values(), key=lambda x: sum(x[name] != start[name] for name in space))
 
 
-def _prepared(build: Build, settings: dict[str, Setting], budget: float) -> _Candidate:
+def _prepared(
+    build: Build, settings: dict[str, Setting], budget: float
+) -> tuple[TimedOptions, Callable[[], Any] | None, float]:
+    """The record, the program if it can be run, and the seconds of its first call."""
     began, record = time.perf_counter(), TimedOptions(settings, "refused")
     try:
         function, args = build(settings)
-        compiled = compile_program(function, *args)
+        compiled = compile_for(function, *args)
         called, taken = time.perf_counter(), program_bytes(compiled)
         record = record._replace(bytes=taken, compile_seconds=called - began)
         if taken > budget:
             reason = f"it takes {human_bytes(taken)} of a budget of {human_bytes(budget)}"
-            return _Candidate(record._replace(verdict="over memory", reason=reason))
-        run = _caller(compiled, args)
-        jax.block_until_ready(run())
+            return record._replace(verdict="over memory", reason=reason), None, 0.0
+        program = _caller(compiled, args)
+        jax.block_until_ready(program())
     except (UserError, jax.errors.JaxRuntimeError) as error:
-        return _Candidate(record._replace(reason=str(error).partition("\n")[0]))
-    return _Candidate(record, run, max(time.perf_counter() - called, SAMPLE_SECONDS))
+        return record._replace(reason=str(error).partition("\n")[0]), None, 0.0
+    return record, program, max(time.perf_counter() - called, SAMPLE_SECONDS)
 
 
 def _label(settings: Settings) -> str:
     return ", ".join(f"{name}={value!r}" for name, value in sorted(settings.items()))
-
-
-def compile_program(function: Callable, *args: Any) -> jax.stages.Compiled:
-    """`compile_for`, but a function that is under jit or pmap already is compiled as it is."""
-    lower = getattr(function, "lower", None)
-    return lower(*args).compile() if lower else compile_for(function, *args)
 
 
 def _caller(compiled: jax.stages.Compiled, args: Sequence[Any]) -> Callable[[], Any]:
@@ -188,20 +155,16 @@ def fastest_settings(
     Raises:
       UserError: not even the start can be run within the memory, nor anything else.
     """
-    began = time.perf_counter()
+    began, options = time.perf_counter(), workload.execution_options
 
     def build(values: Settings):
         settings = {**snapshot.settings, **values}
         batch = workload.sample(settings, snapshot.examples)
         return workload.step(settings), (snapshot.state, batch)
 
-    found = tune_options(
-        build,
-        workload.execution_options,
-        {name: snapshot.settings[name] for name in workload.execution_options},
-        memory_budget=memory_budget,
-        seconds_budget=seconds_budget,
-    )
+    budgets = {"memory_budget": memory_budget, "seconds_budget": seconds_budget}
+    start = {name: snapshot.settings[name] for name in options}
+    found = tune_options(build, options, start, **budgets)
     after = changed(workload, snapshot, found.settings)
     changes = differences(snapshot.settings, after.settings)
     chosen = ", ".join(f"{name} {old} to {new}" for name, (old, new) in changes.items())

@@ -1,9 +1,12 @@
-"""Builders of workloads: a meta-training, or a plain training."""
+"""Workloads of a meta-training and a plain training, and the loop in place of `train`."""
 
 import dataclasses
 import functools
 import math
+import os
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,12 +15,18 @@ import numpy as np
 from metaopt import parallel
 from metaopt.errors import UserError
 from metaopt.learners import maml
+from metaopt.measure import count_flops
 from metaopt.meta_gradients import joint
 from metaopt.optimizers.outer import OuterConfig, outer_optimizer
-from metaopt.outer_step import init_state, make_meta_step
+from metaopt.outer_step import RATES, init_state, make_meta_step
+from metaopt.self_improvement.loop import LoopConfig, run
+from metaopt.self_improvement.memory import Memory
 from metaopt.self_improvement.workload import Scale, Setting, Settings, Space, Workload
-from metaopt.training.loop import StepFn
+from metaopt.training.loop import StepFn, TrainConfig, Trained, TrainFn, Training, train
 from metaopt.types import Batch, Episode, Learner, LossFn, MetaGradFn, MetaState, Model, Params
+
+RATE = Scale(low=1e-7, high=1e3)
+HELD_OUT_BATCHES = 8
 
 
 def constant(done: float) -> float:
@@ -51,12 +60,11 @@ def meta_training(
     tokens_per_example: int,
     space: Space,
     schedule: Callable[[float], float] = cosine,
-    execution_options: Mapping[str, Sequence[Setting]] | None = None,
     annealing_steps: int = 0,
     seed: int = 0,
     num_devices: int = 0,
 ) -> Workload:
-    """A workload of the outer step.
+    """A workload of the outer step; `Workload` has further fields, for ``_replace``.
 
     Settings that it reads beside the scalars of the state: ``optimizer`` (see `OuterConfig`)
     and ``tasks_at_a_time``; the functions given here may read more.
@@ -69,15 +77,17 @@ def meta_training(
       estimate: ``settings -> estimator``.
       sample: ``(settings, position) -> episodes [T, ...]`` of one step, on the host.
       schedule: schedule of the outer rates over the run.
-      execution_options: as for `Workload`; ``{"tasks_at_a_time": (0, 1)}``, say.
       annealing_steps: as for `make_meta_step`; for an estimator with ``query_loss='annealed'``.
       seed: seed of what is drawn in a step.
       num_devices: number of devices; 0 for all.
     """
     devices = parallel.default_devices(num_devices)
 
+    def outer_of(settings: Settings) -> OuterConfig:
+        return OuterConfig(optimizer=settings.get("optimizer", "adam"))  # type: ignore[arg-type]
+
     def start(settings: Settings) -> MetaState:
-        outer = _outer(settings)
+        outer = outer_of(settings)
         hparams = outer.hparams() | {"inner_learning_rate": jnp.float32(0.0)}
         key = jax.random.key(seed)
         state = init_state(key, params, learner, outer_optimizer(outer), hparams)
@@ -88,7 +98,7 @@ def meta_training(
         settings = dict(chosen)
         step = make_meta_step(
             estimate(settings),
-            outer_optimizer(_outer(settings)),
+            outer_optimizer(outer_of(settings)),
             tasks_at_a_time=int(settings.get("tasks_at_a_time", 0)),
             axis_name=parallel.AXIS,
             annealing_steps=annealing_steps,
@@ -114,12 +124,7 @@ def meta_training(
         tokens_per_example=tokens_per_example,
         space=space,
         schedule=schedule,
-        execution_options=execution_options or {},
     )
-
-
-def _outer(settings: Settings) -> OuterConfig:
-    return OuterConfig(optimizer=settings.get("optimizer", "adam"))  # type: ignore[arg-type]
 
 
 def plain_training(
@@ -134,7 +139,6 @@ def plain_training(
     tokens_per_example: int,
     space: Space,
     schedule: Callable[[float], float] = cosine,
-    execution_options: Mapping[str, Sequence[Setting]] | None = None,
     examples_at_a_time: int = 1,
     seed: int = 0,
     num_devices: int = 0,
@@ -152,8 +156,6 @@ def plain_training(
       draw: ``(position, number) -> examples [number, ...]``, a pure function, on the host.
       held_out: examples ``[E, ...]`` that changes are judged by.
       schedule: schedule of the rate over the run.
-      execution_options: as for `Workload`; microbatches, say:
-        ``{"microbatch": (0, 8, 32), "tasks_at_a_time": (0, 1)}``.
       examples_at_a_time: held-out examples of one loss; there are E / this many losses.
       seed: seed of the initial parameters.
       num_devices: number of devices; 0 for all.
@@ -162,6 +164,9 @@ def plain_training(
       UserError: the held-out examples do not divide by ``examples_at_a_time``.
     """
     learner, devices = maml(), parallel.default_devices(num_devices)
+    if isinstance(axis := space.get("batch_size"), Scale):
+        multiple = math.lcm(axis.multiple, len(devices))
+        space = {**space, "batch_size": dataclasses.replace(axis, multiple=multiple)}
     num_held_out = len(jax.tree.leaves(held_out)[0])
     if num_held_out % examples_at_a_time:
         raise UserError(
@@ -203,18 +208,140 @@ def plain_training(
         examples_per_step=lambda settings: int(settings["batch_size"]),
         num_examples=num_examples,
         tokens_per_example=tokens_per_example,
-        space=_on_devices(space, len(devices)),
+        space=space,
         schedule=schedule,
-        execution_options=execution_options,
         seed=seed,
         num_devices=num_devices,
     )
 
 
-def _on_devices(space: Space, num_devices: int) -> Space:
-    """The space with batch sizes that divide by the devices."""
-    axis = space.get("batch_size")
-    if not isinstance(axis, Scale):
-        return space
-    multiple = math.lcm(axis.multiple, num_devices)
-    return {**space, "batch_size": dataclasses.replace(axis, multiple=multiple)}
+def improving_train(
+    training: Training,
+    config: TrainConfig,
+    directory: Path | str | None = None,
+    *,
+    searched: Sequence[str] = RATES,
+    loop: LoopConfig | None = None,
+    memory: Memory | None = None,
+) -> Trained:
+    """`train` under the closed loop: same arguments, and the scalars may change.
+
+    A search multiplies the scalars of ``searched`` that are above 0 and that the updates read.
+    Trials are judged by ``training.evaluate``, whose cost counts in seconds. If there is none, or
+    it gives a single number, they are judged by the losses that steps report of batches from
+    after the end of the run (`reported_losses`), whose cost counts as examples of training. Only
+    ``num_steps`` of the config is used: ``loop`` has the schedule, and ``metrics.jsonl`` has one
+    line an assessment.
+
+    A state that has done steps already continues from there, as the second phase of a training
+    does. It has a name of its own, such as ``"MAML++, from step 500"``.
+
+    Args:
+      training: what is trained. Its state is copied.
+      config: its length.
+      directory: directory of the run; a temporary one if not given.
+      searched: names of ``state.hparams`` whose scalars a search may change.
+      loop: schedule of the loop; `LoopConfig` if not given.
+      memory: past runs; those of the same name are the most similar.
+
+    Raises:
+      UserError: ``searched`` names a scalar that is none of `RATES` and not in the state; the
+        step cannot be traced, and there are no losses to judge by; and as for `loop.run`.
+      Diverged, Interrupted: as for `loop.run`.
+    """
+    if directory is None:
+        with tempfile.TemporaryDirectory() as directory:
+            options = {"searched": searched, "loop": loop, "memory": memory}
+            return improving_train(training, config, directory, **options)
+    state, tasks_per_step = training.state, training.tasks_per_step
+    hparams = {key: float(value) for key, value in state.hparams.items()}
+    if unknown := sorted(set(searched) - {*hparams, *RATES}):
+        raise UserError(
+            f"{unknown[0]!r} is to be searched, but the state has no such scalar; it has "
+            f"{', '.join(hparams)}"
+        )
+    start = int(state.step)
+    initial = jax.tree.map(jnp.copy, state)
+    if start >= config.num_steps:
+        return Trained(initial)
+    name = f"{training.name}, from step {start}" if start else training.name
+    evaluate, evaluation_examples = training.evaluate, 0.0
+    if evaluate is None or np.ndim(evaluate(state)) != 1:
+        held_out = functools.cache(lambda i: training.sample(config.num_steps + i))
+        evaluate = reported_losses(training.step_fn, held_out, HELD_OUT_BATCHES)
+        share = _share_of_loss(training, held_out(0))
+        evaluation_examples = HELD_OUT_BATCHES * tasks_per_step * share
+    workload = Workload(
+        name=name,
+        task={"name": name, "tasks_per_step": tasks_per_step},
+        start=lambda settings: jax.tree.map(jnp.copy, initial),
+        step=lambda settings: training.step_fn,
+        sample=lambda settings, position: training.sample(start + position // tasks_per_step),
+        examples_per_step=lambda settings: tasks_per_step * training.steps_per_call,
+        evaluate=evaluate,  # type: ignore[arg-type]
+        num_examples=(config.num_steps - start) * tasks_per_step,
+        tokens_per_example=training.tokens_per_task,
+        space={key: RATE for key, value in hparams.items() if key in searched and value > 0},
+        evaluation_examples=evaluation_examples,
+    )
+    outcome = run(
+        workload,
+        hparams,
+        directory=directory,
+        config=loop,
+        memory=memory,
+        fingerprint=training.fingerprint,
+    )
+    return Trained(outcome.snapshot.state, outcome.from_checkpoint)
+
+
+def reported_losses(
+    step_fn: StepFn, batch: Callable[[int], Episode], number: int
+) -> Callable[[MetaState], np.ndarray]:
+    """``state -> float64 [number]``: the losses that a step reports of batches, without an update.
+
+    Only what the ``loss`` of the step depends on is computed: no meta-gradient. A step that makes
+    several updates in one call would make all but the last of them; give one with one update.
+
+    Args:
+      step_fn: step that can be traced, such as `jax.jit` and `jax.pmap` give.
+      batch: ``i -> episodes``, for i below ``number``.
+      number: number of batches.
+    """
+    loss = _loss_alone(step_fn)
+
+    def losses(state: MetaState) -> np.ndarray:
+        # One at a time: on several CPU devices none may be in flight behind another.
+        return np.array([float(loss(state, batch(i))) for i in range(number)], np.float64)
+
+    return losses
+
+
+def _loss_alone(step_fn: StepFn) -> Callable[[MetaState, Episode], jax.Array]:
+    return jax.jit(lambda state, episodes: step_fn(state, episodes)[1]["loss"])
+
+
+def _share_of_loss(training: Training, episodes: Episode) -> float:
+    """Share of its loss in the operations of a step; 1 if they cannot be counted."""
+    step, loss = training.step_fn, _loss_alone(training.step_fn)
+    try:
+        alone, all_of_it = (count_flops(f, training.state, episodes).total for f in (loss, step))
+        return min(1.0, alone / all_of_it)
+    except (UserError, ZeroDivisionError):
+        return 1.0
+    except jax.errors.JAXTypeError as error:
+        raise UserError(
+            f"the step of {training.name!r} cannot be traced, so its loss cannot be computed "
+            "without an update; give evaluate, the held-out losses of a state"
+        ) from error
+
+
+def trainer(improve: bool) -> TrainFn:
+    """`improving_train`, or plain `train`.
+
+    The loop uses the `Memory` whose path or URL is in ``$METAOPT_MEMORY``, if it is set.
+    """
+    if not improve:
+        return train
+    where = os.environ.get("METAOPT_MEMORY")
+    return functools.partial(improving_train, memory=Memory(where) if where else None)

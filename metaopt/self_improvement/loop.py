@@ -9,9 +9,9 @@ runs, if there is one, gives the start and is given the end.
 import dataclasses
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, NoReturn, Self
+from typing import Annotated, Any, NamedTuple, NoReturn
 
 import jax
 import numpy as np
@@ -20,7 +20,7 @@ from metaopt.console import log
 from metaopt.errors import Diverged, UserError
 from metaopt.measure import count_flops
 from metaopt.ranges import Checked, Range, Seconds, Steps, StepsOr0
-from metaopt.resources import peak_flops
+from metaopt.resources import MemoryUse, memory_use, peak_flops
 from metaopt.self_improvement.assess import Assessment, as_record
 from metaopt.self_improvement.autotune import fastest_settings
 from metaopt.self_improvement.memory import Memory, RunRecord
@@ -34,8 +34,7 @@ from metaopt.self_improvement.trials import (
     Proposer,
     Search,
     TrialConfig,
-    is_bad_batch,
-    lowered,
+    mended,
 )
 from metaopt.self_improvement.workload import (
     Setting,
@@ -49,7 +48,8 @@ from metaopt.self_improvement.workload import (
     changed,
     copied,
     known_settings,
-    searched_space,
+    one_behind,
+    scalars_read,
     steps,
 )
 from metaopt.signals import StopSignals, exit_on_signal
@@ -76,10 +76,10 @@ class LoopConfig(Checked):
       phases: Starts of the searches; none for a run that changes nothing.
       shares: Budget of each phase for discarded trials, and for judging all trials if that
         counts (`Workload.evaluation_examples`).
-      margins: Value of `TrialConfig.margin` in each phase. The later, the more short trials
-        prefer small rates (halving a rate seemed to gain 1 % of the loss of a language model and
-        16 % of a classifier's, and cost some in the end), so only what is plainly wrong is
-        changed late.
+      margins: Relative difference in the held-out loss below which it does not count, in each
+        phase. The later, the more short trials prefer small rates (halving a rate seemed to gain
+        1 % of the loss of a language model and 16 % of a classifier's, and cost some in the end),
+        so only what is plainly wrong is changed late.
       trials: How changes are tried.
       options_seconds: Time for the search through a workload's execution options, compiling
         included: at the start, and after a search that changed the batch, if there are phases.
@@ -149,7 +149,7 @@ def run(
     memory: Memory | None = None,
     interventions: Sequence[Intervention] = (),
     fingerprint: Fingerprint | None = None,
-    monitor: Mapping[str, Any] | None = None,
+    read_memory: Callable[[], MemoryUse] = memory_use,
 ) -> Outcome:
     """Trains to the end, from the latest checkpoint if there is one, improving on the way.
 
@@ -168,8 +168,7 @@ def run(
         ``(examples, settings)``: someone at the console, or a fault that is put in.
       fingerprint: what decides the states beside the settings; a checkpoint of another is refused.
         If not given, it is `of_step` of the first settings.
-      monitor: further arguments of `Monitor`: ``read_memory``, and ``flops_per_step`` and
-        ``peak_flops`` in place of those that `LoopConfig.count_flops` finds.
+      read_memory: gives the memory in use and its limits.
 
     Returns:
       `Outcome`.
@@ -184,21 +183,16 @@ def run(
     if jax.process_count() > 1:
         _check_agreement(workload, memory)
     first, interventions = begin(workload, settings), sorted(interventions, key=lambda e: e[0])
+    directory, path = Path(directory), checkpoint_directory(directory, workload.name)
     if fingerprint is None:
         batch = workload.sample(settings, 0)
         fingerprint = of_step({}, workload.step(settings), first.state, batch)
-    directory, path = Path(directory), checkpoint_directory(directory, workload.name)
-    options = dict(monitor or {})
-    if "flops_per_step" in options:
-        size = workload.examples_per_step(settings)
-        options["flops_per_example"] = options.pop("flops_per_step") / size
     with (
         lock_directory(directory),
         Checkpoints(path, fingerprint=fingerprint) as checkpoints,
         StopSignals() as stop,
     ):
-        if config.count_flops and "flops_per_example" not in options:
-            options = _counted(workload, first) | options
+        flops = _flops_per_example(workload, first) if config.count_flops else None
         identity = {
             "task": dict(workload.task),
             "num_examples": workload.num_examples,
@@ -207,18 +201,24 @@ def run(
             "loop": {name: value for name, value in vars(config).items() if name != "count_flops"},
             "interventions": interventions,
         }
-        flops = options.get("flops_per_example")
         run_log = RunLog(workload, directory, checkpoints, identity, flops)
-        loop = Loop(workload, config, run_log, stop, proposer, interventions)
+        loop = Loop(workload, config, run_log, stop, proposer, interventions, flops)
         snapshot = loop.start(first, memory)
         is_new, step = snapshot.examples < workload.num_examples, int(snapshot.state.step)
-        done, total = snapshot.examples, workload.num_examples
-        with (
-            Progress(workload.name, total=total, start=min(done, total)) as loop.progress,
-            RollbackGuard(
-                workload, config, run_log.alarms, loop.progress, snapshot, directory, options
-            ) as loop.guard,
-        ):
+        done = min(snapshot.examples, workload.num_examples)
+        monitor = Monitor(
+            config.monitor,
+            **loop.work_of_step(snapshot),
+            peak_flops=peak_flops() if flops else None,
+            directory=directory,
+            name=workload.name,
+            start=step,
+            num_steps=workload.num_examples // workload.examples_per_step(snapshot.settings),
+            read_memory=read_memory,
+        )
+        progress = Progress(workload.name, total=workload.num_examples, start=done)
+        with progress as loop.progress, monitor as loop.monitor:
+            loop.mark_good(snapshot)
             outcome = loop.run(snapshot)
     if memory is not None and is_new:
         memory.remember(record_of(workload, outcome))
@@ -237,15 +237,14 @@ def _check_agreement(workload: Workload, memory: Memory | None) -> None:
         )
 
 
-def _counted(workload: Workload, first: Snapshot) -> dict[str, float]:
-    """Operations an example and the peak of the devices; nothing if they cannot be counted."""
-    batch = workload.sample(first.settings, 0)
+def _flops_per_example(workload: Workload, first: Snapshot) -> float | None:
+    """Operations an example; None if they cannot be counted."""
+    step, batch = workload.step(first.settings), workload.sample(first.settings, 0)
     try:
-        flops = count_flops(workload.step(first.settings), first.state, batch).total
+        flops = count_flops(step, first.state, batch).total
     except Exception:  # never let statistics stop a run, whatever cannot be traced
-        return {}
-    size = workload.examples_per_step(first.settings)
-    return {"peak_flops": peak_flops(), "flops_per_example": flops / size}
+        return None
+    return flops / workload.examples_per_step(first.settings)
 
 
 def record_of(workload: Workload, outcome: Outcome) -> RunRecord:
@@ -270,6 +269,9 @@ class Stopped(Exception):
 class Loop:
     """One run under the loop, and what it carries beside the snapshot.
 
+    The loss of a step says nothing about the state after it, and divergence is called out at the
+    second check, so a snapshot only counts as good some steps later.
+
     Attributes:
       workload: The training.
       config: When to do what.
@@ -277,9 +279,11 @@ class Loop:
       stop: Whether Ctrl-C or SIGTERM was received.
       proposer: What names changes; `pattern_search` if None.
       interventions: Changes from outside, in order.
+      flops_per_example: Operations an example; None if not known.
       num_interventions: Number of those that were made.
       num_roll_backs: Number of rollbacks since the last decision or assessment.
       earlier: Decisions of past runs, whose search this one continues.
+      last_good: Snapshot to roll back to.
     """
 
     workload: Workload
@@ -288,11 +292,14 @@ class Loop:
     stop: StopSignals
     proposer: Proposer | None
     interventions: Sequence[Intervention]
+    flops_per_example: float | None
     num_interventions: int = 0
     num_roll_backs: int = 0
     earlier: list[Decision] = dataclasses.field(default_factory=list)
-    guard: "RollbackGuard" = dataclasses.field(init=False)
+    last_good: Snapshot = dataclasses.field(init=False)
+    monitor: Monitor = dataclasses.field(init=False)
     progress: Progress = dataclasses.field(init=False)
+    _candidate: tuple[int, Snapshot] | None = None
     _spaces: dict[frozenset[tuple[str, Setting]], Space] = dataclasses.field(default_factory=dict)
     _said_nothing: set[int] = dataclasses.field(default_factory=set)
 
@@ -351,7 +358,7 @@ class Loop:
         """Evaluates, notes how good the run is, and saves; rolls back if the loss is not finite."""
         losses = np.asarray(self.workload.evaluate(snapshot.state), np.float64)
         if not np.isfinite(losses).all():
-            return self.roll_back(snapshot, self._not_finite(snapshot))
+            return self._not_finite(snapshot)
         self.num_roll_backs = 0
         self.run_log.assessed(snapshot, losses)
         self._save(snapshot)
@@ -360,11 +367,12 @@ class Loop:
     def _assessment_due(self, snapshot: Snapshot) -> bool:
         """Whether another multiple of `assess_every` was passed."""
         total = self.workload.num_examples
-        if snapshot.examples >= total:
-            return True
         every = self.config.assess_every * total
-        done = math.floor(self.run_log.assessed_at / every + 1e-9)
-        return math.floor(snapshot.examples / every + 1e-9) > done
+        now, last = (
+            math.floor(examples / every + 1e-9)
+            for examples in (snapshot.examples, self.run_log.assessed_at)
+        )
+        return snapshot.examples >= total or now > last
 
     def _save(self, snapshot: Snapshot) -> None:
         earlier = [decision.as_json() for decision in self.earlier]
@@ -374,29 +382,33 @@ class Loop:
 
     def optimise(self, snapshot: Snapshot) -> Snapshot:
         """Tries what is proposed for as long as something is and the budget allows it."""
-        fraction = snapshot.examples / self.workload.num_examples
-        phase = sum(fraction >= start for start in self.config.phases) - 1
+        workload, config, decisions = self.workload, self.config, self.run_log.decisions
+        done = snapshot.examples / workload.num_examples
+        phase = sum(done >= start for start in config.phases) - 1
         if phase < 0:
             return snapshot
-        decisions = self.run_log.decisions
-        config = dataclasses.replace(self.config.trials, margin=self.config.margins[phase])
-        workload = self.workload._replace(space=self._searched(snapshot))
-        search = Search(workload, config, phase, self._check_stop)
-        if search.is_over(snapshot, decisions):
-            return snapshot
-        state, share = None, self.config.shares[phase]
+        space, share = self._searched(snapshot), config.shares[phase]
+        within = workload._replace(space=space)
+        search = Search(within, config.trials, phase, config.margins[phase], self._check_stop)
+        state = None
         try:
             for state, decision in search.rounds(snapshot, self._propose, share, decisions):
                 self._take(state.snapshot, decision)
         except Stopped:
             self._leave(state.snapshot if state else snapshot)
         except FloatingPointError:
-            return self.roll_back(snapshot, self._not_finite(snapshot))
-        decided = [d for d in decisions if d.phase == phase and d.examples == snapshot.examples]
-        if not decided:
-            self._say_nothing_is_tried(snapshot, phase)
-            return snapshot
-        return self._end_search(state.reached if state else snapshot, decided)
+            return self._not_finite(snapshot)
+        decided = [d for d in decisions if (d.phase, d.examples) == (phase, snapshot.examples)]
+        if decided:
+            return self._end_search(state.reached if state else snapshot, decided)
+        is_first = phase not in self._said_nothing | {decision.phase for decision in decisions}
+        self._said_nothing.add(phase)
+        if is_first and self._propose(snapshot, decisions, phase):
+            log(
+                f"{workload.name}: nothing is tried from {done:.0%} of the run on: a trial "
+                f"takes more than the {share:.0%} that this search may cost, or than is left"
+            )
+        return snapshot
 
     def _propose(
         self, snapshot: Snapshot, decisions: Sequence[Decision], phase: int
@@ -409,37 +421,37 @@ class Loop:
         return [change for change in changes if change.setting not in unread]
 
     def _searched(self, snapshot: Snapshot) -> Space:
-        """`searched_space`, once for all settings that have the same step."""
-        scalars = snapshot.state.hparams.keys()
+        """The space without scalars that updates from here do not read; all if it is not known.
+
+        It is looked at once for all settings that have the same step.
+        """
+        workload, scalars = self.workload, snapshot.state.hparams.keys()
         chosen = frozenset((k, v) for k, v in snapshot.settings.items() if k not in scalars)
         if chosen not in self._spaces:
-            self._spaces[chosen] = space = searched_space(self.workload, snapshot)
-            if unread := sorted(self.workload.space.keys() - space.keys()):
-                names = ", ".join(unread)
-                log(f"{self.workload.name}: not searched, since no update reads it: {names}")
+            unread = scalars & workload.space.keys()
+            try:
+                if unread:
+                    batch = workload.sample(snapshot.settings, snapshot.examples)
+                    step = workload.step(snapshot.settings)
+                    unread -= scalars_read(step, snapshot.state, batch)
+            except Exception:  # never let a step that cannot be traced stop a run
+                unread = set()
+            space = {name: axis for name, axis in workload.space.items() if name not in unread}
+            self._spaces[chosen] = space
+            if unread:
+                names = ", ".join(sorted(unread))
+                log(f"{workload.name}: not searched, since no update reads it: {names}")
         return self._spaces[chosen]
-
-    def _say_nothing_is_tried(self, snapshot: Snapshot, phase: int) -> None:
-        """Says, once a phase, that its search tries nothing though something is proposed."""
-        if phase in self._said_nothing | {decision.phase for decision in self.run_log.decisions}:
-            return
-        self._said_nothing.add(phase)
-        if self._propose(snapshot, self.run_log.decisions, phase):
-            share, done = self.config.shares[phase], snapshot.examples / self.workload.num_examples
-            log(
-                f"{self.workload.name}: nothing is tried from {done:.0%} of the run on: a trial "
-                f"takes more than the {share:.0%} that this search may cost, or than is left"
-            )
 
     def _end_search(self, reached: Snapshot, decided: Sequence[Decision]) -> Snapshot:
         """The end of a search, with the execution options that are fastest for its batch."""
-        before, size = dict(reached.settings), self.workload.examples_per_step
+        size, before = self.workload.examples_per_step, dict(reached.settings)
         for decision in reversed(decided):
             before |= {name: old for name, (old, _) in decision.changes.items()}
         if size(reached.settings) != size(before):
             reached = self.choose_options(reached)
         self.progress.update(min(reached.examples, self.workload.num_examples))
-        self.guard.mark_good(reached)
+        self.mark_good(reached)
         return reached
 
     def choose_options(self, snapshot: Snapshot) -> Snapshot:
@@ -463,9 +475,9 @@ class Loop:
             log(f"{self.workload.name}, step {decision.step}: {decision.reason}")
         if decision.verdict != "rolled back":
             self.num_roll_backs = 0
-        self.guard.mark_good(snapshot)
+        self.mark_good(snapshot)
         if decision.changes:
-            self.guard.reset_speed(snapshot)
+            self.reset_speed(snapshot)
 
     def _check_stop(self) -> None:
         if self.stop.received is not None:
@@ -480,7 +492,7 @@ class Loop:
                 break
             snapshot = changed(self.workload, snapshot, settings)
             self.num_interventions += 1
-            self.guard.reset_speed(snapshot)
+            self.reset_speed(snapshot)
         return snapshot
 
     def _next_stop(self, snapshot: Snapshot) -> int:
@@ -492,70 +504,102 @@ class Loop:
 
     def train(self, snapshot: Snapshot, end: int) -> Snapshot:
         """Trains until ``end``, or until an alarm restores the last good snapshot."""
-        number, unseen, damage = int(snapshot.state.step), None, None
-        size = self.workload.examples_per_step(snapshot.settings)
+        number, size = int(snapshot.state.step), self.workload.examples_per_step(snapshot.settings)
         examples = after_steps(snapshot.examples, end, size)
-        for step in steps(self.workload, snapshot, end):
-            number, snapshot = number + 1, step.snapshot
-            if unseen:  # while the device computes this step, look at the one before
-                damage = self.guard.observe(number - 1, unseen, step.began - unseen.began)
-            unseen = step
-            if damage or self.stop.received is not None:
-                break
-            self.guard.offer(number, snapshot)
-        if unseen and not damage:
-            damage = self.guard.observe(number, unseen)
-        if damage:
-            return self.roll_back(snapshot, damage)
+        found = steps(self.workload, snapshot, end, check=lambda: self.stop.received is not None)
+        for step, after in one_behind(found):
+            snapshot = after.snapshot if after else snapshot
+            if step:
+                number += 1
+                now = after.began if after else time.perf_counter()
+                if alarm := self._observe(number, step, now - step.began):
+                    return self.roll_back(snapshot, alarm, (step.position, step.snapshot.examples))
+            if after and (number + 1) % self.config.keep_every == 0 and self._candidate is None:
+                self._candidate = number + 1, copied(snapshot)
         if self.stop.received is not None:
             self._leave(snapshot)
         return snapshot._replace(examples=examples)
+
+    def _observe(self, number: int, step: Step, seconds: float) -> Alarm | None:
+        """Waits for the metrics of a step; the alarm that the state is damaged, if any."""
+        metrics = jax.device_get(step.metrics)
+        values = {name: float(x) for name, x in metrics.items() if np.ndim(x) == 0}
+        done = min(step.snapshot.examples, self.workload.num_examples)
+        self.progress.update(done, loss=values["loss"])
+        values |= {"step_seconds": seconds, "data_seconds": step.data_seconds}
+        raised = [alarm for alarm in self.monitor.observe(number, values) if alarm.raised]
+        for alarm in raised:
+            if alarm.kind not in {before.kind for before in self.run_log.alarms}:
+                log(f"{self.workload.name}, step {number}: {alarm.kind}: {alarm.message}")
+            self.run_log.alarms.append(alarm)
+        damage = next((alarm for alarm in raised if alarm.kind in DAMAGE), None)
+        if not damage and self._candidate and number >= self._candidate[0] + STEPS_UNTIL_GOOD:
+            self.last_good, self._candidate = self._candidate[1], None
+        return damage
 
     def _leave(self, snapshot: Snapshot) -> NoReturn:
         """Saves and exits; if the state became NaN or inf, the last good one is saved."""
         try:
             self._save(snapshot)
         except FloatingPointError:
-            self._save(self.guard.last_good)
+            self._save(self.last_good)
         self.run_log.checkpoints.wait()
         total = self.workload.num_examples // self.workload.examples_per_step(snapshot.settings)
         exit_on_signal(self.workload.name, int(snapshot.state.step), total, self.stop.received or 0)
 
+    def work_of_step(self, snapshot: Snapshot) -> dict[str, Any]:
+        """What a step works off, as `Monitor` takes it."""
+        size, flops = self.workload.examples_per_step(snapshot.settings), self.flops_per_example
+        tokens = size * self.workload.tokens_per_example
+        return {"tokens_per_step": tokens, "flops_per_step": flops and size * flops}
+
+    def reset_speed(self, snapshot: Snapshot) -> None:
+        """A step does other work from now on: how long steps took is forgotten."""
+        self.monitor.reset_speed(**self.work_of_step(snapshot))
+
     # Roll back
 
-    def _not_finite(self, snapshot: Snapshot) -> "Damage":
-        """Damage that was seen in an evaluation."""
+    def mark_good(self, snapshot: Snapshot) -> None:
+        """From now on this is the snapshot to roll back to."""
+        self.last_good, self._candidate = copied(snapshot), None
+
+    def _not_finite(self, snapshot: Snapshot) -> Snapshot:
+        """Rolls back from damage that was seen in an evaluation."""
         message, step = "the held-out loss is not finite", int(snapshot.state.step)
         alarm = Alarm("nan", step, True, math.nan, math.inf, message)
         self.run_log.alarms.append(alarm)
-        return Damage(alarm)
+        return self.roll_back(snapshot, alarm)
 
-    def roll_back(self, snapshot: Snapshot, damage: "Damage") -> Snapshot:
+    def roll_back(
+        self, snapshot: Snapshot, alarm: Alarm, stretch: tuple[int, int] | None = None
+    ) -> Snapshot:
         """The last good snapshot, bit for bit, and what is done differently from there.
 
         A batch that gives NaN or inf from there too is left out from now on. If it is another
         reason, and the same part of the run fails again, the rates are lowered further each time.
+
+        Args:
+          snapshot: of the damaged state.
+          alarm: that it is damaged.
+          stretch: data of the step at which that was seen, ``(first, end)``.
         """
-        alarm, stretch = damage
         self.num_roll_backs += 1
         if self.num_roll_backs > self.config.max_roll_backs:
             raise Diverged(
                 f"{self.workload.name}: {alarm.message}, and going back did not help; look at "
                 "decisions.jsonl and at the data, and start with smaller rates"
             )
-        good = self.guard.restore()._replace(left_out=snapshot.left_out)
-        self.run_log.checkpoints.forget_after(int(good.state.step))
-        after, reason = good, f"{alarm.kind}: {alarm.message}"
-        left_out = None
-        if alarm.kind == "nan" and stretch and is_bad_batch(self.workload, good, stretch):
-            left_out, reason = stretch, f"{reason}; the batch is left out"
-            after = good._replace(left_out=good.left_out | {stretch})
-        elif self.num_roll_backs > 1:
-            within = self.workload._replace(space=self._searched(good))
-            factor = LOWERED ** (self.num_roll_backs - 1)
-            after = lowered(within, good, factor)
-            reason += f"; the rates are lowered to {factor:.2g} of what they were"
-        log(f"{self.workload.name}: back to step {int(good.state.step)}; {reason}")
+        good, step = copied(self.last_good), int(self.last_good.state.step)
+        self._candidate = None
+        self.monitor.discard_after(step)
+        self.reset_speed(good)
+        self.run_log.checkpoints.forget_after(step)
+        good = good._replace(left_out=snapshot.left_out)
+        space = self._searched(good) if self.num_roll_backs > 1 else {}
+        within, factor = self.workload._replace(space=space), LOWERED ** (self.num_roll_backs - 1)
+        after, reason = mended(within, good, stretch if alarm.kind == "nan" else None, factor)
+        reason = f"{alarm.kind}: {alarm.message}; {reason}"
+        log(f"{self.workload.name}: back to step {step}; {reason}")
         self.run_log.decided(
             Decision(
                 kind="rollback",
@@ -567,106 +611,7 @@ class Loop:
                 seconds=0.0,
                 alarm=alarm,
                 trial_examples=max(0, snapshot.examples - good.examples),
-                left_out=left_out,
+                left_out=next(iter(after.left_out - good.left_out), None),
             )
         )
         return after
-
-
-class Damage(NamedTuple):
-    """The alarm that a state is damaged, and the data of the step at which it was seen."""
-
-    alarm: Alarm
-    stretch: tuple[int, int] | None = None
-
-
-class RollbackGuard:
-    """A `Monitor`, and a snapshot to roll back to. A context manager, as the monitor is.
-
-    The loss of a step says nothing about the state after it, and divergence is called out at
-    the second check, so a snapshot only counts as good some steps later.
-    """
-
-    def __init__(
-        self,
-        workload: Workload,
-        config: LoopConfig,
-        alarms: list[Alarm],
-        progress: Progress,
-        start: Snapshot,
-        directory: Path,
-        options: Mapping[str, Any],
-    ):
-        """Begins at a snapshot, which counts as good; ``alarms`` is added to.
-
-        ``options`` are further arguments of `Monitor`, and ``flops_per_example``.
-        """
-        self._workload, self._alarms, self._keep_every = workload, alarms, config.keep_every
-        self._progress, monitor = progress, dict(options)
-        self._flops_per_example: float | None = monitor.pop("flops_per_example", None)
-        size = workload.examples_per_step(start.settings)
-        self._monitor = Monitor(
-            config.monitor,
-            tokens_per_step=size * workload.tokens_per_example,
-            directory=directory,
-            name=workload.name,
-            start=int(start.state.step),
-            num_steps=workload.num_examples // size,
-            **monitor,
-        )
-        self.mark_good(start)
-        self.reset_speed(start)
-
-    def __enter__(self) -> Self:
-        self._monitor.__enter__()
-        return self
-
-    def __exit__(self, *error) -> None:
-        self._monitor.__exit__(*error)
-
-    def mark_good(self, snapshot: Snapshot) -> None:
-        """From now on this is the snapshot to roll back to."""
-        self.last_good, self._candidate = copied(snapshot), None
-
-    def offer(self, number: int, snapshot: Snapshot) -> None:
-        """Takes the snapshot after a step, one of `keep_every`, until it counts as good."""
-        if number % self._keep_every == 0 and self._candidate is None:
-            self._candidate = number, copied(snapshot)
-
-    def restore(self) -> Snapshot:
-        """The snapshot to roll back to, bit for bit; all after it was never observed."""
-        self._candidate = None
-        self._monitor.discard_after(int(self.last_good.state.step))
-        self.reset_speed(self.last_good)
-        return copied(self.last_good)
-
-    def reset_speed(self, snapshot: Snapshot) -> None:
-        """A step does other work from now on: how long steps took is forgotten."""
-        size = self._workload.examples_per_step(snapshot.settings)
-        flops = self._flops_per_example
-        self._monitor.reset_speed(
-            size * self._workload.tokens_per_example, None if flops is None else size * flops
-        )
-
-    def observe(self, number: int, step: Step, seconds: float | None = None) -> Damage | None:
-        """Waits for the metrics of a step; the damage that they show, if any.
-
-        ``seconds`` is the time of the step; up to now if not given.
-        """
-        metrics = jax.device_get(step.metrics)
-        seconds = time.perf_counter() - step.began if seconds is None else seconds
-        values = {name: float(x) for name, x in metrics.items() if np.ndim(x) == 0}
-        done = min(step.snapshot.examples, self._workload.num_examples)
-        self._progress.update(done, loss=values["loss"])
-        times = {"step_seconds": seconds, "data_seconds": step.data_seconds}
-        raised = [alarm for alarm in self._monitor.observe(number, values | times) if alarm.raised]
-        for alarm in raised:
-            if alarm.kind not in {before.kind for before in self._alarms}:
-                log(f"{self._workload.name}, step {number}: {alarm.kind}: {alarm.message}")
-            self._alarms.append(alarm)
-        damage = [alarm for alarm in raised if alarm.kind in DAMAGE]
-        if damage:
-            return Damage(damage[0], (step.position, step.snapshot.examples))
-        if self._candidate is not None and number >= self._candidate[0] + STEPS_UNTIL_GOOD:
-            self.last_good, self._candidate = self._candidate[1], None
-        return None

@@ -86,7 +86,6 @@ class TimedOptions(NamedTuple):
       reason: Why it was not run; empty if it was.
       bytes: Memory a device, as planned by the compiler; None if it was not compiled.
       compile_seconds: Time to compile; None if it was not compiled.
-      items_per_second: Items a second at the median.
       seconds: Median time of a call.
       lower: Lower quartile of that time.
       upper: Upper quartile of that time.
@@ -98,7 +97,6 @@ class TimedOptions(NamedTuple):
     reason: str = ""
     bytes: int | None = None
     compile_seconds: float | None = None
-    items_per_second: float | None = None
     seconds: float | None = None
     lower: float | None = None
     upper: float | None = None

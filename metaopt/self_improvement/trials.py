@@ -20,7 +20,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import numpy as np
@@ -31,16 +31,17 @@ from metaopt.ranges import Checked, Range, Share, Steps
 from metaopt.self_improvement.assess import Verdict, compare
 from metaopt.self_improvement.records import Decision, TriedChange, differences
 from metaopt.self_improvement.workload import (
+    SCHEDULED,
     Scale,
     Score,
     Setting,
     Settings,
     Snapshot,
-    Step,
     Workload,
     after_steps,
     changed,
     copied,
+    one_behind,
     steps,
 )
 
@@ -55,10 +56,6 @@ WORTH_ADDING = 0.25
 """Fraction of the best difference: a change with a smaller one is not tried together with it."""
 EFFICIENCY_MARGIN = 0.1
 """Relative difference in the improvement a second below which it does not count."""
-THROUGHPUT_MARGIN = 0.05
-"""Relative fall in the seconds an example that a change judged by throughput needs ..."""
-THROUGHPUT_LOSS_MARGIN = 0.01
-"""... and the relative rise of the loss that it may not exceed."""
 
 Margin = Annotated[float, Range(0, 0.999)]
 
@@ -102,7 +99,6 @@ class TrialConfig(Checked):
       longer: Factor on that length for each level of refinement (`Change.level`).
       anneal: Examples after those, as a fraction of them, over which the rates go to zero: a
         trial is judged by what the run would be if it ended there.
-      margin: Relative difference in the held-out loss below which it does not count.
       least_steps: Least number of steps of a trial, of the batch that the run has; a batch of
         which it would have fewer is not tried.
     """
@@ -110,7 +106,6 @@ class TrialConfig(Checked):
     examples: Annotated[float, Range(1e-9, 0.999)] = 0.01
     longer: Annotated[float, Range(1, 1000)] = 4.0
     anneal: Share = 0.33
-    margin: Margin = 0.002
     least_steps: Steps = 4
 
     def size(self, workload: Workload, settings: Settings, level: int = 0) -> int:
@@ -147,242 +142,211 @@ class Trial(NamedTuple):
     error: str = ""
 
 
-def run_trial(
-    workload: Workload,
-    snapshot: Snapshot,
-    change: Change | None,
-    size: int,
-    anneal: int,
-    check: Callable[[], None] = lambda: None,
-) -> Trial:
-    """Trains on from a copy of the snapshot with the change, and evaluates the end.
-
-    Args:
-      workload: the training.
-      snapshot: where to start; its arrays stay as they are.
-      change: what to try; None for nothing.
-      size: examples to train on.
-      anneal: examples after those, over which the rates go to zero.
-      check: called at every step; what it raises ends the trial.
-    """
-    started = changed(workload, copied(snapshot), change.settings if change else {})
-    after, seconds, broken = _train(workload, started, snapshot.examples + size, check=check)
-    judged = after
-    if anneal:
-        end = after.examples + anneal
-        judged, more, later = _train(workload, copied(after), end, anneal=True, check=check)
-        seconds, broken = seconds + more, broken or later
-    losses = np.asarray(workload.evaluate(judged.state), np.float64)
-    return Trial(change, after, losses, seconds, judged.examples - snapshot.examples, broken)
-
-
 def _train(
     workload: Workload,
     snapshot: Snapshot,
     end: int,
     *,
     anneal: bool = False,
-    check: Callable[[], None] = lambda: None,
+    check: Callable[[], Any] = lambda: None,
 ) -> tuple[Snapshot, float, tuple[int, int] | None]:
     """The snapshot at ``end``, seconds without compiling, the first stretch with NaN or inf."""
-    compiled, start, broken = compile_seconds(), snapshot.examples, None
-    began, ends, unseen = time.perf_counter(), [], None
-    for step in steps(workload, snapshot, end, anneal=anneal):
-        check()
-        snapshot = step.snapshot
-        if unseen:  # as in training: while the device computes this step, look at the one before
-            broken = broken or _broken(unseen)
-            ends.append(time.perf_counter())
-        unseen = step
-    if unseen:
-        broken = broken or _broken(unseen)
-        jax.block_until_ready(snapshot.state.step)
-        ends.append(time.perf_counter())
-    seconds = _seconds(began, ends, compile_seconds() - compiled)
-    examples = after_steps(start, end, workload.examples_per_step(snapshot.settings))
-    return snapshot._replace(examples=examples), seconds, broken
+    examples = after_steps(snapshot.examples, end, workload.examples_per_step(snapshot.settings))
+    compiled, times, broken = compile_seconds(), [time.perf_counter()], None
+    for step, after in one_behind(steps(workload, snapshot, end, anneal=anneal, check=check)):
+        snapshot = after.snapshot if after else snapshot
+        if step:
+            metrics = jax.device_get(step.metrics)
+            if not all(np.isfinite(x) for x in metrics.values() if np.ndim(x) == 0):
+                broken = broken or (step.position, step.snapshot.examples)
+            times.append(time.perf_counter())
+    # The first step compiles, and waits for its data. The median of the others counts: trials are
+    # short, and a busy moment of the machine should decide nothing.
+    seconds = np.diff(times)
+    if len(seconds) > 1:
+        total = float(np.median(seconds[1:]) * len(seconds))
+    else:
+        total = max(0.0, float(seconds.sum()) - (compile_seconds() - compiled))
+    return snapshot._replace(examples=examples), total, broken
 
 
-def _seconds(began: float, ends: list[float], compiling: float) -> float:
-    """Time of steps with these ends: the first compiled, and waited for its data.
+def mended(
+    workload: Workload, good: Snapshot, stretch: tuple[int, int] | None, factor: float = LOWERED
+) -> tuple[Snapshot, str]:
+    """A sound snapshot with what is done differently from there, and that in words.
 
-    The median of the others counts: trials are short, and a busy moment of the machine should
-    decide nothing.
+    If the batch of ``stretch`` gives NaN or inf from this state too, the batch is bad and not the
+    state: it is left out. Otherwise the scheduled rates of the space are multiplied by the factor,
+    within their bounds.
     """
-    if len(ends) < 2:
-        return max(0.0, ends[-1] - began - compiling) if ends else 0.0
-    return float(np.median(np.diff(ends)) * len(ends))
+    if stretch is not None:
+        there = copied(good)._replace(examples=stretch[0], left_out=frozenset())
+        if _train(workload, there, stretch[0] + 1)[2] is not None:
+            reason = f"examples {stretch[0]} to {stretch[1] - 1} give NaN or inf and are left out"
+            return good._replace(left_out=good.left_out | {stretch}), reason
+    axes = {name: workload.space.get(name) for name in SCHEDULED}
+    rates = {
+        name: axis.scaled(float(good.settings[name]), factor)
+        for name, axis in axes.items()
+        if isinstance(axis, Scale)
+    }
+    if not rates:
+        return good, "nothing is changed"
+    return changed(workload, good, rates), f"the rates are multiplied by {factor:.2g}"
 
 
-def _broken(step: Step) -> tuple[int, int] | None:
-    """The stretch of the data of a step if one of its scalar metrics is NaN or inf."""
-    metrics = jax.device_get(step.metrics)
-    finite = all(np.isfinite(x) for x in metrics.values() if np.ndim(x) == 0)
-    return None if finite else (step.position, step.snapshot.examples)
+class Judged(NamedTuple):
+    """A trial of a change, judged beside the one without a change.
 
-
-def is_bad_batch(workload: Workload, snapshot: Snapshot, stretch: tuple[int, int]) -> bool:
-    """Whether the batch there gives NaN or inf from this sound snapshot too.
-
-    The batch itself is bad then, not the state.
+    Attributes:
+      change: What was tried.
+      trial: The trial.
+      verdict: Comparison by the score of the change.
+      rule: Rule and threshold by which it is taken, in words.
+      gain: Rank, and improvement a second, by which the best is chosen; empty if it is not taken.
     """
-    there = copied(snapshot)._replace(examples=stretch[0], left_out=frozenset())
-    return _train(workload, there, stretch[0] + 1)[2] is not None
 
-
-class Judgement(NamedTuple):
-    """Verdict on a trial beside the one without a change, and the rule in words."""
-
+    change: Change
+    trial: Trial
     verdict: Verdict
     rule: str = ""
+    gain: tuple[float, ...] = ()
 
 
-def judge(before: np.ndarray, unchanged: Trial, trial: Trial, margin: float = 0.0) -> Judgement:
+def judge(before: np.ndarray, unchanged: Trial, trial: Trial, margin: float = 0.0) -> Judged:
     """Whether a trial did better than the one without a change, by the change's score.
+
+    The verdict is on the held-out loss; for ``efficiency`` on the negative improvement a second,
+    or on the speed if that is about the same. If it refines, the smaller value wins a tie (see
+    the module).
+
+    What is judged by the loss ranks before what is judged by a clock, which can only be told once
+    the loss falls as it should, unless that makes everything after it much faster. It is given
+    the time of no change, so that the winner does not depend on the noise of clocks.
 
     Args:
       before: held-out losses at the common start, float64 ``[E]``.
       unchanged: the trial without a change.
       trial: the one to judge.
       margin: relevant difference of losses, as a fraction of the loss.
-
-    Returns:
-      The verdict on the held-out loss; on its negative improvement a second for ``efficiency``;
-      for ``throughput`` on the seconds an example, if the loss is no worse.
     """
-    assert trial.change is not None
-    score, loss = trial.change.score, abs(float(np.mean(unchanged.losses)))
+    change = trial.change
+    assert change is not None
     if trial.error or not np.isfinite(trial.losses).all():
-        return Judgement(Verdict("worse", math.inf, math.nan, trial.losses.size))
-    if score == "efficiency":
-        speed = _speed(unchanged, trial)
-        rates = [-improvement_rates(before, each) for each in (unchanged, trial)]
-        least = EFFICIENCY_MARGIN * abs(float(np.mean(rates[0])))
-        found = compare(rates[0], rates[1], margin=least)
-        measured = f"{-found.difference:+.3g} ± {found.ci95:.2g}"
-        if found.outcome == "noise" and speed > FASTER:
+        return Judged(change, trial, Verdict("worse", math.inf, math.nan, trial.losses.size))
+    if change.score == "loss":
+        rank, seconds = 1, unchanged.seconds
+        limit = margin * abs(float(np.mean(unchanged.losses)))
+        verdict = compare(unchanged.losses, trial.losses, margin=limit)
+        measured = f"loss {verdict.difference:.3g} ± {verdict.ci95:.2g}"
+        if verdict.outcome == "better":
+            rule = f"{measured} beyond the margin of {limit:.2g}"
+        else:
+            rule = f"{measured}, noise or within the margin of {limit:.2g}: the smaller wins"
+    else:
+        speed = unchanged.seconds / unchanged.examples / (trial.seconds / trial.examples)
+        rank, seconds = 2 * (speed > MUCH_FASTER), trial.seconds
+        rates = [-_improvement_rates(before, each, each.seconds) for each in (unchanged, trial)]
+        limit = EFFICIENCY_MARGIN * abs(float(np.mean(rates[0])))
+        verdict = compare(rates[0], rates[1], margin=limit)
+        measured = f"{-verdict.difference:+.3g} ± {verdict.ci95:.2g}"
+        rule = f"improvement a second {measured} beyond {limit:.2g}"
+        if verdict.outcome == "noise" and speed > FASTER:
+            verdict = verdict._replace(outcome="better")
             rule = (
                 f"improvement a second within noise, {measured}, and examples {speed:.3g} times "
                 f"as fast, more than {FASTER}"
             )
-            return Judgement(found._replace(outcome="better"), rule)
-        return Judgement(found, f"improvement a second {measured} beyond {least:.2g}")
-    if score == "throughput":
-        found = compare(unchanged.losses, trial.losses, margin=THROUGHPUT_LOSS_MARGIN * loss)
-        if found.outcome == "worse":
-            return Judgement(found)
-        speed = _speed(unchanged, trial)
-        costs = [each.seconds / each.examples for each in (unchanged, trial)]
-        outcome = "better" if costs[1] < (1 - THROUGHPUT_MARGIN) * costs[0] else "noise"
-        rule = (
-            f"examples {speed:.3g} times as fast, more than {1 / (1 - THROUGHPUT_MARGIN):.3g}, "
-            "and the loss no worse"
-        )
-        return Judgement(Verdict(outcome, costs[1] - costs[0], math.nan, 1), rule)
-    found = compare(unchanged.losses, trial.losses, margin=margin * loss)
-    measured, limit = f"loss {found.difference:.3g} ± {found.ci95:.2g}", f"{margin * loss:.2g}"
-    if found.outcome == "better":
-        return Judgement(found, f"{measured} beyond the margin of {limit}")
-    return Judgement(found, f"{measured}, noise or within the margin of {limit}: the smaller wins")
+    tie = verdict.outcome == "noise" and change.level > 0 and change.direction < 0
+    if verdict.outcome != "better" and not tie:
+        return Judged(change, trial, verdict)
+    gain = float(_improvement_rates(before, trial, seconds).mean())
+    return Judged(change, trial, verdict, rule, (rank, gain))
 
 
-def improvement_rates(before: np.ndarray, trial: Trial) -> np.ndarray:
+def _improvement_rates(before: np.ndarray, trial: Trial, seconds: float) -> np.ndarray:
     """Fall of each held-out loss a second, ``[E]``."""
-    return (before - trial.losses) / max(trial.seconds, 1e-9)
+    return (before - trial.losses) / max(seconds, 1e-9)
 
 
-def _speed(unchanged: Trial, trial: Trial) -> float:
-    """Factor by which examples are faster."""
-    return unchanged.seconds / unchanged.examples / (trial.seconds / trial.examples)
-
-
+@dataclasses.dataclass
 class TrialRound:
-    """Trials that are judged one by one; only the best keeps the snapshot at its end."""
+    """Trials that are judged one by one; only the best keeps the snapshot at its end.
 
-    def __init__(self, before: np.ndarray, unchanged: Trial, margin: float):
-        """Nothing was tried yet. Args: as for `judge`."""
-        self.before, self.unchanged, self.margin = before, unchanged, margin
-        self.best: Trial | None = None
-        self._rule, self._best_gain = "", (0, 0.0)
-        self._alone: dict[str, tuple[float, Change]] = {}
-        self._tried: list[tuple[Change, TriedChange]] = []
+    Attributes:
+      before, unchanged, margin: As for `judge`.
+      judged: All that were entered, in order.
+    """
+
+    before: np.ndarray
+    unchanged: Trial
+    margin: float
+    judged: list[Judged] = dataclasses.field(default_factory=list)
 
     def enter(self, trial: Trial) -> None:
-        """Judges one more; if it refines, the smaller value wins a tie (see the module)."""
-        change = trial.change
-        assert change is not None
-        verdict, rule = judge(self.before, self.unchanged, trial, self.margin)
-        self._tried.append((change, _record_of(change, trial, verdict)))
-        tie = verdict.outcome == "noise" and change.level > 0 and change.direction < 0
-        if verdict.outcome != "better" and not tie:
-            return
-        gain = self._gain(change, trial)
-        if self.best is None or gain > self._best_gain:
-            self.best, self._rule, self._best_gain = trial, rule, gain
-        if change.score == "loss":
-            best_alone = self._alone.get(change.setting)
-            if best_alone is None or verdict.difference < best_alone[0]:
-                self._alone[change.setting] = verdict.difference, change
+        """Judges one more."""
+        self.judged.append(judge(self.before, self.unchanged, trial, self.margin))
+        best, after = self.best, self.unchanged.after
+        self.judged = [
+            x if x is best else x._replace(trial=x.trial._replace(after=after)) for x in self.judged
+        ]
+
+    @property
+    def best(self) -> Judged | None:
+        """What is taken; None if that is no change."""
+        best = max(self.judged, key=lambda each: each.gain, default=None)
+        return best if best and best.gain else None
+
+    def _alone(self) -> dict[str, Judged]:
+        """What was the best by the loss, for each setting of which something is taken."""
+        found: dict[str, Judged] = {}
+        for each in self.judged:
+            if each.gain and each.change.score == "loss":
+                best = found.setdefault(each.change.setting, each)
+                if each.verdict.difference < best.verdict.difference:
+                    found[each.change.setting] = each
+        return found
 
     def is_needless(self, change: Change) -> bool:
         """Whether all that is left will be much faster, or the other direction was better."""
-        if self.best is not None and self._best_gain[0] == 2:
+        if self.best is not None and self.best.gain[0] == 2:
             return True
-        _, better = self._alone.get(change.setting, (0.0, None))
-        return better is not None and change.direction * better.direction < 0
+        better = self._alone().get(change.setting)
+        return better is not None and change.direction * better.change.direction < 0
 
     def together(self) -> Change | None:
         """The best changes of several settings as one, if several were better by the loss."""
-        most = min((difference for difference, _ in self._alone.values()), default=0.0)
-        changes = [change for x, change in self._alone.values() if x <= WORTH_ADDING * most]
-        if len(changes) < 2:
+        alone = self._alone().values()
+        most = min((each.verdict.difference for each in alone), default=0.0)
+        parts = [x.change for x in alone if x.verdict.difference <= WORTH_ADDING * most]
+        if len(parts) < 2:
             return None
-        merged: dict[str, Setting] = {}
-        for change in changes:
-            merged |= change.settings
-        names = " and ".join(change.setting for change in changes)
-        reasons = "; ".join(change.reason for change in changes)
-        return Change(merged, names, "loss", reasons, parts=tuple(changes))
-
-    def _gain(self, change: Change, trial: Trial) -> tuple[int, float]:
-        """What the best is chosen by: its rank, and its improvement a second.
-
-        What is judged by the loss comes before what is judged by a clock, which can only be told
-        once the loss falls as it should, unless that makes everything after it much faster.
-        It is given the time of no change, so that the winner does not depend on the noise of
-        clocks.
-        """
-        if change.score == "loss":
-            rank, seconds = 1, self.unchanged.seconds
-        else:
-            rank, seconds = 2 * (_speed(self.unchanged, trial) > MUCH_FASTER), trial.seconds
-        rates = improvement_rates(self.before, trial._replace(seconds=seconds))
-        return rank, float(rates.mean())
+        merged = {name: value for part in parts for name, value in part.settings.items()}
+        names = " and ".join(part.setting for part in parts)
+        reasons = "; ".join(part.reason for part in parts)
+        return Change(merged, names, "loss", reasons, parts=tuple(parts))
 
     def reason(self) -> str:
         """The rule by which the best is taken, or none is, with what it compared."""
-        if self.best is not None and self.best.change is not None:
-            return f"{self.best.change.reason}: {self._rule}"
+        if self.best is not None:
+            return f"{self.best.change.reason}: {self.best.rule}"
         loss = float(np.mean(self.unchanged.losses))
         return (
             f"nothing was better beyond noise than no change, of loss {loss:.4g}: by its 95 % "
             f"interval and a margin of {self.margin * abs(loss):.2g}"
         )
 
-    def trials(self) -> tuple[TriedChange, ...]:
+    def records(self) -> tuple[TriedChange, ...]:
         """The record of each trial."""
-        chosen = self.best.change if self.best else None
-        accepted = [] if chosen is None else [chosen, *chosen.parts]
-        return tuple(
-            record._replace(accepted=any(change is each for each in accepted))
-            for change, record in self._tried
-        )
+        accepted = [self.best.change, *self.best.change.parts] if self.best else []
+        return tuple(_record_of(x, any(x.change is each for each in accepted)) for x in self.judged)
 
 
-def _record_of(change: Change, trial: Trial, verdict: Verdict) -> TriedChange:
+def _record_of(judged: Judged, accepted: bool) -> TriedChange:
     def finite(value: float) -> float | None:
         return value if math.isfinite(value) else None
 
+    change, trial, verdict, *_ = judged
     return TriedChange(
         setting=change.setting,
         settings=change.settings,
@@ -392,7 +356,7 @@ def _record_of(change: Change, trial: Trial, verdict: Verdict) -> TriedChange:
         difference=finite(verdict.difference),
         ci95=finite(verdict.ci95),
         verdict=verdict.outcome,
-        accepted=False,
+        accepted=accepted,
         seconds=trial.seconds,
         examples=trial.examples,
         error=trial.error,
@@ -428,12 +392,14 @@ class Search:
       workload: The training.
       config: How changes are tried.
       phase: Number of the search, for the record.
-      check: Called at every step of a trial; what it raises ends the round.
+      margin: Relative difference in the held-out loss below which it does not count.
+      check: Called after every step of a trial; what it raises ends the round.
     """
 
     workload: Workload
     config: TrialConfig
     phase: int = 0
+    margin: float = 0.0
     check: Callable[[], None] = lambda: None
 
     def begin(self, snapshot: Snapshot) -> SearchState:
@@ -448,6 +414,8 @@ class Search:
     ) -> Iterator[tuple[SearchState, Decision]]:
         """The state after each round, and its decision, while the next one can be afforded.
 
+        There are none if the run has trained on since this search.
+
         Args:
           snapshot: where all trials start; its arrays stay as they are.
           proposer: names what to try.
@@ -457,24 +425,21 @@ class Search:
         Raises:
           FloatingPointError: the held-out loss of the snapshot is not finite.
         """
-        state: SearchState | None = None
+        state, now = None, snapshot
         while True:
-            now = state.snapshot if state else snapshot
-            last = decisions[-1] if decisions else None
-            if last and (last.verdict == "rolled back" or not self._is_round(last, now)):
-                last = None
-            spent = sum(d.trial_examples for d in decisions if d.phase == self.phase)
-            budget = share * self.workload.num_examples - spent
+            own = [d for d in decisions if d.phase == self.phase]
+            valid = [d for d in own if d.verdict != "rolled back"]
+            if any(decision.examples < now.examples for decision in valid):
+                return
+            last = valid[-1] if valid and valid[-1] is decisions[-1] else None
+            budget = share * self.workload.num_examples - sum(d.trial_examples for d in own)
             proposed = proposer(now, decisions, self.phase)
             changes, size = self.affordable(now, proposed, budget, last.size if last else 0)
             if not changes:
                 return
-            state = state or self.begin(snapshot)
-            state, decision = self.run_round(state, changes, size, last)
+            state, decision = self.run_round(state or self.begin(snapshot), changes, size, last)
+            now = state.snapshot
             yield state, decision
-
-    def _is_round(self, decision: Decision, now: Snapshot) -> bool:
-        return decision.phase == self.phase and decision.examples == now.examples
 
     def affordable(
         self, snapshot: Snapshot, changes: Sequence[Change], budget: float, size: int = 0
@@ -495,40 +460,32 @@ class Search:
         """
         workload, config, settings = self.workload, self.config, snapshot.settings
         possible = [change for change in changes if config.judges(workload, settings, change)]
-        first = min((change.rank for change in possible), default=0)
-        possible = [change for change in possible if change.rank == first]
-        level = min((change.level for change in possible), default=0)
+        rank, level = min(((change.rank, change.level) for change in possible), default=(0, 0))
+        possible = [change for change in possible if change.rank == rank]
         found = [change for change in possible if change.level == level]
         wanted = max(size, config.size(workload, settings, level))
-        each, room = 1 + config.anneal, self._room(snapshot, possible)
+        each, evaluation = 1 + config.anneal, workload.evaluation_examples
+        tried = [settings, *(settings | change.settings for change in possible)]
+        batch = max(map(workload.examples_per_step, tried))  # the end of a trial may pass by one
+        room = (workload.num_examples - snapshot.examples - 2 * batch) / each
 
-        def affords(number: int) -> float:
-            """The size of ``number`` trials beside one without a change, if the best is kept."""
-            trials = number + 1 + _is_merged(found[:number])
-            left = budget - (trials + 1) * workload.evaluation_examples  # one is of the start
-            return min(wanted, room, left / (each * trials - 1))
+        def judged(changes: Sequence[Change], size: int) -> list[Change]:
+            return [x for x in changes if config.judges(workload, settings, x, size)]
 
-        if size != wanted:
-            for number in range(len(found), 0, -1):
-                least = wanted / 2 if level and number == 1 else wanted
-                if affords(number) >= max(size + 1, least):
-                    found, size = found[:number], int(affords(number))
-                    return [c for c in found if config.judges(workload, settings, c, size)], size
-            found = [change for change in possible if change.direction < 0] if level else found
+        for number in range(len(found), 0, -1) if size != wanted else ():
+            trials = number + 1 + _is_merged(found[:number])  # one is without a change
+            left = budget - (trials + 1) * evaluation  # one is of the start
+            longer = min(wanted, room, left / (each * trials - 1))  # the best is kept
+            if longer >= max(size + 1, wanted / 2 if level and number == 1 else wanted):
+                return judged(found[:number], int(longer)), int(longer)
         if not 0 < size <= room:
             return [], size
-        found = [change for change in found if config.judges(workload, settings, change, size)]
-        one = each * size + workload.evaluation_examples
+        if size != wanted and level:
+            found = [change for change in possible if change.direction < 0]
+        found, one = judged(found, size), each * size + evaluation
         while found and one * (len(found) + _is_merged(found)) > budget:
             found = found[:-1]
         return found, size
-
-    def _room(self, snapshot: Snapshot, changes: Sequence[Change]) -> float:
-        """The size of a trial that ends with the run, whatever its batch."""
-        tried = [snapshot.settings | change.settings for change in changes]
-        batches = map(self.workload.examples_per_step, [snapshot.settings, *tried])
-        left = self.workload.num_examples - snapshot.examples - 2 * max(batches)
-        return left / (1 + self.config.anneal)
 
     def run_round(
         self,
@@ -548,24 +505,24 @@ class Search:
           size: examples of a trial, at least those of the last round; of the config if 0.
           last: the last decision of this search.
         """
-        began, start, config = time.perf_counter(), state.snapshot, self.config
-        size = max(size or config.size(self.workload, start.settings), state.size)
+        began, start = time.perf_counter(), state.snapshot
+        size = max(size or self.config.size(self.workload, start.settings), state.size)
         unchanged = self._unchanged(state, size)
-        trials = TrialRound(state.before, unchanged, config.margin)
+        trials = TrialRound(state.before, unchanged, self.margin)
         for change in sorted(changes, key=lambda change: change.score == "loss"):
             if not trials.is_needless(change):
                 trials.enter(self._tried(state, change, size))
         if together := trials.together():
             trials.enter(self._tried(state, together, size))
         end, verdict, reason = state._replace(winner=unchanged, size=size), "kept", trials.reason()
-        if trials.best is not None and trials.best.change is not None:
-            found = changed(self.workload, start, trials.best.change.settings)
-            winner = trials.best._replace(change=None)
-            end, verdict = end._replace(snapshot=found, winner=winner), "accepted"
+        if best := trials.best:
+            found = changed(self.workload, start, best.change.settings)
+            end, verdict = end._replace(snapshot=found, winner=best.trial), "accepted"
         elif not np.isfinite(unchanged.losses).all():
-            found, reason = self._all_diverged(start, unchanged.broken)
+            found, reason = mended(self.workload, copied(start), unchanged.broken)
             end, verdict = SearchState(found, state.before), "rolled back"
-        records = trials.trials()
+            reason = f"all trials diverged, no loss is finite: {reason}"
+        records = trials.records()
         # A run that was stopped after the last round repeats its winner, at no cost.
         gained, held = end.reached.examples - start.examples, last.gained if last else 0
         again = 0 if last is not None and last.size == size else unchanged.examples - held
@@ -588,14 +545,30 @@ class Search:
             gained=gained,
         )
 
-    def _trial(self, change: Change | None, begin: Snapshot, size: int, total: int) -> Trial:
-        anneal = round(self.config.anneal * total)
-        return run_trial(self.workload, begin, change, size, anneal, self.check)
+    def trial(self, snapshot: Snapshot, change: Change | None, size: int, total: int = 0) -> Trial:
+        """Trains from a copy of the snapshot with the change, and evaluates the end.
+
+        Args:
+          snapshot: where to start; its arrays stay as they are.
+          change: what to try; None for nothing.
+          size: examples to train on, before those over which the rates go to zero.
+          total: those of all of the trial, if this is its end; ``size`` if 0.
+        """
+        workload, anneal = self.workload, round(self.config.anneal * (total or size))
+        start = changed(workload, copied(snapshot), change.settings if change else {})
+        after, seconds, broken = _train(workload, start, start.examples + size, check=self.check)
+        judged = after
+        if anneal:
+            end = after.examples + anneal
+            ended = _train(workload, copied(after), end, anneal=True, check=self.check)
+            judged, seconds, broken = ended[0], seconds + ended[1], broken or ended[2]
+        losses = np.asarray(workload.evaluate(judged.state), np.float64)
+        return Trial(change, after, losses, seconds, judged.examples - snapshot.examples, broken)
 
     def _tried(self, state: SearchState, change: Change, size: int) -> Trial:
         """The trial of a change, or why it could not be run."""
         try:
-            return self._trial(change, state.snapshot, size, size)
+            return self.trial(state.snapshot, change, size)
         except (UserError, jax.errors.JaxRuntimeError) as error:  # such as no room in memory
             nothing, reason = np.full_like(state.before, math.inf), str(error).partition("\n")[0]
             return Trial(change, state.snapshot, nothing, 0.0, 0, None, reason)
@@ -604,47 +577,17 @@ class Search:
         """The trial without a change: the last winner, continued if trials are longer now."""
         start, winner = state.snapshot, state.winner
         if winner is None:
-            return self._trial(None, start, size, size)
+            return self.trial(start, None, size)
         if state.size == size:
             return winner
         before = winner.after.examples - start.examples
-        longer = self._trial(None, winner.after, size - before, size)
+        longer = self.trial(winner.after, None, size - before, size)
         return longer._replace(
             examples=longer.examples + before,
             seconds=longer.seconds + winner.seconds * before / winner.examples,
-        )
-
-    def _all_diverged(
-        self, start: Snapshot, broken: tuple[int, int] | None
-    ) -> tuple[Snapshot, str]:
-        """The start of a round that diverged, with what is changed about it, and why."""
-        again = copied(start)
-        if broken is not None and is_bad_batch(self.workload, start, broken):
-            reason = f"examples {broken[0]} to {broken[1] - 1} give NaN or inf and are left out"
-            return again._replace(left_out=again.left_out | {broken}), reason
-        reason = f"all trials diverged: no loss is finite; the rates are multiplied by {LOWERED:g}"
-        return lowered(self.workload, again), reason
-
-    def is_over(self, now: Snapshot, decisions: Sequence[Decision]) -> bool:
-        """Whether the run has trained on since this search."""
-        return any(
-            decision.phase == self.phase
-            and decision.verdict != "rolled back"
-            and decision.examples < now.examples
-            for decision in decisions
         )
 
 
 def _is_merged(changes: Sequence[Change]) -> bool:
     """Whether there may be one more trial, of several settings together."""
     return len({change.setting for change in changes if change.score == "loss"}) > 1
-
-
-def lowered(workload: Workload, snapshot: Snapshot, factor: float = LOWERED) -> Snapshot:
-    """The snapshot with smaller scheduled rates, within their bounds."""
-    rates = {}
-    for name in workload.scheduled:
-        axis = workload.space.get(name)
-        if isinstance(axis, Scale):
-            rates[name] = axis.scaled(float(snapshot.settings[name]), factor)
-    return changed(workload, snapshot, rates)

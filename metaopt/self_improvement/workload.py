@@ -7,12 +7,14 @@ function of the settings and of the position in the data, counted in examples, s
 is all that a rollback needs.
 """
 
+import contextlib
 import dataclasses
+import itertools
 import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Literal, NamedTuple, TypeGuard
+from typing import Any, Literal, NamedTuple, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +27,7 @@ from metaopt.types import Episode, MetaState, Metrics
 
 Setting = float | int | str | bool
 Settings = Mapping[str, Setting]
-Score = Literal["loss", "efficiency", "throughput"]
+Score = Literal["loss", "efficiency"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,8 +40,8 @@ class Scale:
       factor: factor of the first trials; later ones take its square root, and so on.
       integer: whether it is rounded.
       multiple: number that an integer is a multiple of: the number of devices, say.
-      score: what a change is judged by: the held-out ``loss`` after equally many examples;
-        ``efficiency``, its improvement a second; or ``throughput``, examples a second.
+      score: what a change is judged by: the held-out ``loss`` after equally many examples, or
+        ``efficiency``, its improvement a second.
       coupled: settings that change with it, with the power of its factor: a batch four times
         as large with ``{'outer_learning_rate': 0.5}`` goes with twice the rate.
     """
@@ -153,6 +155,8 @@ def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
+SCHEDULED = ("outer_learning_rate", "rates_learning_rate")
+"""Scalars of a state that follow the schedule of the run."""
 SCHEDULE_LEVELS = 200  # updates of a scheduled rate in a run; they cost next to nothing
 
 
@@ -172,13 +176,13 @@ class Workload(NamedTuple):
       num_examples: length of the run.
       tokens_per_example: tokens, for rates.
       space: settings that may be changed, and how.
-      schedule: function of the fraction of the run that is done: a factor on the ``scheduled``
-        rates.
-      scheduled: names of settings that are in ``state.hparams``.
+      schedule: function of the fraction of the run that is done: a factor on the rates that are
+        `SCHEDULED`.
       scores: ``state -> {name: number}``, such as accuracies on a test set, noted with every
         assessment as ``scores``; None for none.
       execution_options: settings that change how a step is computed, but not its result beyond
-        rounding, with the values that they may take.
+        rounding, with the values that they may take:
+        ``{"microbatch": (0, 8, 32), "tasks_at_a_time": (0, 1)}``, say.
       evaluation_examples: cost of an evaluation beside its seconds, in examples of training; it
         counts in the budget of a search and among the operations.
     """
@@ -194,7 +198,6 @@ class Workload(NamedTuple):
     tokens_per_example: int
     space: Space
     schedule: Callable[[float], float] = lambda done: 1.0
-    scheduled: tuple[str, ...] = ("outer_learning_rate", "rates_learning_rate")
     scores: Callable[[MetaState], Mapping[str, float]] | None = None
     execution_options: Mapping[str, Sequence[Setting]] = {}
     evaluation_examples: float = 0.0
@@ -265,12 +268,11 @@ def changed(workload: Workload, snapshot: Snapshot, changes: Settings) -> Snapsh
     return snapshot._replace(state=with_scalars(state, settings), settings=settings)
 
 
-def with_scalars(state: MetaState, settings: Settings, factors: Settings | None = None):
-    """The state whose hparams are those of the settings, times the factors by name."""
-    factors = factors or {}
+def with_scalars(state: MetaState, settings: Settings, level: float = 1.0) -> MetaState:
+    """The state whose hparams are those of the settings, times a level if they are `SCHEDULED`."""
     hparams = dict(state.hparams)
     for name in hparams.keys() & settings.keys():
-        value = np.float32(float(settings[name]) * float(factors.get(name, 1.0)))
+        value = np.float32(float(settings[name]) * (level if name in SCHEDULED else 1.0))
         before = hparams[name]
         committed = before.committed  # placed as before, or the step would compile again
         hparams[name] = jax.device_put(value, before.sharding) if committed else jnp.asarray(value)
@@ -288,6 +290,7 @@ def steps(
     end: int,
     *,
     anneal: bool = False,
+    check: Callable[[], Any] = lambda: False,
 ) -> Iterator[Step]:
     """Steps until ``end`` examples are done, the state of the snapshot donated to the first.
 
@@ -298,6 +301,7 @@ def steps(
       snapshot: start.
       end: number of examples at the end; the last step may pass it.
       anneal: whether to lower the scheduled rates to zero over these steps.
+      check: called after every step; if it gives true or raises, that was the last one.
     """
     settings, step_fn = snapshot.settings, workload.step(snapshot.settings)
     size = workload.examples_per_step(settings)
@@ -307,8 +311,8 @@ def steps(
         if not any(first < position + size and position < last for first, last in snapshot.left_out)
     ]
     state, level = snapshot.state, None
-    batches = prefetch(lambda position: workload.sample(settings, position), positions)
-    try:
+    sampled = prefetch(lambda position: workload.sample(settings, position), positions)
+    with contextlib.closing(sampled) as batches:
         for position in positions:
             began = time.perf_counter()
             batch = next(batches)
@@ -319,12 +323,20 @@ def steps(
             rounded = math.ceil(factor * SCHEDULE_LEVELS) / SCHEDULE_LEVELS
             if rounded != level:
                 level = rounded
-                state = with_scalars(state, settings, dict.fromkeys(workload.scheduled, level))
+                state = with_scalars(state, settings, level)
             state, metrics = step_fn(state, batch)
             now = snapshot._replace(state=state, settings=dict(settings), examples=position + size)
             yield Step(now, position, metrics, began, waited)
-    finally:
-        batches.close()
+            if check():
+                break
+
+
+def one_behind(found: Iterator[Step]) -> Iterator[tuple[Step | None, Step | None]]:
+    """Each step with the one after it: while the device computes that one, look at this one.
+
+    Before the first step and after the last one there is None.
+    """
+    return itertools.pairwise(itertools.chain([None], found, [None]))
 
 
 def scalars_read(step_fn: StepFn, state: MetaState, episodes: Episode) -> frozenset[str]:
@@ -353,20 +365,3 @@ def scalars_read(step_fn: StepFn, state: MetaState, episodes: Episode) -> frozen
         if found <= read:
             return found
         read |= found
-
-
-def searched_space(workload: Workload, snapshot: Snapshot) -> Space:
-    """The space without the scalars that the updates from here do not read.
-
-    The whole space if the step cannot be traced.
-    """
-    scalars = workload.space.keys() & snapshot.state.hparams.keys()
-    if not scalars:
-        return workload.space
-    settings = snapshot.settings
-    batch = workload.sample(settings, snapshot.examples)
-    try:
-        read = scalars_read(workload.step(settings), snapshot.state, batch)
-    except Exception:  # never let a step that cannot be traced stop a run
-        return workload.space
-    return {k: axis for k, axis in workload.space.items() if k not in scalars or k in read}

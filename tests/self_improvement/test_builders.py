@@ -19,10 +19,11 @@ from metaopt.self_improvement.builders import (
     constant,
     cosine,
     default_settings,
+    improving_train,
     meta_training,
     plain_training,
+    trainer,
 )
-from metaopt.self_improvement.drop_in import improving_train, trainer
 from metaopt.self_improvement.loop import LoopConfig, run
 from metaopt.self_improvement.trials import TrialConfig
 from metaopt.self_improvement.workload import Choice, Scale, begin, steps

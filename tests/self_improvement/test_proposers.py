@@ -121,7 +121,7 @@ def test_optimisers_are_compared_when_the_rates_are_found_and_in_long_trials():
     assert values(search, now, [NOISE, taken]) == [0.5, 2.0]  # the rate may now differ
     assert {change.level for change in search(now, [NOISE, taken], 0)} == {1}
     assert values(search, now, [NOISE, taken, NOISE], name="o") == ["lion"]
-    timed = {"o": Choice(values=("a", "b"), score="throughput"), "rate": RATE}
+    timed = {"o": Choice(values=("a", "b"), score="efficiency"), "rate": RATE}
     assert {c.setting for c in pattern_search(timed)(snapshot(o="a", rate=1.0), [], 0)} == {
         "o",
         "rate",

@@ -140,11 +140,11 @@ def test_examples_after_steps_stay_on_the_grid_of_the_batch():
     assert [after_steps(10, end, 4) for end in (5, 10, 11, 14, 15)] == [10, 10, 14, 14, 18]
 
 
-def test_scalars_are_set_by_name_and_times_their_factors():
+def test_scalars_are_set_by_name_and_scheduled_rates_times_the_level():
     state = with_scalars(
         quadratic.initial_state(),
         {"outer_learning_rate": 2.0, "weight_decay": 3.0, "batch_size": 7},
-        {"outer_learning_rate": 0.5},
+        0.5,
     )
     assert {k: float(v) for k, v in state.hparams.items()} == {
         "outer_learning_rate": 1.0,

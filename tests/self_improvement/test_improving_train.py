@@ -12,7 +12,7 @@ from noisy_quadratic import SETTINGS, as_bytes, workload
 from metaopt.errors import UserError
 from metaopt.files import read_json_lines
 from metaopt.measure import count_flops
-from metaopt.self_improvement.drop_in import HELD_OUT_BATCHES, improving_train, reported_losses
+from metaopt.self_improvement.builders import HELD_OUT_BATCHES, improving_train, reported_losses
 from metaopt.self_improvement.loop import LoopConfig, run
 from metaopt.self_improvement.monitor import MonitorConfig
 from metaopt.self_improvement.trials import TrialConfig
