@@ -37,14 +37,14 @@ def pattern_search(space: Space) -> Proposer:
     Args:
       space: what may be changed.
     """
-    late = {name for name, axis in space.items() if _is_late(axis)}
+    late = {k for k, axis in space.items() if isinstance(axis, Choice) and axis.score == "loss"}
 
     def propose(snapshot: Snapshot, decisions: Sequence[Decision], phase: int) -> list[Change]:
         past = [d for d in decisions if d.phase == phase and d.verdict != "rolled back"]
         changes, choices = [], []
         for name, axis in space.items():
             if isinstance(axis, Choice):
-                choices += _choices(name, axis, snapshot.settings, past, space)
+                choices += _choices(name, axis, snapshot.settings[name], past, int(name in late))
             else:
                 probe = _next_probe(name, axis, past, phase, late)
                 changes += _scalings(name, axis, snapshot.settings, probe, space)
@@ -55,34 +55,18 @@ def pattern_search(space: Space) -> Proposer:
     return propose
 
 
-def _is_late(axis: Scale | Choice) -> bool:
-    """Whether it is a choice that is judged by the loss."""
-    return isinstance(axis, Choice) and axis.score == "loss"
-
-
 def _choices(
-    name: str, axis: Choice, settings: Settings, past: Sequence[Decision], space: Space
+    name: str, axis: Choice, value: Setting, past: Sequence[Decision], level: int
 ) -> list[Change]:
-    value = settings[name]
     trials = [trial for d in past for trial in d.trials if trial.setting == name]
     # What was better, but not the best of its round, is worth another trial.
     tried = {t.settings[name] for t in trials if t.accepted or t.verdict != "better"}
     left = {decision.changes[name][0] for decision in past if name in decision.changes}
-    level = int(_is_late(axis))
-    changes = []
-    for new in axis.values:
-        if new != value and new not in tried | left:
-            factors = axis.factors(value, new)
-            values = {name: new} | {k: _times(k, settings, x, space) for k, x in factors.items()}
-            reason = f"{name} {value} to {new}"
-            changes.append(Change(values, name, axis.score, reason, level=level, rank=level))
-    return changes
-
-
-def _times(name: str, settings: Settings, factor: float, space: Space) -> float:
-    """A setting times a factor, within its bounds if it has any."""
-    axis, value = space.get(name), float(settings[name])
-    return axis.scaled(value, factor) if isinstance(axis, Scale) else value * factor
+    return [
+        Change({name: new}, name, axis.score, f"{name} {value} to {new}", level=level, rank=level)
+        for new in axis.values
+        if new not in {value, *tried, *left}
+    ]
 
 
 class _Probe(NamedTuple):
@@ -122,25 +106,18 @@ def _next_probe(
 def _scalings(
     name: str, axis: Scale, settings: Settings, probe: _Probe, space: Space
 ) -> list[Change]:
-    levels = math.inf if axis.score == "loss" else 1
-    while probe.factor >= LEAST_FACTOR and probe.level < levels:
-        changes = [_scaled(name, axis, settings, probe, d, space) for d in probe.directions]
-        if found := [change for change in changes if change is not None]:
-            return found
-        probe = probe.refined()  # the bounds leave no room for more
-    return []
-
-
-def _scaled(
-    name: str, axis: Scale, settings: Settings, probe: _Probe, direction: int, space: Space
-) -> Change | None:
-    """The change of a setting and of what is coupled to it; None if the bounds leave no room."""
-    old = float(settings[name])
-    new = axis.scaled(old, probe.factor**direction)
-    if abs(math.log(new / old)) < 0.5 * math.log(probe.factor):
-        return None
-    values: dict[str, Setting] = {name: new}
-    for other, power in axis.coupled.items():
-        values[other] = _times(other, settings, (new / old) ** power, space)
-    reason = f"{name} {old:.4g} to {new:.4g}"
-    return Change(values, name, axis.score, reason, direction, probe.level)
+    """Changes of a setting and of what is coupled to it, where the bounds leave room for them."""
+    levels, old, found = math.inf if axis.score == "loss" else 1, float(settings[name]), []
+    while probe.factor >= LEAST_FACTOR and probe.level < levels and not found:
+        for direction in probe.directions:
+            new = axis.scaled(old, probe.factor**direction)
+            if abs(math.log(new / old)) < 0.5 * math.log(probe.factor):
+                continue
+            values: dict[str, Setting] = {name: new}
+            for other, power in axis.coupled.items():
+                its, value = space.get(other), float(settings[other]) * (new / old) ** power
+                values[other] = its.scaled(value, 1.0) if isinstance(its, Scale) else value
+            reason = f"{name} {old:.4g} to {new:.4g}"
+            found.append(Change(values, name, axis.score, reason, direction, probe.level))
+        probe = probe.refined()
+    return found

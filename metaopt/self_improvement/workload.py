@@ -60,63 +60,37 @@ class Scale:
                 f"a scale needs 0 < low <= high and a factor above 1, not low={self.low}, "
                 f"high={self.high}, factor={self.factor}"
             )
-        if self.integer and (self.multiple < 1 or self._multiples()[0] > self._multiples()[1]):
+        if self.multiple < 1 or self._bounds[0] > self._bounds[1]:
             raise UserError(
                 f"no multiple of {self.multiple} is between low={self.low} and high={self.high}"
             )
 
     @property
-    def coupled_names(self) -> set[str]:
-        """Names of the settings that change with it."""
-        return set(self.coupled)
-
-    def _multiples(self) -> tuple[int, int]:
-        """The least and the largest multiple within the bounds."""
+    def _bounds(self) -> tuple[float, float]:
+        """The least and the largest value, or multiple, within the bounds."""
+        if not self.integer:
+            return self.low, self.high
         size = self.multiple
         return math.ceil(self.low / size) * size, math.floor(self.high / size) * size
 
     def scaled(self, value: float, factor: float) -> float:
         """``value · factor`` within the bounds; an integer if it is one."""
-        if not self.integer:
-            return min(max(value * factor, self.low), self.high)
-        least, largest = self._multiples()
-        return min(max(round(value * factor / self.multiple) * self.multiple, least), largest)
+        value, (least, largest) = value * factor, self._bounds
+        if self.integer:
+            value = round(value / self.multiple) * self.multiple
+        return min(max(value, least), largest)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Choice:
-    """A setting that takes one of some values.
-
-    Attributes:
-      values: all values.
-      score: as for `Scale`.
-      coupled: settings that change with it: for each value, their size relative to that for a
-        value that is not named: ``{'sgd': {'outer_learning_rate': 100.0}}``.
-    """
+    """A setting that takes one of some values; ``score`` is as for `Scale`."""
 
     values: tuple[Setting, ...]
     score: Score = "loss"
-    coupled: Mapping[Setting, Mapping[str, float]] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         if not self.values:
             raise UserError("a choice needs at least one value")
-        if unknown := self.coupled.keys() - set(self.values):
-            value = sorted(map(str, unknown))[0]
-            raise UserError(f"a choice has settings for {value!r}, which is none of {self.values}")
-        if not all(0 < x < math.inf for each in self.coupled.values() for x in each.values()):
-            raise UserError(f"the factors of a choice must be above 0, not {self.coupled}")
-
-    @property
-    def coupled_names(self) -> set[str]:
-        """Names of the settings that change with some of its values."""
-        return {name for each in self.coupled.values() for name in each}
-
-    def factors(self, old: Setting, new: Setting) -> dict[str, float]:
-        """Factors on the coupled settings if one value replaces another."""
-        before, after = self.coupled.get(old, {}), self.coupled.get(new, {})
-        names = sorted({*before, *after})
-        return {name: after.get(name, 1.0) / before.get(name, 1.0) for name in names}
 
 
 Space = Mapping[str, Scale | Choice]
@@ -128,14 +102,16 @@ def check_settings(space: Space, settings: Settings) -> None:
         if name not in settings:
             raise UserError(f"setting {name!r} may be changed, but has no value to start from")
         value = settings[name]
-        if isinstance(axis, Choice) and value not in axis.values:
-            raise UserError(f"{name} is {value!r}: choose one of {axis.values}")
-        if isinstance(axis, Scale) and not (_is_number(value) and axis.low <= value <= axis.high):
+        if isinstance(axis, Choice):
+            if value not in axis.values:
+                raise UserError(f"{name} is {value!r}: choose one of {axis.values}")
+            continue
+        if not (_is_number(value) and axis.low <= value <= axis.high):
             raise UserError(
                 f"{name} is {value!r}; it may be changed by factors, so it must be a number from "
                 f"{axis.low:g} to {axis.high:g}"
             )
-        if unknown := axis.coupled_names - settings.keys():
+        if unknown := axis.coupled.keys() - settings.keys():
             raise UserError(f"{name} is coupled to {sorted(unknown)[0]!r}, which is no setting")
 
 
@@ -157,7 +133,8 @@ def _is_number(value: object) -> TypeGuard[float]:
 
 SCHEDULED = ("outer_learning_rate", "rates_learning_rate")
 """Scalars of a state that follow the schedule of the run."""
-SCHEDULE_LEVELS = 200  # updates of a scheduled rate in a run; they cost next to nothing
+SCHEDULE_LEVELS = 200
+"""Number of updates of a scheduled rate in a run; they cost next to nothing."""
 
 
 class Workload(NamedTuple):
@@ -342,26 +319,17 @@ def one_behind(found: Iterator[Step]) -> Iterator[tuple[Step | None, Step | None
 def scalars_read(step_fn: StepFn, state: MetaState, episodes: Episode) -> frozenset[str]:
     """The names of ``state.hparams`` on which the next parameters or optimiser state depend.
 
-    The step is traced and not run. A scalar does not count if only the metrics depend on it, or
-    if it is only passed on in ``state.hparams``.
-
-    Args:
-      step_fn: function of the state and the episodes.
-      state: arrays, or `jax.ShapeDtypeStruct`s in their place.
-      episodes: episodes of one step.
+    The step is traced for the episodes of one step, arrays or `jax.ShapeDtypeStruct`s, and not
+    run. A scalar does not count if only the metrics depend on it, or if it is only passed on.
     """
     closed, (after, metrics) = jax.make_jaxpr(step_fn, return_shape=True)(state, episodes)
-    nothing = jax.tree.map(lambda _: False, (after, metrics))
+    no_metrics = jax.tree.map(lambda _: False, metrics)
     structure, read = jax.tree.structure((state, episodes)), frozenset()
-    while True:
-        kept = jax.tree.map(lambda _: True, after)._replace(
-            # If a scalar is read, so is what it becomes.
-            hparams={name: name in read for name in after.hparams}
-        )
-        wanted = jax.tree.leaves((kept, nothing[1]))
-        _, used = partial_eval.dce_jaxpr(closed.jaxpr, wanted)
-        hparams = jax.tree.unflatten(structure, used)[0].hparams
-        found = frozenset(name for name, is_used in hparams.items() if is_used)
-        if found <= read:
-            return found
-        read |= found
+    while True:  # until what the scalars that are read become depends on no further one
+        hparams = {name: name in read for name in after.hparams}
+        wanted = jax.tree.map(lambda _: True, after)._replace(hparams=hparams), no_metrics
+        _, used = partial_eval.dce_jaxpr(closed.jaxpr, jax.tree.leaves(wanted))
+        found = jax.tree.unflatten(structure, used)[0].hparams
+        if read >= (now := frozenset(name for name, is_used in found.items() if is_used)):
+            return now
+        read |= now
