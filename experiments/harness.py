@@ -22,6 +22,7 @@ import functools
 import inspect
 import io
 import operator
+import os
 import shlex
 import sys
 import time
@@ -53,8 +54,10 @@ from metaopt.npz import read_npz
 from metaopt.ranges import Checked
 from metaopt.reporting import plots, tables
 from metaopt.reporting.results import Published, cell_maker, step_column
-from metaopt.self_improvement.builders import trainer
+from metaopt.self_improvement.builders import improving_train
+from metaopt.self_improvement.memory import Memory
 from metaopt.statistics import Interval, interval
+from metaopt.training.loop import train
 from metaopt.training.runs import as_json, check_root, open_run, slug
 from metaopt.training.types import TrainFn
 from metaopt.types import Params
@@ -212,11 +215,16 @@ def as_saved(config: RunConfig) -> dict[str, Any]:
 def begin(*, improve: bool = False) -> TrainFn:
     """Sets up the devices, and gives what trains rows: `train`, or the closed loop.
 
+    The loop uses the `Memory` whose path or URL is in ``$METAOPT_MEMORY``, if it is set.
+
     Raises:
       UserError: the memory of the closed loop cannot be used.
     """
     parallel.set_up_backend()
-    return trainer(improve)
+    if not improve:
+        return train
+    where = os.environ.get("METAOPT_MEMORY")
+    return functools.partial(improving_train, memory=Memory(where) if where else None)
 
 
 def check_rows(

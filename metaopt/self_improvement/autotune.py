@@ -14,8 +14,8 @@ import jax.numpy as jnp
 
 from metaopt.errors import UserError
 from metaopt.measure import compile_for, device_bytes, human_bytes, program_bytes
-from metaopt.self_improvement.records import Decision, TimedOptions, differences
-from metaopt.self_improvement.workload import Setting, Settings, Snapshot, Workload, changed
+from metaopt.self_improvement.records import TimedOptions
+from metaopt.self_improvement.workload import Setting, Settings
 from metaopt.timing import SAMPLE_SECONDS, fastest
 
 CALLS_TO_COMPARE = 6
@@ -61,11 +61,15 @@ def tune_options(
     if missing := [name for name in space if name not in start]:
         raise UserError(f"{', '.join(missing)}: may be varied, but has no value to start from")
     budget = memory_budget * device_bytes() if memory_budget <= 1 else memory_budget
-    ends, longest, comparing = time.perf_counter() + seconds_budget, 0.0, 0.0
+    start, longest, comparing = dict(start), 0.0, 0.0
+    ends = time.perf_counter() + seconds_budget
+    grid = (start | dict(zip(space, x, strict=True)) for x in itertools.product(*space.values()))
+    others = [settings for settings in grid if settings != start]
+    others.sort(key=lambda settings: sum(settings[name] != start[name] for name in space))
     records: dict[str, TimedOptions] = {}
     programs: dict[str, Callable[[], Any]] = {}
-    for settings in _nearest_first(space, start):
-        began, name = time.perf_counter(), _label(settings)
+    for number, settings in enumerate([start, *others]):
+        began, name = time.perf_counter(), str(number)
         if programs and began + longest + comparing > ends:
             records[name] = TimedOptions(settings, "no time")
             continue
@@ -74,31 +78,17 @@ def tune_options(
         if program is not None:
             programs[name], comparing = program, comparing + CALLS_TO_COMPARE * seconds
     if not programs:
-        reason = next(iter(records.values())).reason
+        reason = records["0"].reason
         raise UserError(f"no settings of the space can be run; for the start, {reason}")
     left = ends - time.perf_counter()
     found = fastest(programs, next(iter(programs)), seconds_budget=left)
     for name, verdict in found.verdicts.items():
         records[name] = records[name]._replace(verdict=verdict)
     for name, timing in found.timings.items():
-        records[name] = records[name]._replace(
-            seconds=timing.median,
-            lower=timing.lower,
-            upper=timing.upper,
-            rounds=len(timing.samples),
-        )
+        median, lower, upper, samples = timing
+        times = {"seconds": median, "lower": lower, "upper": upper, "rounds": len(samples)}
+        records[name] = records[name]._replace(**times)
     return TuningResult(records[found.winner].settings, tuple(records.values()))
-
-
-def _nearest_first(
-    space: Mapping[str, Sequence[Setting]], start: Settings
-) -> list[dict[str, Setting]]:
-    """The start, and all other combinations by the number of settings that differ from it."""
-    grid = [
-        {**start, **dict(zip(space, v, strict=True))} for v in itertools.product(*space.values())
-    ]
-    unique = {_label(settings): settings for settings in [dict(start), *grid]}
-    return sorted(unique.values(), key=lambda x: sum(x[name] != start[name] for name in space))
 
 
 def _prepared(
@@ -121,10 +111,6 @@ def _prepared(
     return record, program, max(time.perf_counter() - called, SAMPLE_SECONDS)
 
 
-def _label(settings: Settings) -> str:
-    return ", ".join(f"{name}={value!r}" for name, value in sorted(settings.items()))
-
-
 def _caller(compiled: jax.stages.Compiled, args: Sequence[Any]) -> Callable[[], Any]:
     """A call with the same arguments again and again; with copies, if any are donated.
 
@@ -137,44 +123,3 @@ def _caller(compiled: jax.stages.Compiled, args: Sequence[Any]) -> Callable[[], 
         return compiled(*(copied if donates else args))
 
     return call
-
-
-def fastest_settings(
-    workload: Workload, snapshot: Snapshot, *, seconds_budget: float, memory_budget: float
-) -> tuple[Snapshot, Decision]:
-    """The snapshot with the fastest of the workload's execution options, and the decision.
-
-    Steps are timed on one batch again and again (`tune_options`), and their results are
-    discarded, so this costs seconds and no examples.
-
-    Args:
-      workload: with ``execution_options``.
-      snapshot: of the training; its arrays stay as they are.
-      seconds_budget, memory_budget: as for `tune_options`.
-
-    Raises:
-      UserError: not even the start can be run within the memory, nor anything else.
-    """
-    began, options = time.perf_counter(), workload.execution_options
-
-    def build(values: Settings):
-        settings = {**snapshot.settings, **values}
-        batch = workload.sample(settings, snapshot.examples)
-        return workload.step(settings), (snapshot.state, batch)
-
-    budgets = {"memory_budget": memory_budget, "seconds_budget": seconds_budget}
-    start = {name: snapshot.settings[name] for name in options}
-    found = tune_options(build, options, start, **budgets)
-    after = changed(workload, snapshot, found.settings)
-    changes = differences(snapshot.settings, after.settings)
-    chosen = ", ".join(f"{name} {old} to {new}" for name, (old, new) in changes.items())
-    return after, Decision(
-        kind="execution options",
-        step=int(snapshot.state.step),
-        examples=snapshot.examples,
-        verdict="accepted" if changes else "kept",
-        changes=changes,
-        reason=f"steps are faster: {chosen}" if changes else "no execution options are faster",
-        timings=found.timings,
-        seconds=time.perf_counter() - began,
-    )

@@ -3,10 +3,10 @@
 import dataclasses
 import functools
 import math
-import os
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,16 +22,15 @@ from metaopt.outer_step import RATES, init_state, make_meta_step
 from metaopt.self_improvement.loop import LoopConfig, run
 from metaopt.self_improvement.memory import Memory
 from metaopt.self_improvement.workload import Scale, Setting, Settings, Space, Workload
-from metaopt.training.loop import StepFn, TrainConfig, Trained, TrainFn, Training, train
+from metaopt.training.loop import StepFn, TrainConfig, Trained, Training
 from metaopt.types import Batch, Episode, Learner, LossFn, MetaGradFn, MetaState, Model, Params
 
 RATE = Scale(low=1e-7, high=1e3)
 HELD_OUT_BATCHES = 8
 
 
-def constant(done: float) -> float:
+def constant(_done: float) -> float:
     """No schedule."""
-    del done
     return 1.0
 
 
@@ -49,37 +48,31 @@ def default_settings(**settings: Setting) -> dict[str, Setting]:
 def meta_training(
     name: str,
     *,
-    task: Mapping[str, float | int | str],
     params: Params,
     learner: Learner,
     estimate: Callable[[Settings], MetaGradFn],
     sample: Callable[[Settings, int], Episode],
-    evaluate: Callable[[MetaState], np.ndarray],
-    examples_per_step: Callable[[Settings], int],
-    num_examples: int,
-    tokens_per_example: int,
-    space: Space,
     schedule: Callable[[float], float] = cosine,
     annealing_steps: int = 0,
     seed: int = 0,
     num_devices: int = 0,
+    **fields: Any,
 ) -> Workload:
-    """A workload of the outer step; `Workload` has further fields, for ``_replace``.
+    """A workload of the outer step.
 
     Settings that it reads beside the scalars of the state: ``optimizer`` (see `OuterConfig`)
     and ``tasks_at_a_time``; the functions given here may read more.
 
     Args:
-      name, task, evaluate, examples_per_step, num_examples, tokens_per_example, space: as for
-        `Workload`.
+      name: name in files.
       params: initial parameters.
       learner: what is learned.
       estimate: ``settings -> estimator``.
       sample: ``(settings, position) -> episodes [T, ...]`` of one step, on the host.
-      schedule: schedule of the outer rates over the run.
       annealing_steps: as for `make_meta_step`; for an estimator with ``query_loss='annealed'``.
       seed: seed of what is drawn in a step.
       num_devices: number of devices; 0 for all.
+      schedule, **fields: as for `Workload`.
     """
     devices = parallel.default_devices(num_devices)
 
@@ -106,42 +99,32 @@ def meta_training(
         return parallel.parallel_step(step, devices)
 
     scalars = {*OuterConfig(optimizer="lars").hparams(), "inner_learning_rate"}
-
-    def static(settings: Settings) -> tuple[tuple[str, Setting], ...]:
-        return tuple(sorted((k, v) for k, v in settings.items() if k not in scalars))
-
     return Workload(
         name=name,
-        task=task,
         start=start,
-        step=lambda settings: compiled(static(settings)),
+        step=lambda settings: compiled(
+            tuple(sorted((k, v) for k, v in settings.items() if k not in scalars))
+        ),
         sample=lambda settings, position: parallel.split_over_devices(
             sample(settings, position), len(devices)
         ),
-        examples_per_step=examples_per_step,
-        evaluate=evaluate,
-        num_examples=num_examples,
-        tokens_per_example=tokens_per_example,
-        space=space,
         schedule=schedule,
+        **fields,
     )
 
 
 def plain_training(
     name: str,
     *,
-    task: Mapping[str, float | int | str],
     model: Model,
     loss_fn: LossFn,
     draw: Callable[[int, int], Batch],
     held_out: Batch,
-    num_examples: int,
-    tokens_per_example: int,
     space: Space,
-    schedule: Callable[[float], float] = cosine,
     examples_at_a_time: int = 1,
     seed: int = 0,
     num_devices: int = 0,
+    **fields: Any,
 ) -> Workload:
     """A workload of plain training, by gradients of the loss on batches.
 
@@ -150,15 +133,15 @@ def plain_training(
     ``tasks_at_a_time`` at a time (0 for the whole share of a device).
 
     Args:
-      name, task, num_examples, tokens_per_example, space: as for `Workload`.
+      name, space: as for `Workload`.
       model: the model.
       loss_fn: its loss.
       draw: ``(position, number) -> examples [number, ...]``, a pure function, on the host.
       held_out: examples ``[E, ...]`` that changes are judged by.
-      schedule: schedule of the rate over the run.
       examples_at_a_time: held-out examples of one loss; there are E / this many losses.
       seed: seed of the initial parameters.
       num_devices: number of devices; 0 for all.
+      **fields: others of `Workload`; ``schedule`` is `cosine` if not given.
 
     Raises:
       UserError: the held-out examples do not divide by ``examples_at_a_time``.
@@ -167,19 +150,12 @@ def plain_training(
     if isinstance(axis := space.get("batch_size"), Scale):
         multiple = math.lcm(axis.multiple, len(devices))
         space = {**space, "batch_size": dataclasses.replace(axis, multiple=multiple)}
-    num_held_out = len(jax.tree.leaves(held_out)[0])
-    if num_held_out % examples_at_a_time:
-        raise UserError(
-            f"{num_held_out} held-out examples do not divide by examples_at_a_time="
-            f"{examples_at_a_time}"
-        )
-    groups = jax.tree.map(
-        lambda x: np.asarray(x).reshape(-1, examples_at_a_time, *x.shape[1:]), held_out
-    )
+    number, each = len(jax.tree.leaves(held_out)[0]), examples_at_a_time
+    if number % each:
+        raise UserError(f"{number} held-out examples do not divide by examples_at_a_time={each}")
+    groups = jax.tree.map(lambda x: np.asarray(x).reshape(-1, each, *x.shape[1:]), held_out)
     losses_of = parallel.parallel_map(
-        lambda params, batches: jax.lax.map(
-            lambda batch: loss_fn(params, batch), batches, batch_size=64
-        ),
+        lambda params, batches: jax.lax.map(lambda x: loss_fn(params, x), batches, batch_size=64),
         devices,
     )
 
@@ -199,19 +175,16 @@ def plain_training(
 
     return meta_training(
         name,
-        task=task,
         params=model.init(jax.random.key(seed)),
         learner=learner,
         estimate=lambda settings: joint(learner, loss_fn),
         sample=sample,
         evaluate=lambda state: losses_of(state.meta_params["params"], groups),
         examples_per_step=lambda settings: int(settings["batch_size"]),
-        num_examples=num_examples,
-        tokens_per_example=tokens_per_example,
         space=space,
-        schedule=schedule,
         seed=seed,
         num_devices=num_devices,
+        **fields,
     )
 
 
@@ -260,8 +233,7 @@ def improving_train(
             f"{unknown[0]!r} is to be searched, but the state has no such scalar; it has "
             f"{', '.join(hparams)}"
         )
-    start = int(state.step)
-    initial = jax.tree.map(jnp.copy, state)
+    start, initial = int(state.step), jax.tree.map(jnp.copy, state)
     if start >= config.num_steps:
         return Trained(initial)
     name = f"{training.name}, from step {start}" if start else training.name
@@ -269,8 +241,7 @@ def improving_train(
     if evaluate is None or np.ndim(evaluate(state)) != 1:
         held_out = functools.cache(lambda i: training.sample(config.num_steps + i))
         evaluate = reported_losses(training.step_fn, held_out, HELD_OUT_BATCHES)
-        share = _share_of_loss(training, held_out(0))
-        evaluation_examples = HELD_OUT_BATCHES * tasks_per_step * share
+        evaluation_examples = HELD_OUT_BATCHES * tasks_per_step * _share_of_loss(training, held_out)
     workload = Workload(
         name=name,
         task={"name": name, "tasks_per_step": tasks_per_step},
@@ -300,32 +271,24 @@ def reported_losses(
 ) -> Callable[[MetaState], np.ndarray]:
     """``state -> float64 [number]``: the losses that a step reports of batches, without an update.
 
-    Only what the ``loss`` of the step depends on is computed: no meta-gradient. A step that makes
-    several updates in one call would make all but the last of them; give one with one update.
-
-    Args:
-      step_fn: step that can be traced, such as `jax.jit` and `jax.pmap` give.
-      batch: ``i -> episodes``, for i below ``number``.
-      number: number of batches.
+    Only what the ``loss`` of the step depends on is computed: no meta-gradient. The step can be
+    traced, as those of `jax.jit` and `jax.pmap` can, and makes one update: of several in one call
+    it would make all but the last. ``batch`` gives the episodes of i, for i below ``number``.
     """
     loss = _loss_alone(step_fn)
-
-    def losses(state: MetaState) -> np.ndarray:
-        # One at a time: on several CPU devices none may be in flight behind another.
-        return np.array([float(loss(state, batch(i))) for i in range(number)], np.float64)
-
-    return losses
+    # One at a time: on several CPU devices none may be in flight behind another.
+    return lambda state: np.array([float(loss(state, batch(i))) for i in range(number)])
 
 
 def _loss_alone(step_fn: StepFn) -> Callable[[MetaState, Episode], jax.Array]:
     return jax.jit(lambda state, episodes: step_fn(state, episodes)[1]["loss"])
 
 
-def _share_of_loss(training: Training, episodes: Episode) -> float:
+def _share_of_loss(training: Training, batch: Callable[[int], Episode]) -> float:
     """Share of its loss in the operations of a step; 1 if they cannot be counted."""
     step, loss = training.step_fn, _loss_alone(training.step_fn)
     try:
-        alone, all_of_it = (count_flops(f, training.state, episodes).total for f in (loss, step))
+        alone, all_of_it = (count_flops(f, training.state, batch(0)).total for f in (loss, step))
         return min(1.0, alone / all_of_it)
     except (UserError, ZeroDivisionError):
         return 1.0
@@ -334,14 +297,3 @@ def _share_of_loss(training: Training, episodes: Episode) -> float:
             f"the step of {training.name!r} cannot be traced, so its loss cannot be computed "
             "without an update; give evaluate, the held-out losses of a state"
         ) from error
-
-
-def trainer(improve: bool) -> TrainFn:
-    """`improving_train`, or plain `train`.
-
-    The loop uses the `Memory` whose path or URL is in ``$METAOPT_MEMORY``, if it is set.
-    """
-    if not improve:
-        return train
-    where = os.environ.get("METAOPT_MEMORY")
-    return functools.partial(improving_train, memory=Memory(where) if where else None)

@@ -22,7 +22,7 @@ from metaopt.measure import count_flops
 from metaopt.ranges import Checked, Range, Seconds, Steps, StepsOr0
 from metaopt.resources import MemoryUse, memory_use, peak_flops
 from metaopt.self_improvement.assess import Assessment, as_record
-from metaopt.self_improvement.autotune import fastest_settings
+from metaopt.self_improvement.autotune import tune_options
 from metaopt.self_improvement.memory import Memory, RunRecord
 from metaopt.self_improvement.monitor import CONSECUTIVE_CHECKS, Alarm, Monitor, MonitorConfig
 from metaopt.self_improvement.proposers import pattern_search
@@ -34,10 +34,8 @@ from metaopt.self_improvement.trials import (
     Proposer,
     Search,
     TrialConfig,
-    mended,
 )
 from metaopt.self_improvement.workload import (
-    Setting,
     Settings,
     Snapshot,
     Space,
@@ -52,7 +50,7 @@ from metaopt.self_improvement.workload import (
     scalars_read,
     steps,
 )
-from metaopt.signals import StopSignals, exit_on_signal
+from metaopt.signals import Interrupted, StopSignals, exit_on_signal
 from metaopt.training.checkpoint import Checkpoints
 from metaopt.training.fingerprint import Fingerprint, of_step
 from metaopt.training.loop import checkpoint_directory
@@ -76,10 +74,9 @@ class LoopConfig(Checked):
       phases: Starts of the searches; none for a run that changes nothing.
       shares: Budget of each phase for discarded trials, and for judging all trials if that
         counts (`Workload.evaluation_examples`).
-      margins: Relative difference in the held-out loss below which it does not count, in each
-        phase. The later, the more short trials prefer small rates (halving a rate seemed to gain
-        1 % of the loss of a language model and 16 % of a classifier's, and cost some in the end),
-        so only what is plainly wrong is changed late.
+      margins: Relative difference in the held-out loss below which it does not count, by phase.
+        Late trials prefer small rates (halving one seemed to gain 1 % of the loss of a language
+        model and 16 % of a classifier's, and cost some in the end): little is changed then.
       trials: How changes are tried.
       options_seconds: Time for the search through a workload's execution options, compiling
         included: at the start, and after a search that changed the batch, if there are phases.
@@ -89,8 +86,8 @@ class LoopConfig(Checked):
       max_roll_backs: Number of rollbacks in a row, without a decision or an assessment between
         them, after which the run has `Diverged`.
       count_flops: Whether the operations of a step are counted, by tracing it once more, for its
-        FLOP/s and their share of the peak of the devices, which is measured once a process. The
-        operations of an example are taken to be the same whatever is changed later.
+        FLOP/s and their share of the peak, measured once a process. Those of an example are taken
+        to be the same whatever is changed later.
       monitor: Thresholds of the alarms.
     """
 
@@ -108,13 +105,12 @@ class LoopConfig(Checked):
 
     def __post_init__(self):
         super().__post_init__()
-        if len(self.margins) < len(self.phases) or len(self.shares) != len(self.phases):
+        is_sorted, number = list(self.phases) == sorted(self.phases), len(self.phases)
+        if not (is_sorted and len(self.shares) == number <= len(self.margins)):
             raise UserError(
-                f"phases {self.phases} need a share each, not {self.shares}, and a margin each, "
-                f"not {self.margins}"
+                f"phases {self.phases} must ascend and need a share each, not {self.shares}, and a "
+                f"margin each, not {self.margins}"
             )
-        if list(self.phases) != sorted(self.phases):
-            raise UserError(f"phases {self.phases} must ascend")
 
 
 class Outcome(NamedTuple):
@@ -153,14 +149,13 @@ def run(
 ) -> Outcome:
     """Trains to the end, from the latest checkpoint if there is one, improving on the way.
 
-    Writes to ``directory``: checkpoints in a folder of the workload's name; ``metrics.jsonl``
-    with the assessments; ``monitor.jsonl``; and ``decisions.jsonl``. Ctrl-C or SIGTERM saves
-    and exits; the same call resumes.
+    Ctrl-C or SIGTERM saves and exits; the same call resumes.
 
     Args:
       workload: the training.
       settings: to start with; every setting that may be changed has a value.
-      directory: of the run.
+      directory: of the run: checkpoints in a folder of the workload's name, ``metrics.jsonl`` with
+        the assessments, ``monitor.jsonl``, and ``decisions.jsonl``.
       config: when to do what; `LoopConfig` if not given.
       proposer: what names changes; `pattern_search` over all of the space if not given.
       memory: of past runs; it proposes the start, and is given the end.
@@ -169,9 +164,6 @@ def run(
       fingerprint: what decides the states beside the settings; a checkpoint of another is refused.
         If not given, it is `of_step` of the first settings.
       read_memory: gives the memory in use and its limits.
-
-    Returns:
-      `Outcome`.
 
     Raises:
       UserError: a setting is missing or out of bounds; the checkpoints are of another run;
@@ -261,10 +253,6 @@ def record_of(workload: Workload, outcome: Outcome) -> RunRecord:
     )
 
 
-class Stopped(Exception):
-    """A trial was given up because the run is to stop."""
-
-
 @dataclasses.dataclass
 class Loop:
     """One run under the loop, and what it carries beside the snapshot.
@@ -273,12 +261,9 @@ class Loop:
     second check, so a snapshot only counts as good some steps later.
 
     Attributes:
-      workload: The training.
-      config: When to do what.
+      workload, config, proposer, interventions: As for `run`.
       run_log: What is written down and resumed from.
       stop: Whether Ctrl-C or SIGTERM was received.
-      proposer: What names changes; `pattern_search` if None.
-      interventions: Changes from outside, in order.
       flops_per_example: Operations an example; None if not known.
       num_interventions: Number of those that were made.
       num_roll_backs: Number of rollbacks since the last decision or assessment.
@@ -300,43 +285,35 @@ class Loop:
     monitor: Monitor = dataclasses.field(init=False)
     progress: Progress = dataclasses.field(init=False)
     _candidate: tuple[int, Snapshot] | None = None
-    _spaces: dict[frozenset[tuple[str, Setting]], Space] = dataclasses.field(default_factory=dict)
+    _spaces: dict[frozenset, Space] = dataclasses.field(default_factory=dict)
     _said_nothing: set[int] = dataclasses.field(default_factory=set)
 
     def run(self, snapshot: Snapshot) -> Outcome:
         """Optimises, trains under the monitor and assesses in turns until the end."""
-        run_log = self.run_log
-        if not run_log.curve:
+        if not self.run_log.curve:
             snapshot = self.assess(self.choose_options(snapshot))
         while snapshot.examples < self.workload.num_examples:
             snapshot = self.intervene(self.optimise(snapshot))
             snapshot = self.train(snapshot, self._next_stop(snapshot))
-            if self._assessment_due(snapshot):
+            if snapshot.examples >= self._next_assessment(self.run_log.assessed_at):
                 snapshot = self.assess(snapshot)
-        run_log.checkpoints.wait()
-        ledger = run_log.ledger(snapshot)
-        return Outcome(
-            snapshot, run_log.decisions, run_log.curve, ledger, run_log.alarms, self.earlier
-        )
-
-    # Start
+        found = self.run_log
+        found.checkpoints.wait()
+        ledger = found.ledger(snapshot)
+        return Outcome(snapshot, found.decisions, found.curve, ledger, found.alarms, self.earlier)
 
     def start(self, first: Snapshot, memory: Memory | None) -> Snapshot:
-        """The snapshot of the latest checkpoint, else the start that the memory proposes."""
-        snapshot, notes = self.run_log.resume(first)
+        """The snapshot of the latest checkpoint, else what the memory proposes, within the bounds.
+
+        If that is of the same task, the search continues where that run's has ended.
+        """
+        workload, (snapshot, notes) = self.workload, self.run_log.resume(first)
         if notes:
             self.num_interventions = notes["intervened"]
             self.earlier = past_search(notes["earlier"]) or []
-            log(f"{self.workload.name}: resumed after {snapshot.examples} examples")
+            log(f"{workload.name}: resumed after {snapshot.examples} examples")
             return snapshot
-        return self._recall(first, memory) if memory is not None else first
-
-    def _recall(self, first: Snapshot, memory: Memory) -> Snapshot:
-        """The start that the memory proposes, within the bounds.
-
-        If it is of the same task, the search continues where that run's has ended.
-        """
-        workload, proposal = self.workload, memory.propose(self.workload.task)
+        proposal = None if memory is None else memory.propose(workload.task)
         if proposal is None:
             return first
         log(f"{workload.name}: {proposal.reason}")
@@ -352,8 +329,6 @@ class Loop:
                 log(f"{workload.name}: the decisions of {proposal.run} cannot be read; not used")
         return changed(workload, first, known)
 
-    # Assess
-
     def assess(self, snapshot: Snapshot) -> Snapshot:
         """Evaluates, notes how good the run is, and saves; rolls back if the loss is not finite."""
         losses = np.asarray(self.workload.evaluate(snapshot.state), np.float64)
@@ -364,21 +339,15 @@ class Loop:
         self._save(snapshot)
         return snapshot
 
-    def _assessment_due(self, snapshot: Snapshot) -> bool:
-        """Whether another multiple of `assess_every` was passed."""
-        total = self.workload.num_examples
-        every = self.config.assess_every * total
-        now, last = (
-            math.floor(examples / every + 1e-9)
-            for examples in (snapshot.examples, self.run_log.assessed_at)
-        )
-        return snapshot.examples >= total or now > last
+    def _next_assessment(self, examples: int) -> int:
+        """The next multiple of `assess_every` after some examples, or the end of the run."""
+        every = self.config.assess_every * self.workload.num_examples
+        multiple = math.floor(examples / every + 1e-9) + 1
+        return min(self.workload.num_examples, math.ceil(multiple * every - 1e-6))
 
     def _save(self, snapshot: Snapshot) -> None:
         earlier = [decision.as_json() for decision in self.earlier]
         self.run_log.save(snapshot, intervened=self.num_interventions, earlier=earlier)
-
-    # Optimise
 
     def optimise(self, snapshot: Snapshot) -> Snapshot:
         """Tries what is proposed for as long as something is and the budget allows it."""
@@ -389,12 +358,12 @@ class Loop:
             return snapshot
         space, share = self._searched(snapshot), config.shares[phase]
         within = workload._replace(space=space)
-        search = Search(within, config.trials, phase, config.margins[phase], self._check_stop)
+        search = Search(within, config.trials, phase, config.margins[phase], self._is_stopped)
         state = None
         try:
             for state, decision in search.rounds(snapshot, self._propose, share, decisions):
                 self._take(state.snapshot, decision)
-        except Stopped:
+        except Interrupted:
             self._leave(state.snapshot if state else snapshot)
         except FloatingPointError:
             return self._not_finite(snapshot)
@@ -410,14 +379,12 @@ class Loop:
             )
         return snapshot
 
-    def _propose(
-        self, snapshot: Snapshot, decisions: Sequence[Decision], phase: int
-    ) -> Sequence[Change]:
+    def _propose(self, now: Snapshot, past: Sequence[Decision], phase: int) -> list[Change]:
         """What is proposed, but for scalars that the updates from here do not read."""
-        space = self._searched(snapshot)
+        space = self._searched(now)
         propose = self.proposer or pattern_search(space)
         unread = self.workload.space.keys() - space.keys()
-        changes = propose(snapshot, [*self.earlier, *decisions], phase)
+        changes = propose(now, [*self.earlier, *past], phase)
         return [change for change in changes if change.setting not in unread]
 
     def _searched(self, snapshot: Snapshot) -> Space:
@@ -455,15 +422,40 @@ class Loop:
         return reached
 
     def choose_options(self, snapshot: Snapshot) -> Snapshot:
-        """Finds the fastest execution options, if the workload has several."""
-        config = self.config
-        if not (self.workload.execution_options and config.phases and config.options_seconds):
+        """The snapshot with the fastest execution options, if the workload has several.
+
+        Steps are timed on one batch again and again (`tune_options`), and their results are
+        discarded, so this costs seconds and no examples.
+        """
+        workload, config, began = self.workload, self.config, time.perf_counter()
+        options = workload.execution_options
+        if not (options and config.phases and config.options_seconds):
             return snapshot
-        after, decision = fastest_settings(
-            self.workload,
-            snapshot,
-            seconds_budget=config.options_seconds,
+
+        def build(values: Settings):
+            settings = {**snapshot.settings, **values}
+            batch = workload.sample(settings, snapshot.examples)
+            return workload.step(settings), (snapshot.state, batch)
+
+        found = tune_options(
+            build,
+            options,
+            {name: snapshot.settings[name] for name in options},
             memory_budget=config.memory_budget,
+            seconds_budget=config.options_seconds,
+        )
+        after = changed(workload, snapshot, found.settings)
+        changes = differences(snapshot.settings, after.settings)
+        chosen = ", ".join(f"{name} {old} to {new}" for name, (old, new) in changes.items())
+        decision = Decision(
+            kind="execution options",
+            step=int(snapshot.state.step),
+            examples=snapshot.examples,
+            verdict="accepted" if changes else "kept",
+            changes=changes,
+            reason=f"steps are faster: {chosen}" if changes else "no execution options are faster",
+            timings=found.timings,
+            seconds=time.perf_counter() - began,
         )
         self._take(after, decision)
         return after
@@ -477,13 +469,10 @@ class Loop:
             self.num_roll_backs = 0
         self.mark_good(snapshot)
         if decision.changes:
-            self.reset_speed(snapshot)
+            self.monitor.reset_speed(**self.work_of_step(snapshot))
 
-    def _check_stop(self) -> None:
-        if self.stop.received is not None:
-            raise Stopped
-
-    # Train
+    def _is_stopped(self) -> bool:
+        return self.stop.received is not None
 
     def intervene(self, snapshot: Snapshot) -> Snapshot:
         """Makes the changes from outside that are due."""
@@ -492,33 +481,33 @@ class Loop:
                 break
             snapshot = changed(self.workload, snapshot, settings)
             self.num_interventions += 1
-            self.reset_speed(snapshot)
+            self.monitor.reset_speed(**self.work_of_step(snapshot))
         return snapshot
 
     def _next_stop(self, snapshot: Snapshot) -> int:
-        total, every = self.workload.num_examples, self.config.assess_every
-        stops = [math.ceil(i * every * total - 1e-6) for i in range(1, math.ceil(1 / every))]
+        total, stops = self.workload.num_examples, [self._next_assessment(snapshot.examples)]
         stops += [round(phase * total) for phase in self.config.phases]
         stops += [examples for examples, _ in self.interventions[self.num_interventions :]]
-        return min([stop for stop in stops if snapshot.examples < stop < total], default=total)
+        return min([stop for stop in stops if snapshot.examples < stop], default=total)
 
     def train(self, snapshot: Snapshot, end: int) -> Snapshot:
         """Trains until ``end``, or until an alarm restores the last good snapshot."""
         number, size = int(snapshot.state.step), self.workload.examples_per_step(snapshot.settings)
         examples = after_steps(snapshot.examples, end, size)
-        found = steps(self.workload, snapshot, end, check=lambda: self.stop.received is not None)
-        for step, after in one_behind(found):
+        for step, after in one_behind(steps(self.workload, snapshot, end, check=self._is_stopped)):
             snapshot = after.snapshot if after else snapshot
             if step:
                 number += 1
                 now = after.began if after else time.perf_counter()
                 if alarm := self._observe(number, step, now - step.began):
-                    return self.roll_back(snapshot, alarm, (step.position, step.snapshot.examples))
+                    break
             if after and (number + 1) % self.config.keep_every == 0 and self._candidate is None:
                 self._candidate = number + 1, copied(snapshot)
-        if self.stop.received is not None:
-            self._leave(snapshot)
-        return snapshot._replace(examples=examples)
+        else:
+            if self._is_stopped():
+                self._leave(snapshot)
+            return snapshot._replace(examples=examples)
+        return self.roll_back(snapshot, alarm, (step.position, step.snapshot.examples))
 
     def _observe(self, number: int, step: Step, seconds: float) -> Alarm | None:
         """Waits for the metrics of a step; the alarm that the state is damaged, if any."""
@@ -553,12 +542,6 @@ class Loop:
         tokens = size * self.workload.tokens_per_example
         return {"tokens_per_step": tokens, "flops_per_step": flops and size * flops}
 
-    def reset_speed(self, snapshot: Snapshot) -> None:
-        """A step does other work from now on: how long steps took is forgotten."""
-        self.monitor.reset_speed(**self.work_of_step(snapshot))
-
-    # Roll back
-
     def mark_good(self, snapshot: Snapshot) -> None:
         """From now on this is the snapshot to roll back to."""
         self.last_good, self._candidate = copied(snapshot), None
@@ -577,11 +560,7 @@ class Loop:
 
         A batch that gives NaN or inf from there too is left out from now on. If it is another
         reason, and the same part of the run fails again, the rates are lowered further each time.
-
-        Args:
-          snapshot: of the damaged state.
-          alarm: that it is damaged.
-          stretch: data of the step at which that was seen, ``(first, end)``.
+        ``stretch`` is the data of the step at which the alarm was raised, ``(first, end)``.
         """
         self.num_roll_backs += 1
         if self.num_roll_backs > self.config.max_roll_backs:
@@ -592,12 +571,14 @@ class Loop:
         good, step = copied(self.last_good), int(self.last_good.state.step)
         self._candidate = None
         self.monitor.discard_after(step)
-        self.reset_speed(good)
+        self.monitor.reset_speed(**self.work_of_step(good))
         self.run_log.checkpoints.forget_after(step)
         good = good._replace(left_out=snapshot.left_out)
-        space = self._searched(good) if self.num_roll_backs > 1 else {}
-        within, factor = self.workload._replace(space=space), LOWERED ** (self.num_roll_backs - 1)
-        after, reason = mended(within, good, stretch if alarm.kind == "nan" else None, factor)
+        again = self.num_roll_backs - 1
+        space = self._searched(good) if again else {}
+        search = Search(self.workload._replace(space=space), self.config.trials)
+        batch = stretch if alarm.kind == "nan" else None
+        after, reason = search.mended(good, batch, LOWERED**again)
         reason = f"{alarm.kind}: {alarm.message}; {reason}"
         log(f"{self.workload.name}: back to step {step}; {reason}")
         self.run_log.decided(

@@ -19,7 +19,7 @@ LATER_FACTOR = 2.0
 
 
 def pattern_search(space: Space) -> Proposer:
-    """Changes each setting by a factor, up and down, and refines the factor if neither helps.
+    """Changes each setting of a space by a factor, up or down; refines it if neither helps.
 
     After a success a setting is tried further in that direction alone; if neither direction is
     better, the factor becomes its square root, down to `LEAST_FACTOR`, and the smaller value
@@ -33,9 +33,6 @@ def pattern_search(space: Space) -> Proposer:
     a phase. One that is judged by the loss comes last, in trials as long as those that refine:
     what an optimiser is worth cannot be told at a rate that does not suit it (Choi et al.,
     2019). Once one is accepted, scales are refined again.
-
-    Args:
-      space: what may be changed.
     """
     late = {k for k, axis in space.items() if isinstance(axis, Choice) and axis.score == "loss"}
 

@@ -20,7 +20,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 import numpy as np
@@ -44,6 +44,7 @@ from metaopt.self_improvement.workload import (
     one_behind,
     steps,
 )
+from metaopt.signals import Interrupted
 
 LOWERED = 0.25
 """Factor on the rates if all trials diverge."""
@@ -84,6 +85,7 @@ class Change(NamedTuple):
     parts: tuple["Change", ...] = ()
 
 
+NO_CHANGE = Change({}, "", "loss", "no change")
 Proposer = Callable[[Snapshot, Sequence[Decision], int], Sequence[Change]]
 """``(snapshot, decisions, phase) -> changes``: the snapshot that all would start from, and all
 decisions of the run so far. No changes end the search of the phase. It keeps no state of its
@@ -99,8 +101,7 @@ class TrialConfig(Checked):
       longer: Factor on that length for each level of refinement (`Change.level`).
       anneal: Examples after those, as a fraction of them, over which the rates go to zero: a
         trial is judged by what the run would be if it ended there.
-      least_steps: Least number of steps of a trial, of the batch that the run has; a batch of
-        which it would have fewer is not tried.
+      least_steps: Least number of steps of a trial; a batch that would have fewer is not tried.
     """
 
     examples: Annotated[float, Range(1e-9, 0.999)] = 0.01
@@ -124,149 +125,28 @@ class Trial(NamedTuple):
     """A change that was tried.
 
     Attributes:
-      change: What was tried; None for the trial without a change.
+      change: What was tried.
       after: Snapshot at its end, before annealing.
       losses: Held-out losses, float64 ``[E]``; not finite if it diverged or could not be run.
       seconds: Time of its steps, without compiling.
       examples: Examples that it used, those to anneal among them.
       broken: First stretch of the data whose metrics became NaN or inf, ``(first, end)``.
       error: Why it could not be run; empty if it could.
+      verdict: Comparison with the trial without a change, by the score of the change.
+      rule: Rule and threshold by which it is taken, in words.
+      gain: Rank, and improvement a second, by which the best is chosen; empty if it is not taken.
     """
 
-    change: Change | None
+    change: Change
     after: Snapshot
     losses: np.ndarray
     seconds: float
     examples: int
     broken: tuple[int, int] | None = None
     error: str = ""
-
-
-def _train(
-    workload: Workload,
-    snapshot: Snapshot,
-    end: int,
-    *,
-    anneal: bool = False,
-    check: Callable[[], Any] = lambda: None,
-) -> tuple[Snapshot, float, tuple[int, int] | None]:
-    """The snapshot at ``end``, seconds without compiling, the first stretch with NaN or inf."""
-    examples = after_steps(snapshot.examples, end, workload.examples_per_step(snapshot.settings))
-    compiled, times, broken = compile_seconds(), [time.perf_counter()], None
-    for step, after in one_behind(steps(workload, snapshot, end, anneal=anneal, check=check)):
-        snapshot = after.snapshot if after else snapshot
-        if step:
-            metrics = jax.device_get(step.metrics)
-            if not all(np.isfinite(x) for x in metrics.values() if np.ndim(x) == 0):
-                broken = broken or (step.position, step.snapshot.examples)
-            times.append(time.perf_counter())
-    # The first step compiles, and waits for its data. The median of the others counts: trials are
-    # short, and a busy moment of the machine should decide nothing.
-    seconds = np.diff(times)
-    if len(seconds) > 1:
-        total = float(np.median(seconds[1:]) * len(seconds))
-    else:
-        total = max(0.0, float(seconds.sum()) - (compile_seconds() - compiled))
-    return snapshot._replace(examples=examples), total, broken
-
-
-def mended(
-    workload: Workload, good: Snapshot, stretch: tuple[int, int] | None, factor: float = LOWERED
-) -> tuple[Snapshot, str]:
-    """A sound snapshot with what is done differently from there, and that in words.
-
-    If the batch of ``stretch`` gives NaN or inf from this state too, the batch is bad and not the
-    state: it is left out. Otherwise the scheduled rates of the space are multiplied by the factor,
-    within their bounds.
-    """
-    if stretch is not None:
-        there = copied(good)._replace(examples=stretch[0], left_out=frozenset())
-        if _train(workload, there, stretch[0] + 1)[2] is not None:
-            reason = f"examples {stretch[0]} to {stretch[1] - 1} give NaN or inf and are left out"
-            return good._replace(left_out=good.left_out | {stretch}), reason
-    axes = {name: workload.space.get(name) for name in SCHEDULED}
-    rates = {
-        name: axis.scaled(float(good.settings[name]), factor)
-        for name, axis in axes.items()
-        if isinstance(axis, Scale)
-    }
-    if not rates:
-        return good, "nothing is changed"
-    return changed(workload, good, rates), f"the rates are multiplied by {factor:.2g}"
-
-
-class Judged(NamedTuple):
-    """A trial of a change, judged beside the one without a change.
-
-    Attributes:
-      change: What was tried.
-      trial: The trial.
-      verdict: Comparison by the score of the change.
-      rule: Rule and threshold by which it is taken, in words.
-      gain: Rank, and improvement a second, by which the best is chosen; empty if it is not taken.
-    """
-
-    change: Change
-    trial: Trial
-    verdict: Verdict
+    verdict: Verdict = Verdict("noise", math.nan, math.nan, 0)
     rule: str = ""
     gain: tuple[float, ...] = ()
-
-
-def judge(before: np.ndarray, unchanged: Trial, trial: Trial, margin: float = 0.0) -> Judged:
-    """Whether a trial did better than the one without a change, by the change's score.
-
-    The verdict is on the held-out loss; for ``efficiency`` on the negative improvement a second,
-    or on the speed if that is about the same. If it refines, the smaller value wins a tie (see
-    the module).
-
-    What is judged by the loss ranks before what is judged by a clock, which can only be told once
-    the loss falls as it should, unless that makes everything after it much faster. It is given
-    the time of no change, so that the winner does not depend on the noise of clocks.
-
-    Args:
-      before: held-out losses at the common start, float64 ``[E]``.
-      unchanged: the trial without a change.
-      trial: the one to judge.
-      margin: relevant difference of losses, as a fraction of the loss.
-    """
-    change = trial.change
-    assert change is not None
-    if trial.error or not np.isfinite(trial.losses).all():
-        return Judged(change, trial, Verdict("worse", math.inf, math.nan, trial.losses.size))
-    if change.score == "loss":
-        rank, seconds = 1, unchanged.seconds
-        limit = margin * abs(float(np.mean(unchanged.losses)))
-        verdict = compare(unchanged.losses, trial.losses, margin=limit)
-        measured = f"loss {verdict.difference:.3g} ± {verdict.ci95:.2g}"
-        if verdict.outcome == "better":
-            rule = f"{measured} beyond the margin of {limit:.2g}"
-        else:
-            rule = f"{measured}, noise or within the margin of {limit:.2g}: the smaller wins"
-    else:
-        speed = unchanged.seconds / unchanged.examples / (trial.seconds / trial.examples)
-        rank, seconds = 2 * (speed > MUCH_FASTER), trial.seconds
-        rates = [-_improvement_rates(before, each, each.seconds) for each in (unchanged, trial)]
-        limit = EFFICIENCY_MARGIN * abs(float(np.mean(rates[0])))
-        verdict = compare(rates[0], rates[1], margin=limit)
-        measured = f"{-verdict.difference:+.3g} ± {verdict.ci95:.2g}"
-        rule = f"improvement a second {measured} beyond {limit:.2g}"
-        if verdict.outcome == "noise" and speed > FASTER:
-            verdict = verdict._replace(outcome="better")
-            rule = (
-                f"improvement a second within noise, {measured}, and examples {speed:.3g} times "
-                f"as fast, more than {FASTER}"
-            )
-    tie = verdict.outcome == "noise" and change.level > 0 and change.direction < 0
-    if verdict.outcome != "better" and not tie:
-        return Judged(change, trial, verdict)
-    gain = float(_improvement_rates(before, trial, seconds).mean())
-    return Judged(change, trial, verdict, rule, (rank, gain))
-
-
-def _improvement_rates(before: np.ndarray, trial: Trial, seconds: float) -> np.ndarray:
-    """Fall of each held-out loss a second, ``[E]``."""
-    return (before - trial.losses) / max(seconds, 1e-9)
 
 
 @dataclasses.dataclass
@@ -274,37 +154,77 @@ class TrialRound:
     """Trials that are judged one by one; only the best keeps the snapshot at its end.
 
     Attributes:
-      before, unchanged, margin: As for `judge`.
-      judged: All that were entered, in order.
+      before: Held-out losses at the common start, float64 ``[E]``.
+      unchanged: The trial without a change.
+      margin: Relevant difference of losses, as a fraction of the loss.
+      trials: All that were entered, in order.
     """
 
     before: np.ndarray
     unchanged: Trial
     margin: float
-    judged: list[Judged] = dataclasses.field(default_factory=list)
+    trials: list[Trial] = dataclasses.field(default_factory=list)
 
     def enter(self, trial: Trial) -> None:
         """Judges one more."""
-        self.judged.append(judge(self.before, self.unchanged, trial, self.margin))
+        self.trials.append(self._judged(trial))
         best, after = self.best, self.unchanged.after
-        self.judged = [
-            x if x is best else x._replace(trial=x.trial._replace(after=after)) for x in self.judged
-        ]
+        self.trials = [x if x is best else x._replace(after=after) for x in self.trials]
+
+    def _judged(self, trial: Trial) -> Trial:
+        """The trial with its verdict beside the one without a change, by the change's score.
+
+        The verdict is on the held-out loss; for ``efficiency`` on the negative improvement a
+        second, or on the speed if that is about the same. If it refines, the smaller value wins a
+        tie (see the module). What is judged by the loss ranks before what is judged by a clock,
+        which can only be told once the loss falls as it should, unless that makes everything
+        after it much faster. It is given the time of no change, so that the winner does not
+        depend on the noise of clocks.
+        """
+        change, before, unchanged = trial.change, self.before, self.unchanged
+        if trial.error or not np.isfinite(trial.losses).all():
+            return trial._replace(verdict=Verdict("worse", math.inf, math.nan, trial.losses.size))
+        if change.score == "loss":
+            rank, seconds = 1, unchanged.seconds
+            limit = self.margin * abs(float(np.mean(unchanged.losses)))
+            verdict = compare(unchanged.losses, trial.losses, margin=limit)
+            rule = f"loss {verdict.difference:.3g} ± {verdict.ci95:.2g}"
+            if verdict.outcome == "better":
+                rule += f" beyond the margin of {limit:.2g}"
+            else:
+                rule += f", noise or within the margin of {limit:.2g}: the smaller wins"
+        else:
+            speed = unchanged.seconds / unchanged.examples / (trial.seconds / trial.examples)
+            rank, seconds = 2 * (speed > MUCH_FASTER), trial.seconds
+            rates = [(t.losses - before) / max(t.seconds, 1e-9) for t in (unchanged, trial)]
+            limit = EFFICIENCY_MARGIN * abs(float(np.mean(rates[0])))
+            verdict = compare(rates[0], rates[1], margin=limit)
+            rule = f"improvement a second {-verdict.difference:+.3g} ± {verdict.ci95:.2g}"
+            if verdict.outcome == "noise" and speed > FASTER:
+                verdict = verdict._replace(outcome="better")
+                rule += f", within noise, and examples {speed:.3g} times as fast, over {FASTER}"
+            else:
+                rule += f" beyond {limit:.2g}"
+        tie = verdict.outcome == "noise" and change.level > 0 and change.direction < 0
+        if verdict.outcome != "better" and not tie:
+            return trial._replace(verdict=verdict)
+        gain = rank, float(((before - trial.losses) / max(seconds, 1e-9)).mean())
+        return trial._replace(verdict=verdict, rule=rule, gain=gain)
 
     @property
-    def best(self) -> Judged | None:
+    def best(self) -> Trial | None:
         """What is taken; None if that is no change."""
-        best = max(self.judged, key=lambda each: each.gain, default=None)
+        best = max(self.trials, key=lambda trial: trial.gain, default=None)
         return best if best and best.gain else None
 
-    def _alone(self) -> dict[str, Judged]:
+    def _alone(self) -> dict[str, Trial]:
         """What was the best by the loss, for each setting of which something is taken."""
-        found: dict[str, Judged] = {}
-        for each in self.judged:
-            if each.gain and each.change.score == "loss":
-                best = found.setdefault(each.change.setting, each)
-                if each.verdict.difference < best.verdict.difference:
-                    found[each.change.setting] = each
+        found: dict[str, Trial] = {}
+        for trial in self.trials:
+            if trial.gain and trial.change.score == "loss":
+                best = found.setdefault(trial.change.setting, trial)
+                if trial.verdict.difference < best.verdict.difference:
+                    found[trial.change.setting] = trial
         return found
 
     def is_needless(self, change: Change) -> bool:
@@ -321,7 +241,9 @@ class TrialRound:
         parts = [x.change for x in alone if x.verdict.difference <= WORTH_ADDING * most]
         if len(parts) < 2:
             return None
-        merged = {name: value for part in parts for name, value in part.settings.items()}
+        merged: dict[str, Setting] = {}
+        for part in parts:
+            merged |= part.settings
         names = " and ".join(part.setting for part in parts)
         reasons = "; ".join(part.reason for part in parts)
         return Change(merged, names, "loss", reasons, parts=tuple(parts))
@@ -339,28 +261,28 @@ class TrialRound:
     def records(self) -> tuple[TriedChange, ...]:
         """The record of each trial."""
         accepted = [self.best.change, *self.best.change.parts] if self.best else []
-        return tuple(_record_of(x, any(x.change is each for each in accepted)) for x in self.judged)
 
+        def finite(value: float) -> float | None:
+            return float(value) if math.isfinite(value) else None
 
-def _record_of(judged: Judged, accepted: bool) -> TriedChange:
-    def finite(value: float) -> float | None:
-        return value if math.isfinite(value) else None
-
-    change, trial, verdict, *_ = judged
-    return TriedChange(
-        setting=change.setting,
-        settings=change.settings,
-        direction=change.direction,
-        score=change.score,
-        loss=finite(float(trial.losses.mean())),
-        difference=finite(verdict.difference),
-        ci95=finite(verdict.ci95),
-        verdict=verdict.outcome,
-        accepted=accepted,
-        seconds=trial.seconds,
-        examples=trial.examples,
-        error=trial.error,
-    )
+        return tuple(
+            TriedChange(
+                setting=change.setting,
+                settings=change.settings,
+                direction=change.direction,
+                score=change.score,
+                loss=finite(trial.losses.mean()),
+                difference=finite(trial.verdict.difference),
+                ci95=finite(trial.verdict.ci95),
+                verdict=trial.verdict.outcome,
+                accepted=any(change is each for each in accepted),
+                seconds=trial.seconds,
+                examples=trial.examples,
+                error=trial.error,
+            )
+            for trial in self.trials
+            for change in [trial.change]
+        )
 
 
 class SearchState(NamedTuple):
@@ -393,14 +315,14 @@ class Search:
       config: How changes are tried.
       phase: Number of the search, for the record.
       margin: Relative difference in the held-out loss below which it does not count.
-      check: Called after every step of a trial; what it raises ends the round.
+      check: Whether to stop, after every step of a trial: the round raises Interrupted.
     """
 
     workload: Workload
     config: TrialConfig
     phase: int = 0
     margin: float = 0.0
-    check: Callable[[], None] = lambda: None
+    check: Callable[[], bool] = lambda: False
 
     def begin(self, snapshot: Snapshot) -> SearchState:
         """The state before the first round. Raises FloatingPointError if a loss is not finite."""
@@ -414,16 +336,13 @@ class Search:
     ) -> Iterator[tuple[SearchState, Decision]]:
         """The state after each round, and its decision, while the next one can be afforded.
 
-        There are none if the run has trained on since this search.
+        There are none if the run has trained on since this search. Raises as `begin` does.
 
         Args:
           snapshot: where all trials start; its arrays stay as they are.
           proposer: names what to try.
           share: of the run that discarded trials may cost.
           decisions: all of the run; each that is given is to be added to them before the next.
-
-        Raises:
-          FloatingPointError: the held-out loss of the snapshot is not finite.
         """
         state, now = None, snapshot
         while True:
@@ -448,9 +367,8 @@ class Search:
 
         Nothing of a higher rank is tried while something of a lower one is possible, and nothing
         is refined while something coarse is left. What refines has trials of its full length; the
-        last one that the budget allows may have half of it. If the budget allows only trials of
-        the last size, they are believed against their bias alone: only what makes a setting
-        smaller is tried.
+        last one that the budget allows may have half of it. If it allows only trials of the last
+        size, they are believed against their bias alone: only what is smaller is tried.
 
         Args:
           snapshot: where trials start.
@@ -472,8 +390,11 @@ class Search:
         def judged(changes: Sequence[Change], size: int) -> list[Change]:
             return [x for x in changes if config.judges(workload, settings, x, size)]
 
+        def count(changes: Sequence[Change]) -> int:  # with one of several settings together
+            return len(changes) + (len({x.setting for x in changes if x.score == "loss"}) > 1)
+
         for number in range(len(found), 0, -1) if size != wanted else ():
-            trials = number + 1 + _is_merged(found[:number])  # one is without a change
+            trials = 1 + count(found[:number])  # one is without a change
             left = budget - (trials + 1) * evaluation  # one is of the start
             longer = min(wanted, room, left / (each * trials - 1))  # the best is kept
             if longer >= max(size + 1, wanted / 2 if level and number == 1 else wanted):
@@ -483,7 +404,7 @@ class Search:
         if size != wanted and level:
             found = [change for change in possible if change.direction < 0]
         found, one = judged(found, size), each * size + evaluation
-        while found and one * (len(found) + _is_merged(found)) > budget:
+        while found and one * count(found) > budget:
             found = found[:-1]
         return found, size
 
@@ -501,7 +422,7 @@ class Search:
 
         Args:
           state: of the search; its arrays stay as they are.
-          changes: one or more.
+          changes: what to try.
           size: examples of a trial, at least those of the last round; of the config if 0.
           last: the last decision of this search.
         """
@@ -517,9 +438,9 @@ class Search:
         end, verdict, reason = state._replace(winner=unchanged, size=size), "kept", trials.reason()
         if best := trials.best:
             found = changed(self.workload, start, best.change.settings)
-            end, verdict = end._replace(snapshot=found, winner=best.trial), "accepted"
+            end, verdict = end._replace(snapshot=found, winner=best), "accepted"
         elif not np.isfinite(unchanged.losses).all():
-            found, reason = mended(self.workload, copied(start), unchanged.broken)
+            found, reason = self.mended(copied(start), unchanged.broken)
             end, verdict = SearchState(found, state.before), "rolled back"
             reason = f"all trials diverged, no loss is finite: {reason}"
         records = trials.records()
@@ -545,30 +466,81 @@ class Search:
             gained=gained,
         )
 
-    def trial(self, snapshot: Snapshot, change: Change | None, size: int, total: int = 0) -> Trial:
+    def trial(
+        self, snapshot: Snapshot, size: int, change: Change = NO_CHANGE, total: int = 0
+    ) -> Trial:
         """Trains from a copy of the snapshot with the change, and evaluates the end.
 
         Args:
-          snapshot: where to start; its arrays stay as they are.
-          change: what to try; None for nothing.
+          snapshot: start; its arrays stay as they are.
           size: examples to train on, before those over which the rates go to zero.
+          change: what to try.
           total: those of all of the trial, if this is its end; ``size`` if 0.
         """
         workload, anneal = self.workload, round(self.config.anneal * (total or size))
-        start = changed(workload, copied(snapshot), change.settings if change else {})
-        after, seconds, broken = _train(workload, start, start.examples + size, check=self.check)
+        start = changed(workload, copied(snapshot), change.settings)
+        after, seconds, broken = self._train(start, start.examples + size)
         judged = after
         if anneal:
-            end = after.examples + anneal
-            ended = _train(workload, copied(after), end, anneal=True, check=self.check)
+            ended = self._train(copied(after), after.examples + anneal, anneal=True)
             judged, seconds, broken = ended[0], seconds + ended[1], broken or ended[2]
         losses = np.asarray(workload.evaluate(judged.state), np.float64)
         return Trial(change, after, losses, seconds, judged.examples - snapshot.examples, broken)
 
+    def _train(
+        self, snapshot: Snapshot, end: int, anneal: bool = False
+    ) -> tuple[Snapshot, float, tuple[int, int] | None]:
+        """The snapshot at ``end``, seconds without compiling, the first stretch with NaN or inf."""
+        size = self.workload.examples_per_step(snapshot.settings)
+        examples, broken = after_steps(snapshot.examples, end, size), None
+        compiled, times = compile_seconds(), [time.perf_counter()]
+        taken = steps(self.workload, snapshot, end, anneal=anneal, check=self.check)
+        for step, after in one_behind(taken):
+            snapshot = after.snapshot if after else snapshot
+            if step:
+                metrics = jax.device_get(step.metrics)
+                if not all(np.isfinite(x) for x in metrics.values() if np.ndim(x) == 0):
+                    broken = broken or (step.position, step.snapshot.examples)
+                times.append(time.perf_counter())
+        if self.check():
+            raise Interrupted
+        # The first step compiles, and waits for its data. The median of the others counts: trials
+        # are short, and a busy moment of the machine should decide nothing.
+        seconds = np.diff(times)
+        if len(seconds) > 1:
+            total = float(np.median(seconds[1:]) * len(seconds))
+        else:
+            total = max(0.0, float(seconds.sum()) - (compile_seconds() - compiled))
+        return snapshot._replace(examples=examples), total, broken
+
+    def mended(
+        self, good: Snapshot, stretch: tuple[int, int] | None, factor: float = LOWERED
+    ) -> tuple[Snapshot, str]:
+        """A sound snapshot with what is done differently from there, and that in words.
+
+        If the batch of ``stretch`` gives NaN or inf from this state too, the batch is bad and not
+        the state: it is left out. Otherwise the scheduled rates of the space are multiplied by the
+        factor, within their bounds.
+        """
+        if stretch is not None:
+            there = copied(good)._replace(examples=stretch[0], left_out=frozenset())
+            if self._train(there, stretch[0] + 1)[2] is not None:
+                reason = f"examples {stretch[0]} to {stretch[1] - 1} give NaN or inf, are left out"
+                return good._replace(left_out=good.left_out | {stretch}), reason
+        rates = {
+            name: axis.scaled(float(good.settings[name]), factor)
+            for name in SCHEDULED
+            if isinstance(axis := self.workload.space.get(name), Scale)
+        }
+        if not rates:
+            return good, "nothing else is changed"
+        lowered = changed(self.workload, good, rates)
+        return lowered, f"the rates are multiplied by {factor:.2g}"
+
     def _tried(self, state: SearchState, change: Change, size: int) -> Trial:
         """The trial of a change, or why it could not be run."""
         try:
-            return self.trial(state.snapshot, change, size)
+            return self.trial(state.snapshot, size, change)
         except (UserError, jax.errors.JaxRuntimeError) as error:  # such as no room in memory
             nothing, reason = np.full_like(state.before, math.inf), str(error).partition("\n")[0]
             return Trial(change, state.snapshot, nothing, 0.0, 0, None, reason)
@@ -577,17 +549,12 @@ class Search:
         """The trial without a change: the last winner, continued if trials are longer now."""
         start, winner = state.snapshot, state.winner
         if winner is None:
-            return self.trial(start, None, size)
+            return self.trial(start, size)
         if state.size == size:
             return winner
         before = winner.after.examples - start.examples
-        longer = self.trial(winner.after, None, size - before, size)
+        longer = self.trial(winner.after, size - before, total=size)
         return longer._replace(
             examples=longer.examples + before,
             seconds=longer.seconds + winner.seconds * before / winner.examples,
         )
-
-
-def _is_merged(changes: Sequence[Change]) -> bool:
-    """Whether there may be one more trial, of several settings together."""
-    return len({change.setting for change in changes if change.score == "loss"}) > 1

@@ -14,7 +14,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, TypeGuard
+from typing import Literal, NamedTuple, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -35,8 +35,7 @@ class Scale:
     """A positive number that is changed by factors.
 
     Attributes:
-      low: lower bound.
-      high: upper bound.
+      low, high: bounds.
       factor: factor of the first trials; later ones take its square root, and so on.
       integer: whether it is rounded.
       multiple: number that an integer is a multiple of: the number of devices, say.
@@ -157,9 +156,8 @@ class Workload(NamedTuple):
         `SCHEDULED`.
       scores: ``state -> {name: number}``, such as accuracies on a test set, noted with every
         assessment as ``scores``; None for none.
-      execution_options: settings that change how a step is computed, but not its result beyond
-        rounding, with the values that they may take:
-        ``{"microbatch": (0, 8, 32), "tasks_at_a_time": (0, 1)}``, say.
+      execution_options: values of settings that change how a step is computed, but not its result
+        beyond rounding: ``{"microbatch": (0, 8, 32), "tasks_at_a_time": (0, 1)}``, say.
       evaluation_examples: cost of an evaluation beside its seconds, in examples of training; it
         counts in the budget of a search and among the operations.
     """
@@ -201,8 +199,8 @@ class Step(NamedTuple):
 
     Attributes:
       snapshot: snapshot after it; its state is donated to the next step.
-      position: position of the batch in the data.
-      metrics: metrics on the device, not waited for.
+      position: that of the batch in the data.
+      metrics: on the device, not waited for.
       began: time at which its data was asked for, by `time.perf_counter`.
       data_seconds: seconds that it waited for them.
     """
@@ -215,11 +213,7 @@ class Step(NamedTuple):
 
 
 def begin(workload: Workload, settings: Settings) -> Snapshot:
-    """The snapshot before the first step.
-
-    Raises:
-      UserError: a setting that may be changed has no value, or one out of its bounds.
-    """
+    """The snapshot before the first step; raises UserError as `check_settings` does."""
     check_settings(workload.space, settings)
     if missing := sorted(workload.execution_options.keys() - settings.keys()):
         raise UserError(f"{missing[0]!r} is an execution option, but has no value")
@@ -267,18 +261,17 @@ def steps(
     end: int,
     *,
     anneal: bool = False,
-    check: Callable[[], Any] = lambda: False,
+    check: Callable[[], bool] = lambda: False,
 ) -> Iterator[Step]:
     """Steps until ``end`` examples are done, the state of the snapshot donated to the first.
 
     A batch with an example of `Snapshot.left_out` is passed over without a step.
 
     Args:
-      workload: the training.
-      snapshot: start.
+      workload, snapshot: training and start.
       end: number of examples at the end; the last step may pass it.
       anneal: whether to lower the scheduled rates to zero over these steps.
-      check: called after every step; if it gives true or raises, that was the last one.
+      check: called after every step; if it gives true, that was the last one.
     """
     settings, step_fn = snapshot.settings, workload.step(snapshot.settings)
     size = workload.examples_per_step(settings)

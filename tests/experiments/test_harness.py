@@ -6,7 +6,7 @@ import json
 import math
 import shlex
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pytest
@@ -16,7 +16,9 @@ from metaopt.errors import Diverged, UserError
 from metaopt.files import read_json_lines
 from metaopt.ranges import Checked, Positive
 from metaopt.reporting.results import Published
+from metaopt.self_improvement.builders import improving_train
 from metaopt.statistics import Interval
+from metaopt.training.loop import train
 from metaopt.training.runs import as_json
 
 
@@ -260,3 +262,13 @@ def leaves(tree, prefix=""):
         yield from (
             leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, value)]
         )
+
+
+def test_the_closed_loop_remembers_where_the_environment_says(monkeypatch):
+    assert harness.begin() is train
+    monkeypatch.delenv("METAOPT_MEMORY", raising=False)
+    chosen: Any = harness.begin(improve=True)
+    assert chosen.func is improving_train and chosen.keywords == {"memory": None}
+    monkeypatch.setenv("METAOPT_MEMORY", "runs/memory.sqlite")
+    chosen = harness.begin(improve=True)
+    assert chosen.keywords["memory"].where.endswith("memory.sqlite")

@@ -1,5 +1,4 @@
 import signal
-from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +21,6 @@ from metaopt.self_improvement.builders import (
     improving_train,
     meta_training,
     plain_training,
-    trainer,
 )
 from metaopt.self_improvement.loop import LoopConfig, run
 from metaopt.self_improvement.trials import TrialConfig
@@ -292,7 +290,6 @@ def test_improving_train_is_train_where_it_may_change_nothing(tmp_path):
     same = drop_in(improving_train, tmp_path / "same", loop=PLAIN)
     assert as_bytes(plain) == as_bytes(same)
     assert len(traces) == 1
-    assert trainer(False) is train
 
 
 def mean_loss(state) -> float:
@@ -310,11 +307,3 @@ def test_improving_train_finds_a_rate_whatever_it_is_judged_by(tmp_path, evaluat
     assert losses_of(state).mean() < 0.3 * losses_of(plain).mean()
     decisions = read_json_lines(tmp_path / "improved" / "decisions.jsonl")
     assert {e["setting"] for d in decisions for e in d["trials"]} == {"outer_learning_rate"}
-
-
-def test_the_trainer_remembers_where_the_environment_says(monkeypatch):
-    monkeypatch.delenv("METAOPT_MEMORY", raising=False)
-    chosen: Any = trainer(True)
-    assert chosen.func is improving_train and chosen.keywords == {"memory": None}
-    monkeypatch.setenv("METAOPT_MEMORY", "runs/memory.sqlite")
-    assert cast(Any, trainer(True)).keywords["memory"].where.endswith("memory.sqlite")

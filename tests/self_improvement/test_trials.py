@@ -16,8 +16,6 @@ from metaopt.self_improvement.trials import (
     Trial,
     TrialConfig,
     TrialRound,
-    judge,
-    mended,
 )
 from metaopt.self_improvement.workload import begin, changed, copied, steps
 
@@ -206,17 +204,18 @@ def test_what_the_loss_judges_does_not_depend_on_the_clock():
 
 def test_a_trial_of_a_single_step_is_timed_as_well():
     search = search_of(PROBLEM, TrialConfig(anneal=0.0))
-    found = search.trial(begin(PROBLEM, SETTINGS | {"batch_size": 64}), None, 40)
+    found = search.trial(begin(PROBLEM, SETTINGS | {"batch_size": 64}), 40)
     assert found.examples == 64 and 1e-6 < found.seconds < 10
 
 
 def test_rates_are_lowered_within_their_bounds():
     snapshot = begin(PROBLEM, SETTINGS | {"outer_learning_rate": 2e-5})
-    assert mended(PROBLEM, snapshot, None)[0].settings["outer_learning_rate"] == quadratic.RATE.low
+    after, _ = search_of(PROBLEM).mended(snapshot, None)
+    assert after.settings["outer_learning_rate"] == quadratic.RATE.low
 
 
 def trial(losses, seconds, score=None, examples=100):
-    change = score and Change({}, "x", score, "x")
+    change = Change({}, "x", score or "loss", "x")
     return Trial(change, None, np.asarray(losses, np.float64), seconds, examples)  # type: ignore[arg-type]
 
 
@@ -239,8 +238,9 @@ SPREAD = np.linspace(-0.01, 0.01, 16)
     ],
 )
 def test_each_score_judges_what_it_says(score, fall, seconds, outcome):
-    before, unchanged = np.full(16, 3.0), trial(np.full(16, 2.0), 1.0)
-    found = judge(before, unchanged, trial(2.0 - fall + SPREAD, seconds, score), margin=MARGIN)
+    round_ = a_round()
+    round_.enter(trial(2.0 - fall + SPREAD, seconds, score))
+    (found,) = round_.trials
     assert found.verdict.outcome == outcome and bool(found.gain) == (outcome == "better")
 
 
