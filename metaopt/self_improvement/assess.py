@@ -7,38 +7,21 @@ token, squared error), lower is better. numpy and scipy only: nothing is compile
 """
 
 import math
-from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
 from metaopt.statistics import Interval, t_interval
-from metaopt.training.runs import as_json
-
-
-class Measurement(NamedTuple):
-    """What was measured at one point of a run.
-
-    Attributes:
-      step: updates done.
-      tokens: tokens (or examples) seen since the start.
-      seconds: training time since the start, without that of the evaluations.
-      losses: ``[E]``, the held-out loss of every episode or sequence, always in one order.
-      flops: floating-point operations since the start; None if they are not known.
-    """
-
-    step: int
-    tokens: int
-    seconds: float
-    losses: np.ndarray
-    flops: float | None = None
 
 
 class Assessment(NamedTuple):
     """State of a run, and what the time since the last assessment was worth.
 
     Attributes:
-      step, tokens, seconds, flops: as measured, since the start of the run.
+      step: updates done.
+      tokens: tokens (or examples) seen since the start.
+      seconds: training time since the start, without that of the evaluations.
+      flops: floating-point operations since the start; None if they are not known.
       loss: mean held-out loss.
       improvement: fall of the loss since the last assessment, paired over episodes; positive
         is better. None at the first.
@@ -60,34 +43,41 @@ class Assessment(NamedTuple):
 
 
 def assess(
-    now: Measurement, last: Measurement | None = None, *, resources: float = 1.0
+    losses: np.ndarray,
+    last: tuple[Assessment, np.ndarray] | None = None,
+    *,
+    step: int,
+    tokens: int,
+    seconds: float,
+    flops: float | None = None,
+    resources: float = 1.0,
 ) -> Assessment:
-    """The assessment of one measurement, against the last one if there is one.
+    """The assessment of a run now, against the last one if there is one.
 
     Args:
-      now: the measurement.
-      last: the one before, over the same episodes.
+      losses: ``[E]``, the held-out loss of every episode or sequence, always in one order.
+      last: the assessment before and its losses, of the same episodes.
+      step, tokens, seconds, flops: see `Assessment`.
       resources: resources in use: number of devices, say, or GiB of memory.
 
     Returns:
       `Assessment`. An efficiency is None if nothing was spent or it is not known.
 
     Raises:
-      ValueError: the two measurements are not of the same episodes.
+      ValueError: the losses are not of the same episodes as the last ones.
     """
-    spent, operations, fall = now.seconds, None, None
+    spent, operations, fall = seconds, None, None
     if last is not None:
-        spent, fall = now.seconds - last.seconds, _fall(last.losses, now.losses)
-        if now.flops is not None and last.flops is not None:
-            operations = now.flops - last.flops
-    with np.errstate(invalid="ignore"):  # the spread of losses that are not finite
-        loss = t_interval(np.asarray(now.losses, np.float64), np.arange(np.size(now.losses)))
+        before, last_losses = last
+        spent, fall = seconds - before.seconds, _fall(last_losses, losses)
+        if flops is not None and before.flops is not None:
+            operations = flops - before.flops
     return Assessment(
-        now.step,
-        now.tokens,
-        now.seconds,
-        now.flops,
-        loss,
+        step,
+        tokens,
+        seconds,
+        flops,
+        t_interval(np.asarray(losses, np.float64)),
         fall,
         _ratio(fall and fall.mean, spent),
         _ratio(fall and fall.mean, operations),
@@ -164,24 +154,5 @@ def _fall(before, after, groups=None) -> Interval:
     before, after = np.asarray(before, np.float64), np.asarray(after, np.float64)
     if before.shape != after.shape:
         raise ValueError(f"not the same episodes: {before.shape} before, {after.shape} after")
-    finite = np.all(np.isfinite(before)) and np.all(np.isfinite(after))
-    fall = before - after if finite else np.full(after.shape, np.nan)
-    return t_interval(fall, np.arange(fall.size) if groups is None else np.asarray(groups))
-
-
-def as_record(value: Any) -> Any:
-    """A record as plain JSON: named tuples and dataclasses as dicts, NaN and inf as None.
-
-    Arrays become lists, paths strings.
-    """
-    if hasattr(value, "_asdict"):
-        value = value._asdict()
-    if isinstance(value, Mapping):
-        return {str(key): as_record(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [as_record(entry) for entry in value]
-    if isinstance(value, float):
-        return float(value) if math.isfinite(value) else None
-    if value is None or isinstance(value, str | int):
-        return value
-    return as_record(as_json(value))
+    finite = np.isfinite([before, after]).all()
+    return t_interval(before - after if finite else np.full(after.shape, np.nan), groups)

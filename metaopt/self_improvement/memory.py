@@ -25,8 +25,7 @@ import numpy as np
 
 from metaopt.console import log
 from metaopt.errors import UserError
-from metaopt.files import local_path
-from metaopt.self_improvement.assess import as_record
+from metaopt.files import as_record, local_path
 from metaopt.self_improvement.records import past_search
 from metaopt.self_improvement.workload import Settings
 from metaopt.statistics import Curve
@@ -154,7 +153,7 @@ def _rejected_choices(decisions: Sequence[Any], better: Settings) -> list[dict[s
         )
         if rejected:
             kept = decision._replace(verdict="kept", changes={}, trials=rejected)
-            found.append(kept.as_json())
+            found.append(as_record(kept))
     return found
 
 

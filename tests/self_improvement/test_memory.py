@@ -15,6 +15,7 @@ import pytest
 import sqlalchemy
 
 from metaopt.errors import UserError
+from metaopt.files import as_record
 from metaopt.self_improvement import memory as module
 from metaopt.self_improvement.memory import (
     CATEGORY_MISMATCH,
@@ -394,7 +395,7 @@ def test_a_choice_with_which_a_run_ended_worse_is_worse():
         rate = TriedChange("r", {"r": 1.0}, 1, *compared)
         changes = {"o": ("a", value)}
         first = Decision("search", 1, 4, "accepted", changes, "", 1.0, 0, [choice, rate])
-        return [first.as_json(), first._replace(phase=1).as_json()]
+        return [as_record(first), as_record(first._replace(phase=1))]
 
     best = past("best", 0.5, decisions=chose("b"))
     best = dataclasses.replace(best, settings={"o": "b"})
