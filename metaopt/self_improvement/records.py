@@ -164,12 +164,19 @@ def decision_of(line: Any) -> Decision:
 
 def _parsed(line: Mapping[str, Any], schema: type, counts: Sequence[str]) -> Any:
     """The named tuple that a line holds. Raises ValueError, in words, if it holds none."""
+    record = {name: value for name, value in line.items() if name != "checksum"}
+    if line.get("checksum") not in (None, _checksum(record)):
+        raise ValueError("its checksum does not match")
     if problem := files.what_is_wrong(line, schema):
         raise ValueError(problem)
     for name in counts:
         if (line.get(name) or 0) < 0:
             raise ValueError(f"{name!r} is {line[name]}, below 0")
     return files.parsed(line, schema)
+
+
+def _checksum(record: Mapping[str, Any]) -> str:
+    return f"{zlib.crc32(json.dumps(record, sort_keys=True).encode()):08x}"
 
 
 def _check_trials(decision: Decision) -> None:
@@ -196,7 +203,7 @@ def past_search(lines: Sequence[Any]) -> list[Decision] | None:
 
 
 def _assessment_of(line: Mapping[str, Any]) -> Assessment:
-    """What `RunLog.assessed` wrote."""
+    """What `RunLog.assessed` wrote. Raises ValueError as `decision_of` does."""
     found: Assessment = _parsed(line, Assessment, ("step", "tokens", "seconds", "flops"))
     if math.isnan(found.loss.mean):
         raise ValueError("the mean loss is no number")
@@ -298,7 +305,7 @@ class RunLog:
         space, since = self._workload.space, {}
         for at, line in self._lines("decisions.jsonl")[len(self.decisions) :]:
             try:
-                decision = _checked(line, decision_of)
+                decision = decision_of(line)
                 if decision.kind != "search" or decision.examples != examples:
                     break
                 now = {**settings, **since}
@@ -326,7 +333,7 @@ class RunLog:
         records = []
         for at, line in self._lines(file)[:number]:
             try:
-                records.append(_checked(line, parse))
+                records.append(parse(line))
             except ValueError as error:
                 raise UserError(
                     f"{self._directory / file}:{at} of {self._workload.name!r} is damaged "
@@ -405,15 +412,3 @@ class RunLog:
             self._spent.compile_seconds + compiling,
             len(self.curve) * self._workload.evaluation_examples,
         )
-
-
-def _checksum(record: Mapping[str, Any]) -> str:
-    return f"{zlib.crc32(json.dumps(record, sort_keys=True).encode()):08x}"
-
-
-def _checked(line: Mapping[str, Any], parse: Callable[[Mapping[str, Any]], Any]) -> Any:
-    """The record of a line. Raises ValueError, with what is wrong in words, if it is damaged."""
-    record = dict(line)
-    if record.pop("checksum", None) not in (None, _checksum(record)):
-        raise ValueError("its checksum does not match")
-    return parse(record)

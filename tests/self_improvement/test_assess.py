@@ -6,7 +6,8 @@ import pytest
 from scipy import stats
 
 from metaopt.files import as_record
-from metaopt.self_improvement.assess import assess, compare
+from metaopt.self_improvement.assess import assess
+from metaopt.statistics import compare
 
 
 def losses(seed, size=50):
