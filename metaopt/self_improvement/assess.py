@@ -1,9 +1,8 @@
 """Self-evaluation: how good a run is, and what it costs.
 
 Everything is measured on the same held-out episodes every time, so that two measurements are
-paired: the noise of which episodes were drawn cancels in their difference. Intervals are
-Student's t over tasks, as in `metaopt.evaluate`. Losses are in the unit of the run (nats a
-token, squared error), lower is better. numpy and scipy only: nothing is compiled.
+paired: the noise of which episodes were drawn cancels in their difference. Losses are in the
+unit of the run (nats a token, squared error), lower is better. Nothing is compiled.
 """
 
 from typing import NamedTuple
@@ -22,12 +21,10 @@ class Assessment(NamedTuple):
       seconds: training time since the start, without that of the evaluations.
       flops: floating-point operations since the start; None if they are not known.
       loss: mean held-out loss.
-      improvement: fall of the loss since the last assessment, paired over episodes; positive
-        is better. None at the first.
+      improvement: fall of the loss since the last assessment, over the same episodes; or None.
       per_second: improvement a second of training since the last assessment.
       per_flop: improvement a floating-point operation since then.
-      per_cost: 1 / (time × resources), per second and unit of resource, for the time since
-        the last assessment.
+      per_cost: 1 / (time × resources), per second and unit of resource, since then.
     """
 
     step: int
@@ -54,7 +51,7 @@ def assess(
     """The assessment of a run now, against the last one if there is one.
 
     Args:
-      losses: ``[E]``, the held-out loss of every episode or sequence, always in one order.
+      losses: ``[E]``, held-out losses of all episodes or sequences, always in one order.
       last: the assessment before and its losses, of the same episodes.
       step, tokens, seconds, flops: see `Assessment`.
       resources: resources in use: number of devices, say, or GiB of memory.
@@ -71,17 +68,9 @@ def assess(
         spent, fall = seconds - before.seconds, paired_fall(last_losses, losses)
         if flops is not None and before.flops is not None:
             operations = flops - before.flops
-    return Assessment(
-        step,
-        tokens,
-        seconds,
-        flops,
-        t_interval(np.asarray(losses, np.float64)),
-        fall,
-        _ratio(fall and fall.mean, spent),
-        _ratio(fall and fall.mean, operations),
-        _ratio(1.0, spent * resources),
-    )
+    loss, gain = t_interval(np.asarray(losses, np.float64)), fall and fall.mean
+    worth = _ratio(gain, spent), _ratio(gain, operations), _ratio(1.0, spent * resources)
+    return Assessment(step, tokens, seconds, flops, loss, fall, *worth)
 
 
 def _ratio(gain: float | None, spent: float | None) -> float | None:

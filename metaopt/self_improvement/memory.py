@@ -29,16 +29,13 @@ from metaopt.self_improvement.workload import Settings
 from metaopt.statistics import Curve
 from metaopt.training.runs import versions
 
-Task = Mapping[str, Any]
-"""Descriptors of a task: sizes and counts as numbers, kinds as strings."""
+Task = Mapping[str, Any]  # descriptors of a task: sizes and counts as numbers, kinds as strings
 
 CATEGORY_MISMATCH = 2.0  # as much as a size that is 7.4 times as large
 MISSING_COST = 1.0
-TIE_DISTANCE = 0.1
-MAX_DISTANCE = 3.0
+TIE_DISTANCE, MAX_DISTANCE = 0.1, 3.0
 
 TABLE = "metaopt_runs_1"  # with the version of its format
-CURVE_POINTS = 200
 CONNECT_TIMEOUT = ("psycopg", "psycopg2", "pymysql", "mysqldb")  # drivers that have the option
 
 
@@ -53,7 +50,7 @@ class RunRecord:
       loss: held-out loss at the end; NaN or inf if the run diverged.
       tokens: tokens (or examples) seen.
       seconds: duration.
-      curve: ``(tokens, held-out loss)``; a memory keeps some 200 points of a longer one.
+      curve: ``(tokens, held-out loss)``.
       decisions: what was tried and changed, with the evidence; first the decisions of the past
         runs whose search this one continued.
       seed: seed of the run.
@@ -75,7 +72,7 @@ class RunRecord:
 
 
 class Proposal(NamedTuple):
-    """A start for a new run: the settings of the past run of that name, and why.
+    """A start for a new run, and where it comes from.
 
     Attributes:
       settings, run: settings of the past run, and its name.
@@ -102,16 +99,14 @@ def distance(here: Task, there: Task) -> float:
     return math.fsum(_gaps(here, there).values())
 
 
-def choose(
-    records: Sequence[RunRecord], task: Task, within: float = MAX_DISTANCE
-) -> Proposal | None:
+def choose(runs: Sequence[RunRecord], task: Task, within: float = MAX_DISTANCE) -> Proposal | None:
     """The settings of the best of the runs most similar to a task; None if none is ``within``.
 
     Most similar are the runs that are at most `TIE_DISTANCE` farther away than the nearest; best
     is the lowest final loss among them, and of equal ones the fastest. Runs that diverged
     propose nothing.
     """
-    similar = [(distance(task, run.task), run) for run in records if math.isfinite(run.loss)]
+    similar = [(distance(task, run.task), run) for run in runs if math.isfinite(run.loss)]
     similar = [(far, run) for far, run in similar if far <= within]
     if not similar:
         return None
@@ -157,15 +152,11 @@ def _gaps(here: Task, there: Task) -> dict[str, float]:
 
 
 def _gap(a: Any, b: Any) -> float:
-    if not (_is_number(a) and _is_number(b)):
+    if not all(type(x) is int or (type(x) is float and math.isfinite(x)) for x in (a, b)):
         return 0.0 if type(a) is type(b) and a == b else CATEGORY_MISMATCH
     if a > 0 and b > 0:
         return abs(math.log(a) - math.log(b))
     return abs(a - b) / (max(abs(a), abs(b)) or 1)
-
-
-def _is_number(value: Any) -> bool:
-    return type(value) is int or (type(value) is float and math.isfinite(value))
 
 
 def locate(path_or_url: Path | str) -> Any:
@@ -221,21 +212,14 @@ class Memory:
     """
 
     def __init__(self, path_or_url: Path | str, *, patience: float = 10.0):
-        """Uses the memory there; waits ``patience`` seconds for a lock or a connection.
-
-        Raises:
-          UserError: as for `locate`.
-        """
-        self._place, self._patience = locate(path_or_url), patience
+        """Waits ``patience`` seconds for a lock or a connection. Raises UserError as `locate`."""
+        self._place = place = locate(path_or_url)
+        self._patience = patience
         self._logged: set[str] = set()
-
-    @property
-    def where(self) -> str:
-        """The path, or the URL without user, password and options."""
-        place = self._place
         if isinstance(place, Path):
-            return str(place)
-        return f"{place.get_backend_name()}://{place.host or ''}/{place.database or ''}"
+            self.where = str(place)
+        else:  # without user, password and options
+            self.where = f"{place.get_backend_name()}://{place.host or ''}/{place.database or ''}"
 
     def remember(self, record: RunRecord) -> bool:
         """Adds a run; False, and the reason on standard error, if that is not possible.
@@ -244,7 +228,7 @@ class Memory:
         that is another program's, of another version, locked or read-only is left as it is.
         """
         try:
-            text = json.dumps(as_record(vars(record) | {"curve": _thinned(record.curve)}))
+            text = json.dumps(as_record(vars(record)))
             if isinstance(self._place, Path):
                 self._place.parent.mkdir(parents=True, exist_ok=True)
             try:
@@ -265,7 +249,7 @@ class Memory:
         try:
             with self._open(writing=False) as (execute, has_table):
                 query = f"SELECT record FROM {TABLE} ORDER BY added, id"
-                rows = execute(query, {}).fetchall() if has_table else []
+                rows = execute(query).fetchall() if has_table else []
         except Exception as error:  # never let a storage error stop a run
             self._log(error, "it is left as it is, and this run continues without it")
             return []
@@ -286,8 +270,7 @@ class Memory:
                 text_type = "LONGTEXT" if self.where.startswith(("mysql:", "mariadb:")) else "TEXT"
                 execute(
                     f"CREATE TABLE IF NOT EXISTS {TABLE} (id VARCHAR(32) PRIMARY KEY, "
-                    f"added DOUBLE PRECISION NOT NULL, record {text_type} NOT NULL)",
-                    {},
+                    f"added DOUBLE PRECISION NOT NULL, record {text_type} NOT NULL)"
                 )
             row = {"id": uuid.uuid4().hex, "added": time.time(), "record": text}
             execute(f"INSERT INTO {TABLE} (id, added, record) VALUES (:id, :added, :record)", row)
@@ -310,13 +293,15 @@ class Memory:
             engine = sqlalchemy.create_engine(place, poolclass=pool, connect_args=options)
             with engine.begin() as server:
                 has_table = sqlalchemy.inspect(server).has_table(TABLE)
-                yield lambda sql, values: server.execute(sqlalchemy.text(sql), values), has_table
+                yield (
+                    lambda sql, values=None: server.execute(sqlalchemy.text(sql), values),
+                    has_table,
+                )
             return
         uri = f"{place.resolve().as_uri()}?mode={'rwc' if writing else 'rw'}"
         try:
-            with contextlib.closing(
-                sqlite3.connect(uri, uri=True, timeout=self._patience, isolation_level=None)
-            ) as file:
+            file = sqlite3.connect(uri, uri=True, timeout=self._patience, isolation_level=None)
+            with contextlib.closing(file):
                 file.execute("BEGIN IMMEDIATE" if writing else "BEGIN")
                 yield file.execute, _check(file)
                 file.execute("COMMIT")
@@ -356,9 +341,7 @@ def _check(file: sqlite3.Connection) -> bool:
         raise Damaged(f"damaged ({' '.join(found.split())})")
     tables = {name for (name,) in file.execute("SELECT name FROM sqlite_master")}
     if tables and TABLE not in tables:
-        raise ValueError(
-            f"a database of another program or version (without {TABLE}): give another path"
-        )
+        raise ValueError(f"it is of another program or version, without {TABLE}: give another path")
     return bool(tables)
 
 
@@ -376,25 +359,14 @@ def set_aside(path: Path) -> Path:
 
 
 def _as_run(text: str) -> RunRecord | None:
-    """The run that `Memory.remember` wrote; None if it is no run."""
+    """The run that `Memory.remember` wrote, with null for NaN; None if it is no run."""
     try:
         fields = json.loads(text)
-        curve = [(float(tokens), _number(loss)) for tokens, loss in fields["curve"]]
-        run = RunRecord(**fields | {"loss": _number(fields["loss"]), "curve": curve})
+        curve = [(float(tokens), float("nan" if x is None else x)) for tokens, x in fields["curve"]]
+        loss = float("nan" if fields["loss"] is None else fields["loss"])
+        run = RunRecord(**fields | {"loss": loss, "curve": curve})
         valid = isinstance(run.task, dict) and isinstance(run.settings, dict)
         spent = [run.seconds, run.tokens, *(tokens for tokens, _ in curve)]
         return run if valid and all(0 <= float(x) < math.inf for x in spent) else None
     except (KeyError, TypeError, ValueError):
         return None
-
-
-def _number(value: float | None) -> float:
-    return math.nan if value is None else float(value)
-
-
-def _thinned(curve: Curve) -> list[tuple[float, float]]:
-    """At most `CURVE_POINTS` points, evenly in the logarithm of their number, both ends kept."""
-    if len(curve) <= CURVE_POINTS:
-        return list(curve)
-    powers = [i / (CURVE_POINTS - 1) for i in range(CURVE_POINTS)]
-    return [curve[i - 1] for i in sorted({round(len(curve) ** power) for power in powers})]

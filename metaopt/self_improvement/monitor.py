@@ -34,16 +34,11 @@ MEMORY_INTERVAL = 2  # steps between two readings of the memory
 
 CONSECUTIVE_CHECKS = dict(nan=1, divergence=2, plateau=2, slow=3, memory=1, starved=2, idle=2)
 """Checks in a row that raise an alarm; plateau, slow and idle are checked each `MIN_HISTORY`."""
-IMMEDIATE = ("divergence", "starved")
-"""Alarms that a single very high score raises."""
-IMMEDIATE_FACTOR = 10.0
-"""That score; times the limit it is the limit of divergence before `MIN_HISTORY` steps."""
-CLEAR_SHARE, CLEAR_CHECKS = 0.8, 5
-"""Score below which an alarm is cleared, and checks in a row that it takes."""
-SPEED = ("slow", "starved", "idle")
-"""Alarms about the time of a step."""
-TINY = 1e-6
-"""Rise of a loss that is always allowed: at a loss of 0, rounding is infinitely much more."""
+IMMEDIATE, IMMEDIATE_FACTOR = ("divergence", "starved"), 10.0
+"""Alarms that one score above the factor raises; the limit of divergence in its first steps."""
+CLEAR_SHARE, CLEAR_CHECKS = 0.8, 5  # score below which, so often in a row, an alarm is cleared
+SPEED = ("slow", "starved", "idle")  # alarms about the time of a step
+TINY = 1e-6  # rise of a loss that is always allowed: at 0, rounding is infinitely much more
 
 Factor = Annotated[float, Range(1.001, 1e12)]
 Share = Annotated[float, Range(1e-9, 0.999)]
@@ -125,17 +120,16 @@ class History:
         if not math.isfinite(value):
             return False
         self.values.append((step, value))
-        if len(self.values) <= MIN_HISTORY:
-            self.summaries.clear()  # one of too few values is replaced, not kept
-        elif step - self.summaries[-1].step < MIN_HISTORY:
+        is_early = self.summaries and step - self.summaries[-1].step < MIN_HISTORY
+        if self.is_young or is_early:
             return False
-        self._summarise()
-        return not self.is_young
+        self.summaries.append(self._summary())
+        return True
 
-    def _summarise(self) -> None:
+    def _summary(self) -> Summary:
         recent = self.last(WINDOW)
         median = statistics.median(recent)
-        self.summaries.append(Summary(median, max(recent) - median, self.values[-1][0]))
+        return Summary(median, max(recent) - median, self.values[-1][0])
 
     @property
     def is_young(self) -> bool:
@@ -144,8 +138,8 @@ class History:
 
     @property
     def best(self) -> Summary:
-        """The summary with the lowest median."""
-        return min(self.summaries)
+        """The summary with the lowest median; of all values as long as there are too few."""
+        return min(self.summaries, default=None) or self._summary()
 
     def last(self, count: int) -> list[float]:
         """The newest values, newest first; fewer if there are fewer."""
@@ -157,8 +151,6 @@ class History:
             self.values.pop()
         while self.summaries and self.summaries[-1].step > step:
             self.summaries.pop()
-        if self.values and not self.summaries:  # back among the first few values
-            self._summarise()
 
 
 def divergence(loss: float, history: History, config: MonitorConfig) -> Reading:
@@ -176,10 +168,9 @@ def divergence(loss: float, history: History, config: MonitorConfig) -> Reading:
 
 def plateau(newest_first: list[float], config: MonitorConfig) -> Reading:
     """Whether the mean of the second half improves on the first by more than its standard error."""
-    half = len(newest_first) // 2
-    after, before = newest_first[:half], newest_first[half:]
+    after, before = np.split(np.array(newest_first), [len(newest_first) // 2])
     means, limit = (statistics.fmean(before), statistics.fmean(after)), config.plateau_errors
-    error = math.sqrt(np.var(before) / len(before) + np.var(after) / len(after))
+    error = math.sqrt(before.var() / len(before) + after.var() / len(after))
     gain = means[0] - means[1]
     errors = gain / error if error > 0 else math.copysign(math.inf, gain) if gain else 0.0
     message = (
@@ -250,8 +241,7 @@ class Monitor(contextlib.AbstractContextManager):
 
         Args:
           config: thresholds.
-          tokens_per_step: tokens on all devices together.
-          flops_per_step: floating-point operations, likewise.
+          tokens_per_step, flops_per_step: tokens and operations on all devices together.
           peak_flops: FLOP/s of all devices together, see `peak_flops`. Without these two the
             utilisation is not known, and there is no alarm for idle devices.
           directory: directory of the run; None writes nothing. Only process 0 writes.
@@ -324,10 +314,15 @@ class Monitor(contextlib.AbstractContextManager):
         known = {**values, **self._rates(values)}
         if step - self._memory_step >= MEMORY_INTERVAL:
             use, self._memory_step = self._read_memory(), step
-            known["memory_share"] = use.share
             self._memory = {k: v for k, v in use._asdict().items() if v is not None}
-            self._memory["memory_share"] = use.share
-        alarms = self._check(step, known)
+            known["memory_share"] = self._memory["memory_share"] = use.share
+        alarms = []
+        for kind, (score, value, limit, message) in self._read(step, known):
+            latch = self._latches[kind]
+            if latch.update(step, score):
+                raised = latch.raised_at is not None
+                message = message if raised else f"{kind} is over: {message}"
+                alarms.append(Alarm(kind, step, raised, value, limit, message))
         self._step, self._line_steps = step, self._line_steps + 1
         self._sums.update(values)
         self._counts.update(values.keys())
@@ -337,17 +332,6 @@ class Monitor(contextlib.AbstractContextManager):
             point = {f"alarm/{alarm.kind}": float(alarm.raised)}
             self._write("alarm", step, {"alarm": alarm._asdict()}, point)
         return alarms
-
-    def _check(self, step: int, values: Mapping[str, float]) -> list[Alarm]:
-        """The alarms that this step raised or cleared."""
-        found = []
-        for kind, (score, value, limit, message) in self._read(step, values):
-            latch = self._latches[kind]
-            if latch.update(step, score):
-                raised = latch.raised_at is not None
-                message = message if raised else f"{kind} is over: {message}"
-                found.append(Alarm(kind, step, raised, value, limit, message))
-        return found
 
     def _read(self, step: int, values: Mapping[str, float]) -> Iterator[tuple[str, Reading]]:
         loss, config = values.get("loss", math.nan), self._config
@@ -385,33 +369,30 @@ class Monitor(contextlib.AbstractContextManager):
         seconds = values.get("step_seconds", 0.0)
         if not 0.0 < seconds < math.inf:
             return {}
-        tokens = self._tokens_per_step
+        tokens, flops = self._tokens_per_step, self._flops_per_step
         rates = {"seconds_per_token": seconds / tokens, "tokens_per_second": tokens / seconds}
-        if self._flops_per_step is not None:
-            rates["flops_per_second"] = self._flops_per_step / seconds
+        if flops is not None:
+            rates["flops_per_second"] = flops / seconds
             if self._peak_flops is not None:
-                rates["utilisation"] = rates["flops_per_second"] / self._peak_flops
+                rates["utilisation"] = flops / seconds / self._peak_flops
         return rates
 
     def _begin_line(self, step: int) -> None:
         self._step, self._line_steps, self._line_began = step, 0, time.monotonic()
-        self._sums: Counter[str] = Counter()
-        self._counts: Counter[str] = Counter()
+        self._sums, self._counts = Counter(), Counter()
 
     def _write_line(self) -> None:
-        if self._line_steps == 0:
-            return
-        means = {key: total / self._counts[key] for key, total in self._sums.items()}
-        values = {"steps": self._line_steps} | means | self._rates(means) | self._memory
-        points = {f"monitor/{key}": value for key, value in values.items()}
-        self._write("step", self._step, values | {"active": list(self.active)}, points)
-        self._begin_line(self._step)
+        if self._line_steps > 0:
+            means = {key: total / self._counts[key] for key, total in self._sums.items()}
+            values = {"steps": self._line_steps} | means | self._rates(means) | self._memory
+            points = {f"monitor/{key}": value for key, value in values.items()}
+            self._write("step", self._step, values | {"active": list(self.active)}, points)
+            self._begin_line(self._step)
 
     def _write(self, kind: str, step: int, values: Mapping, points: Mapping[str, float] = {}):
         """Writes a line of ``monitor.jsonl`` and points on curves of TensorBoard."""
-        if self._path is None:
-            return
-        seconds = round(time.monotonic() - self._began, 3)
-        line = {"kind": kind} | self._common | {"step": step} | dict(values)
-        append_json_line(self._path, line | {"seconds": seconds})
-        self._tensorboard.add_scalars(step, points)
+        if self._path is not None:
+            seconds = round(time.monotonic() - self._began, 3)
+            line = {"kind": kind} | self._common | {"step": step} | dict(values)
+            append_json_line(self._path, line | {"seconds": seconds})
+            self._tensorboard.add_scalars(step, points)
