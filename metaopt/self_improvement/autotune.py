@@ -80,8 +80,7 @@ def tune_options(
     if not programs:
         reason = records["0"].reason
         raise UserError(f"no settings of the space can be run; for the start, {reason}")
-    left = ends - time.perf_counter()
-    found = fastest(programs, next(iter(programs)), seconds_budget=left)
+    found = fastest(programs, next(iter(programs)), seconds_budget=ends - time.perf_counter())
     for name, verdict in found.verdicts.items():
         records[name] = records[name]._replace(verdict=verdict)
     for name, timing in found.timings.items():

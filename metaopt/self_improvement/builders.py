@@ -80,9 +80,8 @@ def meta_training(
         return OuterConfig(optimizer=settings.get("optimizer", "adam"))  # type: ignore[arg-type]
 
     def start(settings: Settings) -> MetaState:
-        outer = outer_of(settings)
+        key, outer = jax.random.key(seed), outer_of(settings)
         hparams = outer.hparams() | {"inner_learning_rate": jnp.float32(0.0)}
-        key = jax.random.key(seed)
         state = init_state(key, params, learner, outer_optimizer(outer), hparams)
         return parallel.replicate(state, devices)
 
@@ -165,10 +164,8 @@ def plain_training(
         micro = int(settings.get("microbatch", 0)) or size // len(devices)
         if size % micro:
             raise UserError(f"a batch of {size} cannot be divided into microbatches of {micro}")
-        batch = jax.tree.map(
-            lambda x: np.asarray(x).reshape(size // micro, micro, *x.shape[1:]),
-            draw(position, size),
-        )
+        drawn = draw(position, size)
+        batch = jax.tree.map(lambda x: np.asarray(x).reshape(-1, micro, *x.shape[1:]), drawn)
         # All of the batch is support: there is no inner loop to judge.
         nothing = jax.tree.map(lambda x: x[:, :0], batch)
         return Episode(batch, nothing, np.zeros(size // micro, np.int32))  # type: ignore[arg-type]

@@ -18,10 +18,11 @@ import numpy as np
 
 from metaopt.console import log
 from metaopt.errors import Diverged, UserError
+from metaopt.files import as_record
 from metaopt.measure import count_flops
 from metaopt.ranges import Checked, Range, Seconds, Steps, StepsOr0
 from metaopt.resources import MemoryUse, memory_use, peak_flops
-from metaopt.self_improvement.assess import Assessment, as_record
+from metaopt.self_improvement.assess import Assessment
 from metaopt.self_improvement.autotune import tune_options
 from metaopt.self_improvement.memory import Memory, RunRecord
 from metaopt.self_improvement.monitor import CONSECUTIVE_CHECKS, Alarm, Monitor, MonitorConfig
@@ -234,9 +235,9 @@ def _flops_per_example(workload: Workload, first: Snapshot) -> float | None:
     step, batch = workload.step(first.settings), workload.sample(first.settings, 0)
     try:
         flops = count_flops(step, first.state, batch).total
+        return flops / workload.examples_per_step(first.settings)
     except Exception:  # never let statistics stop a run, whatever cannot be traced
         return None
-    return flops / workload.examples_per_step(first.settings)
 
 
 def record_of(workload: Workload, outcome: Outcome) -> RunRecord:
@@ -249,7 +250,7 @@ def record_of(workload: Workload, outcome: Outcome) -> RunRecord:
         tokens=outcome.snapshot.examples * workload.tokens_per_example,
         seconds=outcome.ledger.seconds,
         curve=[(point.tokens, point.loss.mean) for point in outcome.curve],
-        decisions=[d.as_json() for d in [*outcome.earlier, *outcome.decisions]],
+        decisions=as_record([*outcome.earlier, *outcome.decisions]),
     )
 
 
@@ -346,8 +347,8 @@ class Loop:
         return min(self.workload.num_examples, math.ceil(multiple * every - 1e-6))
 
     def _save(self, snapshot: Snapshot) -> None:
-        earlier = [decision.as_json() for decision in self.earlier]
-        self.run_log.save(snapshot, intervened=self.num_interventions, earlier=earlier)
+        earlier, intervened = as_record(self.earlier), self.num_interventions
+        self.run_log.save(snapshot, intervened=intervened, earlier=earlier)
 
     def optimise(self, snapshot: Snapshot) -> Snapshot:
         """Tries what is proposed for as long as something is and the budget allows it."""
@@ -356,8 +357,7 @@ class Loop:
         phase = sum(done >= start for start in config.phases) - 1
         if phase < 0:
             return snapshot
-        space, share = self._searched(snapshot), config.shares[phase]
-        within = workload._replace(space=space)
+        within, share = workload._replace(space=self._searched(snapshot)), config.shares[phase]
         search = Search(within, config.trials, phase, config.margins[phase], self._is_stopped)
         state = None
         try:
@@ -403,8 +403,7 @@ class Loop:
                     unread -= scalars_read(step, snapshot.state, batch)
             except Exception:  # never let a step that cannot be traced stop a run
                 unread = set()
-            space = {name: axis for name, axis in workload.space.items() if name not in unread}
-            self._spaces[chosen] = space
+            self._spaces[chosen] = {k: x for k, x in workload.space.items() if k not in unread}
             if unread:
                 names = ", ".join(sorted(unread))
                 log(f"{workload.name}: not searched, since no update reads it: {names}")
@@ -574,10 +573,9 @@ class Loop:
         self.monitor.reset_speed(**self.work_of_step(good))
         self.run_log.checkpoints.forget_after(step)
         good = good._replace(left_out=snapshot.left_out)
-        again = self.num_roll_backs - 1
+        again, batch = self.num_roll_backs - 1, stretch if alarm.kind == "nan" else None
         space = self._searched(good) if again else {}
         search = Search(self.workload._replace(space=space), self.config.trials)
-        batch = stretch if alarm.kind == "nan" else None
         after, reason = search.mended(good, batch, LOWERED**again)
         reason = f"{alarm.kind}: {alarm.message}; {reason}"
         log(f"{self.workload.name}: back to step {step}; {reason}")

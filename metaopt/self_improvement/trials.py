@@ -28,7 +28,6 @@ import numpy as np
 from metaopt.errors import UserError
 from metaopt.measure import compile_seconds
 from metaopt.ranges import Checked, Range, Share, Steps
-from metaopt.self_improvement.assess import Verdict, compare
 from metaopt.self_improvement.records import Decision, TriedChange, differences
 from metaopt.self_improvement.workload import (
     SCHEDULED,
@@ -45,6 +44,7 @@ from metaopt.self_improvement.workload import (
     steps,
 )
 from metaopt.signals import Interrupted
+from metaopt.statistics import Verdict, compare
 
 LOWERED = 0.25
 """Factor on the rates if all trials diverge."""
@@ -241,9 +241,7 @@ class TrialRound:
         parts = [x.change for x in alone if x.verdict.difference <= WORTH_ADDING * most]
         if len(parts) < 2:
             return None
-        merged: dict[str, Setting] = {}
-        for part in parts:
-            merged |= part.settings
+        merged = {name: value for part in parts for name, value in part.settings.items()}
         names = " and ".join(part.setting for part in parts)
         reasons = "; ".join(part.reason for part in parts)
         return Change(merged, names, "loss", reasons, parts=tuple(parts))
@@ -534,8 +532,7 @@ class Search:
         }
         if not rates:
             return good, "nothing else is changed"
-        lowered = changed(self.workload, good, rates)
-        return lowered, f"the rates are multiplied by {factor:.2g}"
+        return changed(self.workload, good, rates), f"the rates are multiplied by {factor:.2g}"
 
     def _tried(self, state: SearchState, change: Change, size: int) -> Trial:
         """The trial of a change, or why it could not be run."""

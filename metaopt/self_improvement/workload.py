@@ -182,8 +182,7 @@ class Snapshot(NamedTuple):
     """One point of a training: what a rollback restores.
 
     Attributes:
-      state: the state.
-      settings: settings of the next step.
+      state, settings: those of the next step.
       examples: examples gone through; also the position in the data.
       left_out: stretches of the data, ``(first, end)`` in examples, that no batch may touch.
     """
@@ -231,8 +230,7 @@ def changed(workload: Workload, snapshot: Snapshot, changes: Settings) -> Snapsh
 
     If the settings choose another optimiser, its state is a new one.
     """
-    settings = snapshot.settings | dict(changes)
-    state = snapshot.state
+    settings, state = snapshot.settings | dict(changes), snapshot.state
     if settings.get("optimizer") != snapshot.settings.get("optimizer"):
         fresh = workload.start(settings)
         state = state._replace(opt_state=fresh.opt_state, hparams=fresh.hparams)
