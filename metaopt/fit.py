@@ -99,10 +99,6 @@ class FitConfig(TrainConfig):
         steps that take less time than a call; the sampler must be traceable.
       eval_every: interval between evaluations on the validation episodes; the best evaluated
         state is the result. 0 gives the last state.
-      log_every: see `TrainConfig`.
-      checkpoint_every: see `TrainConfig`.
-      keep_last: see `TrainConfig`.
-      divergence_factor: see `TrainConfig`.
     """
 
     seed: Seed = 0
