@@ -1,6 +1,7 @@
 """The built wheel, installed outside the repository: what a user has of `pip install`."""
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -8,6 +9,7 @@ import sys
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import metaopt
@@ -15,30 +17,6 @@ import metaopt
 pytestmark = pytest.mark.slow
 REPOSITORY = Path(__file__).parents[1]
 BUILT_FROM = ("metaopt", "experiments", "benchmarks", "pyproject.toml", "README.md", "LICENSE")
-META_TRAINS = """
-    import jax
-    import optax
-
-    import metaopt
-    from metaopt.tasks.markov import MarkovConfig, markov
-
-    family = markov(MarkovConfig(vocab_size=4, num_support=2, num_query=2, length=8))
-    model = metaopt.models.bigram(4)
-    loss = metaopt.losses.next_token(model)
-    learner = metaopt.learners.meta_sgd(optax.sgd, num_steps=2)
-    inner = metaopt.InnerLoop(num_steps=2)
-    fitted = metaopt.fit(
-        metaopt.Problem(family, model, loss),
-        learner,
-        inner=inner,
-        config=metaopt.FitConfig(num_steps=20, tasks_per_step=4, num_devices=1),
-    )
-    episode = jax.tree.map(lambda x: x[0], family.test.sample(jax.random.key(1), 1))
-    start = learner.start(fitted.meta_params)
-    optimizer = learner.inner_opt(fitted.meta_params, fitted.hparams)
-    adapted = metaopt.adapt(loss, optimizer, start, episode.support, inner).params
-    print(loss(start, episode.query), loss(adapted, episode.query))
-"""
 LOADS = """
     import sys
 
@@ -112,8 +90,15 @@ def test_the_command(installed):
     assert as_module == installed("metaopt", "--help")
 
 
-def test_a_script_that_meta_trains_and_adapts(installed):
-    before, after = installed(sys.executable, "-c", script(META_TRAINS)).split()
+def test_the_code_of_the_readme_meta_trains_and_adapts(installed):
+    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    judged, by_hand = installed(sys.executable, "-c", code).splitlines()[-2:]
+    said = re.search(r"# (\d.* ± .*)", code)
+    assert said
+    means = [[float(x) for x in re.findall(r"(\S+) ±", line)] for line in (said[1], judged)]
+    np.testing.assert_allclose(*means, atol=0.02)
+    before, after = by_hand.split()
     assert 0 < float(after) < float(before)
 
 
