@@ -7,6 +7,7 @@ as it was before. What cannot be read or written is a `UserError` of one line.
 import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import mmap
@@ -183,6 +184,23 @@ def strict_json(value: Any, non_finite: Callable[[str], Any], indent: int | None
     return json.dumps(plain, allow_nan=False, indent=indent)
 
 
+def as_record(value: Any) -> Any:
+    """A record as it is read back from JSON lines: NaN and inf as None, named tuples as dicts.
+
+    Arrays become lists, paths strings.
+    """
+    return json.loads(to_json(_named(value)), parse_constant=lambda _: None)
+
+
+def _named(value: Any) -> Any:
+    """A value with its named tuples as dicts, which JSON would write as lists."""
+    if hasattr(value, "_asdict"):
+        value = value._asdict()
+    if isinstance(value, Mapping):
+        return {key: _named(entry) for key, entry in value.items()}
+    return [_named(entry) for entry in value] if isinstance(value, list | tuple) else value
+
+
 def append_json_line(path: Path | str, record: Mapping[str, Any]) -> None:
     """Add one record to a JSON-lines file, whole or not at all; NaN and infinities become null.
 
@@ -338,6 +356,24 @@ def matches(value: Any, hint: Any) -> bool:
             for name, of_field in _hints(hint).items()
         )
     return isinstance(value, hint)
+
+
+def parsed(value: Any, hint: Any) -> Any:
+    """A value from JSON that `matches` a type, as that type.
+
+    A list becomes a tuple, a dict the named tuple that it is of; a null for a float is NaN.
+    """
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return parsed(value, next(arg for arg in args if matches(value, arg)))
+    if hasattr(hint, "_fields"):
+        hints = {name: of_field for name, of_field in _hints(hint).items() if name in value}
+        return hint(**{name: parsed(value[name], of_field) for name, of_field in hints.items()})
+    if origin is dict:
+        return {key: parsed(entry, args[1]) for key, entry in value.items()}
+    if isinstance(value, list) and args:
+        return tuple(map(parsed, value, args if origin is tuple else itertools.repeat(args[0])))
+    return math.nan if value is None and hint is float else value
 
 
 def _plain(value: Any) -> Any:

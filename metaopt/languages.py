@@ -100,20 +100,25 @@ def make_family(config: LanguageConfig) -> TaskFamily:
     Raises:
       UserError: there are no such tasks, or their folder is missing, or given and not read.
     """
-    if config.folder is not None and config.tasks != "text":
-        raise UserError(f"--folder is for --tasks text, not {config.tasks}: leave one of them out")
+    _check_tasks(config)
     if config.tasks == "markov":
         return markov(markov_config(config))
     if is_own(config.tasks):
         return make_part("--tasks", config.tasks, TaskFamily)
-    if config.tasks == "text" and config.folder is None:
-        raise UserError("--tasks text needs --folder, with one file a domain")
-    if not is_text(config.tasks):
-        raise UserError(
-            f"unknown tasks {config.tasks!r}: markov, text, stdlib, tfds:NAME or module:function "
-            "of your own"
-        )
     return text(text_config(config))
+
+
+def _check_tasks(config: LanguageConfig) -> None:
+    tasks = config.tasks
+    if config.folder is not None and tasks != "text":
+        raise UserError(f"--folder is for --tasks text, not {tasks}: leave one of them out")
+    if tasks == "text" and config.folder is None:
+        raise UserError("--tasks text needs --folder, with one file a domain")
+    if not (tasks == "markov" or is_text(tasks) or is_own(tasks)):
+        raise UserError(
+            f"unknown tasks {tasks!r}: markov, text, stdlib, tfds:NAME or module:function of your "
+            "own"
+        )
 
 
 def text_config(config: LanguageConfig) -> TextConfig:
@@ -197,9 +202,11 @@ def check(
     """Checks, before anything is compiled, that rows can be compared on the tasks of a config.
 
     Raises:
-      UserError: the settings do not fit one another, the devices or the memory, see
-        `metaopt.comparison.check_settings` and `metaopt.diagnostics.feasible.check`.
+      UserError: there are no such tasks, or the settings do not fit one another, the devices or
+        the memory, see `metaopt.comparison.check_settings` and
+        `metaopt.diagnostics.feasible.check`.
     """
+    _check_tasks(config)
     check_settings(config.inner, comparison)
     if config.tasks == "markov":
         feasible.check_languages(markov_config(config), comparison.most_episodes)

@@ -1,7 +1,7 @@
-"""Intervals over tasks, ranks among runs, and scores of a classifier."""
+"""Intervals over tasks, comparisons, ranks among runs, and scores of a classifier."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 from scipy import stats
@@ -91,6 +91,81 @@ def _bootstrap_t(values: np.ndarray) -> float:
 def task_means(values: np.ndarray, groups: np.ndarray) -> np.ndarray:
     """The mean of each task's episodes, ``[E, ...]`` to ``[n, ...]``."""
     return np.stack([values[groups == task].mean(axis=0) for task in np.unique(groups)])
+
+
+class Verdict(NamedTuple):
+    """What a change did to the held-out loss.
+
+    Attributes:
+      outcome: ``'better'``, ``'worse'`` or, if the noise allows either, ``'noise'``.
+      difference: mean loss after less mean loss before, over tasks; infinite if the outcome
+        rests on losses that are not finite.
+      ci95: half the width of its 95 % interval; NaN if there is none.
+      n: number of tasks behind it.
+    """
+
+    outcome: Literal["better", "worse", "noise"]
+    difference: float
+    ci95: float
+    n: int
+
+
+def compare(
+    before: np.ndarray,
+    after: np.ndarray,
+    *,
+    groups: np.ndarray | None = None,
+    margin: float = 0.0,
+) -> Verdict:
+    """Whether held-out losses fell, rose, or did neither beyond noise.
+
+    A change is ``'better'`` only if the whole 95 % interval of the mean difference is below
+    ``-margin``, and ``'worse'`` only if it is above ``margin``: one that does nothing is taken
+    for better in 2.5 % of cases, and so is at most one that gains no more than ``margin``. A
+    single task tells nothing: that is noise.
+
+    A loss after the change that is not finite is worse, whatever was before; one before it
+    that is not, if all are finite after it, makes the change better.
+
+    Args:
+      before: ``[E]``, the loss of every held-out episode without the change.
+      after: ``[E]``, the loss of the same episodes with it.
+      groups: ``[E]``, the task of each episode; None if each is of its own. Differences of one
+        task are averaged first: they are not independent.
+      margin: the smallest difference that matters, in the unit of the loss. If it is NaN (a
+        share of a loss that diverged), finite losses differ by noise only.
+
+    Raises:
+      ValueError: shapes differ, there is nothing to compare, or the margin is negative.
+    """
+    if margin < 0:
+        raise ValueError(f"margin {margin} must not be negative")
+    fall = paired_fall(before, after, groups)
+    if not np.all(np.isfinite(after)):
+        return Verdict("worse", math.inf, math.nan, fall.n)
+    if not np.all(np.isfinite(before)):
+        return Verdict("better", -math.inf, math.nan, fall.n)
+    outcome = "noise"
+    if fall.mean - fall.ci95 > margin:
+        outcome = "better"
+    elif fall.mean + fall.ci95 < -margin:
+        outcome = "worse"
+    return Verdict(outcome, -fall.mean, fall.ci95, fall.n)
+
+
+def paired_fall(
+    before: np.ndarray, after: np.ndarray, groups: np.ndarray | None = None
+) -> Interval:
+    """By how much losses fell, over the same episodes; NaN if one of them is not finite.
+
+    Raises:
+      ValueError: shapes differ or there is nothing to compare.
+    """
+    before, after = np.asarray(before, np.float64), np.asarray(after, np.float64)
+    if before.shape != after.shape:
+        raise ValueError(f"not the same episodes: {before.shape} before, {after.shape} after")
+    finite = np.isfinite([before, after]).all()
+    return t_interval(before - after if finite else np.full(after.shape, np.nan), groups)
 
 
 Curve = Sequence[tuple[float, float]]

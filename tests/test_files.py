@@ -2,6 +2,7 @@ import json
 import math
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple, NotRequired, TypedDict
 
@@ -18,6 +19,15 @@ from metaopt.errors import UserError
 class Interval(NamedTuple):
     mean: float
     n: int
+
+
+class Row(NamedTuple):
+    spans: dict[str, tuple[int, float]]
+    intervals: Sequence[Interval]
+    best: Interval | None
+    values: Sequence[float] = ()
+    other: Interval | None = None
+    label: str | None = None
 
 
 class Fields(TypedDict):
@@ -101,6 +111,17 @@ def test_lines_are_kept_by_what_they_hold_and_arrays_are_lists(tmp_path):
         {"step": 2, "losses": [2.0, 2.0]},
         {"step": 3},
     ]
+
+
+@pytest.mark.parametrize("other", [None, Interval(2.0, 4)])
+def test_a_named_tuple_comes_back_as_it_was(other):
+    row = Row({"a": (1, 2.5)}, (Interval(math.nan, 3), Interval(1.0, 2)), other, (0.5, 1.5))
+    line = json.loads(json.dumps(files.as_record(row), allow_nan=False))
+    assert line["intervals"][0] == {"mean": None, "n": 3}
+    assert files.what_is_wrong(line, Row) is None
+    assert str(files.parsed(line, Row)) == str(row)  # NaN is not equal to itself
+    del line["label"], line["other"]
+    assert str(files.parsed(line, Row)) == str(row)
 
 
 def test_json_is_strict(tmp_path):

@@ -21,6 +21,7 @@ from experiments.table_self_improvement.workloads import (
     transformer,
 )
 from metaopt import learners, losses, meta_gradients
+from metaopt.files import as_record
 from metaopt.measure import compile_for, interleaved
 from metaopt.optimizers.outer import OuterConfig, outer_optimizer
 from metaopt.outer_step import init_state, make_meta_step
@@ -215,7 +216,7 @@ def fault_row(study: Study, name: str, inject: Callable) -> Iterator[Cell]:
     reference = problem.test(undisturbed.snapshot.state)
     now = problem.test(outcome.snapshot.state)
     more = {"alarms": [alarm._asdict() for alarm in outcome.alarms]}
-    more["decisions"] = [decision.as_json() for decision in outcome.decisions]
+    more["decisions"] = as_record(outcome.decisions)
     yield Cell("ratio to undisturbed", ratio(now, reference), more)
     steps_late = single(float(late[0]) if late else float("nan"))
     yield Cell("steps to the alarm", steps_late, {"unit": "steps"})

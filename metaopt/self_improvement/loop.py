@@ -18,10 +18,11 @@ import numpy as np
 
 from metaopt.console import log
 from metaopt.errors import Diverged, UserError
+from metaopt.files import as_record
 from metaopt.measure import count_flops
 from metaopt.ranges import Checked, Range, Seconds, Steps, StepsOr0
 from metaopt.resources import peak_flops
-from metaopt.self_improvement.assess import Assessment, as_record
+from metaopt.self_improvement.assess import Assessment
 from metaopt.self_improvement.autotune import fastest_settings
 from metaopt.self_improvement.memory import Memory, RunRecord
 from metaopt.self_improvement.monitor import CONSECUTIVE_CHECKS, Alarm, Monitor, MonitorConfig
@@ -258,7 +259,7 @@ def record_of(workload: Workload, outcome: Outcome) -> RunRecord:
         tokens=outcome.snapshot.examples * workload.tokens_per_example,
         seconds=outcome.ledger.seconds,
         curve=[(point.tokens, point.loss.mean) for point in outcome.curve],
-        decisions=[d.as_json() for d in [*outcome.earlier, *outcome.decisions]],
+        decisions=as_record([*outcome.earlier, *outcome.decisions]),
     )
 
 
@@ -367,7 +368,7 @@ class Loop:
         return math.floor(snapshot.examples / every + 1e-9) > done
 
     def _save(self, snapshot: Snapshot) -> None:
-        earlier = [decision.as_json() for decision in self.earlier]
+        earlier = as_record(self.earlier)
         self.run_log.save(snapshot, intervened=self.num_interventions, earlier=earlier)
 
     # Optimise

@@ -1,8 +1,7 @@
 """Memory of past runs: the most similar one proposes where a new run starts.
 
 A run is one row of the table `TABLE`, written as JSON in one transaction: in a SQLite file or,
-by its URL, in a PostgreSQL or MySQL database that a team shares. Several processes may use one
-memory at the same time.
+by its URL, in a PostgreSQL or MySQL database that a team shares. Several processes may use it.
 
 A memory never stops a run. An empty one logs nothing; one that is damaged, locked or out of
 reach is logged once on standard error, and the run continues without it.
@@ -10,6 +9,7 @@ reach is logged once on standard error, and the run continues without it.
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import math
 import re
@@ -21,27 +21,21 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote, quote_plus
 
-import numpy as np
-
 from metaopt.console import log
 from metaopt.errors import UserError
-from metaopt.files import local_path
-from metaopt.self_improvement.assess import as_record
+from metaopt.files import as_record, local_path
 from metaopt.self_improvement.records import past_search
 from metaopt.self_improvement.workload import Settings
 from metaopt.statistics import Curve
 from metaopt.training.runs import versions
 
-Task = Mapping[str, Any]
-"""Descriptors of a task: sizes and counts as numbers, kinds as strings."""
+Task = Mapping[str, Any]  # descriptors of a task: sizes and counts as numbers, kinds as strings
 
 CATEGORY_MISMATCH = 2.0  # as much as a size that is 7.4 times as large
 MISSING_COST = 1.0
-TIE_DISTANCE = 0.1
-MAX_DISTANCE = 3.0
+TIE_DISTANCE, MAX_DISTANCE = 0.1, 3.0
 
 TABLE = "metaopt_runs_1"  # with the version of its format
-CURVE_POINTS = 200
 CONNECT_TIMEOUT = ("psycopg", "psycopg2", "pymysql", "mysqldb")  # drivers that have the option
 
 
@@ -56,7 +50,7 @@ class RunRecord:
       loss: held-out loss at the end; NaN or inf if the run diverged.
       tokens: tokens (or examples) seen.
       seconds: duration.
-      curve: ``(tokens, held-out loss)``; a memory keeps some 200 points of a longer one.
+      curve: ``(tokens, held-out loss)``.
       decisions: what was tried and changed, with the evidence; first the decisions of the past
         runs whose search this one continued.
       seed: seed of the run.
@@ -81,8 +75,7 @@ class Proposal(NamedTuple):
     """A start for a new run, and where it comes from.
 
     Attributes:
-      settings: settings of the past run.
-      run: name of the past run.
+      settings, run: settings of the past run, and its name.
       distance: distance from the new task to that run's, see `distance`.
       reason: explanation in words.
       decisions: decisions of that run if its task is the same one: they hold for the new run too.
@@ -106,32 +99,20 @@ def distance(here: Task, there: Task) -> float:
     return math.fsum(_gaps(here, there).values())
 
 
-def choose(
-    records: Sequence[RunRecord], task: Task, within: float = MAX_DISTANCE
-) -> Proposal | None:
-    """The settings of the best of the most similar runs.
+def choose(runs: Sequence[RunRecord], task: Task, within: float = MAX_DISTANCE) -> Proposal | None:
+    """The settings of the best of the runs most similar to a task; None if none is ``within``.
 
     Most similar are the runs that are at most `TIE_DISTANCE` farther away than the nearest; best
     is the lowest final loss among them, and of equal ones the fastest. Runs that diverged
     propose nothing.
-
-    Args:
-      records: past runs.
-      task: descriptors of the new run's task.
-      within: largest distance of a similar run.
-
-    Returns:
-      `Proposal`, or None if no run is similar.
     """
-    similar = [(distance(task, run.task), run) for run in records if math.isfinite(run.loss)]
+    similar = [(distance(task, run.task), run) for run in runs if math.isfinite(run.loss)]
     similar = [(far, run) for far, run in similar if far <= within]
     if not similar:
         return None
-    nearest = min(far for far, _ in similar)
-    far, run = min(
-        (pair for pair in similar if pair[0] <= nearest + TIE_DISTANCE),
-        key=lambda pair: (pair[1].loss, pair[1].seconds),
-    )
+    limit = min(far for far, _ in similar) + TIE_DISTANCE
+    nearest = [(far, run) for far, run in similar if far <= limit]
+    far, run = min(nearest, key=lambda pair: (pair[1].loss, pair[1].seconds))
     decisions = [] if far else list(run.decisions)
     for away, other in similar:
         if away == far == 0 and other.loss > run.loss and other.tokens >= run.tokens:
@@ -140,22 +121,18 @@ def choose(
 
 
 def _rejected_choices(decisions: Sequence[Any], better: Settings) -> list[dict[str, Any]]:
-    """The accepted choices that ``better`` does not have, as worse than no change.
-
-    Empty if the decisions cannot be read.
-    """
+    """The accepted choices that ``better`` does not have, as worse; none if unreadable."""
     found = []
     for decision in past_search(decisions) or []:
-        rejected = tuple(
+        rejected = [
             trial._replace(verdict="worse", accepted=False)
             for trial in decision.trials
             if trial.accepted and trial.direction == 0
             if better.get(trial.setting) != trial.settings.get(trial.setting)
-        )
+        ]
         if rejected:
-            kept = decision._replace(verdict="kept", changes={}, trials=rejected)
-            found.append(kept.as_json())
-    return found
+            found.append(decision._replace(verdict="kept", changes={}, trials=rejected))
+    return as_record(found)
 
 
 def _reason(task: Task, far: float, run: RunRecord) -> str:
@@ -175,17 +152,11 @@ def _gaps(here: Task, there: Task) -> dict[str, float]:
 
 
 def _gap(a: Any, b: Any) -> float:
-    if not (_is_number(a) and _is_number(b)):
+    if not all(type(x) is int or (type(x) is float and math.isfinite(x)) for x in (a, b)):
         return 0.0 if type(a) is type(b) and a == b else CATEGORY_MISMATCH
-    if a == b:
-        return 0.0
     if a > 0 and b > 0:
         return abs(math.log(a) - math.log(b))
-    return abs(a - b) / max(abs(a), abs(b))
-
-
-def _is_number(value: Any) -> bool:
-    return type(value) is int or (type(value) is float and math.isfinite(value))
+    return abs(a - b) / (max(abs(a), abs(b)) or 1)
 
 
 def locate(path_or_url: Path | str) -> Any:
@@ -201,18 +172,15 @@ def locate(path_or_url: Path | str) -> Any:
         return path
     try:
         from sqlalchemy.engine import make_url
-        from sqlalchemy.exc import ArgumentError
-    except ImportError as error:
-        raise UserError(
-            "the URL of a memory needs SQLAlchemy: pip install 'metaopt[improve]', or give the "
-            "path of a file"
-        ) from error
-    try:
+
         url = make_url(path_or_url)
         url.get_dialect().import_dbapi()
     except ImportError as error:
-        raise UserError(f"the memory's database needs a driver: {error}; install it") from None
-    except (ArgumentError, ValueError):
+        raise UserError(
+            f"the URL of a memory needs a driver of its database and SQLAlchemy ({error}): install "
+            "the driver and 'metaopt[improve]', or give the path of a file"
+        ) from None
+    except Exception:  # SQLAlchemy's own, which may name a password
         scheme = path_or_url.split("://")[0]
         raise UserError(
             f"the memory's URL ({scheme}://...) is of no known database; write it as "
@@ -244,22 +212,14 @@ class Memory:
     """
 
     def __init__(self, path_or_url: Path | str, *, patience: float = 10.0):
-        """Uses the memory there; waits ``patience`` seconds for a lock or a connection.
-
-        Raises:
-          UserError: as for `locate`.
-        """
-        place, self._patience = locate(path_or_url), patience
-        self._path: Path | None = place if isinstance(place, Path) else None
-        self._url: Any = None if self._path else place
+        """Waits ``patience`` seconds for a lock or a connection. Raises UserError as `locate`."""
+        self._place = place = locate(path_or_url)
+        self._patience = patience
         self._logged: set[str] = set()
-
-    @property
-    def where(self) -> str:
-        """The path, or the URL without user, password and options."""
-        if self._url is None:
-            return str(self._path)
-        return f"{self._url.get_backend_name()}://{self._url.host or ''}/{self._url.database or ''}"
+        if isinstance(place, Path):
+            self.where = str(place)
+        else:  # without user, password and options
+            self.where = f"{place.get_backend_name()}://{place.host or ''}/{place.database or ''}"
 
     def remember(self, record: RunRecord) -> bool:
         """Adds a run; False, and the reason on standard error, if that is not possible.
@@ -268,14 +228,13 @@ class Memory:
         that is another program's, of another version, locked or read-only is left as it is.
         """
         try:
-            text = json.dumps(as_record(vars(record) | {"curve": _thinned(record.curve)}))
-            if self._path is not None:
-                self._path.parent.mkdir(parents=True, exist_ok=True)
+            text = json.dumps(as_record(vars(record)))
+            if isinstance(self._place, Path):
+                self._place.parent.mkdir(parents=True, exist_ok=True)
             try:
                 self._add(text)
             except Damaged as error:
-                assert self._path is not None
-                aside = set_aside(self._path)
+                aside = set_aside(self._place)
                 self._log(error, f"it is set aside as {aside.name}, and a new one begun")
                 self._add(text)
         except Exception as error:  # never let a storage error stop a run
@@ -285,12 +244,12 @@ class Memory:
 
     def records(self) -> list[RunRecord]:
         """All runs remembered, oldest first; none, and the reason, if they cannot be read."""
-        if self._path is not None and not self._path.exists():
+        if isinstance(self._place, Path) and not self._place.exists():
             return []
         try:
             with self._open(writing=False) as (execute, has_table):
                 query = f"SELECT record FROM {TABLE} ORDER BY added, id"
-                rows = execute(query, {}).fetchall() if has_table else []
+                rows = execute(query).fetchall() if has_table else []
         except Exception as error:  # never let a storage error stop a run
             self._log(error, "it is left as it is, and this run continues without it")
             return []
@@ -311,8 +270,7 @@ class Memory:
                 text_type = "LONGTEXT" if self.where.startswith(("mysql:", "mariadb:")) else "TEXT"
                 execute(
                     f"CREATE TABLE IF NOT EXISTS {TABLE} (id VARCHAR(32) PRIMARY KEY, "
-                    f"added DOUBLE PRECISION NOT NULL, record {text_type} NOT NULL)",
-                    {},
+                    f"added DOUBLE PRECISION NOT NULL, record {text_type} NOT NULL)"
                 )
             row = {"id": uuid.uuid4().hex, "added": time.time(), "record": text}
             execute(f"INSERT INTO {TABLE} (id, added, record) VALUES (:id, :added, :record)", row)
@@ -325,23 +283,25 @@ class Memory:
           Damaged: the file is not whole.
           ValueError: it is the database of another program.
         """
-        if self._path is None:
+        place = self._place
+        if not isinstance(place, Path):
             import sqlalchemy
 
-            has_timeout = self._url.get_driver_name() in CONNECT_TIMEOUT
+            has_timeout = place.get_driver_name() in CONNECT_TIMEOUT
             options = {"connect_timeout": max(2, round(self._patience))} if has_timeout else {}
-            engine = sqlalchemy.create_engine(
-                self._url, poolclass=sqlalchemy.NullPool, connect_args=options
-            )
+            pool = sqlalchemy.NullPool
+            engine = sqlalchemy.create_engine(place, poolclass=pool, connect_args=options)
             with engine.begin() as server:
                 has_table = sqlalchemy.inspect(server).has_table(TABLE)
-                yield lambda sql, values: server.execute(sqlalchemy.text(sql), values), has_table
+                yield (
+                    lambda sql, values=None: server.execute(sqlalchemy.text(sql), values),
+                    has_table,
+                )
             return
-        uri = f"{self._path.resolve().as_uri()}?mode={'rwc' if writing else 'rw'}"
+        uri = f"{place.resolve().as_uri()}?mode={'rwc' if writing else 'rw'}"
         try:
-            with contextlib.closing(
-                sqlite3.connect(uri, uri=True, timeout=self._patience, isolation_level=None)
-            ) as file:
+            file = sqlite3.connect(uri, uri=True, timeout=self._patience, isolation_level=None)
+            with contextlib.closing(file):
                 file.execute("BEGIN IMMEDIATE" if writing else "BEGIN")
                 yield file.execute, _check(file)
                 file.execute("COMMIT")
@@ -349,16 +309,17 @@ class Memory:
             code = getattr(error, "sqlite_errorcode", 0) & 0xFF
             garbled = re.search("no such column|has no column|unsupported file format", str(error))
             if garbled or code in (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT):
-                raise Damaged(str(error)) from None
+                raise Damaged(f"damaged ({error})") from None
             raise
 
     def _masked(self, text: str) -> str:
         """The text without the URL, its password and its options, which may hold one."""
-        if self._url is None:
+        url = self._place
+        if isinstance(url, Path):
             return text
-        text = text.replace(self._url.render_as_string(hide_password=False), self.where)
-        options = [value for values in self._url.normalized_query.values() for value in values]
-        secrets = [str(secret) for secret in (self._url.password, *options) if secret]
+        text = text.replace(url.render_as_string(hide_password=False), self.where)
+        options = itertools.chain(*url.normalized_query.values())
+        secrets = [str(secret) for secret in (url.password, *options) if secret]
         forms = {form for x in secrets for form in (x, quote(x, ""), quote_plus(x))}
         for form in sorted(forms, key=len, reverse=True):
             text = text.replace(form, "***")
@@ -367,9 +328,7 @@ class Memory:
     def _log(self, error: Exception, consequence: str) -> None:
         """Warns in one line without secrets, once for each reason."""
         cause = str(error.__cause__ or error).strip() or type(error).__name__
-        cause = self._masked(cause).split("\n")[0]
-        cause = f"damaged ({cause})" if isinstance(error, Damaged) else cause
-        line = f"memory {self.where}: {cause}; {consequence}"
+        line = f"memory {self.where}: {self._masked(cause).splitlines()[0]}; {consequence}"
         if line not in self._logged:
             self._logged.add(line)
             log(line)
@@ -379,12 +338,10 @@ def _check(file: sqlite3.Connection) -> bool:
     """Whether the table is in a file, which is whole and not another program's."""
     found = file.execute("PRAGMA integrity_check(1)").fetchone()[0]
     if found != "ok":
-        raise Damaged(found)
+        raise Damaged(f"damaged ({' '.join(found.split())})")
     tables = {name for (name,) in file.execute("SELECT name FROM sqlite_master")}
     if tables and TABLE not in tables:
-        raise ValueError(
-            f"a database of another program or version (without {TABLE}): give another path"
-        )
+        raise ValueError(f"it is of another program or version, without {TABLE}: give another path")
     return bool(tables)
 
 
@@ -402,25 +359,14 @@ def set_aside(path: Path) -> Path:
 
 
 def _as_run(text: str) -> RunRecord | None:
-    """The run that `Memory.remember` wrote; None if it is no run."""
+    """The run that `Memory.remember` wrote, with null for NaN; None if it is no run."""
     try:
         fields = json.loads(text)
-        curve = [(float(tokens), _number(loss)) for tokens, loss in fields["curve"]]
-        run = RunRecord(**fields | {"loss": _number(fields["loss"]), "curve": curve})
+        curve = [(float(tokens), float("nan" if x is None else x)) for tokens, x in fields["curve"]]
+        loss = float("nan" if fields["loss"] is None else fields["loss"])
+        run = RunRecord(**fields | {"loss": loss, "curve": curve})
         valid = isinstance(run.task, dict) and isinstance(run.settings, dict)
         spent = [run.seconds, run.tokens, *(tokens for tokens, _ in curve)]
         return run if valid and all(0 <= float(x) < math.inf for x in spent) else None
     except (KeyError, TypeError, ValueError):
         return None
-
-
-def _number(value: float | None) -> float:
-    return math.nan if value is None else float(value)
-
-
-def _thinned(curve: Curve) -> list[tuple[float, float]]:
-    """At most `CURVE_POINTS` points, evenly in the logarithm of their number, both ends kept."""
-    if len(curve) <= CURVE_POINTS:
-        return list(curve)
-    chosen = np.unique(np.geomspace(1, len(curve), CURVE_POINTS).round().astype(int)) - 1
-    return [curve[i] for i in chosen]

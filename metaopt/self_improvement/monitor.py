@@ -6,32 +6,39 @@ came after it. `Monitor.observe` takes the numbers of a step from the host; on a
 reads only the memory in use, and it costs some tens of microseconds.
 """
 
+import contextlib
+import itertools
 import math
 import statistics
 import time
-from collections import defaultdict, deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, NamedTuple, Self
+from typing import Annotated, NamedTuple
 
-import jax
+import numpy as np
 
-from metaopt.errors import UserError
+from metaopt.console import is_first_process
 from metaopt.files import Line, append_json_line, keep_json_lines, one_line
-from metaopt.ranges import Checked, Count, Positive, Range, Seconds, Steps
+from metaopt.ranges import Checked, Positive, Range, Seconds
 from metaopt.resources import MemoryUse, memory_use
 from metaopt.training.recorder import TensorBoard
 from metaopt.training.runs import slug
 
+WINDOW = 32  # steps over which a median and a spread (largest less median) are taken
+HISTORY = 512  # steps that are remembered, to compare with the best window among them
+MIN_HISTORY = 8  # steps before the first comparison, and between two summaries
+PLATEAU_WINDOW = 400  # steps; the mean loss of their second half is compared with the first's
+MEMORY_INTERVAL = 2  # steps between two readings of the memory
+
 CONSECUTIVE_CHECKS = dict(nan=1, divergence=2, plateau=2, slow=3, memory=1, starved=2, idle=2)
-"""Checks in a row that raise an alarm; plateau, slow and idle are checked each `min_history`."""
-IMMEDIATE = ("divergence", "starved")
-"""Alarms that a single very high score raises."""
-SPEED = ("slow", "starved", "idle")
-"""Alarms about the time of a step."""
-TINY = 1e-6
-"""Rise of a loss that is always allowed: at a loss of 0, rounding is infinitely much more."""
+"""Checks in a row that raise an alarm; plateau, slow and idle are checked each `MIN_HISTORY`."""
+IMMEDIATE, IMMEDIATE_FACTOR = ("divergence", "starved"), 10.0
+"""Alarms that one score above the factor raises; the limit of divergence in its first steps."""
+CLEAR_SHARE, CLEAR_CHECKS = 0.8, 5  # score below which, so often in a row, an alarm is cleared
+SPEED = ("slow", "starved", "idle")  # alarms about the time of a step
+TINY = 1e-6  # rise of a loss that is always allowed: at 0, rounding is infinitely much more
 
 Factor = Annotated[float, Range(1.001, 1e12)]
 Share = Annotated[float, Range(1e-9, 0.999)]
@@ -39,53 +46,28 @@ Share = Annotated[float, Range(1e-9, 0.999)]
 
 @dataclass(frozen=True, kw_only=True)
 class MonitorConfig(Checked):
-    """Thresholds of the alarms, and intervals.
+    """Thresholds of the alarms, and the interval of the lines.
 
     Attributes:
-      window: steps over which a median and a spread (largest less median) are taken.
-      history: steps that are remembered, to compare with the best window among them.
-      min_history: steps before the first comparison, and between two summaries.
       divergence_factor: the loss diverges above this many times the best median, plus ...
       divergence_spreads: ... this many spreads.
-      plateau_window: steps; the mean loss of their second half is compared with the first's.
-      plateau_errors: standard errors of that difference; a smaller improvement is noise.
+      plateau_errors: standard errors of a difference in loss; a smaller improvement is noise.
       slow_factor: limit of the seconds a token, as a multiple of their best median.
       memory_share: limit of the share of the host's or a device's memory in use.
       starved_share: limit of the share of the step time spent waiting for data.
       idle_utilisation: least median share of the peak FLOP/s.
-      immediate_factor: multiple of the limit at which one step raises divergence or starved;
-        the limit of divergence before ``min_history`` steps.
-      clear_share: share of the limit below which an alarm is cleared ...
-      clear_checks: ... after this many checks in a row.
-      memory_interval: steps between two readings of the memory.
       seconds_between_lines: time over which a line of ``monitor.jsonl`` and the points in
         TensorBoard are means; 0 writes a line a step.
     """
 
-    window: Count = 32
-    history: Count = 512
-    min_history: Count = 8
     divergence_factor: Factor = 1.5
     divergence_spreads: Positive = 3.0
-    plateau_window: Count = 400
     plateau_errors: Positive = 2.0
     slow_factor: Factor = 1.5
     memory_share: Share = 0.9
     starved_share: Share = 0.5
     idle_utilisation: Share = 0.01
-    immediate_factor: Positive = 10.0
-    clear_share: Share = 0.8
-    clear_checks: Steps = 5
-    memory_interval: Steps = 2
     seconds_between_lines: Seconds = 1.0
-
-    def __post_init__(self):
-        super().__post_init__()
-        if not self.min_history <= self.window <= self.history >= self.plateau_window:
-            raise UserError(
-                f"min_history {self.min_history} must not exceed window {self.window}, nor "
-                f"window and plateau_window {self.plateau_window} the history {self.history}"
-            )
 
 
 class Alarm(NamedTuple):
@@ -129,42 +111,39 @@ class Summary(NamedTuple):
 class History:
     """The last values of one quantity, and summaries of windows of them. Bounded."""
 
-    def __init__(self, config: MonitorConfig):
-        self._window, self._interval = config.window, config.min_history
-        self.values: deque[tuple[int, float]] = deque(maxlen=config.history)
-        self.summaries: deque[Summary] = deque(maxlen=config.history // config.min_history)
+    def __init__(self):
+        self.values: deque[tuple[int, float]] = deque(maxlen=HISTORY)
+        self.summaries: deque[Summary] = deque(maxlen=HISTORY // MIN_HISTORY)
 
     def push(self, step: int, value: float) -> bool:
-        """Adds a finite value; True if that gave a summary of at least ``min_history`` values."""
+        """Adds a finite value; True if that gave a summary of at least `MIN_HISTORY` values."""
         if not math.isfinite(value):
             return False
         self.values.append((step, value))
-        early = len(self.values) <= self._interval
-        if not early and step - self.summaries[-1].step < self._interval:
+        is_early = self.summaries and step - self.summaries[-1].step < MIN_HISTORY
+        if self.is_young or is_early:
             return False
-        if early:  # a summary of too few values is replaced, not kept
-            self.summaries.clear()
-        self._summarise()
-        return not self.is_young
+        self.summaries.append(self._summary())
+        return True
 
-    def _summarise(self) -> None:
-        recent = self.last(self._window)
+    def _summary(self) -> Summary:
+        recent = self.last(WINDOW)
         median = statistics.median(recent)
-        self.summaries.append(Summary(median, max(recent) - median, self.values[-1][0]))
+        return Summary(median, max(recent) - median, self.values[-1][0])
 
     @property
     def is_young(self) -> bool:
         """Whether there are too few values to say what is normal."""
-        return len(self.values) < self._interval
+        return len(self.values) < MIN_HISTORY
 
     @property
     def best(self) -> Summary:
-        """The summary with the lowest median."""
-        return min(self.summaries)
+        """The summary with the lowest median; of all values as long as there are too few."""
+        return min(self.summaries, default=None) or self._summary()
 
     def last(self, count: int) -> list[float]:
         """The newest values, newest first; fewer if there are fewer."""
-        return [self.values[-i][1] for i in range(1, min(count, len(self.values)) + 1)]
+        return [value for _, value in itertools.islice(reversed(self.values), count)]
 
     def discard_after(self, step: int) -> None:
         """Brings back what there was after this step."""
@@ -172,8 +151,6 @@ class History:
             self.values.pop()
         while self.summaries and self.summaries[-1].step > step:
             self.summaries.pop()
-        if self.values and not self.summaries:  # back among the first few values
-            self._summarise()
 
 
 def divergence(loss: float, history: History, config: MonitorConfig) -> Reading:
@@ -182,7 +159,7 @@ def divergence(loss: float, history: History, config: MonitorConfig) -> Reading:
     allowed = (config.divergence_factor - 1) * abs(best.median)
     allowed += config.divergence_spreads * best.spread
     if history.is_young:
-        allowed *= config.immediate_factor
+        allowed *= IMMEDIATE_FACTOR
     excess, limit = loss - best.median, best.median + allowed
     where = "above" if loss > limit else "below"
     message = f"the loss, {loss:.4g}, is {where} {limit:.4g}; its best median is {best.median:.4g}"
@@ -191,14 +168,10 @@ def divergence(loss: float, history: History, config: MonitorConfig) -> Reading:
 
 def plateau(newest_first: list[float], config: MonitorConfig) -> Reading:
     """Whether the mean of the second half improves on the first by more than its standard error."""
-    half = len(newest_first) // 2
-    after, before = newest_first[:half], newest_first[half:]
-    means = statistics.fmean(before), statistics.fmean(after)
-    variance = sum(
-        sum((x - mean) ** 2 for x in part) / len(part) ** 2
-        for mean, part in zip(means, (before, after), strict=True)
-    )
-    gain, error, limit = means[0] - means[1], math.sqrt(variance), config.plateau_errors
+    after, before = np.split(np.array(newest_first), [len(newest_first) // 2])
+    means, limit = (statistics.fmean(before), statistics.fmean(after)), config.plateau_errors
+    error = math.sqrt(before.var() / len(before) + after.var() / len(after))
+    gain = means[0] - means[1]
     errors = gain / error if error > 0 else math.copysign(math.inf, gain) if gain else 0.0
     message = (
         f"in {len(newest_first)} steps the mean loss went from {means[0]:.4g} to {means[1]:.4g}, "
@@ -208,20 +181,20 @@ def plateau(newest_first: list[float], config: MonitorConfig) -> Reading:
 
 
 class Latch:
-    """Hysteresis of one alarm."""
+    """Hysteresis of one kind of alarm; ``raised_at`` is the step at which it was raised."""
 
-    def __init__(self, kind: str, config: MonitorConfig):
-        self._checks, self._config = CONSECUTIVE_CHECKS[kind], config
-        self._immediate = config.immediate_factor if kind in IMMEDIATE else math.inf
+    def __init__(self, kind: str):
+        self._checks = CONSECUTIVE_CHECKS[kind]
+        self._immediate = IMMEDIATE_FACTOR if kind in IMMEDIATE else math.inf
         self.raised_at: int | None = None
         self._in_a_row = 0
 
     def update(self, step: int, score: float) -> bool:
         """Whether the state changed."""
         raised = self.raised_at is not None
-        counts = score < self._config.clear_share if raised else score > 1
+        counts = score < CLEAR_SHARE if raised else score > 1
         self._in_a_row = self._in_a_row + 1 if counts else 0
-        changed = self._in_a_row >= (self._config.clear_checks if raised else self._checks)
+        changed = self._in_a_row >= (CLEAR_CHECKS if raised else self._checks)
         if changed or (not raised and score > self._immediate):
             self.raised_at, self._in_a_row = (None if raised else step), 0
             return True
@@ -234,7 +207,7 @@ class Latch:
             self.raised_at = None
 
 
-class Monitor:
+class Monitor(contextlib.AbstractContextManager):
     """Watches one training. A context manager: leaving it writes what is not yet written.
 
     ``monitor.jsonl`` gets three kinds of lines, all with ``name``, ``step`` and ``seconds``
@@ -268,8 +241,7 @@ class Monitor:
 
         Args:
           config: thresholds.
-          tokens_per_step: tokens on all devices together.
-          flops_per_step: floating-point operations, likewise.
+          tokens_per_step, flops_per_step: tokens and operations on all devices together.
           peak_flops: FLOP/s of all devices together, see `peak_flops`. Without these two the
             utilisation is not known, and there is no alarm for idle devices.
           directory: directory of the run; None writes nothing. Only process 0 writes.
@@ -278,12 +250,12 @@ class Monitor:
           num_steps: length of the training, for whoever watches it.
           read_memory: gives the memory in use and its limits.
         """
-        self._config, self._loss = config, History(config)
-        self._latches = {kind: Latch(kind, config) for kind in CONSECUTIVE_CHECKS}
+        self._config, self._loss = config, History()
+        self._latches = {kind: Latch(kind) for kind in CONSECUTIVE_CHECKS}
         self._peak_flops, self._read_memory = peak_flops, read_memory
         self._common = {"name": name} | ({"num_steps": num_steps} if num_steps else {})
         self._path, self._began = None, time.monotonic()
-        if directory is not None and jax.process_index() == 0:
+        if directory is not None and is_first_process():
             directory = Path(directory)
             self._path = directory / "monitor.jsonl"
             with one_line(directory, "written"):
@@ -294,9 +266,6 @@ class Monitor:
         self._memory_step, self._memory = -math.inf, {}
         self._begin_line(start)
         self.reset_speed(tokens_per_step, flops_per_step)
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *_) -> None:
         self._write_line()
@@ -311,14 +280,14 @@ class Monitor:
     def reset_speed(self, tokens_per_step: float, flops_per_step: float | None = None) -> None:
         """Forgets how long a step took: from now on it does other work, on another batch, say."""
         self._tokens_per_step, self._flops_per_step = tokens_per_step, flops_per_step
-        self._time, self._utilisation = History(self._config), History(self._config)
+        self._time, self._utilisation = History(), History()
         for kind in SPEED:
             self._latches[kind].discard_after(-1)
 
     def discard_after(self, step: int) -> None:
         """After a rollback to ``step``: what is normal is again what it was then.
 
-        Exact if the rollback is not longer than ``history`` less ``window`` steps. Alarms raised
+        Exact if the rollback is not longer than `HISTORY` less `WINDOW` steps. Alarms raised
         after it are discarded; one that was cleared after it stays cleared.
         """
         for part in (self._loss, self._time, self._utilisation, *self._latches.values()):
@@ -342,16 +311,21 @@ class Monitor:
           The alarms that were raised or cleared. Processes see different times, so what all
           of them must do alike, one of them has to decide.
         """
-        shares = {}
-        if step - self._memory_step >= self._config.memory_interval:
+        known = {**values, **self._rates(values)}
+        if step - self._memory_step >= MEMORY_INTERVAL:
             use, self._memory_step = self._read_memory(), step
-            shares["memory_share"] = use.share
-            self._memory = {k: v for k, v in use._asdict().items() if v is not None} | shares
-        alarms = self._check(step, {**values, **self._rates(values), **shares})
+            self._memory = {k: v for k, v in use._asdict().items() if v is not None}
+            known["memory_share"] = self._memory["memory_share"] = use.share
+        alarms = []
+        for kind, (score, value, limit, message) in self._read(step, known):
+            latch = self._latches[kind]
+            if latch.update(step, score):
+                raised = latch.raised_at is not None
+                message = message if raised else f"{kind} is over: {message}"
+                alarms.append(Alarm(kind, step, raised, value, limit, message))
         self._step, self._line_steps = step, self._line_steps + 1
-        for key, value in values.items():
-            self._sums[key] += value
-            self._counts[key] += 1
+        self._sums.update(values)
+        self._counts.update(values.keys())
         if alarms or time.monotonic() - self._line_began >= self._config.seconds_between_lines:
             self._write_line()
         for alarm in alarms:
@@ -359,30 +333,17 @@ class Monitor:
             self._write("alarm", step, {"alarm": alarm._asdict()}, point)
         return alarms
 
-    def _check(self, step: int, values: Mapping[str, float]) -> list[Alarm]:
-        """The alarms that this step raised or cleared."""
-        found = []
-        for kind, (score, value, limit, message) in self._read(step, values):
-            latch = self._latches[kind]
-            if latch.update(step, score):
-                raised = latch.raised_at is not None
-                message = message if raised else f"{kind} is over: {message}"
-                found.append(Alarm(kind, step, raised, value, limit, message))
-        return found
-
     def _read(self, step: int, values: Mapping[str, float]) -> Iterator[tuple[str, Reading]]:
         loss, config = values.get("loss", math.nan), self._config
-        bad = next((name for name, value in values.items() if not math.isfinite(value)), None)
-        if bad is None:
-            yield "nan", Reading(0.0, 0.0, math.inf, "all values are finite")
-        else:
-            yield "nan", Reading(math.inf, values[bad], math.inf, f"{bad} is {values[bad]}")
+        name, value = next((v for v in values.items() if not math.isfinite(v[1])), ("", 0.0))
+        message = f"{name} is {value}" if name else "all values are finite"
+        yield "nan", Reading(math.inf if name else 0.0, value, math.inf, message)
         if math.isfinite(loss):
             if self._loss.values:
                 yield "divergence", divergence(loss, self._loss, config)
-            full = self._loss.push(step, loss) and len(self._loss.values) >= config.plateau_window
+            full = self._loss.push(step, loss) and len(self._loss.values) >= PLATEAU_WINDOW
             if full and "divergence" not in self.active:
-                yield "plateau", plateau(self._loss.last(config.plateau_window), config)
+                yield "plateau", plateau(self._loss.last(PLATEAU_WINDOW), config)
         if (share := values.get("memory_share")) is not None:
             limit = config.memory_share
             message = f"{share:.0%} of the memory is in use (limit {limit:.0%})"
@@ -408,33 +369,30 @@ class Monitor:
         seconds = values.get("step_seconds", 0.0)
         if not 0.0 < seconds < math.inf:
             return {}
-        tokens = self._tokens_per_step
+        tokens, flops = self._tokens_per_step, self._flops_per_step
         rates = {"seconds_per_token": seconds / tokens, "tokens_per_second": tokens / seconds}
-        if self._flops_per_step is not None:
-            rates["flops_per_second"] = self._flops_per_step / seconds
+        if flops is not None:
+            rates["flops_per_second"] = flops / seconds
             if self._peak_flops is not None:
-                rates["utilisation"] = rates["flops_per_second"] / self._peak_flops
+                rates["utilisation"] = flops / seconds / self._peak_flops
         return rates
 
     def _begin_line(self, step: int) -> None:
         self._step, self._line_steps, self._line_began = step, 0, time.monotonic()
-        self._sums: defaultdict[str, float] = defaultdict(float)
-        self._counts: defaultdict[str, int] = defaultdict(int)
+        self._sums, self._counts = Counter(), Counter()
 
     def _write_line(self) -> None:
-        if self._line_steps == 0:
-            return
-        means = {key: total / self._counts[key] for key, total in self._sums.items()}
-        values = {"steps": self._line_steps} | means | self._rates(means) | self._memory
-        points = {f"monitor/{key}": value for key, value in values.items()}
-        self._write("step", self._step, values | {"active": list(self.active)}, points)
-        self._begin_line(self._step)
+        if self._line_steps > 0:
+            means = {key: total / self._counts[key] for key, total in self._sums.items()}
+            values = {"steps": self._line_steps} | means | self._rates(means) | self._memory
+            points = {f"monitor/{key}": value for key, value in values.items()}
+            self._write("step", self._step, values | {"active": list(self.active)}, points)
+            self._begin_line(self._step)
 
     def _write(self, kind: str, step: int, values: Mapping, points: Mapping[str, float] = {}):
         """Writes a line of ``monitor.jsonl`` and points on curves of TensorBoard."""
-        if self._path is None:
-            return
-        seconds = round(time.monotonic() - self._began, 3)
-        line = {"kind": kind} | self._common | {"step": step} | dict(values)
-        append_json_line(self._path, line | {"seconds": seconds})
-        self._tensorboard.add_scalars(step, points)
+        if self._path is not None:
+            seconds = round(time.monotonic() - self._began, 3)
+            line = {"kind": kind} | self._common | {"step": step} | dict(values)
+            append_json_line(self._path, line | {"seconds": seconds})
+            self._tensorboard.add_scalars(step, points)

@@ -3,6 +3,7 @@
 A line of ``decisions.jsonl`` or ``metrics.jsonl`` has a checksum, since a resumed run believes it.
 """
 
+import dataclasses
 import itertools
 import json
 import math
@@ -12,23 +13,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import jax
 import numpy as np
 
-from metaopt import parallel
-from metaopt.console import log
+from metaopt import files, parallel
+from metaopt.console import is_first_process, log
 from metaopt.errors import UserError
-from metaopt.files import (
-    Named,
-    append_json_line,
-    keep_json_lines,
-    matches,
-    read_json_lines,
-    strict_json,
-    what_is_wrong,
-)
 from metaopt.measure import compile_seconds
-from metaopt.self_improvement.assess import Assessment, Measurement, as_record, assess
+from metaopt.self_improvement.assess import Assessment, assess
 from metaopt.self_improvement.monitor import Alarm
 from metaopt.self_improvement.workload import (
     Score,
@@ -39,7 +30,6 @@ from metaopt.self_improvement.workload import (
     changed,
     check_settings,
 )
-from metaopt.statistics import Interval
 from metaopt.training import runs
 from metaopt.training.checkpoint import Checkpoints
 
@@ -88,8 +78,7 @@ class TimedOptions(NamedTuple):
       compile_seconds: Time to compile; None if it was not compiled.
       items_per_second: Items a second at the median.
       seconds: Median time of a call.
-      lower: Lower quartile of that time.
-      upper: Upper quartile of that time.
+      lower, upper: Quartiles of that time.
       rounds: Number of timed rounds.
     """
 
@@ -118,9 +107,7 @@ class Decision(NamedTuple):
       reason: The rule and the threshold that decided, in words.
       seconds: Time that it took.
       phase: Number of the search; None outside of one.
-      trials: Evidence of a search.
-      timings: Evidence for the execution options.
-      alarm: Evidence for a rollback.
+      trials, timings, alarm: Evidence of a search, for the options, or for a rollback.
       trial_examples: Examples spent on discarded trials, if this decision is the last of its
         search, and on evaluations (`Workload.evaluation_examples`).
       left_out: Stretch of the data, ``(first, end)``, that is not trained on from now on.
@@ -144,10 +131,6 @@ class Decision(NamedTuple):
     size: int = 0
     gained: int = 0
 
-    def as_json(self) -> dict[str, Any]:
-        """The line, without the name of the training and the checksum."""
-        return as_record(self)
-
 
 def differences(old: Settings, new: Settings) -> dict[str, tuple[Setting, Setting]]:
     """What changed, ``{name: (old, new)}``."""
@@ -163,71 +146,60 @@ def decision_of(line: Any) -> Decision:
     """
     if not isinstance(line, Mapping):
         raise ValueError("it is no decision")
-    for trial in line["trials"] if matches(line.get("trials"), list[dict[str, Any]]) else ():
-        if problem := what_is_wrong(trial, TriedChange):
+    for trial in line["trials"] if files.matches(line.get("trials"), list[dict[str, Any]]) else ():
+        if problem := files.what_is_wrong(trial, TriedChange):
             raise ValueError(f"in its trials, {problem}")
-    _check(line, Decision, ("step", "examples", "seconds", "trial_examples", "size", "gained"))
-    left_out, alarm = line.get("left_out"), line.get("alarm")
+    counts = ("step", "examples", "seconds", "trial_examples", "size", "gained")
+    decision: Decision = _parsed(line, Decision, counts)
+    left_out, phase = decision.left_out, decision.phase
     if left_out and not 0 <= left_out[0] < left_out[1]:
         raise ValueError(f"'left_out' is {left_out}, no stretch of examples")
-    decision = _fields_of(Decision, line)._replace(
-        changes={name: tuple(pair) for name, pair in line["changes"].items()},
-        trials=tuple(_fields_of(TriedChange, trial) for trial in line.get("trials", ())),
-        timings=tuple(_fields_of(TimedOptions, x) for x in line.get("timings", ())),
-        alarm=alarm and _fields_of(Alarm, alarm),
-        left_out=left_out and tuple(left_out),
-    )
-    if decision.kind == "search":
-        _check_trials(decision)
-    return decision
-
-
-def _check(line: Mapping[str, Any], schema: type, counts: Sequence[str]) -> None:
-    if problem := what_is_wrong(line, schema):
-        raise ValueError(problem)
-    for name in counts:
-        if (line.get(name) or 0) < 0:
-            raise ValueError(f"{name!r} is {line[name]}, below 0")
-
-
-def _fields_of(record_type: type, line: Mapping[str, Any]) -> Any:
-    return record_type(**{name: line[name] for name in record_type._fields if name in line})
-
-
-def _check_trials(decision: Decision) -> None:
-    if decision.phase is None or decision.phase < 0:
-        raise ValueError(f"'phase' is {decision.phase}, none of a search")
+    if decision.kind != "search":
+        return decision
+    if phase is None or phase < 0:
+        raise ValueError(f"'phase' is {phase}, none of a search")
     for trial in decision.trials:
         tried = trial.setting.split(" and ")  # if several settings were changed, all of them
         if trial.direction not in (-1, 0, 1) or not set(tried) <= trial.settings.keys():
             raise ValueError(f"in its trials, {trial.setting!r} is no change that was tried")
-    if decision.verdict == "accepted":
-        accepted = [trial.settings for trial in decision.trials if trial.accepted]
-        for name, (_, new) in decision.changes.items():
-            if not any(settings.get(name) == new for settings in accepted):
-                raise ValueError(f"the change of {name!r} to {new} is none that a trial accepts")
+    accepted = [trial.settings for trial in decision.trials if trial.accepted]
+    for name, (_, new) in decision.changes.items() if decision.verdict == "accepted" else ():
+        if not any(settings.get(name) == new for settings in accepted):
+            raise ValueError(f"the change of {name!r} to {new} is none that a trial accepts")
+    return decision
+
+
+def _parsed(line: Mapping[str, Any], schema: type, counts: Sequence[str]) -> Any:
+    """The named tuple that a line holds. Raises ValueError, in words, if it holds none."""
+    record = {name: value for name, value in line.items() if name != "checksum"}
+    if line.get("checksum") not in (None, _checksum(record)):
+        raise ValueError("its checksum does not match")
+    if problem := files.what_is_wrong(line, schema):
+        raise ValueError(problem)
+    for name in counts:
+        if (line.get(name) or 0) < 0:
+            raise ValueError(f"{name!r} is {line[name]}, below 0")
+    return files.parsed(line, schema)
+
+
+def _checksum(record: Mapping[str, Any]) -> str:
+    return f"{zlib.crc32(json.dumps(record, sort_keys=True).encode()):08x}"
 
 
 def past_search(lines: Sequence[Any]) -> list[Decision] | None:
     """The first search among the decisions of a past run; None if any of it is damaged."""
-    first = [x for x in lines if not isinstance(x, Mapping) or x.get("phase") == 0]
     try:
-        return [decision_of(line) for line in first]
+        return [decision_of(x) for x in lines if not isinstance(x, Mapping) or x.get("phase") == 0]
     except ValueError:
         return None
 
 
 def _assessment_of(line: Mapping[str, Any]) -> Assessment:
-    """What `RunLog.assessed` wrote; JSON has no NaN."""
-    _check(line, Assessment, ("step", "tokens", "seconds", "flops"))
-    if line["loss"]["mean"] is None:
+    """What `RunLog.assessed` wrote. Raises ValueError as `decision_of` does."""
+    found: Assessment = _parsed(line, Assessment, ("step", "tokens", "seconds", "flops"))
+    if math.isnan(found.loss.mean):
         raise ValueError("the mean loss is no number")
-    intervals: dict[str, Interval] = {}
-    for name in ("loss", "improvement"):
-        if line[name] is not None:
-            known = {k: math.nan if v is None else v for k, v in line[name].items()}
-            intervals[name] = _fields_of(Interval, known)
-    return _fields_of(Assessment, line)._replace(**intervals)
+    return found
 
 
 class Ledger(NamedTuple):
@@ -237,7 +209,7 @@ class Ledger(NamedTuple):
       examples: Examples gone through by the training itself.
       trial_examples: Examples of discarded trials and of steps that were taken back, and what
         it cost to evaluate them (`Workload.evaluation_examples`).
-      seconds: Time in all, without compiling, over all processes that resumed the run.
+      seconds: Time without compiling, over all processes that resumed the run.
       compile_seconds: Time of tracing and compiling.
       assessment_examples: Cost of the assessments, `Workload.evaluation_examples` each.
     """
@@ -249,37 +221,36 @@ class Ledger(NamedTuple):
     assessment_examples: float = 0.0
 
 
+@dataclasses.dataclass
 class RunLog:
     """Decisions, assessments, alarms and checkpoints of one training in a run directory.
 
     Several trainings may share the directory: a line says whose it is. Only process 0 writes.
+
+    Attributes:
+      workload, directory, checkpoints: The training, and where it writes.
+      identity: What the run is; checkpoints of another are refused.
+      flops_per_example: Operations, for the efficiency; None if not known.
+      decisions, curve, alarms: What there was up to now; the curve is of assessments.
     """
 
-    def __init__(
-        self,
-        workload: Workload,
-        directory: Path,
-        checkpoints: Checkpoints,
-        identity: Mapping[str, Any],
-        flops_per_example: float | None = None,
-    ):
-        """Reads and writes nothing yet; checkpoints of another ``identity`` will be refused.
-
-        ``flops_per_example`` are operations, for the efficiency; None if not known.
-        """
-        self._workload, self._directory, self.checkpoints = workload, directory, checkpoints
-        self._identity, self._flops = runs.as_json(identity), flops_per_example
-        self._losses: list[float] = []
-        self._spent = Ledger()
-        self._began, self._compiled = time.perf_counter(), compile_seconds()
-        self.decisions: list[Decision] = []
-        self.curve: list[Assessment] = []
-        self.alarms: list[Alarm] = []
+    workload: Workload
+    directory: Path
+    checkpoints: Checkpoints
+    identity: Mapping[str, Any]
+    flops_per_example: float | None = None
+    decisions: list[Decision] = dataclasses.field(default_factory=list)
+    curve: list[Assessment] = dataclasses.field(default_factory=list)
+    alarms: list[Alarm] = dataclasses.field(default_factory=list)
+    _losses: list[float] = dataclasses.field(default_factory=list)
+    _spent: Ledger = dataclasses.field(default_factory=Ledger)
+    _began: float = dataclasses.field(default_factory=time.perf_counter)
+    _compiled: float = dataclasses.field(default_factory=compile_seconds)
 
     @property
     def assessed_at(self) -> int:
         """Examples gone through at the latest assessment; -1 if there was none."""
-        return self.curve[-1].tokens // self._workload.tokens_per_example if self.curve else -1
+        return self.curve[-1].tokens // self.workload.tokens_per_example if self.curve else -1
 
     def resume(self, first: Snapshot) -> tuple[Snapshot, dict[str, Any]]:
         """The latest saved snapshot and the notes beside it, or ``first`` and no notes.
@@ -292,114 +263,110 @@ class RunLog:
         """
 
         def example(notes: dict[str, Any]):
-            if found := runs.differences(notes.get("run"), self._identity):
+            if found := runs.differences(notes.get("run"), runs.as_json(self.identity)):
                 raise UserError(
-                    f"the checkpoints of {self._workload.name!r} in {self._directory} are of "
+                    f"the checkpoints of {self.workload.name!r} in {self.directory} are of "
                     f"another run ({found}); go back to it, or give a new directory"
                 )
             # Another optimiser has another state.
-            return changed(self._workload, first, notes["settings"]).state
+            return changed(self.workload, first, notes["settings"]).state
 
         restored = self.checkpoints.restore_latest(example)
-        notes = restored.notes if restored else {}
-        settings, examples = notes.get("settings", {}), notes.get("examples", -1)
-        number = notes.get("num_decisions", 0)
-        total = number + self._num_replayed(number, settings, examples)
-        self.decisions = self._first("decisions.jsonl", total, decision_of)
+        notes, snapshot = restored.notes if restored else {}, first
+        self.decisions = self._first("decisions.jsonl", notes.get("num_decisions", 0), decision_of)
         self.curve = self._first("metrics.jsonl", notes.get("num_assessments", 0), _assessment_of)
-        if restored is None:
-            return first, {}
-        self._losses, self._spent = notes["losses"], Ledger(*notes["ledger"])
-        self.alarms = [Alarm(*alarm) for alarm in notes["alarms"]]
-        left_out = frozenset(decision.left_out for decision in self.decisions if decision.left_out)
-        snapshot = Snapshot(restored.state, settings, examples, left_out)
-        since = {}
-        for decision in self.decisions[number:]:
-            since |= {name: new for name, (_, new) in decision.changes.items()}
-            self._spent = self._spent._replace(seconds=self._spent.seconds + decision.seconds)
-        return (changed(self._workload, snapshot, since) if since else snapshot), notes
+        if restored:
+            self._losses, self._spent = notes["losses"], Ledger(*notes["ledger"])
+            self.alarms = [Alarm(*alarm) for alarm in notes["alarms"]]
+            snapshot = Snapshot(restored.state, notes["settings"], notes["examples"])
+            snapshot = self._replayed(snapshot)
+            left_out = [decision.left_out for decision in self.decisions if decision.left_out]
+            snapshot = snapshot._replace(left_out=frozenset(left_out))
+        self._drop_after("decisions.jsonl", len(self.decisions))
+        self._drop_after("metrics.jsonl", len(self.curve))
+        return snapshot, notes
 
-    def _num_replayed(self, number: int, settings: Settings, examples: int) -> int:
-        """How many decisions after the first ``number`` belong to a search from the snapshot.
+    def _replayed(self, snapshot: Snapshot) -> Snapshot:
+        """The snapshot after what was decided since in a search from it, which is taken up.
 
-        From a damaged one on, or one that cannot have been taken there, it is decided again.
+        From a damaged decision on, or one that cannot have been taken there, it is decided again.
         """
-        replayed, settings, space = 0, dict(settings), self._workload.space
-        for at, line in self._lines("decisions.jsonl")[number:]:
+        space = self.workload.space
+        for at, line in self._lines("decisions.jsonl")[len(self.decisions) :]:
             try:
-                decision = _checked(line, decision_of)
-                if decision.kind != "search" or decision.examples != examples:
+                decision = decision_of(line)
+                if decision.kind != "search" or decision.examples != snapshot.examples:
                     break
+                now = snapshot.settings
                 for name, (old, _) in decision.changes.items():
-                    if settings.get(name) != old:
-                        raise ValueError(f"{name!r} was {settings.get(name)}, not {old}")
-                settings |= {name: new for name, (_, new) in decision.changes.items()}
-                check_settings({k: space[k] for k in decision.changes if k in space}, settings)
+                    if now.get(name) != old:
+                        raise ValueError(f"{name!r} was {now.get(name)}, not {old}")
+                new = {name: value for name, (_, value) in decision.changes.items()}
+                check_settings({name: space[name] for name in new if name in space}, now | new)
             except (ValueError, UserError) as error:
-                path = self._directory / "decisions.jsonl"
-                log(f"{path}:{at} is left out ({error}); what it decided is decided again")
+                log(f"{self.directory}/decisions.jsonl:{at} is left out ({error}), decided again")
                 break
-            replayed += 1
-        return replayed
+            snapshot = changed(self.workload, snapshot, new) if new else snapshot
+            self.decisions.append(decision)
+            self._spent = self._spent._replace(seconds=self._spent.seconds + decision.seconds)
+        return snapshot
 
     def _lines(self, file: str) -> list[tuple[int, dict[str, Any]]]:
         """The lines of this training in a file, with their numbers in it."""
-        lines = enumerate(read_json_lines(self._directory / file, Named), start=1)
-        return [(at, line) for at, line in lines if line["name"] == self._workload.name]
+        lines = enumerate(files.read_json_lines(self.directory / file, files.Named), start=1)
+        return [(at, line) for at, line in lines if line["name"] == self.workload.name]
 
     def _first(self, file: str, number: int, parse: Callable[[Mapping[str, Any]], Any]) -> list:
-        """The records of the first lines of this training in a file, its others dropped."""
-        path, name = self._directory / file, self._workload.name
+        """The records of the first lines of this training in a file."""
         records = []
         for at, line in self._lines(file)[:number]:
             try:
-                records.append(_checked(line, parse))
+                records.append(parse(line))
             except ValueError as error:
                 raise UserError(
-                    f"{path}:{at} of {name!r} is damaged ({error}); put back a good copy, or "
-                    "give a new directory"
+                    f"{self.directory / file}:{at} of {self.workload.name!r} is damaged "
+                    f"({error}); put back a good copy, or give a new directory"
                 ) from None
-        if jax.process_index() == 0:
-            numbers = itertools.count()
-            keep_json_lines(path, lambda x: x["name"] != name or next(numbers) < number)
         return records
+
+    def _drop_after(self, file: str, number: int) -> None:
+        """Drops the lines of this training in a file after the first ones."""
+        if is_first_process():
+            name, at, path = self.workload.name, itertools.count(), self.directory / file
+            files.keep_json_lines(path, lambda x: x["name"] != name or next(at) < number)
 
     def decided(self, decision: Decision) -> None:
         """Notes a decision."""
         self.decisions.append(decision)
-        self._write("decisions.jsonl", decision.as_json())
+        self._write("decisions.jsonl", decision._asdict())
 
     def assessed(self, snapshot: Snapshot, losses: np.ndarray) -> None:
         """Notes how good the run is, by its held-out losses, float64 ``[E]``."""
         ledger = self.ledger(snapshot)
-        tokens = snapshot.examples * self._workload.tokens_per_example
         examples = ledger.examples + ledger.trial_examples + ledger.assessment_examples
-        flops = None if self._flops is None else self._flops * examples
-        now = Measurement(int(snapshot.state.step), tokens, ledger.seconds, losses, flops)
-        last = None
-        if self.curve:
-            step, tokens, seconds, flops, *_ = self.curve[-1]
-            last = Measurement(step, tokens, seconds, np.array(self._losses), flops)
-        found = assess(now, last, resources=len(parallel.default_devices()))
+        found = assess(
+            losses,
+            (self.curve[-1], np.array(self._losses)) if self.curve else None,
+            step=int(snapshot.state.step),
+            tokens=snapshot.examples * self.workload.tokens_per_example,
+            seconds=ledger.seconds,
+            flops=None if self.flops_per_example is None else self.flops_per_example * examples,
+            resources=len(parallel.default_devices()),
+        )
         self.curve.append(found)
         self._losses = losses.tolist()
-        line = {"valid_loss": found.loss.mean, **found._asdict()}
-        self._write("metrics.jsonl", line | self._scores(snapshot))
-
-    def _scores(self, snapshot: Snapshot) -> dict[str, Any]:
-        """What the workload notes beside an assessment; its time is not the run's."""
-        if self._workload.scores is None:
-            return {}
-        began, compiled = time.perf_counter(), compile_seconds()
-        scores = self._workload.scores(snapshot.state)
-        self._began += time.perf_counter() - began
-        self._compiled += compile_seconds() - compiled
-        return {"scores": dict(scores)}
+        line: dict[str, Any] = {"valid_loss": found.loss.mean, **found._asdict()}
+        if self.workload.scores is not None:  # whose time is not the run's
+            began, compiled = time.perf_counter(), compile_seconds()
+            line["scores"] = dict(self.workload.scores(snapshot.state))
+            self._began += time.perf_counter() - began
+            self._compiled += compile_seconds() - compiled
+        self._write("metrics.jsonl", line)
 
     def _write(self, file: str, line: Mapping[str, Any]) -> None:
-        if jax.process_index() == 0:
-            record = as_record({"name": self._workload.name, **line})
-            append_json_line(self._directory / file, {**record, "checksum": _checksum(record)})
+        if is_first_process():
+            record = files.as_record({"name": self.workload.name, **line})
+            files.append_json_line(self.directory / file, record | {"checksum": _checksum(record)})
 
     def save(self, snapshot: Snapshot, **notes: Any) -> None:
         """Saves a snapshot, and the notes that a resumed run is given back.
@@ -407,18 +374,10 @@ class RunLog:
         Raises:
           FloatingPointError: a meta-parameter is not finite; nothing is written.
         """
-        assessed = self.curve and self.assessed_at == snapshot.examples
-        notes |= {
-            "run": self._identity,
-            "settings": snapshot.settings,
-            "examples": snapshot.examples,
-            "ledger": list(self.ledger(snapshot)),
-            "losses": self._losses,
-            "alarms": [list(alarm) for alarm in self.alarms],
-            "num_decisions": len(self.decisions),
-            "num_assessments": len(self.curve),
-        }
-        valid_loss = self.curve[-1].loss.mean if assessed else math.inf
+        notes |= dict(run=self.identity, settings=snapshot.settings, examples=snapshot.examples)
+        notes |= dict(ledger=self.ledger(snapshot), losses=self._losses, alarms=self.alarms)
+        notes |= dict(num_decisions=len(self.decisions), num_assessments=len(self.curve))
+        valid_loss = self.curve[-1].loss.mean if self.assessed_at == snapshot.examples else math.inf
         self.checkpoints.save(snapshot.state, valid_loss=valid_loss, notes=runs.as_json(notes))
 
     def ledger(self, snapshot: Snapshot) -> Ledger:
@@ -430,19 +389,5 @@ class RunLog:
             sum(decision.trial_examples for decision in self.decisions),
             self._spent.seconds + seconds,
             self._spent.compile_seconds + compiling,
-            len(self.curve) * self._workload.evaluation_examples,
+            len(self.curve) * self.workload.evaluation_examples,
         )
-
-
-def _checksum(record: Mapping[str, Any]) -> str:
-    """Checksum of a line as it is read back, where NaN has become null."""
-    plain = json.loads(strict_json(record, lambda _: None))
-    return f"{zlib.crc32(json.dumps(plain, sort_keys=True).encode()):08x}"
-
-
-def _checked(line: Mapping[str, Any], parse: Callable[[Mapping[str, Any]], Any]) -> Any:
-    """The record of a line. Raises ValueError, with what is wrong in words, if it is damaged."""
-    record = dict(line)
-    if record.pop("checksum", None) not in (None, _checksum(record)):
-        raise ValueError("its checksum does not match")
-    return parse(record)

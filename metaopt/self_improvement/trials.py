@@ -28,7 +28,6 @@ import numpy as np
 from metaopt.errors import UserError
 from metaopt.measure import compile_seconds
 from metaopt.ranges import Checked, Range, Share, Steps
-from metaopt.self_improvement.assess import Verdict, compare
 from metaopt.self_improvement.records import Decision, TriedChange, differences
 from metaopt.self_improvement.workload import (
     Scale,
@@ -43,6 +42,7 @@ from metaopt.self_improvement.workload import (
     copied,
     steps,
 )
+from metaopt.statistics import Verdict, compare
 
 LOWERED = 0.25
 """Factor on the rates if all trials diverge."""

@@ -141,18 +141,17 @@ def diverging(problem):
 
 
 def test_what_diverges_is_a_dash_and_the_rest_goes_on(arguments, tmp_path):
-    optimizers = ["--optimizers", "sgd", "lion", "momentum"]
+    optimizers = ["--optimizers", "sgd", "lion", "--learners", "maml", "joint"]
     rates = ["--comparison.inner-rates", "20", "--comparison.num-devices", "1"]
     directory = run_in(tmp_path, [*arguments, *optimizers, *rates], diverging)
     records = cells(directory)
     diverged = records["inner_optimizers", "Lion", MAML]
     assert diverged["value"] is None and "diverged at step" in diverged["diverged"]
     assert records["inner_optimizers_against_gd", "Lion", MAML]["value"] is None
-    assert records["inner_optimizers", "Lion", JOINT]["value"] is not None
-    gain = records["inner_optimizers_against_gd", "momentum", MAML]
-    assert gain["value"] is not None
+    for after in ("inner_optimizers", "inner_optimizers_against_gd"):
+        assert records[after, "Lion", JOINT]["value"] is not None
     (line,) = [x for x in (directory / "table.md").read_text().splitlines() if "| Lion | " in x][:1]
-    assert line.endswith("– |")
+    assert line.startswith("| Lion | – |")
 
 
 WRONG = [

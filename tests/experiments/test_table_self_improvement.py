@@ -4,8 +4,7 @@ import types
 import numpy as np
 import pytest
 
-from experiments.table_self_improvement import run
-from experiments.table_self_improvement import tuning
+from experiments.table_self_improvement import run, tuning
 from experiments.table_self_improvement.config import Config, LanguageModel, Mnist, presets
 from experiments.table_self_improvement.mnist import SHOWN, mnist_row
 from experiments.table_self_improvement.rows import make_rows

@@ -5,12 +5,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from metaopt.self_improvement.assess import (
-    Measurement,
-    as_record,
-    assess,
-    compare,
-)
+from metaopt.files import as_record
+from metaopt.self_improvement.assess import assess
+from metaopt.statistics import compare
 
 
 def losses(seed, size=50):
@@ -118,28 +115,30 @@ def test_what_cannot_be_compared_is_refused():
 
 
 def test_an_assessment_divides_the_fall_of_the_loss_by_what_was_spent():
-    first = Measurement(100, 6400, 10.0, losses(10), 1e9)
-    then = Measurement(300, 19200, 14.0, first.losses - 0.5, 3e9)
-    begun = assess(first, resources=2)
+    early, late = losses(10), losses(10) - 0.5
+    begun = assess(early, step=100, tokens=6400, seconds=10.0, flops=1e9, resources=2)
     assert begun.improvement is begun.per_second is begun.per_flop is None
     assert begun.per_cost == pytest.approx(1 / 20)
-    assert begun.loss.mean == pytest.approx(first.losses.mean()) and begun.loss.n == 50
+    assert begun.loss.mean == pytest.approx(early.mean()) and begun.loss.n == 50
 
-    found = assess(then, first, resources=2)
+    now = {"step": 300, "tokens": 19200, "seconds": 14.0, "flops": 3e9}
+    found = assess(late, (begun, early), **now, resources=2)
+    assert found[:4] == tuple(now.values())
     assert found.improvement is not None and found.improvement.mean == pytest.approx(0.5)
     assert found.improvement.ci95 < 1e-12 < found.loss.ci95  # paired
     assert found.per_second == pytest.approx(0.5 / 4)
     assert found.per_flop == pytest.approx(0.5 / 2e9)
     assert found.per_cost == pytest.approx(1 / 8)
-    from_zero = assess(then, first._replace(flops=0.0))
+    from_zero = assess(late, (begun._replace(flops=0.0), early), **now)
     assert from_zero.per_flop == pytest.approx(0.5 / 3e9)
-    assert assess(then, first._replace(seconds=14.0, flops=None))[6:] == (None, None, None)
+    nothing = begun._replace(seconds=14.0, flops=None)
+    assert assess(late, (nothing, early), **now)[6:] == (None, None, None)
 
 
 def test_an_assessment_is_strict_json_also_where_it_diverged():
-    first = Measurement(1, 64, 1.0, losses(11))
-    broken = first._replace(step=2, seconds=2.0, losses=np.array([np.nan] + [np.inf] * 49))
-    record = as_record(assess(broken, first))
+    first = assess(losses(11), step=1, tokens=64, seconds=1.0)
+    broken = np.array([np.nan] + [np.inf] * 49)
+    record = as_record(assess(broken, (first, losses(11)), step=2, tokens=64, seconds=2.0))
     assert json.loads(json.dumps(record, allow_nan=False)) == record
     assert record["loss"] == {"mean": None, "ci95": None, "n": 50, "method": "Student t"}
     assert record["improvement"]["mean"] is record["per_second"] is None

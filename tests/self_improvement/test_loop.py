@@ -14,7 +14,7 @@ from noisy_quadratic import LEAST, RATE, SETTINGS, as_bytes, loss_of, workload
 
 import metaopt.self_improvement as si
 from metaopt.errors import UserError
-from metaopt.files import read_json_lines
+from metaopt.files import as_record, read_json_lines
 from metaopt.measure import count_flops
 from metaopt.self_improvement.loop import LoopConfig, run
 from metaopt.self_improvement.memory import Memory
@@ -421,7 +421,7 @@ def test_the_second_run_goes_on_where_the_first_ended(tmp_path):
     assert list(second.earlier) == searched and not tried(second.decisions) & tried(searched)
     assert second.ledger.trial_examples < first.ledger.trial_examples
     told = memory.records()[1].decisions  # to a third run: all of the search
-    assert told == [d.as_json() for d in [*searched, *second.decisions]]
+    assert told == as_record([*searched, *second.decisions])
     similar = workload(200, task={"kind": "quadratic", "width": 7})
     other = improved(tmp_path / "4", problem=similar, settings=SLOW, memory=memory)
     assert other.decisions[0].phase == 0 and other.decisions[0].examples == 0

@@ -12,7 +12,19 @@ from tensorboardX.proto import event_pb2
 from metaopt.errors import UserError
 from metaopt.files import read_json_lines
 from metaopt.resources import MemoryUse
-from metaopt.self_improvement.monitor import History, Latch, Monitor, MonitorConfig, plateau
+from metaopt.self_improvement.monitor import (
+    CLEAR_CHECKS,
+    HISTORY,
+    MEMORY_INTERVAL,
+    MIN_HISTORY,
+    PLATEAU_WINDOW,
+    WINDOW,
+    History,
+    Latch,
+    Monitor,
+    MonitorConfig,
+    plateau,
+)
 
 CONFIG = MonitorConfig()
 EVERY_STEP = MonitorConfig(seconds_between_lines=0.0)
@@ -86,10 +98,10 @@ def test_memory_is_read_every_so_many_steps_and_pressure_is_noticed():
         reads.append(1)
         return MemoryUse(host=1, host_limit=100, device=used["device"], device_limit=1 << 24)
 
-    m = monitor(MonitorConfig(memory_interval=2), read_memory=read_memory)
+    m = monitor(read_memory=read_memory)
     for step in range(1, 101):
         assert m.observe(step, {"loss": 1.0}) == []
-    assert len(reads) == 50
+    assert len(reads) == 100 / MEMORY_INTERVAL
     used["device"] = int(0.95 * (1 << 24))
     found = [(a.kind, a.step) for step in (101, 102) for a in m.observe(step, {"loss": 1.0})]
     assert found == [("memory", 101)]
@@ -255,7 +267,7 @@ def test_a_plateau_ends_when_the_loss_falls_again():
 
     found = feed(silent(), range(1200), loss=falling)
     assert kinds(found) == [("plateau", True), ("plateau", False)]
-    assert found[0].step >= CONFIG.plateau_window and found[1].step > 600
+    assert found[0].step >= PLATEAU_WINDOW and found[1].step > 600
 
 
 def test_the_t_statistic_of_a_plateau_in_closed_form():
@@ -304,7 +316,7 @@ def test_what_is_no_number_is_noticed_at_once_and_is_no_part_of_the_past(name, b
     assert kinds(alarms.observe(1, {"loss": 2.0, name: bad})) == [("nan", True)]
     assert alarms.active == ("nan",)
     found = feed(alarms, range(2, 20), loss=2.0)
-    assert kinds(found) == [("nan", False)] and found[0].step == 1 + CONFIG.clear_checks
+    assert kinds(found) == [("nan", False)] and found[0].step == 1 + CLEAR_CHECKS
 
 
 def test_one_outlier_is_no_divergence_and_two_are():
@@ -320,10 +332,10 @@ def test_a_loss_of_zero_may_round():
 
 
 def test_hysteresis():
-    latch = Latch("starved", MonitorConfig(clear_checks=3))
-    scores = [1.1, 0.9, 1.1, 1.1, 0.9, 0.79, 0.7, 0.85, 0.7, 0.7, 0.7, 11.0]
+    latch, cleared = Latch("starved"), [0.7] * CLEAR_CHECKS
+    scores = [1.1, 0.9, 1.1, 1.1, 0.9, 0.79, *cleared[2:], 0.85, *cleared, 11.0]
     flips = [step for step, score in enumerate(scores) if latch.update(step, score)]
-    assert flips == [3, 10, 11] and latch.raised_at == 11
+    assert flips == [3, len(scores) - 2, len(scores) - 1] and latch.raised_at == len(scores) - 1
 
 
 @pytest.mark.parametrize("stall", [0.02, 5.0])
@@ -346,17 +358,17 @@ def test_a_stalled_loader_is_noticed_within_two_steps(stall):
 
 def test_memory_pressure_is_noticed_at_the_first_reading_and_has_two_thresholds():
     shares = iter([0.5] * 10 + [0.95] * 10 + [0.75] * 20 + [0.5] * 10)
-    config = MonitorConfig(memory_interval=1)
-    alarms = silent(config, read_memory=lambda: MemoryUse(round(100 * next(shares)), 100))
-    found = feed(alarms, range(40))
-    assert kinds(found) == [("memory", True)] and found[0].step == 10
-    assert kinds(feed(alarms, range(40, 50))) == [("memory", False)]
+    alarms = silent(read_memory=lambda: MemoryUse(round(100 * next(shares)), 100))
+    found = feed(alarms, range(40 * MEMORY_INTERVAL))
+    assert kinds(found) == [("memory", True)] and found[0].step == 10 * MEMORY_INTERVAL
+    rest = range(40 * MEMORY_INTERVAL, 50 * MEMORY_INTERVAL)
+    assert kinds(feed(alarms, rest)) == [("memory", False)]
 
 
 def test_a_slow_down_is_against_the_best_there_was():
     alarms = silent()
     found = feed(alarms, range(400), step_seconds=lambda s: 1.0 if s < 100 else 1.6)
-    assert kinds(found) == [("slow", True)] and 100 < found[0].step <= 100 + 2 * CONFIG.window
+    assert kinds(found) == [("slow", True)] and 100 < found[0].step <= 100 + 2 * WINDOW
     assert found[0].limit == pytest.approx(1.5)
 
     # The first step compiles, and the machine may be busy for a moment.
@@ -373,25 +385,25 @@ def test_idle_devices():
 
 
 def test_the_best_summary_is_the_lowest_median_of_a_window():
-    history, rng = History(CONFIG), random.Random(0)
+    history, rng = History(), random.Random(0)
     values = [rng.gauss(0, 1) for _ in range(300)]
     medians = []
     for step, value in enumerate(values):
         if history.push(step, value):
-            window = values[max(0, step + 1 - CONFIG.window) : step + 1]
+            window = values[max(0, step + 1 - WINDOW) : step + 1]
             medians.append(statistics.median(window))
             assert history.summaries[-1].spread == max(window) - medians[-1]
     assert history.best.median == min(medians)
-    assert len(medians) == pytest.approx(300 / CONFIG.min_history, abs=1)
+    assert len(medians) == pytest.approx(300 / MIN_HISTORY, abs=1)
 
 
 def test_what_is_remembered_is_bounded():
-    history = History(CONFIG)
+    history = History()
     for step in range(5000):
         history.push(step, float(step))
-    assert len(history.values) == CONFIG.history
-    assert len(history.summaries) == CONFIG.history / CONFIG.min_history
-    assert history.best.median > 5000 - 1.1 * CONFIG.history - CONFIG.window
+    assert len(history.values) == HISTORY
+    assert len(history.summaries) == HISTORY / MIN_HISTORY
+    assert history.best.median > 5000 - 1.1 * HISTORY - WINDOW
 
 
 def test_after_a_roll_back_all_goes_on_as_if_nothing_had_been():
@@ -419,7 +431,7 @@ def test_after_a_roll_back_all_goes_on_as_if_nothing_had_been():
 @pytest.mark.parametrize("good", range(20))
 def test_a_roll_back_to_the_first_steps(good):
     losses = noisy_losses(0, "normal", 60)
-    rolled_back, plain = History(CONFIG), History(CONFIG)
+    rolled_back, plain = History(), History()
     for step in range(good + 12):
         rolled_back.push(step, losses[step] if step <= good else 99.0)
     rolled_back.discard_after(good)
@@ -451,12 +463,12 @@ def test_other_work_has_other_times():
 @pytest.mark.parametrize(
     "field, value",
     [
-        ("window", 0),
         ("memory_share", 1.0),
-        ("clear_share", 1.5),
+        ("starved_share", 1.5),
         ("divergence_factor", 1.0),
-        ("history", 100),
+        ("plateau_errors", 0.0),
         ("slow_factor", math.nan),
+        ("seconds_between_lines", -1.0),
     ],
 )
 def test_thresholds_that_make_no_sense(field, value):

@@ -9,6 +9,7 @@ import pytest
 from noisy_quadratic import SETTINGS, as_bytes, workload
 
 from metaopt.errors import UserError
+from metaopt.files import as_record
 from metaopt.self_improvement.records import past_search
 from metaopt.self_improvement.trials import (
     Change,
@@ -65,7 +66,7 @@ def test_a_round_leaves_its_start_as_it_was_and_the_winner_is_a_run_with_the_cha
 
 def test_what_a_memory_tells_is_read_as_decisions_or_not_at_all():
     _, decision = first_round(PROBLEM, begin(PROBLEM, SLOW), [rate(0.2)])
-    told = decision.as_json()
+    told = as_record(decision)
     assert past_search([told, told | {"phase": 1}]) == [decision]
     entry = told["trials"][0] | {"settings": {}}
     damages = ({"trials": [{"setting": "x"}]}, {"trials": [entry]}, {"step": -1})
