@@ -1,5 +1,6 @@
 """Intervals over tasks, comparisons, ranks among runs, and scores of a classifier."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, cast
 
