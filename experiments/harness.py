@@ -47,7 +47,7 @@ from metaopt.comparison import (
 from metaopt.console import log
 from metaopt.diagnostics import feasible
 from metaopt.errors import UserError
-from metaopt.files import write_bytes, write_json_lines
+from metaopt.files import check_directory, write_bytes, write_json_lines
 from metaopt.fit import Problem
 from metaopt.inner_loop import InnerLoop
 from metaopt.npz import read_npz
@@ -58,7 +58,7 @@ from metaopt.self_improvement.builders import improving_train
 from metaopt.self_improvement.memory import Memory
 from metaopt.statistics import Interval, interval
 from metaopt.training.loop import train
-from metaopt.training.runs import as_json, check_root, open_run, slug
+from metaopt.training.runs import as_json, open_run, slug
 from metaopt.training.types import TrainFn
 from metaopt.types import Params
 
@@ -147,7 +147,7 @@ def main(
     args = sys.argv[1:] if args is None else list(args)
     with command_line.one_line_exits(args, resumes=True):
         config = parse(module, presets, description, args)
-        check_root(config.root, config.run_dir)
+        check_directory(config.root if config.run_dir is None else config.run_dir)
         run(config)
 
 

@@ -16,17 +16,7 @@ from jax.extend import core
 from metaopt.errors import UserError
 from metaopt.measure import equations
 from metaopt.pytrees import entries, is_smooth
-from metaopt.types import (
-    Array,
-    Batch,
-    Episode,
-    Hparams,
-    Learner,
-    LossFn,
-    MetaParams,
-    Model,
-    Params,
-)
+from metaopt.types import Array, Batch, Episode, Hparams, Learner, LossFn, MetaParams, Model, Params
 
 HPARAMS = {
     "inner_learning_rate": "the learning rate of the inner optimizer",
@@ -73,14 +63,10 @@ def check_adapt(
 def check_loss(loss_fn: Any) -> None:
     """Raises UserError if a loss cannot be called, such as a `Model`."""
     if not callable(loss_fn):
-        hint = (
-            "; metaopt.losses makes one of a model: losses.next_token(model)"
-            if isinstance(loss_fn, Model)
-            else ""
-        )
+        hint = "; metaopt.losses makes one of a model: losses.next_token(model)"
         raise UserError(
             "loss_fn must be a function (params, batch) -> scalar, not an object of type "
-            f"{type(loss_fn).__name__}{hint}"
+            f"{_kind(loss_fn)}{hint if isinstance(loss_fn, Model) else ''}"
         )
 
 
@@ -91,12 +77,6 @@ def check_learner(learner: Any) -> None:
             f"a metaopt.Learner is needed here, not an object of type {type(learner).__name__}: "
             "call its function, as in reverse(maml(), loss_fn, inner)"
         )
-
-
-def check_count(name: str, count: Any) -> None:
-    """Raises UserError if a number of things is no integer of 1 or more."""
-    if isinstance(count, bool) or not isinstance(count, int | np.integer) or count < 1:
-        raise UserError(f"{name} is {count!r}: give a whole number, 1 or more")
 
 
 def check_parts(learner: Any, loss_fn: Any, inner: Any, outer_loss: Any = None) -> LossFn:
@@ -242,25 +222,21 @@ def check_parameters(params: Params) -> Params:
             "parameters are float16, whose range is too small for inner steps and their "
             "derivatives: use bfloat16 or float32"
         )
-    if leaves and all(map(_is_real, leaves)):
-        return params
     wrong = [
         f"{jax.tree_util.keystr(path, simple=True, separator='/') or 'they'} "
         f"({getattr(leaf, 'dtype', type(leaf).__name__)})"
         for path, leaf in jax.tree.leaves_with_path(params)
-        if not _is_real(leaf)
+        if not is_smooth(leaf) or np.iscomplexobj(leaf)
     ]
-    if not wrong:
+    if not leaves:
         raise UserError("there are no parameters to learn: the tree of parameters has no arrays")
+    if not wrong:
+        return params
     raise UserError(
         f"parameters must be floating-point arrays, and {', '.join(wrong[:3])} "
         f"{'are' if len(wrong) > 1 else 'is'} not: give the others alone as parameters, and let "
         "the loss put these back (docs/own_model.md shows how)"
     )
-
-
-def _is_real(leaf: Any) -> bool:
-    return is_smooth(leaf) and not np.iscomplexobj(leaf)
 
 
 def _kind(value: Any) -> str:

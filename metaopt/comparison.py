@@ -21,13 +21,7 @@ from metaopt import parallel
 from metaopt.console import log
 from metaopt.errors import UserError
 from metaopt.evaluate import CurveFn, TunedCurves, curves_of, tuned_curves
-from metaopt.fit import (
-    FitConfig,
-    Problem,
-    check_devices,
-    fit,
-    validation_episodes,
-)
+from metaopt.fit import FitConfig, Problem, check_devices, fit, validation_episodes
 from metaopt.inner_loop import InnerLoop
 from metaopt.learners import maml
 from metaopt.meta_gradients import joint
@@ -45,14 +39,7 @@ from metaopt.ranges import (
 )
 from metaopt.training.fingerprint import of_arrays
 from metaopt.training.loop import TrainFn, train
-from metaopt.types import (
-    Episode,
-    Estimator,
-    Hparams,
-    Learner,
-    MetaParams,
-    Params,
-)
+from metaopt.types import Episode, Estimator, Hparams, Learner, MetaParams, Params
 
 
 class Row(NamedTuple):

@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from metaopt.checks import check_call, check_count, check_parts
-from metaopt.errors import UserError
+from metaopt.checks import check_call, check_parts
 from metaopt.inner_loop import InnerLoop, adapt
 from metaopt.parallel import Device, default_devices, parallel_map
+from metaopt.ranges import Count, check_value
 from metaopt.statistics import Interval, interval, task_means
 from metaopt.types import Array, Episode, Hparams, Learner, LossFn, MetaParams, Params
 
@@ -83,9 +83,8 @@ def evaluate(
       >>> evaluate(problem, learner, fitted.meta_params, fitted.hparams).intervals[-1]
     """
     inner = InnerLoop() if inner is None else inner
-    check_count("num_episodes", num_episodes)
-    if split not in ("valid", "test"):
-        raise UserError(f"split is {split!r}: give 'valid' or 'test'")
+    check_value("num_episodes", num_episodes, Count)
+    check_value("split", split, Literal["valid", "test"])
     length = inner.num_steps if num_steps is None else num_steps
     devices = default_devices(num_devices)
     curves = curves_of(problem, learner, inner, length, devices, tasks_at_a_time, measure)
@@ -97,27 +96,35 @@ def evaluate(
     return Evaluation(losses, tuple(interval(column, tasks) for column in losses.T))
 
 
-def adaptation_curve(
+def make_curves(
     learner: Learner,
     loss_fn: LossFn,
     inner: InnerLoop,
     num_steps: int,
+    devices: Sequence[Device],
+    tasks_at_a_time: int = 0,
     measure: MeasureFn | None = None,
-):
-    """The query loss of one episode after 0..num_steps inner steps on the whole support.
+) -> CurveFn:
+    """The query losses of episodes after 0..num_steps inner steps on the whole support.
+
+    Compiled once, over all devices. Hyperparameters are arguments: curves at another inner rate do
+    not compile again, those of another number of episodes do.
 
     Args:
       learner: what was meta-learned.
       loss_fn: what the inner loop descends, as the learner changes it, and what judges.
       inner: the inner loop of training.
       num_steps: length of the curve; it may exceed the trained number.
+      devices: where it runs.
+      tasks_at_a_time: episodes that a device computes at a time; 64 for 0: unlike the tasks of a
+        meta-batch, all episodes at once would not fit.
       measure: what takes the place of the query loss, such as an accuracy. It may give
         several numbers at once, ``[M]``.
 
     Returns:
-      ``(meta_params, hparams, episode) -> float32 [num_steps + 1]`` (or ``[num_steps + 1, M]``),
-      in the unit of the loss or the measure. Every step takes all of the support, also where
-      training splits it.
+      ``(meta_params, hparams, episodes [E, ...]) -> float64 [E, num_steps + 1]`` (or
+      ``[E, num_steps + 1, M]``), in the unit of the loss or the measure. Every step takes all of
+      the support, also where training splits it.
     """
     check_parts(learner, loss_fn, inner)
     scanned = InnerLoop(num_steps=inner.num_steps, batching="same", unroll=False)
@@ -139,36 +146,11 @@ def adaptation_curve(
         )
         return jnp.concatenate([adapted.probes, judge(adapted.params)[None]])
 
-    return curve
-
-
-def make_curves(
-    learner: Learner,
-    loss_fn: LossFn,
-    inner: InnerLoop,
-    num_steps: int,
-    devices: Sequence[Device],
-    tasks_at_a_time: int = 0,
-    measure: MeasureFn | None = None,
-) -> CurveFn:
-    """`adaptation_curve` of many episodes, compiled once, over all devices.
-
-    Hyperparameters are arguments: curves at another inner rate do not compile again,
-    those of another number of episodes do. A device computes ``tasks_at_a_time``
-    episodes at a time, and 64 for 0: unlike the tasks of a meta-batch, all episodes at once
-    would not fit. With a ``measure`` of M numbers curves are
-    ``[E, steps + 1, M]``.
-    """
-    curve = adaptation_curve(learner, loss_fn, inner, num_steps, measure)
-
     def on_device(shared, episodes):
+        # None is a plain loop: `lax.map` would otherwise vmap over groups of one.
+        size = None if tasks_at_a_time == 1 else tasks_at_a_time or 64
         meta_params, hparams = shared
-        return jax.lax.map(
-            lambda episode: curve(meta_params, hparams, episode),
-            episodes,
-            # None is a plain loop: `lax.map` would otherwise vmap over groups of one.
-            batch_size=None if tasks_at_a_time == 1 else tasks_at_a_time or 64,
-        )
+        return jax.lax.map(lambda e: curve(meta_params, hparams, e), episodes, batch_size=size)
 
     mapped = parallel_map(on_device, devices)
 

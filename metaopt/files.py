@@ -10,6 +10,7 @@ import functools
 import itertools
 import json
 import math
+import mmap
 import os
 import re
 import stat
@@ -140,6 +141,14 @@ def read_text(path: Path) -> str:
         raise UserError(f"{path} is not UTF-8 ({error}); repair it") from None
 
 
+def read_json(path: Path) -> Any:
+    """What a JSON file holds; None if it cannot be read or is none."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a file as UTF-8; at every moment either the old or the new one is there, whole.
 
@@ -213,15 +222,11 @@ def append_json_line(path: Path | str, record: Mapping[str, Any]) -> None:
 
 def _end_of_last_line(file: typing.BinaryIO) -> int:
     """The length of the file without a last line that lacks its newline, which is cut off."""
-    size = end = file.seek(0, os.SEEK_END)
-    while end:
-        start = max(0, end - 4096)
-        file.seek(start)
-        newline = file.read(end - start).rfind(b"\n")
-        if newline >= 0:
-            end = start + newline + 1
-            break
-        end = start
+    size = file.seek(0, os.SEEK_END)
+    if not size:
+        return 0
+    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        end = data.rfind(b"\n") + 1
     if end < size:
         file.truncate(end)
     return end

@@ -99,10 +99,6 @@ class FitConfig(TrainConfig):
         steps that take less time than a call; the sampler must be traceable.
       eval_every: interval between evaluations on the validation episodes; the best evaluated
         state is the result. 0 gives the last state.
-      log_every: see `TrainConfig`.
-      checkpoint_every: see `TrainConfig`.
-      keep_last: see `TrainConfig`.
-      divergence_factor: see `TrainConfig`.
     """
 
     seed: Seed = 0
@@ -222,7 +218,7 @@ def fit(
         start = jax.tree.map(jnp.copy, state._replace(hparams=state.hparams | scalars, key=used))
     fingerprint = parts.fingerprint(start, first, valid)
     if valid is not None and evaluate is None:
-        evaluate = make_evaluate(problem, learner, inner, valid, devices, config.tasks_at_a_time)
+        evaluate = parts.evaluate(valid, devices)
     training = Training(
         name=name,
         state=parallel.replicate(start, devices),
@@ -255,24 +251,6 @@ def check_devices(
 def validation_episodes(family: TaskFamily, eval_seed: int, number: int) -> Episode:
     """The episodes that rates and checkpoints are chosen on, ``[number, ...]``."""
     return family.valid.sample(jax.random.split(jax.random.key(eval_seed))[0], number)
-
-
-def make_evaluate(
-    problem: Problem,
-    learner: Learner,
-    inner: InnerLoop,
-    valid: Episode,
-    devices: Sequence[parallel.Device],
-    tasks_at_a_time: int = 0,
-) -> Evaluate:
-    """``state -> losses [tasks]`` after the inner steps of training, on validation episodes."""
-    curves = curves_of(problem, learner, inner, inner.num_steps, devices, tasks_at_a_time)
-
-    def losses(state: MetaState) -> np.ndarray:
-        found = curves(state.meta_params, state.hparams, valid)
-        return task_means(found[:, -1], np.asarray(valid.task))
-
-    return losses
 
 
 def tokens_per_task(episodes: Episode) -> int:
@@ -320,6 +298,17 @@ class _Parts(NamedTuple):
             query = support
         number = max(self.config.tasks_per_step, num_valid)
         feasible.check([], init, self.problem.loss_fn, support, query, number)
+
+    def evaluate(self, valid: Episode, devices: Sequence[parallel.Device]) -> Evaluate:
+        """``state -> losses [tasks]`` after the inner steps of training, on validation episodes."""
+        at_a_time, steps = self.config.tasks_at_a_time, self.inner.num_steps
+        curves = curves_of(self.problem, self.learner, self.inner, steps, devices, at_a_time)
+
+        def losses(state: MetaState) -> np.ndarray:
+            found = curves(state.meta_params, state.hparams, valid)
+            return task_means(found[:, -1], np.asarray(valid.task))
+
+        return losses
 
     def fingerprint(self, start: MetaState, first: Episode, valid: Episode | None) -> Fingerprint:
         """Of the estimate of one task, in its default form: it is traced, and not compiled."""

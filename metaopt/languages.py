@@ -18,7 +18,7 @@ from metaopt.learners.maml import InnerOptimizer
 from metaopt.losses import next_token
 from metaopt.optimizers.inner import INNER_OPTIMIZERS, OptimizerName
 from metaopt.parts import load_part, make_part
-from metaopt.ranges import Checked, Count, Heads, Layers, Length, Seed, Width
+from metaopt.ranges import Checked, Count, Heads, Layers, Length, Seed, Width, shared_fields
 from metaopt.tasks.markov import Concentration, MarkovConfig, Order, Symbols, markov
 from metaopt.tasks.text import VOCAB_SIZE, TextConfig, text
 from metaopt.tasks.text import digest as text_digest
@@ -91,8 +91,7 @@ def is_own(name: str) -> bool:
 
 def markov_config(config: LanguageConfig) -> MarkovConfig:
     """The Markov languages of a config."""
-    names = [field.name for field in dataclasses.fields(MarkovConfig)]
-    return MarkovConfig(**{name: getattr(config, name) for name in names})
+    return MarkovConfig(**shared_fields(MarkovConfig, config))
 
 
 def make_family(config: LanguageConfig) -> TaskFamily:
@@ -124,15 +123,8 @@ def _check_tasks(config: LanguageConfig) -> None:
 
 def text_config(config: LanguageConfig) -> TextConfig:
     """The domains of text of a config."""
-    return TextConfig(
-        source=str(config.folder if config.tasks == "text" else config.tasks),
-        num_valid_domains=config.num_valid_domains,
-        num_test_domains=config.num_test_domains,
-        split_seed=config.split_seed,
-        num_support=config.num_support,
-        num_query=config.num_query,
-        length=config.length,
-    )
+    source = config.folder if config.tasks == "text" else config.tasks
+    return TextConfig(source=str(source), **shared_fields(TextConfig, config))
 
 
 def digest(config: LanguageConfig) -> str | None:
@@ -153,15 +145,8 @@ def make_model(config: LanguageConfig) -> Model:
     if config.model == "bigram":
         return models.bigram(vocab_size)
     if config.model == "transformer":
-        return models.transformer(
-            models.TransformerConfig(
-                vocab_size=vocab_size,
-                width=config.width,
-                num_layers=config.num_layers,
-                num_heads=config.num_heads,
-                compute_dtype=config.compute_dtype,
-            )
-        )
+        fields = shared_fields(models.TransformerConfig, config)
+        return models.transformer(models.TransformerConfig(**{**fields, "vocab_size": vocab_size}))
     if config.model in ("rnn", "gru", "lstm"):
         return models.recurrent(vocab_size, config.width, config.model, config.num_layers)
     choices = ", ".join(get_args(ModelName))

@@ -1,22 +1,21 @@
 """A trained row, rebuilt from the directory of its run."""
 
-import dataclasses
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from metaopt import losses
 from metaopt.errors import UserError
-from metaopt.files import local_path, read_json_lines, read_text
+from metaopt.files import local_path, read_json, read_json_lines
 from metaopt.inner_loop import InnerLoop
 from metaopt.languages import LanguageConfig, make_model, make_rows
+from metaopt.ranges import field_types
 from metaopt.reporting.results import step_column
 from metaopt.training.checkpoint import Checkpoints
 from metaopt.training.fingerprint import Fingerprint
+from metaopt.training.host_leaves import place
 from metaopt.training.loop import checkpoint_directory
 from metaopt.types import Hparams, Learner, LossFn, MetaParams, Model
 
@@ -68,8 +67,7 @@ def load(run: Path | str, row: str, seed: int | None = None) -> Loaded:
     run = local_path(run)
     if not (run / "finished").is_file():
         raise UserError(f"{run} is not the directory of a finished run")
-    saved = _read_config(run / "config.json")
-    config = _as_config(saved)
+    saved, config = _read_config(run / "config.json")
     model = make_model(config)
     rows = {each.name: each.learner for each in make_rows(config, model)}
     if row not in rows:
@@ -78,18 +76,22 @@ def load(run: Path | str, row: str, seed: int | None = None) -> Loaded:
     seeds = list(saved.get("seeds") or [saved.get("comparison", {}).get("seed", 0)])
     if seed is not None and seed not in seeds:
         raise UserError(f"{run} has the seeds {', '.join(map(str, seeds))}, not {seed}")
-    place = seeds.index(seed) if seed is not None else 0
-    trained = run / f"seed-{seeds[place]}" if len(seeds) > 1 else run
+    index = seeds.index(seed) if seed is not None else 0
+    trained = run / f"seed-{seeds[index]}" if len(seeds) > 1 else run
     directory = checkpoint_directory(trained, row)
     if not directory.is_dir():
         raise UserError(f"{run} has no checkpoint of {row!r}: it was not trained in this run")
     with Checkpoints(directory, fingerprint=Fingerprint({}), read_only=True) as checkpoints:
         leaves = checkpoints.best_leaves()
     example = jax.eval_shape(lambda key: learner.init(model.init(key)), jax.random.key(0))
+    try:
+        meta_params = place(leaves, example, ".meta_params")
+    except ValueError as error:
+        raise UserError(f"{directory}: {error} in the model and learner of the config") from None
     hparams = {
         path.split("'")[1]: jnp.asarray(x) for path, x in leaves.items() if path[:8] == ".hparams"
     }
-    rate = _rate(run, row, config.inner.num_steps, place)
+    rate = _rate(run, row, config.inner.num_steps, index)
     if rate is not None:
         hparams["inner_learning_rate"] = jnp.float32(rate)
     return Loaded(
@@ -97,59 +99,33 @@ def load(run: Path | str, row: str, seed: int | None = None) -> Loaded:
         loss_fn=losses.next_token(model),
         learner=learner,
         inner=config.inner,
-        meta_params=_meta_params(leaves, example, directory),
+        meta_params=meta_params,
         hparams=hparams,
         config=config,
     )
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        saved = json.loads(read_text(path))
-        is_config = {"tasks", "model"} <= saved.keys() and isinstance(saved["inner"], dict)
-    except (ValueError, RecursionError, AttributeError, KeyError):
-        is_config = False
-    if not is_config:
+def _read_config(path: Path) -> tuple[dict[str, Any], LanguageConfig]:
+    """The JSON of a config, and the config; fields that are not there have their defaults."""
+
+    def fields_of(config_type: type, saved: dict[str, Any]) -> dict[str, Any]:
+        names = field_types(config_type).keys() & saved.keys()
+        return {n: tuple(x) if isinstance(x := saved[n], list) else x for n in names}
+
+    saved = read_json(path)
+    is_config = isinstance(saved, dict) and {"tasks", "model"} <= saved.keys()
+    if not (is_config and isinstance(saved.get("inner"), dict)):
         raise UserError(f"{path} is not the config of a run of adapt_languages")
-    return saved
+    fields = fields_of(LanguageConfig, saved)
+    fields["inner"] = InnerLoop(**fields_of(InnerLoop, saved["inner"]))
+    return saved, LanguageConfig(**fields)
 
 
-def _as_config(saved: dict[str, Any]) -> LanguageConfig:
-    """A config from its JSON; fields that are not there have their defaults."""
-    values = _fields_of(LanguageConfig, saved)
-    values["inner"] = InnerLoop(**_fields_of(InnerLoop, saved["inner"]))
-    return LanguageConfig(**values)
-
-
-def _fields_of(config_type: type, saved: dict[str, Any]) -> dict[str, Any]:
-    names = {field.name for field in dataclasses.fields(config_type)} & saved.keys()
-    return {n: tuple(x) if isinstance(x := saved[n], list) else x for n in names}
-
-
-def _rate(run: Path, row: str, num_steps: int, place: int) -> float | None:
+def _rate(run: Path, row: str, num_steps: int, index: int) -> float | None:
     """The inner rate of a row in the results, after the trained number of steps."""
     column = step_column(num_steps)
     for record in read_json_lines(run / "results.jsonl"):
         if (record.get("row"), record.get("column")) == (row, column):
             rates = record.get("inner_learning_rate")
-            return rates[place] if isinstance(rates, list) else rates
+            return rates[index] if isinstance(rates, list) else rates
     return None
-
-
-def _meta_params(leaves: dict[str, np.ndarray], example: MetaParams, directory: Path) -> MetaParams:
-    """The saved meta-parameters in the structure of ``example``, whose leaves are shapes."""
-
-    def leaf(path: tuple, like: jax.ShapeDtypeStruct) -> jax.Array:
-        name = f".meta_params{jax.tree_util.keystr(path)}"
-        value = leaves.get(name)
-        if value is None and 0 in like.shape:  # storage has no empty arrays
-            return jnp.zeros(like.shape, like.dtype)
-        if value is None or value.shape != like.shape:
-            there = "missing" if value is None else f"of shape {list(value.shape)}"
-            raise UserError(
-                f"{name} is {there} in {directory} and {list(like.shape)} in the model and "
-                "learner of the config"
-            )
-        return jnp.asarray(value, like.dtype)
-
-    return jax.tree_util.tree_map_with_path(leaf, example)

@@ -96,15 +96,8 @@ def classification(model: Model, ignore_index: int | None = IGNORED) -> LossFn:
 def accuracy(model: Model, ignore_index: int | None = IGNORED) -> LossFn:
     """Share of the examples (or tokens) whose largest logit is the target's, in [0, 1].
 
-    Its signature is a loss's, but it is flat almost everywhere: for evaluation only.
-
-    Args:
-      model: inputs ``[S, ...]`` to logits ``[S, ..., V]``.
-      ignore_index: the target that is not counted; None counts all.
-
-    Returns:
-      A function of params and a batch with integer ``targets [S, ...]``. It raises
-      UserError, when traced, if the targets are not integers or not of that shape.
+    Its signature is a loss's, but it is flat almost everywhere: for evaluation only. Arguments,
+    batches and errors are those of `classification`.
     """
 
     def share_correct(params: Params, batch: Batch) -> Array:

@@ -4,9 +4,6 @@ Operations and bytes are the same in every run; seconds are not, so that what is
 be compared is timed in turns.
 """
 
-import bisect
-import functools
-import itertools
 import math
 import os
 import time
@@ -20,6 +17,7 @@ from jax.extend import core
 from jax.interpreters import partial_eval
 
 from metaopt.errors import UserError
+from metaopt.ranges import Count, check_value
 
 REDUCTIONS = {"argmax", "argmin", "cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp"}
 MOVES = {
@@ -130,19 +128,13 @@ def _of_equation(equation: core.JaxprEqn) -> Flops:
     nested = [_of_jaxpr(jaxpr) for jaxpr in core.jaxprs_in_params(params)]
     if name == "cond":
         return max(nested, key=lambda flops: flops.total)
-    if nested:
-        times = _times(equation)
+    if nested:  # a scan is computed several times, and so is a map over devices
+        times = params["length"] if name == "scan" else 1
+        times = params["mesh"].size if name == "shard_map" else times
         return Flops(
             times * sum(n.matmul for n in nested), times * sum(n.elementwise for n in nested)
         )
     return Flops(elementwise=_elementwise(equation))
-
-
-def _times(equation: core.JaxprEqn) -> int:
-    """How often what an operation holds is computed."""
-    if equation.primitive.name == "shard_map":
-        return equation.params["mesh"].size
-    return equation.params["length"] if equation.primitive.name == "scan" else 1
 
 
 def _of_primitive(equation: core.JaxprEqn) -> Flops | None:
@@ -238,8 +230,7 @@ def interleaved(
     Raises:
       UserError: there is no round to time.
     """
-    if rounds < 1:
-        raise UserError(f"rounds={rounds}: timing needs at least 1")
+    check_value("rounds", rounds, Count)
     for function in functions.values():
         for _ in range(warmup):
             jax.block_until_ready(function())
@@ -309,32 +300,6 @@ def program_bytes(compiled: jax.stages.Compiled) -> int:
     Memory that results share with donated arguments counts twice: rather too much.
     """
     return sum(compiled_memory(compiled))
-
-
-def largest_that_fits(
-    sizes: Sequence[int], memory_of: Callable[[int], float], budget_bytes: float
-) -> int:
-    """The largest size whose memory is within a budget, by bisection.
-
-    Args:
-      sizes: ascending, such as the divisors of a batch.
-      memory_of: ``size -> bytes``, not decreasing, such as `program_bytes` of the program
-        of that size. It is asked for about ``log2(len(sizes)) + 1`` sizes, once each.
-      budget_bytes: what there is.
-
-    Raises:
-      UserError: there is no size, they are not ascending, or not even the smallest fits.
-    """
-    if not sizes or any(b <= a for a, b in itertools.pairwise(sizes)):
-        raise UserError(f"the sizes to choose from must be ascending, not {list(sizes)}")
-    memory_of = functools.cache(memory_of)
-    fitting = bisect.bisect_right(sizes, budget_bytes, key=memory_of)
-    if not fitting:
-        raise UserError(
-            f"not even a size of {sizes[0]} fits: it takes {human_bytes(memory_of(sizes[0]))} "
-            f"of a budget of {human_bytes(budget_bytes)}"
-        )
-    return sizes[fitting - 1]
 
 
 def human_bytes(count: float) -> str:

@@ -9,16 +9,7 @@ import optax
 from metaopt.checks import check_factory, check_meta_params
 from metaopt.errors import UserError
 from metaopt.optimizers.outer import OuterOpt
-from metaopt.types import (
-    Episode,
-    Hparams,
-    Key,
-    Learner,
-    MetaGradFn,
-    MetaState,
-    Metrics,
-    Params,
-)
+from metaopt.types import Episode, Hparams, Key, Learner, MetaGradFn, MetaState, Metrics, Params
 
 MetaStep = Callable[[MetaState, Episode], tuple[MetaState, Metrics]]
 RATES = ("inner_learning_rate", "outer_learning_rate", "rates_learning_rate", "weight_decay")

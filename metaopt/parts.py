@@ -50,12 +50,10 @@ def make_part(
     """What the function that a flag names returns, such as a learner or a model.
 
     Args:
-      flag: such as ``--learner``, for the messages.
-      name: a name of the library's, or ``module:function``.
+      flag, name, library: as for `load_part`.
       returns: the type that the function must return.
       arguments: what the function may take, by name. It is given those that it has a parameter
         for.
-      library: the library's own functions of this kind, by name.
 
     Raises:
       UserError: there is no such name, module or function; or it needs other arguments, or

@@ -78,3 +78,8 @@ def all_finite(tree: PyTree) -> Array:
     """Whether every number of a tree is finite: a boolean scalar."""
     smooth, _ = partition(tree)
     return jnp.all(jnp.array([jnp.isfinite(leaf).all() for leaf in smooth]))
+
+
+def choose(condition: Array, yes: PyTree, no: PyTree) -> PyTree:
+    """The one tree or the other, by a boolean scalar that may be traced."""
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), yes, no)

@@ -48,10 +48,12 @@ Width = Annotated[int, Range(1, 2**16)]
 Layers = Annotated[int, Range(1, 256)]
 Heads = Annotated[int, Range(1, 1024)]
 Length = Annotated[int, Range(1, 2**20)]  # tokens
+Vocabulary = Annotated[int, Range(2, 10**7)]
 ImageSize = Annotated[int, Range(1, 4096)]  # pixels
 Positive = Annotated[float, Range(1e-12, 1e12)]
 Rate = Annotated[float, Range(1e-12, 1e4)]
 RateOr0 = Annotated[float, Range(0, 1e4)]
+NotNegative = Annotated[float, Range(0, 1e12)]
 Share = Annotated[float, Range(0, 1)]
 Seconds = Annotated[float, Range(0, 1e9)]
 
@@ -76,8 +78,13 @@ class Checked:
 
     def __post_init__(self):
         for name, hint in field_types(type(self)).items():
-            if problem := what_is_wrong(getattr(self, name), hint):
-                raise OutOfRange(name, problem)
+            check_value(name, getattr(self, name), hint)
+
+
+def check_value(name: str, value: Any, hint: Any) -> None:
+    """Raises OutOfRange if a value is not of a type, such as one of those above."""
+    if problem := what_is_wrong(value, hint):
+        raise OutOfRange(name, problem)
 
 
 @functools.cache
@@ -85,6 +92,11 @@ def field_types(config_type: type) -> dict[str, Any]:
     """The types of the fields of a dataclass, with what they are annotated with."""
     found = typing.get_type_hints(config_type, include_extras=True)
     return {name: found[name] for name in getattr(config_type, "__dataclass_fields__", ())}
+
+
+def shared_fields(config_type: type, other: Any) -> dict[str, Any]:
+    """The values that a config can take over from another one, whose fields have the same names."""
+    return {n: getattr(other, n) for n in field_types(config_type) if hasattr(other, n)}
 
 
 def what_is_wrong(value: Any, hint: Any, limits: tuple[Any, ...] = ()) -> str | None:

@@ -26,10 +26,7 @@ class Interval(NamedTuple):
     method: str | None = None
 
 
-FEWEST_FOR_BOOTSTRAP, MOST_FOR_BOOTSTRAP = 8, 256
-
-
-RESAMPLES = 4999
+FEWEST_FOR_BOOTSTRAP, MOST_FOR_BOOTSTRAP, RESAMPLES = 8, 256, 4999
 
 
 def interval(values: np.ndarray, groups: np.ndarray | None = None) -> Interval:
@@ -66,14 +63,8 @@ def interval(values: np.ndarray, groups: np.ndarray | None = None) -> Interval:
 def t_interval(values: np.ndarray, groups: np.ndarray | None = None) -> Interval:
     """The mean over tasks and Student's 95 % interval, episodes of one task averaged first.
 
-    Episodes of the same task are not independent: the interval is over tasks.
-
-    Args:
-      values: ``[E]``, one number an episode.
-      groups: ``[E]``, which task each episode is of; if not given, each is of its own.
-
-    Raises:
-      ValueError: shapes differ or there is nothing to average.
+    Episodes of the same task are not independent: the interval is over tasks. Arguments and
+    errors are those of `interval`.
     """
     groups = np.arange(len(values)) if groups is None else groups
     if values.ndim != 1 or values.shape != np.shape(groups) or not values.size:
@@ -225,7 +216,10 @@ def rank_among_runs(present: Curve, history: Sequence[Curve]) -> RankAmongRuns |
         return None
     tokens, losses = _ordered(present)
     at, loss = tokens[-1], losses[-1]
-    found = np.array([_loss_at(at, *_ordered(past)) for past in history if past])
+    curves = [_ordered(past) for past in history if past]
+    found = np.array(
+        [np.interp(np.log1p(at), np.log1p(x), y, left=np.nan, right=np.nan) for x, y in curves]
+    )
     past = found[~np.isnan(found)]
     if not past.size:
         return None
@@ -252,13 +246,6 @@ def _ordered(curve: Curve) -> tuple[np.ndarray, np.ndarray]:
     if not np.all(np.isfinite(points[:, 0])) or points[0, 0] < 0:
         raise ValueError("the tokens of a learning curve must be finite and not negative")
     return points[:, 0], np.where(np.isfinite(points[:, 1]), points[:, 1], np.inf)
-
-
-def _loss_at(at: float, tokens: np.ndarray, losses: np.ndarray) -> float:
-    """The interpolated loss; NaN outside of the curve."""
-    if not tokens[0] <= at <= tokens[-1]:
-        return math.nan
-    return float(np.interp(np.log1p(at), np.log1p(tokens), losses))  # infinite beside infinite
 
 
 class Classification(NamedTuple):

@@ -7,9 +7,10 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from metaopt.diagnostics.finite_differences import directional_derivative, normal_like
+from metaopt.diagnostics.finite_differences import directional_derivative
 from metaopt.inner_loop import InnerLoop, adapt
 from metaopt.learners import fixed_start, learned_loss, maml
 from metaopt.meta_gradients import mixed_mode, reverse
@@ -55,7 +56,7 @@ def test_the_hypergradient_of_the_page_is_the_finite_difference(estimator):
         episode = Episode(double(page["train"]), double(page["valid"]))
         inner = InnerLoop(num_steps=50, unroll=False)
         run = jax.jit(estimator(learner, page["loss_fn"], inner))
-        direction = normal_like(jax.random.key(1), meta_params)
+        direction = optax.tree.random_like(jax.random.key(1), meta_params)
 
         def moved(h):
             return jax.tree.map(lambda m, v: m + h * v, meta_params, direction)

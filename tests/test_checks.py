@@ -10,7 +10,7 @@ import pytest
 import quadratic
 
 from metaopt.errors import UserError
-from metaopt.evaluate import adaptation_curve
+from metaopt.evaluate import make_curves
 from metaopt.inner_loop import InnerLoop, adapt
 from metaopt.learners import (
     anil,
@@ -37,6 +37,7 @@ from metaopt.meta_gradients import (
 )
 from metaopt.optimizers.outer import OuterConfig, outer_optimizer
 from metaopt.outer_step import init_state, make_meta_step
+from metaopt.parallel import default_devices
 from metaopt.types import Batch, Model
 
 ESTIMATORS = [
@@ -216,11 +217,11 @@ def test_an_outer_optimizer_where_a_function_is_meant():
 
 
 def test_what_a_curve_is_called_with_by_mistake():
-    curve = adaptation_curve(maml(), quadratic.loss, INNER, 2)
+    curves = make_curves(maml(), quadratic.loss, INNER, 2, default_devices(1))
     with refused(r"learner.init\(params\)"):
-        curve(quadratic.PARAMS, HPARAMS, EPISODE)
+        curves(quadratic.PARAMS, HPARAMS, quadratic.episodes(2))
     with refused("one episode"):
-        curve(META_PARAMS, HPARAMS, quadratic.episodes(2))
+        curves(META_PARAMS, HPARAMS, jax.tree.map(lambda x: x[None], quadratic.episodes(2)))
 
 
 @pytest.mark.parametrize(

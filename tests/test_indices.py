@@ -53,20 +53,20 @@ def assert_close(one, other):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), one, other)
 
 
-@pytest.mark.parametrize(
-    ("name", "dtypes"),
-    [("ngram", DTYPES), *((name, ["uint8"]) for name in ("bigram", "gru", "transformer"))],
-)
-def test_every_integer_dtype_gives_the_same_loss_and_gradient(name, dtypes):
+@pytest.mark.parametrize("name", ["bigram", "ngram", "gru", "transformer"])
+def test_every_integer_dtype_gives_the_same_loss(name):
+    """And the same gradient, of the model whose products of tokens overflow."""
+    dtypes = DTYPES if name == "ngram" else ["uint8"]
     with jax.enable_x64(True):
         model = SEQUENCE_MODELS[name]
         params = jax.tree.map(lambda x: x.astype(jnp.float32), parameters(model))
-        loss_and_gradient = jax.jit(jax.value_and_grad(losses.next_token(model)))
-        expected = loss_and_gradient(params, batch())
-        assert np.isfinite(expected[0])
+        loss_fn = losses.next_token(model)
+        compiled = jax.jit(jax.value_and_grad(loss_fn) if name == "ngram" else loss_fn)
+        expected = compiled(params, batch())
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(expected))
         for dtype in dtypes:
             assert batch(dtype).inputs.dtype == dtype
-            assert_close(loss_and_gradient(params, batch(dtype)), expected)
+            assert_close(compiled(params, batch(dtype)), expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -187,16 +187,19 @@ def add_growth(bench: Bench) -> None:
         if size != sizes[0]:
             name = f"K{size.steps}/K{sizes[0].steps}"
             bench.add("reference", name, "ratio", temp / temps[0], "times", form=PLANNED)
-    lines = {"planned": [temp / MIB for temp in temps]}
-    for name in others:
-        lines[name] = [bench.temp(name, size) / MIB for size in sizes]
-    plots.lines(
+    memory = {"planned": temps} | {n: [bench.temp(n, size) for size in sizes] for n in others}
+    steps = config.growth_steps
+    plots.trajectories(
         bench.table.directory / "memory.png",
-        config.growth_steps,
-        lines,
+        {
+            n: np.array([(k, temp / MIB) for k, temp in zip(steps, found, strict=True)])
+            for n, found in memory.items()
+        },
         x_label="inner steps",
         y_label="temporary memory, MiB",
         title=str(config.sizes[0]).rsplit(" ", 1)[0],
+        y_scale="log",
+        x_ticks=steps,
     )
 
 

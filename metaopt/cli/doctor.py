@@ -20,22 +20,21 @@ import ast
 import dataclasses
 import functools
 import inspect
-import math
-import types
 import typing
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 import optax
 from rich.console import Console
 from rich.table import Table
 
 from metaopt import languages, learners, losses, measure, meta_gradients, models, parallel
 from metaopt.diagnostics import feasible
-from metaopt.diagnostics.doctor import Report, examine, to_float64
+from metaopt.diagnostics.doctor import Report, examine, to_dtype
 from metaopt.errors import UserError
+from metaopt.files import matches
 from metaopt.fit import Problem
 from metaopt.inner_loop import InnerLoop
 from metaopt.learners.maml import InnerOptimizer
@@ -52,6 +51,7 @@ from metaopt.ranges import (
     RateOr0,
     Seed,
     Width,
+    shared_fields,
 )
 from metaopt.tasks.markov import Symbols
 from metaopt.tasks.sinusoid import SinusoidConfig, sinusoid
@@ -141,7 +141,7 @@ def make_estimator(config: Config) -> Estimator:
         if name not in known:
             choices = ", ".join(known) or "no options"
             raise UserError(f"{config.estimator} has no option {name!r}; it takes {choices}")
-        if not is_of(hint := hints.get(name, Any), value):
+        if not matches(value, hint := hints.get(name, Any)):
             wanted = inspect.formatannotation(hint)
             raise UserError(f"{config.estimator} takes {name} as {wanted}, not {value!r}")
     return functools.partial(estimator, **options) if options else estimator
@@ -159,17 +159,6 @@ def _values(flag: str, pairs: Sequence[str]) -> dict[str, Any]:
                 raise UserError(f"{flag} takes name=value, not {pair!r}") from None
             found[name] = text
     return found
-
-
-def is_of(hint: Any, value: Any) -> bool:
-    """Whether a value written in a command line is of the type of a parameter."""
-    if hint is Any:
-        return True
-    if get_origin(hint) is Literal:
-        return value in get_args(hint)
-    if get_origin(hint) in (typing.Union, types.UnionType):
-        return any(is_of(each, value) for each in get_args(hint))
-    return type(value) is hint or (hint is float and type(value) is int)
 
 
 def make_optimizer(name: str) -> InnerOptimizer:
@@ -219,11 +208,10 @@ def make_problem(config: Config) -> Problem:
         sizes = SinusoidConfig(num_support=config.num_support, num_query=config.num_query)
         problem = Problem(sinusoid(sizes), model, losses.regression(model))
     else:
-        names = {field.name for field in dataclasses.fields(languages.LanguageConfig)}
-        given = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
-        shared = languages.LanguageConfig(**{n: x for n, x in given.items() if n in names})
-        model = languages.make_model(shared)
-        problem = Problem(languages.make_family(shared), model, losses.next_token(model))
+        shared = shared_fields(languages.LanguageConfig, config)
+        language = languages.LanguageConfig(**shared)
+        model = languages.make_model(language)
+        problem = Problem(languages.make_family(language), model, losses.next_token(model))
     support, query, _ = jax.eval_shape(
         lambda key: jax.tree.map(lambda x: x[0], problem.family.train.sample(key, 1)),
         jax.random.key(0),
@@ -242,7 +230,7 @@ def make_hparams(config: Config) -> dict[str, float]:
     if config.inner.query_loss == "annealed":
         hparams["query_annealing"] = 0.5
     for name, value in _values("--hparams", config.hparams).items():
-        if not is_of(float, value) or not math.isfinite(value):
+        if not matches(value, float):
             raise UserError(f"--hparams {name} must be a finite number, not {value!r}")
         hparams[name] = value
     return hparams
@@ -277,7 +265,7 @@ def run(config: Config) -> tuple[Report, Report]:
         )
 
     with jax.enable_x64(True):
-        exact = report(to_float64(params), to_float64(episode), rounds=0)
+        exact = report(to_dtype(params, jnp.float64), to_dtype(episode, jnp.float64), rounds=0)
     quick = report(params, episode, config.rounds)
     show(exact, quick)
     return exact, quick
@@ -286,7 +274,9 @@ def run(config: Config) -> tuple[Report, Report]:
 def show(exact: Report, quick: Report) -> None:
     """Prints a table of the two reports, and what they mean in words."""
     console = Console()
-    table = Table(title=f"{exact.names[0]} against {exact.names[1]}", title_justify="left")
+    table = Table(
+        title=f"{exact.estimator.name} against {exact.reference.name}", title_justify="left"
+    )
     for column in ("", exact.dtype, quick.dtype):
         table.add_column(column, justify="right" if column else "left")
     for (label, left), (_, right) in zip(rows(exact), rows(quick), strict=True):
@@ -304,12 +294,11 @@ def rows(report: Report) -> list[tuple[str, str]]:
     for name, part in {"": report.agreement, **report.parts}.items():
         label = f" of {name}" if name else ""
         found += [(f"cosine{label}", f"{part.cosine:.6f}"), (f"error{label}", f"{part.error:.1e}")]
-    for name, of in zip(report.names, ("estimator", "reference"), strict=True):
-        found.append((f"{name} from finite differences", f"{np.max(report.errors(of)):.1e}"))
-    uncertainty = np.max(report.errors("uncertainty"))
-    found.append(("uncertainty of finite differences", f"{uncertainty:.1e}"))
-    for name, cost in zip(report.names, (report.estimator, report.reference), strict=True):
-        found.append((f"memory of {name}", measure.human_bytes(cost.temp)))
-        seconds = "–" if cost.seconds is None else f"{cost.seconds.median * 1e3:.3g} ms"
-        found.append((f"time of {name}", seconds))
+    both = report.estimator, report.reference
+    found += [(f"{e.name} from finite differences", f"{report.error(e):.1e}") for e in both]
+    found.append(("uncertainty of finite differences", f"{report.uncertainty:.1e}"))
+    for each in both:
+        found.append((f"memory of {each.name}", measure.human_bytes(each.temp)))
+        seconds = "–" if each.seconds is None else f"{each.seconds.median * 1e3:.3g} ms"
+        found.append((f"time of {each.name}", seconds))
     return found

@@ -17,14 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 from metaopt.errors import UserError
-from metaopt.files import (
-    inside,
-    local_path,
-    one_line,
-    read_text,
-    write_bytes,
-    write_text,
-)
+from metaopt.files import inside, local_path, one_line, read_text, write_bytes, write_text
 from metaopt.ranges import Checked
 from metaopt.reporting import tables
 

@@ -28,8 +28,9 @@ from rich.text import Text
 
 from metaopt.cli.watch_runs import RunView, Training, open_view
 from metaopt.console import printable
+from metaopt.errors import UserError
 from metaopt.files import matches
-from metaopt.ranges import Checked, Range, Several
+from metaopt.ranges import Checked, Range
 
 BARS = "▁▂▃▄▅▆▇█"
 CURVE = 24  # characters
@@ -51,7 +52,7 @@ class Config(Checked):
       once: Print one view and exit.
     """
 
-    runs: tyro.conf.Positional[Annotated[tuple[Path, ...], Several()]]
+    runs: tyro.conf.Positional[tuple[Path, ...]] = ()
     every: Annotated[float, Range(1e-3, 1e6)] = 1.0
     once: bool = False
 
@@ -151,6 +152,11 @@ def run(config: Config, console: Console | None = None) -> None:
       UserError: there is nothing to watch, or a directory is not that of a run.
     """
     console = console or Console()
+    if not config.runs:
+        raise UserError(
+            "give the directory of a run to watch, such as runs/EXPERIMENT/PRESET-TIME; "
+            "python -m experiments.adapt_languages --preset smoke makes one"
+        )
     runs = [open_view(directory) for directory in config.runs]
     if config.once or not console.is_terminal:
         for one in runs:

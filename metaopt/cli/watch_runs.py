@@ -1,7 +1,6 @@
 """What `metaopt watch` reads: the files of a run, while it writes them."""
 
 import contextlib
-import json
 import os
 import time
 import typing
@@ -11,7 +10,7 @@ from typing import Any
 
 from metaopt.console import printable
 from metaopt.errors import UserError
-from metaopt.files import local_path, matches, one_line, parse_record
+from metaopt.files import local_path, matches, one_line, parse_record, read_json
 
 POINTS = 480  # of a loss curve that are kept
 DECISIONS = 5  # of a run that are kept
@@ -57,7 +56,11 @@ class Tail:
         except OSError:  # not there yet, or no longer
             return [], False
         self._offset += len(whole) + len(newline)
-        return [r for line in whole.split(b"\n") if (r := _record(line)) is not None], is_new
+        records = []
+        for line in whole.split(b"\n"):
+            with contextlib.suppress(ValueError):
+                records.append(parse_record(line))
+        return records, is_new
 
     def _is_new(self, status: os.stat_result) -> bool:
         file = status.st_dev, status.st_ino
@@ -65,13 +68,6 @@ class Tail:
             return False
         self._file, self._offset = file, 0
         return True
-
-
-def _record(line: bytes) -> dict[str, Any] | None:
-    try:
-        return parse_record(line)
-    except ValueError:
-        return None
 
 
 class Training:
@@ -102,7 +98,8 @@ class RunView:
     """One run: all its trainings, by name, and its decisions."""
 
     def __init__(self, directory: Path):
-        self.directory, self.total = directory, _total(directory)
+        self.directory = directory
+        self.total = _num_steps(read_json(directory / "config.json"))
         self.decisions: deque[dict[str, Any]] = deque(maxlen=DECISIONS)
         self._files = {f: Tail(directory / f"{f}.jsonl") for f in ("metrics", "monitor")}
         self._found: dict[str, dict[str, Training]] = {file: {} for file in self._files}
@@ -167,13 +164,6 @@ def open_view(directory: Path) -> RunView:
             "such as runs/EXPERIMENT/PRESET-TIME"
         )
     return RunView(directory)
-
-
-def _total(directory: Path) -> int | None:
-    try:
-        return _num_steps(json.loads((directory / "config.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError, RecursionError):
-        return None
 
 
 def _num_steps(config: Any) -> int | None:

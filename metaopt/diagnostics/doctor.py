@@ -6,14 +6,15 @@ finite differences of the objective.
 
 import functools
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from metaopt import measure
-from metaopt.diagnostics.finite_differences import directional_derivative, normal_like
+from metaopt.diagnostics.finite_differences import directional_derivative
 from metaopt.diagnostics.nonfinite import (
     Failure,
     find_failure,
@@ -24,6 +25,7 @@ from metaopt.errors import UserError
 from metaopt.inner_loop import InnerLoop
 from metaopt.meta_gradients import reverse
 from metaopt.pytrees import all_finite
+from metaopt.ranges import Count, check_value
 from metaopt.types import (
     Array,
     Episode,
@@ -46,92 +48,87 @@ class Agreement(NamedTuple):
     error: float
 
 
-class Derivative(NamedTuple):
-    """The derivative of the objective along one random direction, found by three methods.
+class Examined(NamedTuple):
+    """An estimator, and what was measured of it.
 
     Attributes:
-      differences: central finite differences.
-      uncertainty: their spread over three neighbouring steps.
-      estimator: product of the estimator's gradient with the direction.
-      reference: product of the reference's gradient with the direction.
+      name: name of the estimator.
+      temp: bytes of working memory.
+      seconds: seconds a call; None if nothing was timed.
+      slopes: product of its gradient with each direction, float64 ``[n]``.
     """
 
-    differences: float
-    uncertainty: float
-    estimator: float
-    reference: float
-
-
-class Cost(NamedTuple):
-    """Bytes of working memory, and seconds a call (None if nothing was timed)."""
-
+    name: str
     temp: int
     seconds: measure.Timing | None
+    slopes: np.ndarray
 
 
 class Report(NamedTuple):
     """What `examine` found.
 
     Attributes:
-      names: names of the estimator and the reference.
       dtype: dtype of the parameters, such as ``float64``.
       agreement: agreement of the estimator with the reference.
       parts: agreement in each of the meta-parameters (``params``, ``log_rates``).
-      derivatives: one for each direction.
-      estimator: cost of the estimator.
-      reference: cost of the reference.
+      estimator: the estimator.
+      reference: what it is compared with.
+      differences: derivative of the objective along each direction by central finite differences,
+        float64 ``[n]``.
+      uncertainties: their spread over three neighbouring steps, ``[n]``.
       failure: where the objective's derivative, or else the estimator's gradient, becomes NaN or
         inf; None if both are finite.
     """
 
-    names: tuple[str, str]
     dtype: str
     agreement: Agreement
     parts: dict[str, Agreement]
-    derivatives: tuple[Derivative, ...]
-    estimator: Cost
-    reference: Cost
+    estimator: Examined
+    reference: Examined
+    differences: np.ndarray
+    uncertainties: np.ndarray
     failure: Failure | None
 
-    def errors(self, of: Literal["estimator", "reference", "uncertainty"]) -> list[float]:
-        """Distance from the finite differences along each direction, relative to their size.
+    def error(self, of: Examined) -> float:
+        """The largest distance of a gradient from the finite differences, relative to their size.
 
         Their size is the root mean square over the directions, so that a direction in which the
         objective happens to be flat does not dominate.
         """
-        differences = np.array([d.differences for d in self.derivatives])
-        size = float(np.sqrt(np.mean(differences**2))) or 1.0
-        found = np.array([getattr(d, of) for d in self.derivatives])
-        gap = found if of == "uncertainty" else np.abs(found - differences)
-        return [float(x) for x in gap / size]
+        return self._relative(np.abs(of.slopes - self.differences))
+
+    @property
+    def uncertainty(self) -> float:
+        """The largest uncertainty of the finite differences, relative to their size."""
+        return self._relative(self.uncertainties)
+
+    def _relative(self, distances: np.ndarray) -> float:
+        size = np.sqrt(np.mean(self.differences**2)) or 1.0
+        return float(np.max(distances / size))  # NaN if one is, unlike Python's max
 
     def agrees(self) -> bool:
         """The gradient is the reference's: the error is at most the root of the rounding unit."""
         return self.agreement.error <= float(jnp.finfo(self.dtype).eps) ** 0.5
 
-    def confirmed(self, of: Literal["estimator", "reference"]) -> bool | None:
+    def confirmed(self, of: Examined) -> bool | None:
         """Whether finite differences confirm a gradient; None if they cannot tell.
 
         They confirm it if the largest error is at most the sum of ten times their own uncertainty
         and the cube root of the rounding unit. They cannot tell if their uncertainty is above 0.1.
         """
-        uncertainty = np.max(self.errors("uncertainty"))  # NaN if one is, unlike Python's max
-        if not uncertainty <= 0.1:
+        if not self.uncertainty <= 0.1:
             return None
         rounding = float(jnp.finfo(self.dtype).eps) ** (1 / 3)
-        return bool(np.max(self.errors(of)) <= 10 * uncertainty + rounding)
+        return self.error(of) <= 10 * self.uncertainty + rounding
 
     def describe(self) -> list[str]:
         """The findings in words, one a line."""
-        if self.failure is None:
-            found = [self._against_reference()]
-            found += [
-                self._against_differences("estimator"),
-                self._against_differences("reference"),
-            ]
-        else:
-            found = [self.failure.describe()]
         ours, theirs = self.estimator, self.reference
+        found = (
+            [self.failure.describe()]
+            if self.failure
+            else [self._against_reference(), *map(self._against_differences, (ours, theirs))]
+        )
         found.append(self._compared("memory", ours.temp, theirs.temp, measure.human_bytes))
         if ours.seconds and theirs.seconds:
             seconds = ours.seconds.median, theirs.seconds.median
@@ -139,27 +136,28 @@ class Report(NamedTuple):
         return found
 
     def _against_reference(self) -> str:
+        names = self.estimator.name, self.reference.name
         if self.agrees():
-            return f"{self.names[0]} agrees with {self.names[1]} to {self.agreement.error:.1e}"
+            return f"{names[0]} agrees with {names[1]} to {self.agreement.error:.1e}"
         parts = {"": self.agreement} | (self.parts if len(self.parts) > 1 else {})
-        return f"{self.names[0]} differs from {self.names[1]}: " + "; ".join(
+        return f"{names[0]} differs from {names[1]}: " + "; ".join(
             f"{name}{': ' if name else ''}cosine {part.cosine:.4f}, error {part.error:.1e}"
             for name, part in parts.items()
         )
 
-    def _against_differences(self, of: Literal["estimator", "reference"]) -> str:
-        name, verdict = self.names[of == "reference"], self.confirmed(of)
+    def _against_differences(self, of: Examined) -> str:
+        verdict = self.confirmed(of)
         if verdict is None:
-            return f"finite differences in {self.dtype} are too uncertain to judge {name}"
+            return f"finite differences in {self.dtype} are too uncertain to judge {of.name}"
         return (
-            f"{name} {'agrees' if verdict else 'disagrees'} with finite differences "
-            f"along {len(self.derivatives)} directions: error {np.max(self.errors(of)):.1e}, "
-            f"their own uncertainty {np.max(self.errors('uncertainty')):.1e}"
+            f"{of.name} {'agrees' if verdict else 'disagrees'} with finite differences "
+            f"along {len(self.differences)} directions: error {self.error(of):.1e}, "
+            f"their own uncertainty {self.uncertainty:.1e}"
         )
 
     def _compared(self, what: str, ours: float, theirs: float, show: Callable[[Any], str]) -> str:
         ratio = f"{ours / theirs:.2f} times" if theirs else "against"
-        return f"{what} {show(ours)}, {ratio} {self.names[1]}'s {show(theirs)}"
+        return f"{what} {show(ours)}, {ratio} {self.reference.name}'s {show(theirs)}"
 
 
 def examine(
@@ -176,13 +174,12 @@ def examine(
     directions: int = 4,
     reference: Estimator = reverse,
     rounds: int = 10,
-    meta_params: MetaParams | None = None,
 ) -> Report:
     """Compares an estimator with a reference and with finite differences, on one episode.
 
     Everything is computed in the dtype of the parameters. Rounding hides in float32 what it
     hides in float64 only below 1e-10. So judge exactness in float64 (``with
-    jax.enable_x64(True)`` and `to_float64`), and memory and time in float32.
+    jax.enable_x64(True)`` and `to_dtype`), and memory and time in float32.
 
     Args:
       estimator: ``(learner, loss_fn, inner) -> MetaGradFn``; options bound by `functools.partial`.
@@ -197,7 +194,6 @@ def examine(
       directions: number of standard normal directions along which derivatives are compared.
       reference: estimator that is taken as the truth.
       rounds: timed calls of each, alternating; 0 times nothing.
-      meta_params: where the meta-gradient is taken; by default ``learner.init(params)``.
 
     Returns:
       `Report`.
@@ -206,46 +202,47 @@ def examine(
       UserError: there are no directions, the parameters are of several dtypes, or an estimator
         gives something else than a meta-gradient.
     """
+    estimators = [estimator, reference]
     if outer_loss is not None:
-        estimator, reference = (
-            functools.partial(e, outer_loss=outer_loss) for e in (estimator, reference)
-        )
+        estimators = [functools.partial(e, outer_loss=outer_loss) for e in estimators]
     dtype = _dtype(params)
-    if directions < 1:
-        raise UserError(f"directions={directions}: at least 1 is needed to compare derivatives")
-    point = _cast(learner.init(params) if meta_params is None else meta_params, dtype)
-    hparams, episode = _cast(hparams, dtype), jax.tree.map(jnp.asarray, episode)
+    check_value("directions", directions, Count)
+    point = to_dtype(learner.init(params), dtype)
+    hparams, episode = to_dtype(hparams, dtype), jax.tree.map(jnp.asarray, episode)
     arguments = (point, hparams, episode, key)
-    estimators = (estimator, reference)
     compiled = [
         measure.compile_for(_bound(e, learner, loss_fn, inner), *arguments) for e in estimators
     ]
-    grads, expected = (
-        _gradient(_name(e), run(*arguments), point)
-        for e, run in zip(estimators, compiled, strict=True)
-    )
+    names = [_name(e) for e in estimators]
+    grads = [_gradient(n, c(*arguments), point) for n, c in zip(names, compiled, strict=True)]
     run = run_inner_loop(learner, loss_fn, inner, outer_loss)
-    keys = jax.random.split(jax.random.fold_in(key, 1), directions)
     failure = None
-    if not all_finite(expected):
+    if not all_finite(grads[1]):
         failure = find_failure(learner, loss_fn, inner, point, hparams, episode, outer_loss)
-    elif not all_finite(grads):
-        failure = first_failing_length(estimator, learner, loss_fn, inner, arguments)
-    costs = _costs(compiled, arguments, rounds)
+    elif not all_finite(grads[0]):
+        failure = first_failing_length(estimators[0], learner, loss_fn, inner, arguments)
+    timings: list[Any] = [None, None]
+    if rounds:
+        calls = {str(i): functools.partial(c, *arguments) for i, c in enumerate(compiled)}
+        timings = list(measure.interleaved(calls, rounds).values())
+    keys = jax.random.split(jax.random.fold_in(key, 1), directions)
+    vectors = [jax.jit(optax.tree.random_like)(k, point) for k in keys]
+    differences, uncertainties = _differences(
+        lambda m: run(m, hparams, episode).objective(inner, hparams), point, vectors
+    )
+    flat = [_flat(vector) for vector in vectors]
+    slopes = [np.array([_flat(gradient) @ v for v in flat]) for gradient in grads]
+    temps = [measure.compiled_memory(c).temp for c in compiled]
+    examined, expected = map(Examined, names, temps, timings, slopes)
     return Report(
-        names=(_name(estimator), _name(reference)),
-        dtype=str(dtype),
-        agreement=_agreement(grads, expected),
-        parts={name: _agreement(grads[name], expected[name]) for name in expected},
-        derivatives=_derivatives(
-            lambda m: run(m, hparams, episode).objective(inner, hparams),
-            point,
-            (grads, expected),
-            keys,
-        ),
-        estimator=costs[0],
-        reference=costs[1],
-        failure=failure,
+        str(dtype),
+        _agreement(*grads),
+        {name: _agreement(grads[0][name], grads[1][name]) for name in grads[1]},
+        examined,
+        expected,
+        differences,
+        uncertainties,
+        failure,
     )
 
 
@@ -269,14 +266,14 @@ def _gradient(name: str, found: Any, meta_params: MetaParams) -> MetaParams:
     return found[0]
 
 
-def to_float64(tree: PyTree) -> PyTree:
-    """Floating-point leaves in float64, on the host; to be used under ``jax.enable_x64(True)``."""
+def to_dtype(tree: PyTree, dtype: Any) -> PyTree:
+    """Floating-point leaves in a dtype: float64 under ``jax.enable_x64(True)`` alone."""
 
-    def convert(x):
-        is_float = jnp.issubdtype(jnp.result_type(x), jnp.floating)
-        return np.asarray(x, np.float64) if is_float else x
+    def cast(x):
+        x = jnp.asarray(x)
+        return x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
-    return jax.tree.map(convert, tree)
+    return jax.tree.map(cast, tree)
 
 
 def _dtype(params: Params) -> np.dtype:
@@ -288,14 +285,6 @@ def _dtype(params: Params) -> np.dtype:
             "say how exact a gradient is; cast them to it"
         )
     return dtypes.pop()
-
-
-def _cast(tree: PyTree, dtype: np.dtype) -> PyTree:
-    def cast(x):
-        x = jnp.asarray(x)
-        return x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
-
-    return jax.tree.map(cast, tree)
 
 
 def _agreement(grads: PyTree, expected: PyTree) -> Agreement:
@@ -314,37 +303,21 @@ def _flat(tree: PyTree) -> np.ndarray:
     return np.concatenate(leaves)
 
 
-def _derivatives(
-    objective: Callable[[MetaParams], Array],
-    meta_params: MetaParams,
-    gradients: tuple[MetaParams, MetaParams],
-    keys: Key,
-) -> tuple[Derivative, ...]:
-    """Along one standard normal direction for each key."""
+def _differences(
+    objective: Callable[[MetaParams], Array], point: MetaParams, vectors: list[MetaParams]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Derivatives along vectors by finite differences, and their uncertainties, both ``[n]``."""
 
     @jax.jit
-    def objective_at(direction, step):
-        return objective(jax.tree.map(lambda p, v: p + step * v, meta_params, direction))
+    def objective_at(vector, step):
+        return objective(jax.tree.map(lambda p, v: p + step * v, point, vector))
 
-    found = []
-    for key in keys:
-        direction = jax.jit(normal_like)(key, meta_params)
-        products = (float(_flat(grads) @ _flat(direction)) for grads in gradients)
-        dtype = _dtype(meta_params)
-        slope, uncertainty = directional_derivative(
-            lambda h, v=direction: objective_at(v, h), dtype
-        )
-        found.append(Derivative(slope, uncertainty, *products))
-    return tuple(found)
-
-
-def _costs(compiled: list[jax.stages.Compiled], arguments: tuple, rounds: int) -> list[Cost]:
-    temps = [measure.compiled_memory(c).temp for c in compiled]
-    if not rounds:
-        return [Cost(temp, None) for temp in temps]
-    calls = {str(i): lambda c=c: c(*arguments) for i, c in enumerate(compiled)}
-    timings = measure.interleaved(calls, rounds).values()
-    return [Cost(temp, timing) for temp, timing in zip(temps, timings, strict=True)]
+    dtype = _dtype(point)
+    found = [
+        directional_derivative(functools.partial(objective_at, vector), dtype) for vector in vectors
+    ]
+    slopes, uncertainties = np.array(found).T
+    return slopes, uncertainties
 
 
 def _name(estimator: Any) -> str:

@@ -2,11 +2,10 @@
 
 from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from metaopt.types import Array, Key, PyTree
+from metaopt.types import Array
 
 
 def directional_derivative(
@@ -35,11 +34,3 @@ def directional_derivative(
     spreads = np.ptp(triples, axis=0)
     best = int(np.argmin(spreads))
     return float(np.median(triples[:, best])), float(spreads[best])
-
-
-def normal_like(key: Key, tree: PyTree) -> PyTree:
-    """A standard normal direction in the space of a tree of floating-point arrays."""
-    leaves, structure = jax.tree.flatten(tree)
-    keys = jax.random.split(key, len(leaves))
-    drawn = [jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)]
-    return jax.tree.unflatten(structure, drawn)

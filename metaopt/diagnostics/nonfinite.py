@@ -176,7 +176,10 @@ def _in_backward(learner, loss_fn, judge, inner, meta_params, hparams, episode) 
         own, _ = partition((grads, jax.tree.map(jnp.zeros_like, opt_state)))
         return jax.tree.map(jnp.add, cotangents, own), all_finite(own)
 
-    batches = _batches(inner, episode.support)
+    batches = [episode.support] * inner.num_steps
+    if inner.batching == "split":
+        split = split_batches(episode.support, inner.num_steps)
+        batches = [jax.tree.map(lambda x, i=i: x[i], split) for i in range(inner.num_steps)]
     start = learner.start(meta_params)
     states, forward = [(start, learner.inner_opt(meta_params, hparams).init(start))], jax.jit(step)
     for batch in batches:
@@ -206,14 +209,6 @@ def _one_step(learner: Learner, loss_fn: LossFn, hparams: Hparams):
         return adapted.params, adapted.opt_state
 
     return step
-
-
-def _batches(inner: InnerLoop, support: Batch) -> list[Batch]:
-    """The batch of each step."""
-    if inner.batching == "same":
-        return [support] * inner.num_steps
-    batches = split_batches(support, inner.num_steps)
-    return [jax.tree.map(lambda x, i=i: x[i], batches) for i in range(inner.num_steps)]
 
 
 @jax.jit

@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from metaopt.checks import check_count, check_factory, check_parameters, hparam
+from metaopt.checks import check_factory, check_parameters, hparam
 from metaopt.learners.maml import InnerOptimizer
 from metaopt.pytrees import entries, entry
+from metaopt.ranges import Steps, check_value
 from metaopt.types import Array, Learner, Params, PyTree
 
 
@@ -40,7 +41,7 @@ def meta_sgd(
       Li et al., 2017, "Meta-SGD: Learning to Learn Quickly", eq. (2).
     """
     if num_steps is not None:
-        check_count("num_steps", num_steps)
+        check_value("num_steps", num_steps, Steps)
     leading = () if num_steps is None else (num_steps,)
     return _learned_rates(
         inner_optimizer,
@@ -67,7 +68,7 @@ def per_layer_per_step(inner_optimizer: InnerOptimizer = optax.sgd, *, num_steps
     References:
       Antoniou et al., 2019, "How to train your MAML", section 4 (LSLR).
     """
-    check_count("num_steps", num_steps)
+    check_value("num_steps", num_steps, Steps)
     return _learned_rates(
         inner_optimizer,
         init_rates=lambda params: {name: jnp.zeros((num_steps,)) for name in entries(params)},

@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from metaopt.checks import check_count, check_learner
+from metaopt.checks import check_learner
 from metaopt.errors import UserError
 from metaopt.pytrees import entries
+from metaopt.ranges import Steps, check_value
 from metaopt.types import Array, Learner, MetaParams, Params, PyTree
 
 
@@ -42,7 +43,7 @@ def per_step_parameters(
     """
 
     check_learner(learner)
-    check_count("num_steps", num_steps)
+    check_value("num_steps", num_steps, Steps)
     if not callable(which):
         raise UserError(
             "per_step_parameters takes a function of the parameters, which gives a tree like them "
@@ -57,7 +58,7 @@ def per_step_parameters(
                 "least one, and this one chooses nothing or has another structure; the entries "
                 f"of the parameters are {', '.join(entries(params))}"
             )
-        later = {path: _repeat(flat[path], num_steps) for path in flat if chosen[path]}
+        later = {n: jnp.repeat(x[None], num_steps, axis=0) for n, x in flat.items() if chosen[n]}
         return learner.init(params) | {"later": later}
 
     def inner_opt(meta_params, hparams):
@@ -103,7 +104,3 @@ def _by_path(tree: PyTree) -> dict[str, PyTree]:
 
 def _name(path: tuple) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
-def _repeat(x: Array, times: int) -> Array:
-    return jnp.repeat(x[None], times, axis=0)

@@ -70,7 +70,8 @@ def tuned_learner(
         logs = {}
         for name in learned:
             scope_of_value = rate_scope if name == "learning_rate" else "scalar"
-            logs[name] = initial_values(scope_of_value, params, _to_log(name, start[name]))
+            odds = start[name] / (1 - start[name]) if name in FRACTIONS else start[name]
+            logs[name] = initial_values(scope_of_value, params, math.log(odds))
         if num_domains:
             logs[DOMAINS] = jnp.zeros((num_domains,), float_dtype(params))
         return {"params": params, **logs}
@@ -149,10 +150,6 @@ def adamw_from_values(values: Mapping[str, PyTree]) -> optax.GradientTransformat
 
 def _scale_each(rates: PyTree) -> optax.GradientTransformation:
     return optax.stateless(lambda u, _: jax.tree.map(lambda u, rate: -rate * u, u, rates))
-
-
-def _to_log(name: str, value: float) -> float:
-    return math.log(value / (1 - value)) if name in FRACTIONS else math.log(value)
 
 
 def _check_start(start: Mapping[str, float], learned: tuple[str, ...]) -> None:

@@ -1,15 +1,13 @@
 """Evolution strategies: the meta-gradient from losses alone, over a run or its windows."""
 
-import math
 from functools import partial
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from metaopt.checks import check_call, check_count, check_key, check_parts
-from metaopt.errors import UserError
+from metaopt.checks import check_call, check_key, check_parts
 from metaopt.inner_loop import InnerLoop
 from metaopt.meta_gradients.windows import (
     InnerRun,
@@ -19,6 +17,7 @@ from metaopt.meta_gradients.windows import (
     run_window,
     start_run,
 )
+from metaopt.ranges import Count, Positive, Range, check_value
 from metaopt.types import Array, Key, Learner, LossFn, MetaGradFn, MetaParams, Params
 
 
@@ -51,15 +50,13 @@ def evolution(
     meta-parameters.
 
     Args:
-      learner: what is meta-learned.
-      loss_fn: what the inner loop descends, as the learner changes it.
+      learner, loss_fn, outer_loss: as for `reverse`.
       inner: the inner loop, of K steps.
       num_pairs: P, the antithetic pairs.
       sigma: σ, the standard deviation of the noise, of meta-parameters of every kind.
       window: W, a divisor of K; None for K, which is plain antithetic ES.
       reuse_noise: one noise a run instead of one a window.
       pairs_at_a_time: pairs that are run together, for less memory; 0 for all.
-      outer_loss: what the adapted parameters are judged by; None for ``loss_fn``.
 
     Returns:
       ``(meta_params, hparams, episode, key) -> (meta-gradient, metrics)``; the metrics are
@@ -121,7 +118,9 @@ def evolution_windows(
     """`evolution` one window at a time; arguments and errors are its own."""
     outer_loss = check_parts(learner, loss_fn, inner, outer_loss)
     window = check_window(inner, window)
-    _check_options(num_pairs, sigma, pairs_at_a_time)
+    check_value("num_pairs", num_pairs, Count)
+    check_value("sigma", sigma, Positive)
+    check_value("pairs_at_a_time", pairs_at_a_time, Annotated[int, Range(0, num_pairs)])
     loss_of_window = run_window(learner, loss_fn, inner, window, outer_loss=outer_loss)
 
     def init(meta_params, hparams, episode, key):
@@ -132,7 +131,10 @@ def evolution_windows(
             lambda x: jnp.broadcast_to(x, (num_pairs, 2, *jnp.shape(x))),
             (run.params, run.opt_state),
         )
-        return Particles(params, opt_state, run.step, _no_noise(meta_params, num_pairs), key)
+        noise = jax.tree.map(
+            lambda m: jnp.zeros((num_pairs, *jnp.shape(m)), jnp.result_type(m)), meta_params
+        )
+        return Particles(params, opt_state, run.step, noise, key)
 
     def step(meta_params, hparams, episode, particles):
         key, noise_key = jax.random.split(particles.key)
@@ -160,22 +162,6 @@ def evolution_windows(
         return grads, metrics, run
 
     return Windows(init, step)
-
-
-def _check_options(num_pairs: int, sigma: float, pairs_at_a_time: int) -> None:
-    check_count("num_pairs", num_pairs)
-    if not 0 < sigma < math.inf:
-        raise UserError(f"sigma is {sigma}; the noise of evolution needs a deviation above 0")
-    if not 0 <= pairs_at_a_time <= num_pairs:
-        raise UserError(
-            f"pairs_at_a_time is {pairs_at_a_time}; it must be from 0 (all) to {num_pairs}"
-        )
-
-
-def _no_noise(meta_params: MetaParams, num_pairs: int) -> MetaParams:
-    return jax.tree.map(
-        lambda m: jnp.zeros((num_pairs, *jnp.shape(m)), jnp.result_type(m)), meta_params
-    )
 
 
 def _draw(key: Key, meta_params: MetaParams, num_pairs: int, sigma: float) -> MetaParams:

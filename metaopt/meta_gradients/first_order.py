@@ -17,16 +17,7 @@ def first_order(
     update is a product of the rate and the (constant) inner gradient; it is exact
     for the rates of the last step, which no inner gradient comes after. Meta-parameters λ of the
     inner loss keep their cross derivative ``∂²L_S / ∂θ∂λ`` at every step, and the steps after it
-    are taken as if they moved by a constant.
-
-    Args:
-      learner: what is meta-learned.
-      loss_fn: what the inner loop descends, as the learner changes it.
-      inner: the inner loop.
-      outer_loss: what the adapted parameters are judged by; None for ``loss_fn``.
-
-    Returns:
-      ``(meta_params, hparams, episode, key) -> (meta-gradient, metrics)``.
+    are taken as if they moved by a constant. Arguments and metrics are those of `reverse`.
 
     References:
       Finn et al., 2017, "Model-Agnostic Meta-Learning", section 5.2;

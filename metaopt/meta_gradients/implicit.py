@@ -1,26 +1,19 @@
 """Implicit: the meta-gradient at the solution of a regularised inner problem (iMAML)."""
 
-import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.flatten_util import ravel_pytree
 
-from metaopt.checks import (
-    check_call,
-    check_count,
-    check_learner,
-    check_parts,
-    forward_mode,
-    hparam,
-)
+from metaopt.checks import check_call, check_learner, check_parts, forward_mode, hparam
 from metaopt.eager import compile_once
 from metaopt.errors import UserError
 from metaopt.inner_loop import InnerLoop, adapt
 from metaopt.pytrees import entry, fill, take
+from metaopt.ranges import NotNegative, Positive, Steps, check_value
 from metaopt.types import (
     Array,
     Episode,
@@ -71,12 +64,11 @@ def implicit(
     Args:
       learner: one whose meta-parameters are the start or read by the inner loss. Its inner rate α
         must suit the term that is added: ``α (λ + ‖∇²L_S‖) < 2`` for gradient descent.
-      loss_fn: what the inner loop descends, as the learner changes it.
+      loss_fn, outer_loss: as for `reverse`.
       inner: the inner loop, with ``batching='same'`` and ``query_loss='last'``.
       regularization: λ.
       solver: solver of the linear system.
       num_solver_steps: steps of the solver, each one product with the Hessian.
-      outer_loss: what the adapted parameters are judged by; None for ``loss_fn``.
 
     Returns:
       ``(meta_params, hparams, episode, key) -> (meta-gradient, metrics)``; the key is not
@@ -133,11 +125,9 @@ def implicit(
             _, cross = jax.vjp(lambda m: inner_gradient(adapted.params, m), meta_params)
             (through_loss,) = cross(fill(zeros, unravel(w)))
             grads = jax.tree.map(lambda g, c: g - (c / scale).astype(g.dtype), grads, through_loss)
-        return grads, {
-            "loss": loss,
-            "inner_losses": adapted.losses,
-            "residual": _ratio(jnp.linalg.norm(image - target), jnp.linalg.norm(target)),
-        }
+        off, whole = jnp.linalg.norm(image - target), jnp.linalg.norm(target)
+        residual = jnp.where(whole > 0, off / jnp.where(whole > 0, whole, 1), 0)
+        return grads, {"loss": loss, "inner_losses": adapted.losses, "residual": residual}
 
     gradient = compile_once(gradient)
 
@@ -190,8 +180,7 @@ def proximal(learner: Learner, regularization: float) -> Learner:
       UserError: λ is not a positive number, or the learner is none.
     """
     check_learner(learner)
-    if not _is_number(regularization) or regularization == 0:
-        raise UserError(f"regularization is {regularization!r}; it must be a number above 0")
+    check_value("regularization", regularization, Positive)
 
     def inner_opt(meta_params, hparams):
         return optax.chain(proximal_term(regularization), learner.inner_opt(meta_params, hparams))
@@ -250,15 +239,6 @@ def neumann_series(matrix: Matrix, target: Array, num_steps: int) -> Array:
     return jax.lax.scan(step, target, length=num_steps)[0]
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and 0 <= value < math.inf
-
-
-def _ratio(part: Array, whole: Array) -> Array:
-    """``part / whole``, and 0 if the whole is 0."""
-    return jnp.where(whole > 0, part / jnp.where(whole > 0, whole, 1), 0)
-
-
 def _check_options(
     learner: Learner, inner: InnerLoop, regularization: float, solver: str, num_steps: int
 ) -> None:
@@ -279,8 +259,6 @@ def _check_options(
             "implicit judges the solution of the inner problem, not the steps to it: "
             f"use query_loss='last', not {inner.query_loss!r}"
         )
-    if solver not in ("cg", "neumann"):
-        raise UserError(f"solver is {solver!r}: choose 'cg' or 'neumann'")
-    check_count("num_solver_steps", num_steps)
-    if not _is_number(regularization):
-        raise UserError(f"regularization is {regularization!r}; it must be 0 or more, and finite")
+    check_value("solver", solver, Solver)
+    check_value("num_solver_steps", num_steps, Steps)
+    check_value("regularization", regularization, NotNegative)

@@ -38,8 +38,7 @@ def joint(
         outer loss is given.
     """
     loss_fn = check_parts(learner, loss_fn, inner or InnerLoop())
-    require_initialisation_only(learner, "joint pretraining")
-    require_one_loss(outer_loss, "joint pretraining")
+    require_initialisation_only(learner, outer_loss, "joint pretraining")
 
     def objective(meta_params, episode):
         return loss_fn(learner.start(meta_params), support_and_query(episode))
@@ -60,17 +59,15 @@ def support_and_query(episode: Episode) -> Batch:
     return jax.tree.map(lambda s, q: jnp.concatenate([s, q]), episode.support, episode.query)
 
 
-def require_initialisation_only(learner: Learner, estimator: str) -> None:
-    """Raises UserError if an estimator gives some meta-parameters no gradient."""
+def require_initialisation_only(
+    learner: Learner, outer_loss: LossFn | None, estimator: str
+) -> None:
+    """Raises UserError for other meta-parameters than the start, and for an outer loss."""
     if learner.names != ("params",):
         raise UserError(
             f"{estimator} trains the initialisation alone and gives no gradient for "
             f"{', '.join(learner.learned)}: use the learner maml, or the estimator reverse"
         )
-
-
-def require_one_loss(outer_loss: LossFn | None, estimator: str) -> None:
-    """Raises UserError if an estimator that has no outer loss is given one."""
     if outer_loss is not None:
         raise UserError(
             f"{estimator} descends one loss and has no outer_loss: leave it out, or use an "

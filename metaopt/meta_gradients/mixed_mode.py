@@ -18,16 +18,7 @@ def mixed_mode(
     backward pass, and so keeps what the first one computed. What it needs of it is
     the product of the Hessian with a cotangent v, and Hessians are symmetric:
     ``v' ∂(∇L)/∂θ = ∂/∂ε ∇L(θ + ε v)``, one forward-mode derivative of the gradient,
-    which keeps nothing. Inner loop, learners and outer loop are those of `reverse`.
-
-    Args:
-      learner: what is meta-learned.
-      loss_fn: what the inner loop descends, as the learner changes it.
-      inner: the inner loop.
-      outer_loss: what the adapted parameters are judged by; None for ``loss_fn``.
-
-    Returns:
-      ``(meta_params, hparams, episode, key) -> (meta-gradient, metrics)``.
+    which keeps nothing. Arguments, metrics, inner loop and learners are those of `reverse`.
 
     Raises:
       UserError: as for `reverse`; or the loss has a `jax.custom_vjp` whose own rule has no

@@ -8,11 +8,7 @@ from metaopt.checks import check_call, check_parts, hparam
 from metaopt.eager import compile_once
 from metaopt.errors import UserError
 from metaopt.inner_loop import InnerLoop, adapt
-from metaopt.meta_gradients.joint import (
-    require_initialisation_only,
-    require_one_loss,
-    support_and_query,
-)
+from metaopt.meta_gradients.joint import require_initialisation_only, support_and_query
 from metaopt.types import Learner, LossFn, MetaGradFn
 
 
@@ -46,8 +42,7 @@ def reptile(
       Nichol et al., 2018, "On First-Order Meta-Learning Algorithms", algorithm 1.
     """
     judge = check_parts(learner, loss_fn, inner)
-    require_initialisation_only(learner, "Reptile")
-    require_one_loss(outer_loss, "Reptile")
+    require_initialisation_only(learner, outer_loss, "Reptile")
 
     def gradient(meta_params, hparams, episode):
         rate = hparam(hparams, "inner_learning_rate")

@@ -36,11 +36,9 @@ def truncated(
 
     Args:
       learner: one that learns more than the initialisation, unless W = K.
-      loss_fn: what the inner loop descends, as the learner changes it.
       inner: the inner loop, of K steps.
       window: W, a divisor of K; None for K.
-      outer_loss: what the adapted parameters are judged by; None for ``loss_fn``.
-      grad_fn: the inner-gradient function; `mixed_mode`'s serves too.
+      loss_fn, outer_loss, grad_fn: as for `reverse`.
 
     Returns:
       ``(meta_params, hparams, episode, key) -> (meta-gradient, metrics)``; the key is

@@ -2,8 +2,8 @@
 
 import jax.numpy as jnp
 
-from metaopt.errors import UserError
 from metaopt.indices import NO_INDEX, as_tokens
+from metaopt.ranges import Count, Vocabulary, check_value
 from metaopt.types import Array, Key, Model, Params
 
 
@@ -37,10 +37,8 @@ def ngram(vocab_size: int, order: int) -> Model:
     Raises:
       UserError: if ``vocab_size`` is less than 2 or ``order`` less than 1.
     """
-    if vocab_size < 2:
-        raise UserError(f"vocab_size is {vocab_size}: a language model needs at least 2 tokens")
-    if order < 1:
-        raise UserError(f"order is {order}: a table needs at least 1 token of context")
+    check_value("vocab_size", vocab_size, Vocabulary)
+    check_value("order", order, Count)
 
     def init(key: Key) -> Params:
         del key  # the start is the uniform distribution

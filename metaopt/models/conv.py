@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from metaopt.errors import UserError
 from metaopt.models.linen import from_linen
+from metaopt.ranges import Vocabulary, Width, check_value
 from metaopt.types import Array, Model, Params
 
 NUM_LAYERS = 4
@@ -156,12 +157,9 @@ def conv(
       arXiv:1606.04080, section 4.1.
       Finn, Abbeel, Levine, 2017. arXiv:1703.03400, section 5.2.
     """
-    if downsample not in ("stride", "max_pool"):
-        raise UserError(f"downsample is {downsample!r}: choose 'stride' or 'max_pool'")
-    if num_classes < 2 or filters < 1:
-        raise UserError(
-            f"num_classes is {num_classes}, filters {filters}: use at least 2 classes and 1 filter"
-        )
+    check_value("downsample", downsample, Literal["stride", "max_pool"])
+    check_value("num_classes", num_classes, Vocabulary)
+    check_value("filters", filters, Width)
     if downsample == "max_pool" and min(image_shape[:2]) < 2**NUM_LAYERS:
         raise UserError(
             f"images of {image_shape[0]}x{image_shape[1]} are too small for four poolings: "

@@ -28,9 +28,7 @@ def from_linen(
     Args:
       module: maps inputs to outputs, with parameters and no other state.
       example: inputs of the right shape and dtype, of any values.
-      head: names of the layers that are the head, which is what ANIL adapts. None takes
-        ``head`` if a layer has this name, and none else.
-      arguments: arguments of the module's call beside the inputs, such as ``train=False``.
+      head, arguments: as for `metaopt.models.as_model`.
 
     Raises:
       UserError: the module has no parameters, or has other collections beside them (running

@@ -6,8 +6,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from metaopt.errors import UserError
 from metaopt.models.linen import from_linen
+from metaopt.ranges import Width, check_value
 from metaopt.types import Array, Model
 
 
@@ -50,8 +50,5 @@ def mlp(
       Finn, Abbeel, Levine, 2017. Model-Agnostic Meta-Learning for Fast
       Adaptation of Deep Networks. arXiv:1703.03400, section 5.1.
     """
-    if min(in_dim, out_dim, *hidden) < 1:
-        raise UserError(
-            f"the widths of the mlp are {(in_dim, *hidden, out_dim)}: each must be at least 1"
-        )
+    check_value("the mlp's width", (in_dim, *hidden, out_dim), tuple[Width, ...])
     return from_linen(MLP(tuple(hidden), out_dim, activation), jnp.zeros((1, in_dim)))

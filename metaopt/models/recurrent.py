@@ -7,9 +7,9 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from metaopt.errors import UserError
 from metaopt.indices import as_tokens
 from metaopt.models.linen import from_linen
+from metaopt.ranges import Layers, Vocabulary, Width, check_value
 from metaopt.types import Array, Model
 
 CELLS = {"rnn": nn.SimpleCell, "gru": nn.GRUCell, "lstm": nn.OptimizedLSTMCell}
@@ -63,12 +63,10 @@ def recurrent(
       UserError: if ``cell`` is unknown, ``vocab_size`` is less than 2, or ``width``
         or ``num_layers`` is less than 1.
     """
-    if cell not in CELLS:
-        raise UserError(f"cell is {cell!r}: choose one of {', '.join(map(repr, CELLS))}")
-    if vocab_size < 2:
-        raise UserError(f"vocab_size is {vocab_size}: a language model needs at least 2 tokens")
-    if min(width, num_layers) < 1:
-        raise UserError(f"width is {width}, num_layers {num_layers}: each must be at least 1")
+    check_value("cell", cell, Literal["rnn", "gru", "lstm"])
+    check_value("vocab_size", vocab_size, Vocabulary)
+    check_value("width", width, Width)
+    check_value("num_layers", num_layers, Layers)
     return from_linen(
         Recurrent(vocab_size, width, CELLS[cell], num_layers), np.zeros((1, 1), np.int32)
     )

@@ -19,7 +19,7 @@ from metaopt.errors import UserError
 from metaopt.indices import as_tokens
 from metaopt.models.attention import causal_attention, rope
 from metaopt.models.linen import apply_module
-from metaopt.ranges import Checked, Heads, Layers, Length, Range, Width
+from metaopt.ranges import Checked, Heads, Layers, Length, Range, Vocabulary, Width
 from metaopt.types import Array, Key, Model, Params
 
 COMPUTE_DTYPES = {"float32": None, "bfloat16": jnp.bfloat16}  # None: as the parameters are
@@ -59,7 +59,7 @@ class TransformerConfig(Checked):
       tie_head: use the embedding as the head; the model then has no head for ANIL.
     """
 
-    vocab_size: Annotated[int, Range(2, 10**7)]
+    vocab_size: Vocabulary
     width: Width = 64
     num_layers: Layers = 2
     num_heads: Heads = 4

@@ -24,16 +24,16 @@ def scale_by_muon() -> optax.GradientTransformation:
       Jordan et al., 2024, "Muon: An optimizer for hidden layers in neural networks"; Liu et al.,
       2025, "Muon is Scalable for LLM Training", section 2.2, for the root mean square.
     """
-    both = contrib.muon(1.0, muon_weight_dimension_numbers=_matrices, consistent_rms=RMS)
+
+    def matrices(meta_params: PyTree) -> PyTree:
+        return jax.tree.map_with_path(_matrix, meta_params)
+
+    both = contrib.muon(1.0, muon_weight_dimension_numbers=matrices, consistent_rms=RMS)
     return optax.chain(both, optax.scale(-1.0))  # ascent, as optax's other ``scale_by`` are
 
 
-def _matrices(meta_params: PyTree) -> PyTree:
-    """Which axes are summed over in a product with the matrix; None where it is none."""
-    return jax.tree.map_with_path(_matrix, meta_params)
-
-
 def _matrix(path: tuple, x: Array) -> contrib.MuonDimensionNumbers | None:
+    """Which axes are summed over in a product with the matrix; None where it is none."""
     names = [jax.tree_util.keystr((key,), simple=True) for key in path]
     if names[0] != "params" or x.ndim < 2 or any(name in NOT_HIDDEN for name in names):
         return None

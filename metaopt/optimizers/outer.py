@@ -87,13 +87,16 @@ def outer_optimizer(config: OuterConfig) -> OuterOpt:
     """
     schedule = _schedule(config)
 
+    def on_params(meta_params: PyTree) -> PyTree:
+        return {name: name == "params" for name in meta_params}
+
     def build(hparams: Hparams) -> optax.GradientTransformation:
         return optax.chain(
             optax.clip_by_global_norm(hparams["clip_norm"]),
             _direction(config.optimizer, hparams),
-            _on_params_only(optax.add_decayed_weights(hparams["weight_decay"])),
+            optax.add_decayed_weights(hparams["weight_decay"], mask=on_params),
             optax.scale_by_schedule(schedule),
-            _scale_by_rates(hparams),
+            _descend_by_two_rates(hparams),
         )
 
     return build
@@ -132,14 +135,9 @@ def _schedule(config: OuterConfig) -> optax.Schedule:
     return schedule
 
 
-def _on_params_only(transform: optax.GradientTransformation) -> optax.GradientTransformation:
-    def mask(meta_params: PyTree) -> PyTree:
-        return {name: name == "params" for name in meta_params}
+def _descend_by_two_rates(hparams: Hparams) -> optax.GradientTransformation:
+    """Steps against the updates: one rate for the parameters, one for all that is beside them."""
 
-    return optax.masked(transform, mask)
-
-
-def _scale_by_rates(hparams: Hparams) -> optax.GradientTransformation:
     def update(updates: PyTree, _) -> PyTree:
         rates = {name: hparams["rates_learning_rate"] for name in updates}
         rates["params"] = hparams["outer_learning_rate"]

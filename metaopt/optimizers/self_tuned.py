@@ -9,15 +9,15 @@ and caps at the end of this file serve whoever else learns them while a model tr
 """
 
 import math
-from collections.abc import Callable
-from typing import Literal, NamedTuple, get_args
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from metaopt.errors import UserError
-from metaopt.pytrees import all_finite
+from metaopt.pytrees import all_finite, choose
+from metaopt.ranges import Range, Rate, Several, Share, check_value
 from metaopt.types import Array, Params, PyTree
 
 Scope = Literal["scalar", "per_layer", "per_parameter"]
@@ -25,6 +25,8 @@ Scope = Literal["scalar", "per_layer", "per_parameter"]
 
 Rule = Literal["additive", "multiplicative", "adam", "lion"]
 Tuned = Literal["learning_rate", "weight_decay"]
+Factor = Annotated[float, Range(1 + 1e-9, 1e12)]
+"""A cap on a factor, above 1."""
 
 
 class SelfTunedState(NamedTuple):
@@ -111,12 +113,11 @@ def self_tuned(
       Sharifnassab et al., 2024, "MetaOptimize: A Framework for Optimizing Step Sizes and Other
       Meta-parameters", arXiv:2402.02342 (its Hessian-free form).
     """
-    check_scope(scope)
-    check_factors(max_step_factor, max_factor)
-    _check_options(tuned, rule, meta_rate, trace_decay, weight_decay)
+    factors = max_step_factor, max_factor
+    _check_options(tuned, scope, rule, meta_rate, trace_decay, weight_decay, factors)
     scopes: dict[str, Scope] = {"learning_rate": scope, "weight_decay": "scalar"}
     given = {"learning_rate": learning_rate, "weight_decay": weight_decay}
-    to_steps, meta_optimizer = _meta_rule(rule, meta_rate)
+    meta_optimizer = _meta_rule(rule, meta_rate)
 
     def values_of(log_factors: dict[str, PyTree], params: Params) -> dict[str, PyTree]:
         values = {name: initial_values(scopes[name], params, given[name]) for name in given}
@@ -128,7 +129,7 @@ def self_tuned(
 
     def init(params):
         log_factors = {name: initial_values(scopes[name], params, 0.0) for name in tuned}
-        zeros = {name: _zeros(params) for name in tuned}
+        zeros = {name: initial_values("per_parameter", params, 0.0) for name in tuned}
         values = values_of(log_factors, params)
         return SelfTunedState(
             base.init(params), log_factors, values, zeros, meta_optimizer.init(log_factors)
@@ -139,19 +140,16 @@ def self_tuned(
         meta_grads = {
             name: _scaled_product(rule, scopes[name], grads, state.traces[name]) for name in tuned
         }
-        values = {name: state.values[name] for name in tuned}
-        steps, meta = meta_optimizer.update(
-            to_steps(meta_grads, values), state.meta, state.log_factors
-        )
-        log_factors = moved(
+        return descend_logs(
+            meta_optimizer,
+            meta_grads,
+            state.meta,
             state.log_factors,
-            steps,
+            start=jax.tree.map(jnp.zeros_like, state.log_factors),
             max_step_factor=max_step_factor,
             max_factor=max_factor,
-            start=jax.tree.map(jnp.zeros_like, state.log_factors),
+            values={name: state.values[name] for name in tuned},
         )
-        found, old = (log_factors, meta), (state.log_factors, state.meta)
-        return _choose(all_finite(meta_grads), found, old)
 
     def update(updates, state, params=None):
         grads = updates
@@ -177,7 +175,7 @@ def self_tuned(
         traces = {
             name: jax.tree.map(followed, state.traces[name], rates, sources[name]) for name in tuned
         }
-        traces = _choose(all_finite(traces), traces, state.traces)
+        traces = choose(all_finite(traces), traces, state.traces)
         in_dtype = jax.tree.map(lambda s, g: s.astype(g.dtype), steps, grads)
         return in_dtype, SelfTunedState(base_state, log_factors, values, traces, meta)
 
@@ -208,15 +206,6 @@ def current_values(opt_state: optax.OptState) -> dict[str, PyTree]:
     return found[0].values
 
 
-def _zeros(params: Params) -> Params:
-    dtype = float_dtype(params)
-    return jax.tree.map(lambda p: jnp.zeros(jnp.shape(p), dtype), params)
-
-
-def _choose(condition: Array, yes: PyTree, no: PyTree) -> PyTree:
-    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), yes, no)
-
-
 def _scaled_product(rule: Rule, scope: Scope, grads: Params, traces: Params) -> PyTree:
     """``g · h`` over all that shares a value, or for ``multiplicative`` its cosine."""
 
@@ -233,56 +222,37 @@ def _scaled_product(rule: Rule, scope: Scope, grads: Params, traces: Params) -> 
     return jax.tree.map(lambda p, n: p / jnp.where(n > 0, n, 1), products, norms)
 
 
-def _meta_rule(
-    rule: Rule, meta_rate: float
-) -> tuple[Callable[[PyTree, PyTree], PyTree], optax.GradientTransformation]:
-    """What is made of the meta-gradients and values, and the optimiser of ρ that gets it."""
+def _meta_rule(rule: Rule, meta_rate: float) -> optax.GradientTransformation:
+    """The optimiser of ρ, which gets the values in force beside the meta-gradients."""
 
-    def additive(meta_grads, values):
+    def log_step(g, value):
         # d/dα = 1/α d/dρ; a step to zero or below is left to the cap on the factor.
-        def log_step(g, value):
-            return jnp.log(jnp.maximum(1 - meta_rate * g / value**2, 1e-30))
+        return jnp.log(jnp.maximum(1 - meta_rate * g / value**2, 1e-30))
 
-        return jax.tree.map(log_step, meta_grads, values)
-
-    def unchanged(meta_grads, _):
-        return meta_grads
+    def additive(updates, state, params=None, **extra):
+        return jax.tree.map(log_step, updates, extra["values"]), state
 
     return {
-        "additive": (additive, optax.identity()),
-        "multiplicative": (unchanged, optax.sgd(meta_rate)),
-        "adam": (unchanged, optax.adam(meta_rate)),
-        "lion": (unchanged, optax.lion(meta_rate, weight_decay=0.0)),
+        "additive": optax.GradientTransformationExtraArgs(optax.identity().init, additive),
+        "multiplicative": optax.sgd(meta_rate),
+        "adam": optax.adam(meta_rate),
+        "lion": optax.lion(meta_rate, weight_decay=0.0),
     }[rule]
 
 
-def _check_options(tuned, rule, meta_rate, trace_decay, weight_decay) -> None:
-    if not tuned or not set(tuned) <= set(get_args(Tuned)):
-        raise UserError(f"tuned is {tuned}: name one or both of {', '.join(get_args(Tuned))}")
-    if rule not in get_args(Rule):
-        raise UserError(f"rule is {rule!r}: choose one of {', '.join(get_args(Rule))}")
-    if not 0 < meta_rate < math.inf:
-        raise UserError(f"meta_rate is {meta_rate}; it must be a number above 0")
-    if not 0 <= trace_decay <= 1:
-        raise UserError(f"trace_decay is {trace_decay}; it must be from 0 to 1")
+def _check_options(tuned, scope, rule, meta_rate, trace_decay, weight_decay, factors) -> None:
+    check_value("tuned", tuned, Annotated[tuple[Tuned, ...], Several()])
+    check_value("scope", scope, Scope)
+    check_value("rule", rule, Rule)
+    check_value("meta_rate", meta_rate, Rate)
+    check_value("trace_decay", trace_decay, Share)
+    check_value("max_step_factor", factors[0], Factor)
+    check_value("max_factor", factors[1], Factor)
     known = isinstance(weight_decay, (int, float))
     if "weight_decay" in tuned and known and not weight_decay > 0:
         raise UserError(
             "weight_decay is learned by factors, so that it cannot start at 0: give a small one"
         )
-
-
-def check_scope(scope: str) -> None:
-    """Raises UserError for an unknown scope."""
-    if scope not in get_args(Scope):
-        raise UserError(f"scope is {scope!r}: choose one of {', '.join(get_args(Scope))}")
-
-
-def check_factors(max_step_factor: float, max_factor: float) -> None:
-    """Raises UserError if a cap on a factor is no number above 1."""
-    for name, factor in (("max_step_factor", max_step_factor), ("max_factor", max_factor)):
-        if not 1 < factor < math.inf:
-            raise UserError(f"{name} is {factor}; a cap on a factor is a number above 1")
 
 
 def layer_name(path: tuple) -> str:
@@ -330,14 +300,28 @@ def spread(scope: Scope, values: PyTree, tree: PyTree) -> PyTree:
     return jax.tree.map_with_path(lambda path, _: values[layer_name(path)], tree)
 
 
-def moved(
-    logs: PyTree, steps: PyTree, *, max_step_factor: float, max_factor: float, start: PyTree
-) -> PyTree:
-    """``logs + steps``, limited by the caps on a step and on the distance from the start."""
+def descend_logs(
+    optimizer: optax.GradientTransformation,
+    grads: PyTree,
+    state: optax.OptState,
+    logs: PyTree,
+    *,
+    start: PyTree,
+    max_step_factor: float,
+    max_factor: float,
+    **extra: Any,
+) -> tuple[PyTree, optax.OptState]:
+    """One step of an optimiser on logarithms: ``(logs, state)``, both unchanged at NaN or inf.
+
+    No factor is larger than ``max_step_factor`` in this step and ``max_factor`` since the start,
+    each way. ``extra`` is what the optimiser takes beside the gradients.
+    """
     step_cap, cap = math.log(max_step_factor), math.log(max_factor)
 
     def move(log, step, start):
         new = log + jnp.clip(step, -step_cap, step_cap).astype(log.dtype)
         return jnp.clip(new, start - cap, start + cap)
 
-    return jax.tree.map(move, logs, steps, start)
+    steps, new_state = optax.with_extra_args_support(optimizer).update(grads, state, logs, **extra)
+    found = jax.tree.map(move, logs, steps, start), new_state
+    return choose(all_finite(grads), found, (logs, state))

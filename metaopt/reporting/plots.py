@@ -1,17 +1,14 @@
 """Figures, drawn without a display and written as PNG."""
 
 import io
-import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from matplotlib.artist import Artist
-from matplotlib.axis import Axis
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.text import Text
 
 from metaopt.console import printable
 from metaopt.files import write_bytes
@@ -48,25 +45,6 @@ def save(figure: Figure, path: Path) -> None:
     drawn = io.BytesIO()
     figure.savefig(drawn)
     write_bytes(path, drawn.getvalue())
-
-
-def overlapping_labels(figure: Figure) -> list[tuple[str, str]]:
-    """Pairs of texts that a figure draws over one another, for tests of figures."""
-    figure.draw_without_rendering()
-    axes = [axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)]
-    hidden = {label for axis in axes for label in _labels_outside(axis)}
-    texts = [t for t in figure.findobj(Text) if t.get_text().strip() and t not in hidden]
-    boxes = [(text.get_text(), text.get_window_extent()) for text in texts if text.get_visible()]
-    pairs = itertools.combinations(boxes, 2)
-    return [(one, other) for (one, a), (other, b) in pairs if a.overlaps(b)]
-
-
-def _labels_outside(axis: Axis) -> Iterator[Artist]:
-    """The labels of ticks outside the limits of an axis, which are not drawn."""
-    low, high = sorted(axis.get_view_interval())
-    for tick in (*axis.get_major_ticks(), *axis.get_minor_ticks()):
-        if not low <= tick.get_loc() <= high:
-            yield from (tick.label1, tick.label2)
 
 
 def label(name: str) -> str:
@@ -106,13 +84,10 @@ def adaptation_curves(
     figure = new_figure(11.0, 4.4)
     left, right = figure.subplots(1, 2)
     for i, (name, curve) in enumerate(curves.items()):
-        style = {"color": f"C{i}", "marker": MARKERS[i % len(MARKERS)], "markersize": 4}
         steps = np.arange(len(curve.mean))
-        left.plot(steps, _finite(curve.mean), label=label(name), **style)
+        _draw(left, i, steps, curve.mean, label=label(name))
         if name in differences:
-            mean, half = map(_finite, differences[name])
-            right.plot(steps, mean, **style)
-            right.fill_between(steps, mean - half, mean + half, color=f"C{i}", alpha=0.12, lw=0)
+            _draw(right, i, steps, *differences[name])
     for dashes, (name, value) in zip(["--", ":", "-."], limits.items(), strict=False):
         left.axhline(value, color="black", linestyle=dashes, linewidth=1.2, label=label(name))
     left.set(xlabel="inner steps", ylabel=f"query loss, {unit}", title=title)
@@ -124,10 +99,9 @@ def adaptation_curves(
     _limit(right, [c.mean for c in differences.values()], [0.0], reach)
     for axes in (left, right):
         axes.axvline(trained_steps, color="grey", linewidth=0.8, alpha=0.6)
-        axes.grid(alpha=0.25)
-    handles, labels = left.get_legend_handles_labels()
-    figure.legend(handles, labels, fontsize=8, loc="outside right center", frameon=False)
-    save(figure, path)
+    entries = left.get_legend_handles_labels()
+    figure.legend(*entries, fontsize=8, loc="outside right center", frameon=False)
+    _save_with_grids(figure, path)
 
 
 def panels(
@@ -154,49 +128,13 @@ def panels(
     panels = figure.subplots(1, len(curves), squeeze=False)[0]
     for axes, (title, of_panel) in zip(panels, curves.items(), strict=True):
         for i, (name, curve) in enumerate(of_panel.items()):
-            mean, half = map(_finite, curve)
-            x, every = spacing * np.arange(len(mean)), max(1, len(mean) // 10)
-            style = {"color": f"C{i}", "linestyle": LINE_STYLES[i % len(LINE_STYLES)]}
-            style |= {"marker": MARKERS[i % len(MARKERS)], "markersize": 4, "markevery": every}
-            axes.plot(x, mean, label=label(name), **style)
-            axes.fill_between(x, mean - half, mean + half, color=f"C{i}", alpha=0.12, lw=0)
+            x, every = spacing * np.arange(len(curve.mean)), max(1, len(curve.mean) // 10)
+            line_style = LINE_STYLES[i % len(LINE_STYLES)]
+            _draw(axes, i, x, *curve, label=label(name), linestyle=line_style, markevery=every)
         axes.set(xlabel=x_label, ylabel=y_label, title=label(title), yscale=y_scale)
-        axes.grid(alpha=0.25)
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, fontsize=8, loc="outside lower center", ncols=2)
-    save(figure, path)
-
-
-def lines(
-    path: Path,
-    x: Sequence[float],
-    ys: Mapping[str, Sequence[float]],
-    *,
-    x_label: str,
-    y_label: str,
-    title: str,
-) -> None:
-    """Lines over a common axis, both axes logarithmic.
-
-    Args:
-      path: PNG file.
-      x: Points ``[n]``, positive.
-      ys: Values ``[n]``, positive, by the name in the legend.
-      x_label: Label of the horizontal axis.
-      y_label: Label of the vertical axis.
-      title: Title of the figure.
-    """
-    figure = new_figure()
-    axes = figure.subplots()
-    for i, (name, y) in enumerate(ys.items()):
-        marker = MARKERS[i % len(MARKERS)]
-        axes.plot(x, y, label=label(name), color=f"C{i}", marker=marker, markersize=4)
-    axes.set(xlabel=x_label, ylabel=y_label, title=title, xscale="log", yscale="log")
-    axes.set_xticks(x, [f"{value:g}" for value in x])
-    axes.minorticks_off()
-    axes.grid(alpha=0.25)
-    axes.legend(fontsize=8, frameon=False)
-    save(figure, path)
+    entries = panels[0].get_legend_handles_labels()
+    figure.legend(*entries, fontsize=8, loc="outside lower center", ncols=2)
+    _save_with_grids(figure, path)
 
 
 def trajectories(
@@ -208,8 +146,9 @@ def trajectories(
     y_label: str,
     title: str,
     y_scale: Literal["linear", "log"] = "linear",
+    x_ticks: Sequence[float] = (),
 ) -> None:
-    """Quantities that move on as a run does, each at its own points.
+    """Lines, each at its own points, such as quantities that move on as a run does.
 
     Args:
       path: PNG file.
@@ -219,24 +158,39 @@ def trajectories(
       y_label: Label of the vertical axis.
       title: Title of the figure.
       y_scale: Scale of the vertical axis.
+      x_ticks: Labels of the horizontal axis, which is logarithmic if they are given.
     """
     figure = new_figure()
     axes = figure.subplots()
     for i, (name, line) in enumerate(points.items()):
-        marker = MARKERS[i % len(MARKERS)]
-        (drawn,) = axes.plot(
-            line[:, 0], _finite(line[:, 1]), label=label(name), marker=marker, markersize=4
-        )
+        _draw(axes, i, *line.T, label=label(name))
         if dashed and name in dashed:
-            other, color = dashed[name], drawn.get_color()
-            axes.plot(other[:, 0], _finite(other[:, 1]), color=color, linestyle="--")
+            _draw(axes, i, *dashed[name].T, linestyle="--", marker=None)
     axes.set(xlabel=x_label, ylabel=y_label, title=title, yscale=y_scale)
-    axes.grid(alpha=0.25)
+    if x_ticks:
+        axes.set_xscale("log")
+        axes.set_xticks(x_ticks, [f"{value:g}" for value in x_ticks])
+        axes.minorticks_off()
     axes.legend(fontsize=8, frameon=False)
+    _save_with_grids(figure, path)
+
+
+def _draw(axes: Axes, i: int, x: Any, y: Any, half: Any = None, **style: Any) -> None:
+    """Line number ``i``, with a band of half-width ``half``; NaN and inf are gaps."""
+    marker = MARKERS[i % len(MARKERS)]
+    axes.plot(x, _finite(y), **{"color": f"C{i}", "marker": marker, "markersize": 4, **style})
+    if half is not None:
+        low, high = _finite(y) - _finite(half), _finite(y) + _finite(half)
+        axes.fill_between(x, low, high, color=f"C{i}", alpha=0.12, lw=0)
+
+
+def _save_with_grids(figure: Figure, path: Path) -> None:
+    for axes in figure.axes:
+        axes.grid(alpha=0.25)
     save(figure, path)
 
 
-def _limit(axes, lines: Sequence[np.ndarray], levels: Sequence[float], reach: float) -> None:
+def _limit(axes: Axes, lines: Sequence[np.ndarray], levels: Sequence[float], reach: float) -> None:
     """The axis up to ``reach`` from its median: a line that diverged does not hide the rest."""
     shown = np.concatenate([*lines, levels])
     shown = shown[np.isfinite(shown)]
@@ -248,6 +202,6 @@ def _limit(axes, lines: Sequence[np.ndarray], levels: Sequence[float], reach: fl
         axes.set_ylim(low - margin, high + margin)
 
 
-def _finite(values: np.ndarray) -> np.ndarray:
+def _finite(values: Any) -> np.ndarray:
     """NaN, which is not drawn, in place of infinities."""
     return np.where(np.isfinite(values), values, np.nan)

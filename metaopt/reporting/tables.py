@@ -79,13 +79,15 @@ def arrange(records: Iterable[Record]) -> list[Table]:
     for record in records:
         record = {k: printable(v) if isinstance(v, str) else v for k, v in record.items()}
         tables.setdefault(record["table"], []).append(record)
-    return [_arrange_one(name, found) for name, found in tables.items()]
-
-
-def _arrange_one(name: str, records: Sequence[Record]) -> Table:
-    rows = tuple(dict.fromkeys(record["row"] for record in records))
-    columns = tuple(dict.fromkeys(record["column"] for record in records))
-    return Table(name, rows, columns, {(r["row"], r["column"]): r for r in records})
+    return [
+        Table(
+            name,
+            rows=tuple(dict.fromkeys(r["row"] for r in found)),
+            columns=tuple(dict.fromkeys(r["column"] for r in found)),
+            cells={(r["row"], r["column"]): r for r in found},
+        )
+        for name, found in tables.items()
+    ]
 
 
 def cell_text(record: Record | None, plus_minus: str = " ± ") -> str:
@@ -155,18 +157,13 @@ def _published(cell: Record | None, plus_minus: str) -> str:
 def to_markdown(table: Table) -> str:
     """A Markdown table with the best of each column in bold and the units in the caption."""
     lines = [
-        "| | " + " | ".join(map(_in_markdown, table.columns)) + " |",
+        "| | " + " | ".join(c.translate(MARKDOWN) for c in table.columns) + " |",
         "|---|" + "---:|" * len(table.columns),
     ]
     for row in table.rows:
         texts = _row_texts(table, row, table.columns, "**{}**")
-        lines.append(f"| {_in_markdown(row)} | " + " | ".join(texts) + " |")
+        lines.append(f"| {row.translate(MARKDOWN)} | " + " | ".join(texts) + " |")
     return "\n".join([*lines, "", caption(table), ""]).replace("<!--", "&lt;!--")
-
-
-def _in_markdown(name: str) -> str:
-    """A name as a cell of a table: what is between ``|`` or after a backslash stays one name."""
-    return name.translate(MARKDOWN)
 
 
 def to_latex(table: Table) -> str:

@@ -1,7 +1,6 @@
 """Generation from a causal language model, one token at a time."""
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +8,7 @@ import numpy as np
 
 from metaopt.errors import UserError
 from metaopt.indices import check_range
+from metaopt.ranges import CountOr0, NotNegative, check_value
 from metaopt.types import Array, Key, Model, Params
 
 
@@ -40,10 +40,8 @@ def generate(
       UserError: on an empty prompt, one that is no vector of integers or holds a token
         that the model does not know, and on a negative num_tokens or temperature.
     """
-    if num_tokens < 0:
-        raise UserError(f"num_tokens must be 0 or more, not {num_tokens}")
-    if not 0 <= temperature < math.inf:
-        raise UserError(f"temperature must be 0 or more and finite, not {temperature}")
+    check_value("num_tokens", num_tokens, CountOr0)
+    check_value("temperature", temperature, NotNegative)
     tokens = _checked_prompt(model, params, np.asarray(prompt))
     return _generate(model, params, tokens, num_tokens, key, temperature)
 

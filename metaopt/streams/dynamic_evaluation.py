@@ -20,6 +20,7 @@ from metaopt import losses
 from metaopt.errors import UserError
 from metaopt.indices import NO_INDEX, as_tokens, check_range
 from metaopt.inner_loop import Adapted, InnerLoop, adapt
+from metaopt.ranges import CountOr0, Length, check_value
 from metaopt.types import Array, Batch, InnerGradFn, LossFn, Model, Params
 
 
@@ -47,8 +48,8 @@ def cut_segments(tokens: np.ndarray, length: int, context: int = 0) -> Batch:
             f"a stream is a list of integers, not {tokens.dtype} of the shape {tokens.shape}"
         )
     check_range("the tokens of a stream", tokens, NO_INDEX)
-    if length < 1 or context < 0:
-        raise UserError(f"a segment needs length 1 or more and context 0, not {length}, {context}")
+    check_value("length", length, Length)
+    check_value("context", context, CountOr0)
     count = (len(tokens) - 1 - context) // length
     if count < 1:
         raise UserError(

@@ -16,9 +16,8 @@ from metaopt.errors import UserError
 from metaopt.inner_loop import InnerLoop
 from metaopt.learners.training_run import Optimizer, current_values, tuned_learner
 from metaopt.meta_gradients.windows import InnerRun, start_run, unroll_window
-from metaopt.optimizers.self_tuned import Scope, check_factors, check_scope, moved
-from metaopt.pytrees import all_finite
-from metaopt.ranges import Checked, CountOr0, Positive, Rate, Steps
+from metaopt.optimizers.self_tuned import Factor, Scope, descend_logs
+from metaopt.ranges import Checked, CountOr0, Rate, Steps
 from metaopt.types import Episode, InnerGradFn, Learner, LossFn, Metrics, Params, PyTree
 
 
@@ -45,13 +44,11 @@ class OnlineConfig(Checked):
     )
     every: Steps = 1
     meta_rate: Rate = 0.05
-    max_step_factor: Positive = 1.5
-    max_factor: Positive = 1e3
+    max_step_factor: Factor = 1.5
+    max_factor: Factor = 1e3
 
     def __post_init__(self):
         super().__post_init__()
-        check_scope(self.scope)
-        check_factors(self.max_step_factor, self.max_factor)
         if self.num_domains == 1:
             raise UserError("a single domain has no weight to learn: give num_domains 2 or more")
         if not self.learned and not self.num_domains:
@@ -174,22 +171,17 @@ def online(
 
     def differentiated(state, episode):
         grads, (metrics, run) = jax.grad(loss_of_window, has_aux=True)(state.logs, state, episode)
-        logs, meta_opt_state = meta_update(state, grads)
-        norm = optax.global_norm(grads).astype(metrics["loss"].dtype)
-        return OnlineState(run, logs, meta_opt_state), metrics | {"meta_grad_norm": norm}
-
-    def meta_update(state, grads):
-        steps, meta_opt_state = meta_optimizer.update(grads, state.meta_opt_state)
-        logs = moved(
+        logs, meta_opt_state = descend_logs(
+            meta_optimizer,
+            grads,
+            state.meta_opt_state,
             state.logs,
-            steps,
+            start={name: learner.init(state.run.params)[name] for name in learner.learned},
             max_step_factor=config.max_step_factor,
             max_factor=config.max_factor,
-            start={name: learner.init(state.run.params)[name] for name in learner.learned},
         )
-        found, old = (logs, meta_opt_state), (state.logs, state.meta_opt_state)
-        finite = all_finite(grads)
-        return jax.tree.map(lambda a, b: jnp.where(finite, a, b), found, old)
+        norm = optax.global_norm(grads).astype(metrics["loss"].dtype)
+        return OnlineState(run, logs, meta_opt_state), metrics | {"meta_grad_norm": norm}
 
     def step(state, batches, held_out):
         episode = Episode(_flat(batches, config), held_out, jnp.zeros((), jnp.int32))

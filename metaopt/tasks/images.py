@@ -22,7 +22,6 @@ References:
 import functools
 import itertools
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +35,7 @@ from metaopt.errors import UserError
 from metaopt.ranges import Checked, Count, ImageSize, Range, Seed
 from metaopt.tasks.sources import images as image_sources
 from metaopt.tasks.sources.images import Characters
+from metaopt.tasks.sources.text import data_directory
 from metaopt.types import Array, Batch, Episode, Key, TaskFamily, TaskSplit
 
 _TFDS = "tfds:"
@@ -98,7 +98,9 @@ def images(config: ImagesConfig) -> TaskFamily:
     splits = split_characters(characters.names, config)
     held_out = config.rotations and config.rotate_held_out
     train, valid, test = (
-        _task_split(characters.images[indices], config, rotate)
+        TaskSplit(
+            functools.partial(_sample, config, rotate, jnp.asarray(characters.images[indices]))
+        )
         for indices, rotate in zip(splits, (config.rotations, held_out, held_out), strict=True)
     )
     return TaskFamily("images", train, valid, test)
@@ -124,10 +126,6 @@ def split_characters(
             )
     train, valid, test = (sorted(indices.tolist()) for indices in splits)
     return train, valid, test
-
-
-def _task_split(drawings: np.ndarray, config: ImagesConfig, rotate: bool) -> TaskSplit:
-    return TaskSplit(functools.partial(_sample, config, rotate, jnp.asarray(drawings)))
 
 
 @functools.partial(jax.jit, static_argnames=("config", "rotate", "num_tasks"))
@@ -195,7 +193,7 @@ def rotate_quarters(image: Array, turns: Array) -> Array:
 
 def _find_characters(config: ImagesConfig) -> Characters:
     if config.source.startswith(_TFDS):
-        data_dir = Path(config.data_dir or os.environ.get("METAOPT_DATA") or "data").expanduser()
+        data_dir = data_directory(config.data_dir)
         name = config.source.removeprefix(_TFDS)
         return image_sources.dataset_characters(name, config.image_size, data_dir)
     return image_sources.folder_characters(Path(config.source).expanduser(), config.image_size)

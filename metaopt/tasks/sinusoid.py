@@ -15,8 +15,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from metaopt.errors import UserError
-from metaopt.ranges import Checked, Count
+from metaopt.ranges import Checked, Count, check_value
 from metaopt.tasks.fresh import fresh_tasks
 from metaopt.types import Array, Batch, Episode, Key, TaskFamily
 
@@ -65,9 +64,8 @@ def evaluation_episodes(
     Raises:
       UserError: a number below 1.
     """
-    for name, number in (("num_curves", num_curves), ("supports_per_curve", supports_per_curve)):
-        if number < 1:
-            raise UserError(f"{name} must be at least 1, not {number}")
+    check_value("num_curves", num_curves, Count)
+    check_value("supports_per_curve", supports_per_curve, Count)
     grid = jnp.linspace(*INPUTS, config.num_query)[:, None]
 
     def of_curve(key: Key) -> tuple[Batch, Batch]:

@@ -5,7 +5,6 @@ of which overlap; the model predicts each next byte, of V = 256. Whole domains a
 out for validation and test, so what is measured is adaptation to text of a new kind.
 """
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,7 +71,7 @@ def text(config: TextConfig) -> TaskFamily:
         episode, no text, or another once more; or there are too few domains for the splits.
         Nothing has been written then, unless the source is ``tfds:``.
     """
-    data_dir = Path(config.data_dir or os.environ.get("METAOPT_DATA") or "data").expanduser()
+    data_dir = text_sources.data_directory(config.data_dir)
     domains = _find_domains(config, data_dir)
     _check_sizes(domains, config)
     splits = split_domains([domain.name for domain in domains], config)
@@ -163,14 +162,10 @@ def _find_domains(config: TextConfig, data_dir: Path) -> tuple[Domain, ...]:
         return text_sources.stdlib_domains()
     if not config.source.startswith(_TFDS):
         return text_sources.folder_domains(Path(config.source).expanduser())
-    if not text_sources.has_tfds():
-        raise UserError(
-            f"{config.source!r} needs TensorFlow Datasets: pip install tensorflow-datasets "
-            "array_record"
-        )
+    name = config.source.removeprefix(_TFDS)
+    text_sources.require_tfds(name)
     from metaopt.tasks.sources import tfds  # late: it takes a second, and is not always needed
 
-    name = config.source.removeprefix(_TFDS)
     return tfds.grouped_domains(name, config.text_feature, config.domain_feature, data_dir)
 
 

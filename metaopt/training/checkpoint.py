@@ -245,7 +245,7 @@ class Checkpoints:
         now = Origin(self._fingerprint, jax.__version__, devices_of(example))
         check_training(saved, now, self._directory)
         leaves = self._load(step, "state", ocp.args.StandardRestore())
-        state = place(leaves, example, record["key_impl"])
+        state = place(leaves, example, key_impl=record["key_impl"])
         return Restored(state, record["notes"], record["valid_loss"])
 
     def _load(self, step: int, item: str, args: ocp.args.CheckpointArgs) -> dict[str, Any]:

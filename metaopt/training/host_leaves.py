@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from metaopt.types import MetaState
+from metaopt.types import MetaState, PyTree
 
 
 def _flat(state: MetaState) -> dict[str, Any]:
@@ -35,13 +35,23 @@ def to_host(state: MetaState) -> dict[str, np.ndarray]:
     }
 
 
-def place(leaves: dict[str, np.ndarray], example: MetaState, key_impl: str) -> MetaState:
-    """Leaves by path to a state, placed like the example."""
+def place(
+    leaves: dict[str, np.ndarray], example: PyTree, prefix: str = "", key_impl: str | None = None
+) -> PyTree:
+    """Leaves by path, which begins with ``prefix``, to a tree like the example, placed like it.
+
+    Raises:
+      ValueError: a leaf is missing or of another shape.
+    """
 
     def placed(path, like):
-        value = leaves.get(jax.tree_util.keystr(path))
-        if value is None:
+        path = f"{prefix}{jax.tree_util.keystr(path)}"
+        value = leaves.get(path)
+        if value is None and not like.size:
             value = np.zeros(like.shape, like.dtype)
+        if value is None or (not is_key(like) and value.shape != like.shape):
+            there = "missing" if value is None else f"of shape {list(value.shape)} there"
+            raise ValueError(f"{path} is {there} and {list(like.shape)}")
         on_devices = jax.device_put(value, getattr(like, "sharding", None))
         # Keys are wrapped once in place: they cannot be sent to devices of other processes.
         return jax.random.wrap_key_data(on_devices, impl=key_impl) if is_key(like) else on_devices

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -104,8 +104,7 @@ def _train(
         recorder = Recorder(training, config, directory, start=start, notes=notes)
         batches = prefetch(training.sample, range(start, config.num_steps, training.steps_per_call))
         with recorder, StopSignals() as stop, contextlib.closing(batches) as episodes:
-            host = _Host(training, config, recorder, checkpoints, stop)
-            state = _loop(host, state, episodes)
+            state = _loop(training, config, recorder, checkpoints, stop, episodes, state)
         if stop.received is not None:
             exit_on_signal(name, int(state.step), config.num_steps, stop.received)
     best = checkpoints.restore_best(state) if config.eval_every else None
@@ -158,18 +157,15 @@ class _BestInMemory:
         return self._best
 
 
-class _Host(NamedTuple):
-    """What the loop does beside the steps."""
-
-    training: Training
-    config: TrainConfig
-    recorder: Recorder
-    checkpoints: Checkpoints | _BestInMemory
-    stop: StopSignals
-
-
-def _loop(host: _Host, state: MetaState, batches: Iterable[Any]) -> MetaState:
-    training, config, recorder = host.training, host.config, host.recorder
+def _loop(
+    training: Training,
+    config: TrainConfig,
+    recorder: Recorder,
+    checkpoints: Checkpoints | _BestInMemory,
+    stop: StopSignals,
+    batches: Iterable[Any],
+    state: MetaState,
+) -> MetaState:
     step, unseen = int(state.step), None
     for batch in batches:
         state, metrics = training.step_fn(state, batch)
@@ -177,7 +173,7 @@ def _loop(host: _Host, state: MetaState, batches: Iterable[Any]) -> MetaState:
         if unseen is not None:  # while the device computes this step, look at the one before
             recorder.record(*unseen)
         unseen = (step, metrics)
-        stopping = host.stop.received is not None
+        stopping = stop.received is not None
         evaluating = is_due(before, step, config.eval_every)
         saving = is_due(before, step, config.checkpoint_every) or step == config.num_steps
         if not (stopping or evaluating or saving):
@@ -187,16 +183,11 @@ def _loop(host: _Host, state: MetaState, batches: Iterable[Any]) -> MetaState:
         if training.evaluate is not None and evaluating:
             valid_loss = float(np.mean(training.evaluate(state)))
             recorder.record_validation(step, valid_loss)
-        _save(host, state, valid_loss)
+        try:
+            checkpoints.save(state, valid_loss=valid_loss, notes=recorder.notes())
+        except FloatingPointError as error:
+            raise recorder.diverged(step, f"in the outer update: {error}") from error
         if stopping:
             break
-    host.checkpoints.wait()
+    checkpoints.wait()
     return state
-
-
-def _save(host: _Host, state: MetaState, valid_loss: float) -> None:
-    try:
-        host.checkpoints.save(state, valid_loss=valid_loss, notes=host.recorder.notes())
-    except FloatingPointError as error:
-        problem = f"in the outer update: {error}"
-        raise host.recorder.diverged(int(state.step), problem) from error

@@ -8,7 +8,7 @@ import hashlib
 import json
 from pathlib import Path
 
-from metaopt.files import write_text
+from metaopt.files import read_json, write_text
 
 MANIFEST = "sha256.json"
 
@@ -24,14 +24,10 @@ def what_is_damaged(directory: Path, part: str) -> str | None:
 
     A directory without a manifest is damaged.
     """
-    try:
-        text = (directory / MANIFEST).read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        return f"{MANIFEST}: {error}"
-    try:
-        noted = dict(json.loads(text)[part])
-    except (KeyError, TypeError, ValueError, RecursionError):
-        return f"{MANIFEST} is no manifest"
+    found = read_json(directory / MANIFEST)
+    noted = found.get(part) if isinstance(found, dict) else None
+    if not isinstance(noted, dict):
+        return f"{MANIFEST} is missing or no manifest"
     try:
         now = _digests(directory / part)
     except OSError as error:

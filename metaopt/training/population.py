@@ -11,7 +11,7 @@ References:
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ import numpy as np
 
 from metaopt.errors import UserError
 from metaopt.parallel import Device, default_devices, parallel_members
+from metaopt.ranges import Range, Steps, check_value
 from metaopt.training.loop import StepFn
 from metaopt.training.recorder import Diverged
 from metaopt.types import Array, Episode, Key, MetaState, PyTree
@@ -193,7 +194,9 @@ def train_population(
             bred, parents = breed(members, scores, jax.random.fold_in(key, number))
             # With the sharding of before, or the mapped step would not take typed keys.
             members = jax.device_put(bred, jax.tree.map(lambda x: x.sharding, members))
-        history.append(_generation(number, scores, hparams, parents))
+        flat = {name: np.asarray(values).reshape(-1) for name, values in hparams.items()}
+        scores, parents = np.asarray(scores).reshape(-1), np.asarray(parents)
+        history.append(Generation(number, scores, flat, parents))
     best = _best(history[-1])
     return jax.tree.map(lambda x: x[best], _flat(members)), history
 
@@ -232,13 +235,6 @@ def _flat(members: PyTree) -> PyTree:
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), members)
 
 
-def _generation(
-    step: int, scores: Array, hparams: Mapping[str, Array], parents: Array
-) -> Generation:
-    flat = {name: np.asarray(values).reshape(-1) for name, values in hparams.items()}
-    return Generation(step, np.asarray(scores).reshape(-1), flat, np.asarray(parents))
-
-
 def _best(generation: Generation) -> int:
     finite = np.isfinite(generation.scores)
     if not finite.any():
@@ -272,7 +268,6 @@ def _check_sizes(
 ) -> None:
     if size % num_devices:
         raise UserError(f"a population of {size} does not divide by {num_devices} devices")
-    if steps < 1 or ready_every < 1:
-        raise UserError(f"steps={steps}, ready_every={ready_every}: both must be at least 1")
-    if not 0 < fraction <= 0.5:
-        raise UserError(f"fraction={fraction} of a population cannot be replaced: 0 < it <= 0.5")
+    check_value("steps", steps, Steps)
+    check_value("ready_every", ready_every, Steps)
+    check_value("fraction", fraction, Annotated[float, Range(1e-9, 0.5)])

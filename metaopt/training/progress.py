@@ -51,7 +51,8 @@ class Progress:
         """Say that ``done`` units are done; ``numbers`` stay shown until they are replaced."""
         self._done = done
         if numbers:
-            self._numbers = "  ".join(f"{_label(n)} {v:.3g}" for n, v in numbers.items())
+            texts = "  ".join(f"{name} {value:.3g}" for name, value in numbers.items())
+            self._numbers = texts.replace("_per_second", "/s").replace("_", " ")
         if self._bar is not None:
             self._bar.update(self._task, completed=done, numbers=self._numbers)
         elif time.monotonic() - self._last_line >= _SECONDS_BETWEEN_LINES and done < self._total:
@@ -63,11 +64,6 @@ class Progress:
         left = pace * (self._total - self._done)
         ending = f"  {left:.0f} s left" if left > 0 else ""
         log(f"{self._description}: {self._done}/{self._total}  {self._numbers}{ending}")
-
-
-def _label(name: str) -> str:
-    """``tasks_per_second`` as ``tasks/s``."""
-    return name.replace("_per_second", "/s").replace("_", " ")
 
 
 def _bar(console: Console) -> rich_progress.Progress:

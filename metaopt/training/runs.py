@@ -33,6 +33,7 @@ from metaopt.files import (
     keep_json_lines,
     local_path,
     one_line,
+    read_json,
     strict_json,
     to_json,
     write_text,
@@ -81,15 +82,6 @@ class Run:
             self._lock.release(force=True)
 
 
-def check_root(root: Path | str, run_dir: Path | str | None = None) -> None:
-    """Check, before any work is done, that `open_run` can write there. Nothing is written.
-
-    Raises:
-      UserError: the directory is a file or below one, may not be written to, is a URL ...
-    """
-    check_directory(root if run_dir is None else run_dir)
-
-
 def open_run(
     root: Path | str,
     experiment: str,
@@ -112,14 +104,17 @@ def open_run(
         run of another config or something that is no run, or is missing where several
         processes must agree on a directory.
     """
-    check_root(root, run_dir)
+    check_directory(root if run_dir is None else run_dir)
+    import jax
+
     wanted = json.loads(_config_text(config))
     if run_dir is not None:
         return _open_given(local_path(run_dir), wanted)
-    _require_single_process()
+    if jax.process_count() > 1:
+        raise UserError("several processes must write to one place: give each the same run_dir")
     parent = inside(local_path(root), experiment)
     for directory in _runs_newest_first(parent, preset):
-        if not (directory / "finished").exists() and _read_config(directory) == wanted:
+        if not (directory / "finished").exists() and read_json(directory / "config.json") == wanted:
             return _resume(directory, _lock(directory))
     stamp = time.strftime("%Y%m%d-%H%M%S")
     with one_line(parent, "written"):
@@ -242,7 +237,7 @@ def _is_new(directory: Path, wanted: Any) -> bool:
         names = {path.name for path in directory.iterdir()} if directory.exists() else set()
     if all(name in (LOCK, HOLDER) or name.endswith(".tmp") for name in names):
         return True
-    saved = _read_config(directory)
+    saved = read_json(directory / "config.json")
     if saved is None:
         raise UserError(f"{directory} is no run (no readable config.json); give a new directory")
     if saved != wanted:
@@ -285,8 +280,11 @@ def _lock(directory: Path) -> filelock.BaseFileLock | None:
     except filelock.Timeout:
         with one_line(directory, "written"):
             path.touch()  # what may not be written to looks as if it were in use
+        holder = "another process"
+        with contextlib.suppress(OSError):
+            holder = (directory / HOLDER).read_text(encoding="utf-8", errors="replace")[:200]
         raise UserError(
-            f"{directory} is in use by {_holder(directory)}: wait until that ends, or give "
+            f"{directory} is in use by {holder}: wait until that ends, or give "
             "another directory (--run-dir or --root)"
         ) from None
     except (NotImplementedError, OSError) as error:
@@ -298,14 +296,6 @@ def _lock(directory: Path) -> filelock.BaseFileLock | None:
     if lock.lock_counter == 1:
         write_text(directory / HOLDER, f"process {os.getpid()} on {socket.gethostname()}")
     return lock
-
-
-def _holder(directory: Path) -> str:
-    """The process that has the lock, in words."""
-    try:
-        return (directory / HOLDER).read_text(encoding="utf-8", errors="replace")[:200]
-    except OSError:
-        return "another process"
 
 
 def _new_directory(path: Path) -> Path:
@@ -326,20 +316,6 @@ def _runs_newest_first(parent: Path, preset: str) -> list[Path]:
     found = [(pattern.fullmatch(path.name), path) for path in parent.glob(f"{preset}-*")]
     dated = [(match[1], int(match[2] or 1), path) for match, path in found if match]
     return [path for _, _, path in sorted(dated, reverse=True)]
-
-
-def _read_config(directory: Path) -> Any:
-    try:
-        return json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None
-
-
-def _require_single_process() -> None:
-    import jax
-
-    if jax.process_count() > 1:
-        raise UserError("several processes must write to one place: give each the same run_dir")
 
 
 def _flatten(tree: Any, name: str = "") -> dict[str, Any]:

@@ -169,8 +169,8 @@ def test_what_is_no_run(tmp_path):
         watch.run(watch.Config(runs=(tmp_path,)))
     with pytest.raises(UserError, match="is not there"):
         watch.run(watch.Config(runs=(tmp_path / "absent",)))
-    with pytest.raises(UserError, match="at least 1"):
-        watch.run(watch.Config(runs=()))
+    with pytest.raises(UserError, match="give the directory of a run to watch"):
+        watch.run(watch.Config())
     with pytest.raises(UserError, match="every"):
         watch.run(watch.Config(runs=(tmp_path,), every=0.0))
 

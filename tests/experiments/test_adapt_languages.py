@@ -27,7 +27,7 @@ MARKOV = shlex.split(
     "--comparison.inner-rates 1 8"
 )
 TEXT = shlex.split(
-    f"--preset smoke {SIZES} --tasks text --model gru --width 4 --rows MAML "
+    f"--preset smoke {SIZES} --tasks text --model bigram --rows MAML "
     "--inner.num-steps 1 --comparison.max-inner-steps 1 --comparison.pretrain-steps 0 "
     "--comparison.inner-rates 0.1 0.3"
 )

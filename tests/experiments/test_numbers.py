@@ -31,8 +31,8 @@ SMALL = {
     "table_dynamic_evaluation": "--preset smoke --tasks-per-step 4 --train text --streams text/a",
     "table_inner_optimizers": "--preset smoke --tasks text --folder text --optimizers sgd",
     "table_meta_gradients": "--preset smoke",
-    "table_omniglot": "--preset smoke --source images --rows MAML --num-train-characters 20 "
-    "--num-valid-characters 10",
+    "table_omniglot": "--preset smoke --source images --rows MAML --settings 5-way-1-shot "
+    "--num-train-characters 20 --num-valid-characters 10 --test-episodes 2",
     "table_peers": "--preset smoke --peers",
     "table_self_improvement": "--preset smoke --folder text",
     "table_sinusoid": "--preset smoke --rows MAML",

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from matplotlib.image import imread
+from overlaps import overlapping_labels
 
 from experiments import harness, table_bayes_gap
 from experiments.table_bayes_gap import BASE, SETTINGS, Config, Study, add_gap, add_scale, draw
@@ -19,7 +20,7 @@ from metaopt.errors import UserError
 from metaopt.files import read_json_lines
 from metaopt.inner_loop import InnerLoop
 from metaopt.languages import LanguageConfig, make_rows
-from metaopt.reporting import plots, tables
+from metaopt.reporting import tables
 from metaopt.tasks.markov import MarkovConfig, bayes_loss, number_ngrams
 from metaopt.training.loop import train
 from metaopt.types import Batch, Episode
@@ -200,7 +201,7 @@ def test_no_label_of_the_committed_figure_is_over_another():
     results = Path(table_bayes_gap.__file__).parent / "results/table_bayes_gap/cpu/results.jsonl"
     records = [record for record in tables.read_records(results) if not record.get("limit")]
     assert len({record["column"] for record in records}) == len(SETTINGS)
-    assert not plots.overlapping_labels(draw(records))
+    assert not overlapping_labels(draw(records))
 
 
 def test_presets():

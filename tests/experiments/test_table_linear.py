@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 from matplotlib.image import imread
+from overlaps import overlapping_labels
 
 from experiments import harness, table_linear
 from metaopt.comparison import Comparison
@@ -82,7 +83,7 @@ def test_no_text_of_the_figure_is_over_another(smoke_run, monkeypatch):
     monkeypatch.setattr(plots, "save", lambda figure, path: figures.append(figure))
     (smoke_run / "finished").unlink()
     run_in(smoke_run.parents[1])
-    assert save and plots.overlapping_labels(figures[0]) == []
+    assert save and overlapping_labels(figures[0]) == []
 
 
 @pytest.mark.parametrize(

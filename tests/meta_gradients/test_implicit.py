@@ -167,7 +167,7 @@ def test_anil_equals_reverse_and_finite_differences_of_a_long_run(solver):
         (maml(), InnerLoop(batching="split"), {}, "batching='same'"),
         (maml(), InnerLoop(query_loss="mean"), {}, "query_loss='last'"),
         (maml(), LONG, {"regularization": 0.0}, "regularization=0"),
-        (maml(), LONG, {"solver": "newton"}, "'cg' or 'neumann'"),
+        (maml(), LONG, {"solver": "newton"}, "one of cg, neumann"),
         (maml(), LONG, {"num_solver_steps": 0}, "num_solver_steps"),
     ],
 )

@@ -9,7 +9,7 @@ import quadratic
 from optax import contrib
 
 from metaopt import learners, meta_gradients
-from metaopt.diagnostics.finite_differences import directional_derivative, normal_like
+from metaopt.diagnostics.finite_differences import directional_derivative
 from metaopt.inner_loop import InnerLoop, adapt
 from metaopt.optimizers.inner import INNER_OPTIMIZERS
 from metaopt.types import Batch, Episode
@@ -93,7 +93,7 @@ def test_meta_gradients_agree_with_finite_differences(name):
             quadratic.episode(),
         )
         start, grads = meta_gradient(name, meta_gradients.reverse, episode)
-        direction = normal_like(jax.random.key(1), start)
+        direction = optax.tree.random_like(jax.random.key(1), start)
 
         @jax.jit
         def objective(step):

@@ -260,7 +260,8 @@ def test_layers_of_meta_parameters_are_those_of_the_model():
     [
         ({"scope": "each"}, "scope is 'each'"),
         ({"rule": "sgd"}, "rule is 'sgd'"),
-        ({"tuned": ()}, "name one or both"),
+        ({"tuned": ()}, "at least 1"),
+        ({"tuned": ("momentum",)}, "learning_rate, weight_decay"),
         ({"tuned": ("weight_decay",)}, "cannot start at 0"),
         ({"trace_decay": 1.1}, "trace_decay is 1.1"),
         ({"meta_rate": 0.0}, "meta_rate is 0.0"),

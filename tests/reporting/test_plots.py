@@ -3,14 +3,13 @@ import warnings
 import numpy as np
 import pytest
 from matplotlib.image import imread
+from overlaps import overlapping_labels
 
 from metaopt.console import printable
 from metaopt.reporting.plots import (
     Curve,
     adaptation_curves,
-    lines,
     new_figure,
-    overlapping_labels,
     panels,
     trajectories,
 )
@@ -76,7 +75,6 @@ def test_any_name_is_in_the_legend_as_it_is(tmp_path, monkeypatch):
     assert shown == [printable(name) for name in names]
     options = {"x_label": "", "y_label": "", "title": ""}
     trajectories(tmp_path / "t.png", dict.fromkeys(names, np.ones((2, 2))), **options)
-    lines(tmp_path / "l.png", [1, 2], {name: [1, 2] for name in names}, **options)
 
 
 def test_every_row_and_limit_is_in_the_legend_and_the_baseline_has_no_gain(tmp_path, monkeypatch):
@@ -110,15 +108,18 @@ def test_trajectories_are_drawn_each_at_its_own_points(tmp_path, monkeypatch):
     assert path.exists() and not overlapping_labels(made[0])
 
 
-def test_no_label_of_lines_is_over_another(tmp_path, monkeypatch):
+def test_no_label_of_logarithmic_axes_is_over_another(tmp_path, monkeypatch):
     made = []
     monkeypatch.setattr(
         "metaopt.reporting.plots.new_figure",
         lambda *size: made.append(new_figure(*size)) or made[0],
     )
     sizes = [4, 8, 16, 32, 64, 128]
-    ys = {name: [0.1, 0.2, 0.4, 0.8, 1.6, 3.2] for name in ("reverse", "mixed mode")}
-    lines(tmp_path / "l.png", sizes, ys, x_label="width", y_label="seconds", title="a step")
+    points = np.stack([sizes, [0.1, 0.2, 0.4, 0.8, 1.6, 3.2]], axis=1)
+    options = {"x_label": "width", "y_label": "seconds", "title": "a step"}
+    path, names = tmp_path / "l.png", ("reverse", "mixed mode")
+    trajectories(path, dict.fromkeys(names, points), y_scale="log", x_ticks=sizes, **options)
+    assert [text.get_text() for text in made[0].axes[0].get_xticklabels()] == list(map(str, sizes))
     assert not overlapping_labels(made[0])
 
 

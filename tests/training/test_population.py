@@ -247,9 +247,9 @@ def test_bad_populations_are_refused():
     states = initial_population(descent_state(), 3, BOUNDS, KEY)
     for options, message in [
         ({"devices": default_devices(2)}, "population of 3 does not divide by 2 devices"),
-        ({"steps": 0}, "steps=0"),
-        ({"ready_every": 0}, "ready_every=0"),
-        ({"fraction": 0.6}, "fraction=0.6"),
+        ({"steps": 0}, "steps is 0"),
+        ({"ready_every": 0}, "ready_every is 0"),
+        ({"fraction": 0.6}, "fraction is 0.6"),
         ({"bounds": {"rate": (0.0, 1.0)}}, "0 < low"),
         ({"bounds": {"rat": (0.1, 1.0)}}, "'rat' has bounds but is not in the state"),
     ]:

@@ -98,10 +98,7 @@ def dataset_characters(name: str, size: int, data_dir: Path) -> Characters:
         prepared, or in a format that only TensorFlow reads; it has other features; or
         the drawings are not equally many, see `group`.
     """
-    if not text_sources.has_tfds():
-        raise UserError(
-            f"'tfds:{name}' needs TensorFlow Datasets: pip install tensorflow-datasets array_record"
-        )
+    text_sources.require_tfds(name)
     from metaopt.tasks.sources import tfds as text_dataset
 
     builder = text_dataset.find_dataset(name, data_dir)
@@ -111,14 +108,7 @@ def dataset_characters(name: str, size: int, data_dir: Path) -> Characters:
             f"'tfds:{name}' has no feature {missing[0]!r}: use one with those of Omniglot, "
             f"{list(_TFDS_FEATURES)}"
         )
-    try:
-        sources = [builder.as_data_source(split=split) for split in _TFDS_SPLITS]
-    except (NotImplementedError, ValueError) as error:
-        raise UserError(
-            f"'tfds:{name}' under {builder.data_path} cannot be read without TensorFlow, or lacks "
-            f"one of the splits {list(_TFDS_SPLITS)}: prepare it again, in another directory, with "
-            "file_format='array_record'"
-        ) from error
+    sources = [text_dataset.open_split(builder, name, split) for split in _TFDS_SPLITS]
     alphabet = builder.info.features["alphabet"].int2str
     return group(
         (

@@ -7,6 +7,7 @@ is all that `metaopt.tasks.text` sees. `metaopt.tasks.sources.tfds` builds on th
 
 import hashlib
 import importlib.util
+import os
 import re
 import sysconfig
 from collections.abc import Callable, Sequence
@@ -160,6 +161,19 @@ def fingerprint(domains: Sequence[Domain], chunk: int = 1 << 20) -> str:
 def safe_name(name: str) -> str:
     """A name as one that any file system takes."""
     return re.sub(r"[^A-Za-z0-9_-]+", "_", name) or "text"
+
+
+def require_tfds(name: str) -> None:
+    """Raises UserError if the dataset ``tfds:NAME`` cannot be read for want of a library."""
+    if not has_tfds():
+        raise UserError(
+            f"'tfds:{name}' needs TensorFlow Datasets: pip install tensorflow-datasets array_record"
+        )
+
+
+def data_directory(given: str | None) -> Path:
+    """Where datasets are stored: the directory given, ``$METAOPT_DATA`` or ``data``."""
+    return Path(given or os.environ.get("METAOPT_DATA") or "data").expanduser()
 
 
 def has_tfds() -> bool:

@@ -131,13 +131,7 @@ def grouped_domains(
     """
     builder = find_dataset(name, data_dir)
     _check_features(builder, name, text_feature, domain_feature)
-    try:
-        examples = builder.as_data_source(split="all")
-    except (NotImplementedError, ValueError) as error:
-        raise UserError(
-            f"'tfds:{name}' under {builder.data_path} cannot be read without TensorFlow: prepare it"
-            " again, in another directory, with file_format='array_record'"
-        ) from error
+    examples = open_split(builder, name, "all")
     info = Path(builder.data_path, "dataset_info.json").read_bytes()
     digest = hashlib.sha256(f"{name} {text_feature} {domain_feature} ".encode() + info)
     return stored_domains(
@@ -166,6 +160,18 @@ def find_dataset(name: str, data_dir: Path) -> Any:
         f"'tfds:{name}' is not prepared: run tfds.builder({name!r}, file_format='array_record')"
         ".download_and_prepare(), or give the data_dir it is in"
     )
+
+
+def open_split(builder: Any, name: str, split: str) -> Any:
+    """The examples of a split; UserError if there is none, or only TensorFlow reads its format."""
+    try:
+        return builder.as_data_source(split=split)
+    except (NotImplementedError, ValueError) as error:
+        raise UserError(
+            f"'tfds:{name}' under {builder.data_path} cannot be read without TensorFlow, or lacks "
+            f"the split {split!r}: prepare it again, in another directory, with "
+            "file_format='array_record'"
+        ) from error
 
 
 def _check_features(builder: Any, name: str, text_feature: str, domain_feature: str) -> None:
