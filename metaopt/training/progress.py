@@ -29,7 +29,8 @@ class Progress:
         self._description, self._total = printable(description), total
         self._start = self._done = start
         self._numbers = ""
-        self._began = self._last_line = time.monotonic()
+        self._last_line = time.monotonic()
+        self._first: tuple[float, int] | None = None  # compiling comes before it
         console = Console(stderr=True)
         self._bar = _bar(console) if console.is_terminal and is_first_process() else None
 
@@ -50,6 +51,7 @@ class Progress:
     def update(self, done: int, **numbers: float) -> None:
         """Say that ``done`` units are done; ``numbers`` stay shown until they are replaced."""
         self._done = done
+        self._first = self._first or (time.monotonic(), done)
         if numbers:
             texts = "  ".join(f"{name} {value:.3g}" for name, value in numbers.items())
             self._numbers = texts.replace("_per_second", "/s").replace("_", " ")
@@ -60,7 +62,8 @@ class Progress:
 
     def _print_line(self) -> None:
         self._last_line = time.monotonic()
-        pace = (self._last_line - self._began) / max(1, self._done - self._start)
+        began, first = self._first or (self._last_line, self._done)
+        pace = (self._last_line - began) / max(1, self._done - first)
         left = pace * (self._total - self._done)
         ending = f"  {left:.0f} s left" if left > 0 else ""
         log(f"{self._description}: {self._done}/{self._total}  {self._numbers}{ending}")

@@ -285,6 +285,18 @@ def test_progress_is_plain_lines_where_there_is_no_terminal(capsys):
     assert capsys.readouterr().err == "evaluate: 3/3  loss 0.5  tasks/s 2\n"
 
 
+def test_the_time_left_is_told_from_steps_and_not_from_compiling(capsys, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    with Progress("train", total=100) as progress:
+        for i, seconds in enumerate((50, 1, 1, 10)):
+            clock[0] += seconds
+            progress.update(i + 1)
+    first, second, _ = capsys.readouterr().err.splitlines()
+    assert first == "train: 1/100  "
+    assert second == "train: 4/100    384 s left"  # 12 s for three steps
+
+
 def _slowly(step):
     time.sleep(0.2)
     return sample(step)
