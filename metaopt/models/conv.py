@@ -69,13 +69,17 @@ def batch_norm(
 def max_pool2x2(x: Array) -> Array:
     """The maxima of 2x2 blocks, leaving out an odd last row or column.
 
-    A reduction over a reshaped array: its second derivative is made of plain
-    operations, where that of a window reduction is not.
+    By comparisons, whose derivatives of any order are plain operations. That of a reduction
+    looks for what equals the maximum, and is NaN if the compiler computes ``x`` twice, with other
+    roundings, and nothing does.
     """
     S, height, width, channels = x.shape
     rows, columns = height // 2, width // 2
     blocks = x[:, : 2 * rows, : 2 * columns].reshape(S, rows, 2, columns, 2, channels)
-    return jnp.max(blocks, axis=(2, 4))
+    upper, lower = blocks[:, :, 0], blocks[:, :, 1]
+    highest = jnp.where(upper >= lower, upper, lower)
+    left, right = highest[:, :, :, 0], highest[:, :, :, 1]
+    return jnp.where(left >= right, left, right)
 
 
 class ConvLayer(nn.Module):

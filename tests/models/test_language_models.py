@@ -72,7 +72,7 @@ def test_each_output_depends_on_just_the_inputs_in_reach(make, lookup, expected)
         (lambda: bigram(1), "vocab_size is 1"),
         (lambda: recurrent(1, 4), "vocab_size is 1"),
         (lambda: recurrent(8, 0), "width is 0"),
-        (lambda: recurrent(8, 4, "elman"), "'rnn', 'gru', 'lstm'"),
+        (lambda: recurrent(8, 4, "elman"), "choose one of rnn, gru, lstm"),
         (lambda: transformer(TransformerConfig(vocab_size=1)), "vocab_size is 1"),
         (lambda: transformer(TransformerConfig(vocab_size=8, num_layers=0)), "num_layers is 0"),
         (lambda: transformer(TransformerConfig(vocab_size=8, window=0)), "window is 0"),
