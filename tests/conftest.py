@@ -1,5 +1,6 @@
 """Several virtual devices, strict promotion of ranks, one compilation cache for all workers."""
 
+import gc
 import os
 import pathlib
 import signal
@@ -20,5 +21,6 @@ jax.config.update(
 )
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+gc.set_threshold(200_000, 50, 100)  # tracing makes many objects that all live for a while
 # A shell's background job ignores SIGINT, and so would every process that a test starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -16,6 +16,7 @@ from metaopt.learners import fixed_start, learned_loss, maml
 from metaopt.meta_gradients import mixed_mode, reverse
 from metaopt.types import Episode
 
+pytestmark = pytest.mark.slow
 PAGE = Path(__file__).parents[1] / "docs" / "bilevel.md"
 HPARAMS = {"inner_learning_rate": 0.1}
 

@@ -42,6 +42,7 @@ def execute(notebook, path):
     return read(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs_at_smoke_size_and_draws(path, tmp_path):
     notebook = read(path)

@@ -86,6 +86,7 @@ def test_a_run_leaves_config_results_table_picture_and_samples(markov_run):
     assert "Before adaptation" in samples and "After 2 steps of adaptation" in samples
 
 
+@pytest.mark.slow
 def test_a_run_under_the_closed_loop_ends_in_the_same_files_and_says_what_it_tried(tmp_path):
     args = [*MARKOV, "--rows", "MAML", "--comparison.meta-steps", "120", "--improve"]
     directory = run_in(tmp_path, [*args, "--comparison.tasks-per-step", "2"])

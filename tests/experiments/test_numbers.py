@@ -24,7 +24,7 @@ from metaopt.ranges import Checked, Range, field_types
 
 SPECIAL = [0, -1, math.nan, math.inf, -math.inf, 1e300, 1e-300, 10**20, 2**31, -(2**63), -0.5, 7]
 NUMBERS = st.sampled_from(SPECIAL) | st.integers(1, 100) | st.integers() | st.floats()
-EXAMPLES = int(os.environ.get("NUMBERS_EXAMPLES", "20"))
+EXAMPLES = int(os.environ.get("NUMBERS_EXAMPLES", "10"))
 SMALL = {
     "adapt_languages": "--preset smoke --rows MAML",
     "table_bayes_gap": "--preset smoke --models transformer",

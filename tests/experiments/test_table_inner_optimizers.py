@@ -140,6 +140,7 @@ def diverging(problem):
     return problem._replace(family=family, loss_fn=loss_fn)
 
 
+@pytest.mark.slow
 def test_what_diverges_is_a_dash_and_the_rest_goes_on(arguments, tmp_path):
     optimizers = ["--optimizers", "sgd", "lion", "--learners", "maml", "joint"]
     rates = ["--comparison.inner-rates", "20", "--comparison.num-devices", "1"]

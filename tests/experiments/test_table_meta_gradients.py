@@ -12,6 +12,7 @@ from metaopt import models
 TINY = Size(width=4, layers=1, length=6, steps=3, sequences=2, head_size=2)
 
 
+@pytest.mark.slow
 def test_forms_count_the_operations_that_the_theory_gives():
     """In units of a forward pass F: a gradient is 3, its derivative 6 backward or 9 forward."""
     counted = {name: forms.flops(FORMS[name], TINY).matmul for name in FORMS if name != PLANNED}
@@ -37,6 +38,7 @@ def test_presets_hold_together(name):
     assert all(size.width % size.head_size == 0 for size in config.sizes)
 
 
+@pytest.mark.slow
 def test_a_run_writes_the_named_cells(tmp_path, monkeypatch, capsys):
     kept = (NAIVE, table.CHECKPOINT, table.QUICKEST, PLANNED, "mixed mode")
     kept = {name: FORMS[name] for name in (*kept, "mixed + saved gradients")}

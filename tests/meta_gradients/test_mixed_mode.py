@@ -3,6 +3,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 from metaopt.inner_loop import InnerLoop
 from metaopt.learners import meta_sgd
@@ -16,6 +17,7 @@ KEY = jax.random.key(0)
 QUICKLY = {"xla_backend_optimization_level": 0}  # compiles in half the time
 
 
+@pytest.mark.slow
 def test_mixed_mode_equals_reverse_on_a_scanned_transformer_under_adam():
     config = TransformerConfig(vocab_size=4, width=4, num_layers=1, num_heads=1)
     model, learner = transformer(config), meta_sgd(optax.adam, num_steps=2)
