@@ -87,7 +87,7 @@ def test_what_is_slower_leaves_early(clock):
         **{"d": "slower", "e": "slower", "f": "slower"},
     }
     alone = fastest({"a": clock.takes("a", 1.0), "b": clock.takes("b", 1.5)}, "a")
-    assert len(alone.timings["a"].samples) == 2  # nobody is left to race with
+    assert len(alone.timings["a"].samples) == 2  # no other is left to be timed beside
 
 
 def test_the_budget_holds_and_without_evidence_nothing_changes(clock):

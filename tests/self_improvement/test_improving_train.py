@@ -171,7 +171,7 @@ def timeless(directory):
 
 @pytest.mark.parametrize("at", [3, 20, 40])
 def test_a_run_that_is_judged_by_steps_and_stopped_goes_on_as_if_it_were_not(tmp_path, at):
-    """In a race, and in training."""
+    """In a trial round, and in training."""
     left = [at]
 
     def stopping(i):

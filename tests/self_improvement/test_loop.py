@@ -239,7 +239,7 @@ def straight(tmp_path_factory):
 
 @pytest.mark.parametrize("at", [3, 9, 30, 76, 120])
 def test_a_run_that_is_stopped_goes_on_as_if_it_were_not(tmp_path, straight, at):
-    """In the first race, in a later one, in training before and after an assessment."""
+    """In the first trial round, in a later one, in training before and after an assessment."""
     state, outcome, written = straight
     with pytest.raises(Interrupted) as error:
         improved(tmp_path, problem=workload(600, step=stopping(at)), **STOPPED)
@@ -258,7 +258,7 @@ def test_a_run_that_is_stopped_goes_on_as_if_it_were_not(tmp_path, straight, at)
 
 
 def test_a_search_that_is_stopped_again_and_again_comes_to_its_end(tmp_path, straight):
-    """Each process has time for a race or two, and not for all of a search."""
+    """Each process has time for a round or two, and not for all of a search."""
     state, outcome, written = straight
     numbers = []
     for _ in range(20):
@@ -375,10 +375,10 @@ def test_trials_keep_to_their_budget_and_settings_to_their_bounds(tmp_path):
     settings = SETTINGS | {"outer_learning_rate": 0.02, "weight_decay": 0.1}
     config, problem = LoopConfig(), workload(2000, space=space)
     outcome = improved(tmp_path, settings=settings, problem=problem, config=config)
-    race = config.trials.anneal * config.trials.examples * 2000 + 8 * 4
+    trial = config.trials.anneal * config.trials.examples * 2000 + 8 * 4
     for phase, share in enumerate(config.shares):
         spent = sum(d.trial_examples for d in outcome.decisions if d.phase == phase)
-        assert 0 < spent <= share * 2000 + race
+        assert 0 < spent <= share * 2000 + trial
     tried = [e.settings for d in outcome.decisions for e in d.trials]
     assert any(entry.get("outer_learning_rate") == 0.6 for entry in tried)
     assert all(0.01 <= entry.get("outer_learning_rate", 0.1) <= 0.6 for entry in tried)
@@ -430,7 +430,7 @@ def test_the_second_run_goes_on_where_the_first_ended(tmp_path):
     assert third.snapshot.settings["outer_learning_rate"] == 0.02
 
 
-def test_what_kin_decided_holds_only_where_all_is_as_it_was(tmp_path):
+def test_what_similar_runs_decided_holds_only_where_all_is_as_it_was(tmp_path):
     memory = Memory(tmp_path / "memory.sqlite")
     first = improved(tmp_path / "1", settings=SLOW | {"kind": "old"}, memory=memory)
     again = improved(tmp_path / "2", 200, settings=SLOW | {"kind": "old"}, memory=memory)
