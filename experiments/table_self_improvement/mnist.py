@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from experiments.table_self_improvement import tuning as tuning
+from experiments.table_self_improvement import tuning
 from experiments.table_self_improvement.study import Cell, Study, described, mean
 from experiments.table_self_improvement.workloads import mnist
 from metaopt.self_improvement.loop import Outcome
@@ -32,7 +32,6 @@ class Compared(NamedTuple):
       tuned: test accuracy of the best fixed rate and of the best cosine, by the loss held out.
       best: which of the two is the better, by the same.
       untreated: test accuracy.
-      time_ratio: of the loop, to the best.
     """
 
     improved: Outcome
@@ -41,7 +40,6 @@ class Compared(NamedTuple):
     tuned: dict[str, float]
     best: str
     untreated: float
-    time_ratio: float
 
     @property
     def accuracy(self) -> float:
@@ -68,8 +66,6 @@ def mnist_row(study: Study) -> Iterator[Cell]:
     }
     found = mean([run.accuracy / run.tuned[run.best] for run in runs])
     yield Cell("ratio to tuned", found, more | common)
-    times = mean([run.time_ratio for run in runs])
-    yield Cell("time ratio", times, common | {"better": "lower"})
     untreated = mean([run.untreated / run.tuned[run.best] for run in runs])
     yield Cell("untreated ratio", untreated, {"unit": "ratio of test accuracies"} | common)
 
@@ -81,7 +77,7 @@ def _compare(study: Study, seed: int, suffix: str) -> Compared:
     def place(name: str) -> Path:
         return study.directory / f"{name}{suffix}"
 
-    accuracies, losses, seconds = {}, {}, {}
+    accuracies, losses = {}, {}
     both = {schedule: mnist(config, schedule) for schedule in ("fixed", "cosine")}
     for schedule, digits in both.items():
         found = {}
@@ -94,7 +90,7 @@ def _compare(study: Study, seed: int, suffix: str) -> Compared:
             digits.problem, settings, place(f"mnist {schedule}"), assess_every=every
         )
         accuracies[schedule] = float(np.mean(digits.predict(again.snapshot.state) == digits.labels))
-        losses[schedule], seconds[schedule] = found[rate], again.ledger.seconds
+        losses[schedule] = found[rate]
     best = min(losses, key=lambda schedule: losses[schedule])
     digits = both["cosine"]
     start = digits.problem.settings | {"outer_learning_rate": config.mnist.start_rate}
@@ -107,5 +103,4 @@ def _compare(study: Study, seed: int, suffix: str) -> Compared:
         accuracies,
         best,
         float(np.mean(digits.predict(untreated.snapshot.state) == digits.labels)),
-        improved.ledger.seconds / seconds[best],
     )

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import optuna
 
-from experiments.table_self_improvement import tuning as tuning
+from experiments.table_self_improvement import tuning
 from experiments.table_self_improvement.config import Config
 from experiments.table_self_improvement.faults import FAULTS
 from experiments.table_self_improvement.mnist import mnist_row

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments.table_self_improvement import tuning as tuning
+from experiments.table_self_improvement import tuning
 from experiments.table_self_improvement.config import Config
 from experiments.table_self_improvement.workloads import Problem, language_model
 from metaopt.self_improvement.loop import Outcome, run

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from experiments import table_meta_gradients as table
-from experiments.table_meta_gradients import forms as forms
+from experiments.table_meta_gradients import forms
 from experiments.table_meta_gradients.forms import FORMS, NAIVE, PLANNED, Size
 from metaopt import models
 
