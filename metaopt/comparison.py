@@ -20,7 +20,7 @@ import optax
 from metaopt import parallel
 from metaopt.console import log
 from metaopt.errors import UserError
-from metaopt.evaluate import CurveFn, TunedCurves, curves_of, tuned_curves
+from metaopt.evaluate import CurveFn, TunedCurves, make_curves, tuned_curves
 from metaopt.fit import FitConfig, Problem, check_devices, fit, validation_episodes
 from metaopt.inner_loop import InnerLoop
 from metaopt.learners import maml
@@ -233,13 +233,14 @@ class Comparison:
         return tuned_curves(curves, meta_params, {}, rates, self.valid, self.test)
 
     def _curves(self, learner: Learner, num_steps: int | None = None) -> CurveFn:
-        return curves_of(
-            self.problem,
+        return make_curves(
             learner,
+            self.problem.loss_fn,
             self.inner,
             self.config.max_inner_steps if num_steps is None else num_steps,
             self.devices,
             self.config.tasks_at_a_time,
+            outer_loss=self.problem.outer_loss,
         )
 
     def _training_rate(self, row: Row, start: Params) -> float:

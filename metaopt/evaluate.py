@@ -87,8 +87,10 @@ def evaluate(
     check_value("split", split, Literal["valid", "test"])
     length = inner.num_steps if num_steps is None else num_steps
     devices = default_devices(num_devices)
-    curves = curves_of(problem, learner, inner, length, devices, tasks_at_a_time, measure)
-    family = problem.family
+    loss_fn, outer_loss, family = problem.loss_fn, problem.outer_loss, problem.family
+    curves = make_curves(
+        learner, loss_fn, inner, length, devices, tasks_at_a_time, measure, outer_loss
+    )
     chosen = family.test if split == "test" else family.valid
     episodes = chosen.sample(jax.random.key(seed), num_episodes)
     losses = curves(meta_params, hparams, episodes)
@@ -104,6 +106,7 @@ def make_curves(
     devices: Sequence[Device],
     tasks_at_a_time: int = 0,
     measure: MeasureFn | None = None,
+    outer_loss: LossFn | None = None,
 ) -> CurveFn:
     """The query losses of episodes after 0..num_steps inner steps on the whole support.
 
@@ -120,6 +123,7 @@ def make_curves(
         meta-batch, all episodes at once would not fit.
       measure: what takes the place of the query loss, such as an accuracy. It may give
         several numbers at once, ``[M]``.
+      outer_loss: what judges in place of ``loss_fn`` if there is no measure.
 
     Returns:
       ``(meta_params, hparams, episodes [E, ...]) -> float64 [E, num_steps + 1]`` (or
@@ -128,12 +132,13 @@ def make_curves(
     """
     check_parts(learner, loss_fn, inner)
     scanned = InnerLoop(num_steps=inner.num_steps, batching="same", unroll=False)
+    query_loss = outer_loss or loss_fn
 
     def curve(meta_params: MetaParams, hparams: Hparams, episode: Episode):
         check_call(learner, meta_params, hparams, episode)
 
         def judge(params, _=None):
-            return loss_fn(params, episode.query) if measure is None else measure(params, episode)
+            return measure(params, episode) if measure else query_loss(params, episode.query)
 
         adapted = adapt(
             learner.inner_loss(meta_params, loss_fn),
@@ -158,24 +163,6 @@ def make_curves(
         return mapped((meta_params, dict(hparams)), episodes).astype(np.float64)
 
     return curves
-
-
-def curves_of(
-    problem: "Problem",
-    learner: Learner,
-    inner: InnerLoop,
-    num_steps: int,
-    devices: Sequence[Device],
-    tasks_at_a_time: int = 0,
-    measure: MeasureFn | None = None,
-) -> CurveFn:
-    """`make_curves` of a problem: by its outer loss if it has one and there is no measure."""
-    judge = problem.outer_loss
-    if measure is None and judge is not None:
-        measure = lambda params, episode: judge(params, episode.query)  # noqa: E731
-    return make_curves(
-        learner, problem.loss_fn, inner, num_steps, devices, tasks_at_a_time, measure
-    )
 
 
 class TunedCurves(NamedTuple):

@@ -21,7 +21,7 @@ import numpy as np
 from metaopt import parallel
 from metaopt.diagnostics import feasible
 from metaopt.errors import UserError
-from metaopt.evaluate import curves_of
+from metaopt.evaluate import make_curves
 from metaopt.files import check_directory
 from metaopt.inner_loop import InnerLoop
 from metaopt.meta_gradients import reverse
@@ -301,8 +301,15 @@ class _Parts(NamedTuple):
 
     def evaluate(self, valid: Episode, devices: Sequence[parallel.Device]) -> Evaluate:
         """``state -> losses [tasks]`` after the inner steps of training, on validation episodes."""
-        at_a_time, steps = self.config.tasks_at_a_time, self.inner.num_steps
-        curves = curves_of(self.problem, self.learner, self.inner, steps, devices, at_a_time)
+        curves = make_curves(
+            self.learner,
+            self.problem.loss_fn,
+            self.inner,
+            self.inner.num_steps,
+            devices,
+            self.config.tasks_at_a_time,
+            outer_loss=self.problem.outer_loss,
+        )
 
         def losses(state: MetaState) -> np.ndarray:
             found = curves(state.meta_params, state.hparams, valid)

@@ -91,8 +91,6 @@ def small(name):
     module, args = commands()[name], SMALL[name].split()
     if hasattr(module, "presets"):
         return tyro.cli(module.Config, args=args, default=module.presets("smoke"))
-    if hasattr(module, "preset"):
-        return tyro.cli(module.Config, args=args, default=module.preset({"preset": "smoke"}))
     return tyro.cli(module.Config, args=args)
 
 
