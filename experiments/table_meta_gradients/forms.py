@@ -79,7 +79,7 @@ SAVED = {"remat": True, "save_gradients": True}
 NAIVE, PLANNED = "naive", "mixed + planned"
 FORMS = {
     # As one would write it: products of [S, L, D] with a matrix, and nothing recomputed.
-    NAIVE: Form(estimator=meta_gradients.reverse, model={"flatten": False}),
+    NAIVE: Form(estimator=meta_gradients.reverse, model={"second_order": False}),
     "reverse": Form(estimator=meta_gradients.reverse),
     "per-step checkpoint": Form(
         estimator=meta_gradients.reverse, inner={"remat": True}, model=LAYERS_AGAIN

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from metaopt.errors import UserError
 from metaopt.models.linen import from_linen
+from metaopt.models.primitives import VARIANCE_EPSILON, batch_norm, matmul
 from metaopt.ranges import Vocabulary, Width, check_value
 from metaopt.types import Array, Model, Params
 
@@ -35,35 +36,48 @@ def conv3x3(x: Array, kernel: Array, stride: int = 1) -> Array:
     Returns:
       ``[S, ceil(height / stride), ceil(width / stride), C_out]``.
     """
-    height, width = x.shape[1:3]
-    rows, columns = -(-height // stride), -(-width // stride)
-    padding = ((0, 0), _same_padding(height, stride), _same_padding(width, stride), (0, 0))
-    padded = jnp.pad(x, padding)
-    slices = [
-        padded[
-            :, i : i + (rows - 1) * stride + 1 : stride, j : j + (columns - 1) * stride + 1 : stride
-        ]
-        for i in range(3)
-        for j in range(3)
-    ]
+    patches = _patches(x, stride).reshape(-1, 9 * x.shape[-1])
     # All positions in one axis: the gradient of a product with several is slow on CPU.
-    patches = jnp.concatenate(slices, axis=-1).reshape(-1, 9 * x.shape[-1])
-    product = patches @ kernel.reshape(-1, kernel.shape[-1])
-    return product.reshape(x.shape[0], rows, columns, -1)
+    product = matmul(patches, kernel.reshape(-1, kernel.shape[-1]))
+    return product.reshape(x.shape[0], *(-(-size // stride) for size in x.shape[1:3]), -1)
 
 
-def batch_norm(
-    x: Array, scale: Array, bias: Array, epsilon: float = 1e-5, num_reference: int | None = None
-) -> Array:
-    """Normalises each channel of ``[S, height, width, C]`` by the statistics of this batch.
+def _patches(x: Array, stride: int) -> Array:
+    """The 3x3 neighbourhoods, ``[S, rows, columns, 9 C]``, with zeros around the image.
+
+    At stride 2 two neighbouring columns are one stretch of memory: six slices do, of pairs and
+    of single ones. The barrier keeps the compiler from computing ``x`` once for every slice.
+    """
+    S, height, width, C = x.shape
+    rows, columns = -(-height // stride), -(-width // stride)
+    above, below = _same_padding(height, stride)
+    before, after = _same_padding(width, stride)
+    if stride == 2:
+        after = 2 * (columns + 1) - width - before
+    padded = jnp.pad(x, ((0, 0), (above, below), (before, after), (0, 0)))
+    padded = jax.lax.optimization_barrier(padded)
+    lines = [padded[:, i : i + (rows - 1) * stride + 1 : stride] for i in range(3)]
+    if stride == 2:
+        pairs = [line.reshape(S, rows, columns + 1, 2 * C) for line in lines]
+        parts = [part for pair in pairs for part in (pair[:, :, :-1], pair[:, :, 1:, :C])]
+    else:
+        parts = [line[:, :, j : j + columns] for line in lines for j in range(3)]
+    return jnp.concatenate(parts, axis=-1)
+
+
+def normalise(x: Array, scale: Array, bias: Array, num_reference: int | None = None) -> Array:
+    """Batch norm of each channel of ``[S, height, width, C]`` by the statistics of this batch.
 
     With ``num_reference`` they are those of that number of first examples alone.
     """
+    scale, bias = scale[None], bias[None]
+    if num_reference is None:
+        return batch_norm(x.reshape(-1, x.shape[-1]), scale, bias).reshape(x.shape)
     reference = x[:num_reference]
     mean = jnp.mean(reference, axis=(0, 1, 2), keepdims=True)
     variance = jnp.mean((reference - mean) ** 2, axis=(0, 1, 2), keepdims=True)
-    normalised = (x - mean) * jax.lax.rsqrt(variance + epsilon)
-    return normalised * scale[None, None, None, :] + bias[None, None, None, :]
+    normalised = (x - mean) * jax.lax.rsqrt(variance + VARIANCE_EPSILON)
+    return normalised * scale[None, None] + bias[None, None]
 
 
 def max_pool2x2(x: Array) -> Array:
@@ -98,7 +112,7 @@ class ConvLayer(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, (self.filters,))
         stride = 2 if self.downsample == "stride" else 1
         x = conv3x3(x, kernel, stride)
-        x = jax.nn.relu(batch_norm(x, scale, bias, num_reference=self.num_reference))
+        x = jax.nn.relu(normalise(x, scale, bias, self.num_reference))
         return x if self.downsample == "stride" else max_pool2x2(x)
 
 

@@ -9,7 +9,7 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import flax.linen as nn
 import jax
@@ -19,6 +19,7 @@ from metaopt.errors import UserError
 from metaopt.indices import as_tokens
 from metaopt.models.attention import causal_attention, rope
 from metaopt.models.linen import apply_module
+from metaopt.models.primitives import gelu, matmul, rms_norm
 from metaopt.ranges import Checked, Heads, Layers, Length, Range, Vocabulary, Width
 from metaopt.types import Array, Key, Model, Params
 
@@ -46,9 +47,10 @@ class TransformerConfig(Checked):
       attention_block: queries that attend at a time, recomputed in the backward pass, so
         that memory grows with the length of a sequence and not with its square. None
         takes all at once, which is quicker while their scores are small.
-      flatten: multiply by a matrix with all tokens in one axis. The product is the same,
-        but XLA's CPU backend transposes the gradient of one with two leading axes in
-        a way that makes second derivatives slower by half or more.
+      second_order: compute in the form whose second derivatives are quickest: products with
+        all tokens in one axis (XLA's CPU backend transposes the gradient of one with two leading
+        axes, which costs half the time of a meta-step or more), and the derivative rules of
+        `metaopt.models.primitives`. Without it, what one would write, for comparison.
       scan_layers: run the layers as a `jax.lax.scan`, which compiles one layer for
         all of them, rather than unrolled, which runs faster where nothing is remat.
       remat: keep only the input of each layer for the backward pass, and compute
@@ -67,7 +69,7 @@ class TransformerConfig(Checked):
     activation: Literal["gelu", "swiglu"] = "gelu"
     window: Length | None = None
     attention_block: Length | None = None
-    flatten: bool = True
+    second_order: bool = True
     scan_layers: bool = False
     remat: bool = False
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -94,6 +96,24 @@ def _over_tokens(function: Callable[[Array], Array]) -> Callable[[Array], Array]
     return apply
 
 
+class RMSNorm(nn.Module):
+    """`nn.RMSNorm` with the derivative rule of `rms_norm`; at least float32 inside."""
+
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """Maps ``[..., D]`` to the same in ``dtype``, or in that of the parameters."""
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        accurate = jnp.promote_types(jnp.promote_types(x.dtype, scale.dtype), jnp.float32)
+        return rms_norm(x.astype(accurate), scale.astype(accurate)).astype(self.dtype or accurate)
+
+
+def norm_of(config: TransformerConfig) -> type[nn.Module]:
+    """The norm of a config."""
+    return RMSNorm if config.second_order else nn.RMSNorm
+
+
 class Block(nn.Module):
     """Attention and MLP, each behind an RMS norm and added to the residual stream."""
 
@@ -103,15 +123,20 @@ class Block(nn.Module):
         """A matrix product with weights of variance ``scale / fan_in`` at the start."""
         init = nn.initializers.variance_scaling(scale, "fan_in", "normal")
         dtype = COMPUTE_DTYPES[self.config.compute_dtype]
-        dense = nn.Dense(features, use_bias=False, dtype=dtype, kernel_init=init, name=name)
-        return _over_tokens(dense) if self.config.flatten else dense
+        dense = functools.partial(
+            nn.Dense, features, use_bias=False, dtype=dtype, kernel_init=init, name=name
+        )
+        if not self.config.second_order:
+            return dense()
+        return _over_tokens(dense(dot_general=lambda x, weights, *_, **__: matmul(x, weights)))
 
     @nn.compact
     def __call__(self, x_SxLxD: Array) -> Array:
         """Maps the residual stream ``[S, L, D]`` to the next."""
         dtype = COMPUTE_DTYPES[self.config.compute_dtype]
-        x_SxLxD += self.attention(nn.RMSNorm(dtype=dtype, name="attention_norm")(x_SxLxD))
-        x_SxLxD += self.mlp(nn.RMSNorm(dtype=dtype, name="mlp_norm")(x_SxLxD))
+        norm = functools.partial(norm_of(self.config), dtype=dtype)
+        x_SxLxD += self.attention(norm(name="attention_norm")(x_SxLxD))
+        x_SxLxD += self.mlp(norm(name="mlp_norm")(x_SxLxD))
         return x_SxLxD
 
     @property
@@ -122,11 +147,13 @@ class Block(nn.Module):
     def attention(self, x_SxLxD: Array) -> Array:
         """Causal self-attention with rotary positions."""
         S, L, D = x_SxLxD.shape
-        qkv = jnp.split(self.dense(3 * D, "qkv")(x_SxLxD), 3, axis=-1)
-        query, key, value = (part.reshape(S, L, self.config.num_heads, -1) for part in qkv)
+        qkv_SxLx3D = self.dense(3 * D, "qkv")(x_SxLxD)
+        qkv_SxLx3xHxF = qkv_SxLx3D.reshape(S, L, 3, self.config.num_heads, -1)
+        query, key, value = jnp.moveaxis(qkv_SxLx3xHxF, (2, 3), (0, 2))
         reach = self.config.window, self.config.attention_block
-        mixed = causal_attention(rope(query), rope(key), value, *reach)
-        return self.dense(D, "attention_out", self.residual_scale)(mixed.reshape(S, L, D))
+        mixed_SxHxLxF = causal_attention(rope(query), rope(key), value, *reach)
+        mixed_SxLxD = mixed_SxHxLxF.swapaxes(1, 2).reshape(S, L, D)
+        return self.dense(D, "attention_out", self.residual_scale)(mixed_SxLxD)
 
     def mlp(self, x_SxLxD: Array) -> Array:
         """A hidden layer: GELU, or SwiGLU (Shazeer, 2020, arXiv:2002.05202, equation 6)."""
@@ -135,7 +162,7 @@ class Block(nn.Module):
         if self.config.activation == "swiglu":
             activated = jax.nn.silu(self.dense(hidden, "gate")(x_SxLxD)) * up
         else:
-            activated = jax.nn.gelu(up)
+            activated = gelu(up) if self.config.second_order else jax.nn.gelu(up)
         return self.dense(x_SxLxD.shape[-1], "mlp_out", self.residual_scale)(activated)
 
 
@@ -203,11 +230,11 @@ def transformer(config: TransformerConfig) -> Model:
         x_SxLxD = jnp.take(embedding_VxD, tokens_SxL, axis=0)
         x_SxLxD = x_SxLxD.astype(COMPUTE_DTYPES[config.compute_dtype] or embedding_VxD.dtype)
         x_SxLxD = run_layers([params[f"layer_{i}"] for i in range(config.num_layers)], x_SxLxD)
-        x_SxLxD = apply_module(nn.RMSNorm(), params["final_norm"], x_SxLxD)
+        x_SxLxD = apply_module(norm_of(config)(), params["final_norm"], x_SxLxD)
         head_DxV = embedding_VxD.T if config.tie_head else params["head"]["kernel"]
-        if not config.flatten:
+        if not config.second_order:
             return x_SxLxD @ head_DxV
-        return _over_tokens(lambda x_NxD: x_NxD @ head_DxV)(x_SxLxD)
+        return _over_tokens(lambda x_NxD: matmul(x_NxD, head_DxV))(x_SxLxD)
 
     return Model(
         init=functools.partial(_init, config),

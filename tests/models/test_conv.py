@@ -9,7 +9,7 @@ import pytest
 
 from metaopt.errors import UserError
 from metaopt.models import conv
-from metaopt.models.conv import batch_norm, conv3x3, is_normalisation, max_pool2x2
+from metaopt.models.conv import conv3x3, is_normalisation, max_pool2x2, normalise
 
 KEY = jax.random.key(0)
 
@@ -26,7 +26,7 @@ def test_patches_and_a_product_equal_a_convolution(stride):
 
 def test_batch_norm_gives_each_channel_the_mean_and_deviation_it_is_told():
     x = 5 + 3 * jax.random.normal(jax.random.key(0), (4, 5, 5, 2))
-    out = batch_norm(x, scale=jnp.array([1.0, 2.0]), bias=jnp.array([0.0, -1.0]))
+    out = normalise(x, scale=jnp.array([1.0, 2.0]), bias=jnp.array([0.0, -1.0]))
     np.testing.assert_allclose(out.mean(axis=(0, 1, 2)), [0, -1], atol=1e-5)
     np.testing.assert_allclose(out.std(axis=(0, 1, 2)), [1, 2], rtol=1e-4)
 
