@@ -191,18 +191,14 @@ class Store:
     def write(self, slots: PyTree, target: Array, state: PyTree) -> PyTree:
         """The slots with the state in one of them; as they were for a target of -1."""
 
-        def write(slot, leaf):
-            if not slot.shape[0]:
-                return slot
-            # A loop of one round or of none is a condition that is updated in place.
-            return jax.lax.fori_loop(
-                0,
-                jnp.where(target < 0, 0, 1),
-                lambda _, slot: _put(slot, self._pack(leaf), target),
-                slot,
-            )
+        if not any(slot.shape[0] for slot in jax.tree.leaves(slots)):
+            return slots
 
-        return jax.tree.map(write, slots, state)
+        def put(_, slots):
+            return jax.tree.map(lambda slot, x: _put(slot, self._pack(x), target), slots, state)
+
+        # A loop of one round or of none is a condition that is updated in place.
+        return jax.lax.fori_loop(0, jnp.where(target < 0, 0, 1), put, slots)
 
     def _pack(self, leaf: Any) -> Array:
         """A leaf as it is kept."""
