@@ -56,8 +56,11 @@ EXECUTION: dict[str, Any] = {
     "remat": False,
     "save_gradients": False,
     "kept_states": None,
+    "kept_on": "device",
 }
-"""Fields of `InnerLoop` that change how it is computed and not what it is: the default form."""
+"""Fields of `InnerLoop` that change how it is computed and not what it is: the default form.
+
+``kept_dtype`` is none of them: it rounds."""
 
 StepKey = Callable[[Key, Any], Key]
 """``(key, step) -> key`` that the tasks of a step are drawn from; ``step`` may be traced."""

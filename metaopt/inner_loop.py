@@ -20,7 +20,7 @@ from metaopt.eager import compile_once
 from metaopt.errors import UserError
 from metaopt.pytrees import is_smooth
 from metaopt.ranges import Checked, InnerSteps
-from metaopt.rematerialization.scan import planned_scan
+from metaopt.rematerialization.scan import KeptDtype, KeptOn, planned_scan
 from metaopt.types import Array, Batch, InnerGradFn, LossFn, Params, PyTree
 
 INNER_GRADIENTS = "inner_gradients"  # what a recomputed step may keep
@@ -52,6 +52,13 @@ class InnerLoop(Checked):
         being recomputed by the optimal plan of `metaopt.rematerialization.plan`, which also
         finds the number for a memory budget. It implies ``remat`` and a scan. None keeps
         all K.
+      kept_dtype: dtype that the kept states, the first excepted, are rounded to: parameters and
+        the optimiser's state, in half the bytes. The steps themselves are as precise as ever;
+        the meta-gradient is that of steps recomputed from rounded states, and no longer exact.
+        None keeps the states as they are. It implies ``remat`` and a scan.
+      kept_on: memory that the kept states, the first excepted, lie in: the ``host``'s takes
+        none of a GPU's and is slower to reach; on a CPU both are the same. ``host`` implies
+        ``remat`` and a scan.
     """
 
     num_steps: InnerSteps = 5
@@ -61,19 +68,26 @@ class InnerLoop(Checked):
     remat: bool = False
     save_gradients: bool = False
     kept_states: InnerSteps | None = None
+    kept_dtype: KeptDtype | None = None
+    kept_on: KeptOn = "device"
 
     def __post_init__(self):
         super().__post_init__()
-        if self.save_gradients and (not self.remat or self.kept_states is not None):
+        if self.save_gradients and (not self.remat or self.is_planned):
             raise UserError(
                 "save_gradients says what a recomputed step keeps: it takes remat=True, and "
-                "with kept_states there is nothing that it could keep"
+                "with kept_states, kept_dtype or kept_on='host' there is nothing that it could keep"
             )
-        if self.unroll and self.kept_states is None and self.num_steps > MOST_UNROLLED:
+        if self.unroll and not self.is_planned and self.num_steps > MOST_UNROLLED:
             raise UserError(
                 f"{self.num_steps} inner steps laid out one after the other would compile for "
                 "hours: give unroll=False (--inner.no-unroll), which scans them"
             )
+
+    @property
+    def is_planned(self) -> bool:
+        """Whether it says which states are kept, or how, or where."""
+        return bool(self.kept_states or self.kept_dtype) or self.kept_on != "device"
 
 
 class Adapted(NamedTuple):
@@ -215,8 +229,16 @@ def _derivative_of_second(primals, tangents):
 
 def _scan(config: InnerLoop, step: Callable, start: Any, batches: Batch | None, num_steps: int):
     """`jax.lax.scan`, with what the config says is kept for the backward pass."""
-    if config.kept_states is not None:
-        return planned_scan(step, start, batches, length=num_steps, kept_states=config.kept_states)
+    if config.is_planned and num_steps:
+        return planned_scan(
+            step,
+            start,
+            batches,
+            length=num_steps,
+            kept_states=config.kept_states or num_steps,
+            kept_dtype=config.kept_dtype,
+            kept_on=config.kept_on,
+        )
     if config.remat:
         keep = jax.checkpoint_policies.save_only_these_names(INNER_GRADIENTS)
         policy = keep if config.save_gradients else None

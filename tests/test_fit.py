@@ -104,7 +104,7 @@ def test_a_result_from_a_checkpoint_is_said_to_be_one(straight, capsys):
 def test_what_changes_only_how_it_is_computed_may_change(straight, capsys):
     fitted, directory = straight
     changes = {"num_devices": 1, "tasks_at_a_time": 1, "steps_per_call": 4, "checkpoint_every": 50}
-    inner = InnerLoop(num_steps=2, unroll=False, remat=True)
+    inner = InnerLoop(num_steps=2, kept_states=2, kept_on="host")
     again = run(directory, changes=changes, inner=inner)
     assert as_bytes(again) == as_bytes(fitted) and again.from_checkpoint == 8
     assert "2 cpu devices and resumes on 1 cpu device" in capsys.readouterr().err
@@ -127,6 +127,7 @@ def test_what_changes_only_how_it_is_computed_may_change(straight, capsys):
         ({"learner": learners.maml(optax.adagrad)}, "loss, learner or estimator"),
         ({"learner": learners.meta_sgd()}, "hold another state"),
         ({"inner": InnerLoop(num_steps=3)}, r"inner\.num_steps: 2 saved, 3 now"),
+        ({"inner": InnerLoop(num_steps=2, kept_dtype="bfloat16")}, r"kept_dtype: null saved"),
         ({"outer": OuterConfig()}, r"outer\.learning_rate: 0\.05 saved, 0\.001 now"),
         ({"hparams": {"inner_learning_rate": 0.2}}, r"hparams\.inner_learning_rate: 0\.1"),
         ({"changes": {"tasks_per_step": 2}}, "tasks_per_step: 4 saved, 2 now"),

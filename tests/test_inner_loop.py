@@ -68,6 +68,8 @@ def test_what_is_kept_changes_neither_values_nor_gradients():
         {"unroll": False, "remat": True},
         {"unroll": False, "remat": True, "save_gradients": True},
         {"kept_states": 2},
+        {"kept_states": 2, "kept_on": "host"},
+        {"kept_on": "host"},
     ]:
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
@@ -81,12 +83,59 @@ def test_what_is_kept_changes_neither_values_nor_gradients():
     [
         {"save_gradients": True},
         {"save_gradients": True, "remat": True, "kept_states": 2},
+        {"save_gradients": True, "remat": True, "kept_dtype": "bfloat16"},
+        {"save_gradients": True, "remat": True, "kept_on": "host"},
         {"kept_states": 0},
     ],
 )
 def test_contradictory_loops_are_refused(config):
     with pytest.raises(UserError, match=r"save_gradients|kept_states"):
         InnerLoop(**config)
+
+
+def rate_gradient(loss, **config):
+    """Losses of Adam's steps, and the derivative of the last by the start and the rate."""
+
+    def objective(params, rate):
+        config_ = InnerLoop(num_steps=6, **config)
+        adapted = adapt(loss, optax.adam(rate, eps_root=1e-8), params, SUPPORT, config_)
+        return loss(adapted.params, SUPPORT), adapted.losses
+
+    found, losses = jax.jit(jax.grad(objective, argnums=(0, 1), has_aux=True))(
+        quadratic.PARAMS, jnp.float32(0.1)
+    )
+    return losses, np.append(found[0]["head"], found[1])
+
+
+@pytest.mark.parametrize("kept", [None, 2])
+def test_states_kept_in_bfloat16_change_the_derivative_a_little_and_no_step(kept):
+    def loss(params, batch):  # not quadratic: the Hessian is that of where the step is taken
+        return jnp.mean(jnp.log(jnp.cosh(batch.inputs @ params["head"] - batch.targets)))
+
+    losses, exact = rate_gradient(loss, remat=True)
+    rounded_losses, rounded = rate_gradient(loss, kept_states=kept, kept_dtype="bfloat16")
+    np.testing.assert_allclose(rounded_losses, losses, rtol=1e-6)
+    assert 1e-5 < np.linalg.norm(rounded - exact) / np.linalg.norm(exact) < 2e-2
+
+
+def test_a_thousand_planned_steps_have_the_derivative_of_the_closed_form():
+    def end(params):
+        inner = InnerLoop(num_steps=1024, kept_states=15)
+        return adapt(quadratic.loss, optax.sgd(1e-3), params, SUPPORT, inner).params
+
+    with jax.enable_x64(True):
+        start = {"head": jnp.asarray(quadratic.START, jnp.float64)}
+        jacobian = jax.jit(jax.jacrev(end))(start)["head"]["head"]
+    expected = quadratic.contraction(SUPPORT, 1e-3, 1024)
+    assert np.abs(expected).max() > 0.1
+    np.testing.assert_allclose(jacobian, expected, rtol=1e-6)  # of the closed form
+
+
+@pytest.mark.parametrize("config", [{"kept_states": 2}, {"kept_dtype": "bfloat16"}])
+def test_a_planned_loop_may_take_no_step(config):
+    config = InnerLoop(num_steps=3, **config)
+    adapted = adapt(quadratic.loss, optax.sgd(RATE), quadratic.PARAMS, SUPPORT, config, num_steps=0)
+    np.testing.assert_array_equal(adapted.params["head"], quadratic.START)
 
 
 @pytest.mark.parametrize("batching", ["same", "split"])

@@ -23,7 +23,7 @@ import numpy as np
 
 from experiments import harness
 from experiments.table_meta_gradients import forms
-from experiments.table_meta_gradients.forms import FORMS, NAIVE, PLANNED, Size
+from experiments.table_meta_gradients.forms import FORMS, NAIVE, ON_HOST, PLANNED, ROUNDED, Size
 from metaopt import losses, measure
 from metaopt.console import log
 from metaopt.diagnostics import feasible
@@ -61,6 +61,8 @@ class Config(harness.RunConfig):
       exact_size: Size at which gradients are compared, in float64 and in float32.
       growth_steps: Numbers of inner steps for which recomputation is planned, at the first size.
       growth_budgets: Memory for each of them but the first, in units of the first's.
+      offload: Whether to measure the form that keeps inner states in host memory. On a CPU,
+        where host and device memory are one, it shows nothing.
       ratio_sizes: Number of the sizes that have rows among the ratios.
       rounds: Rounds of timing.
       seed: Seed of parameters and data.
@@ -70,8 +72,9 @@ class Config(harness.RunConfig):
     time_size: Size = SHORT
     utilisation_sizes: tuple[Size, ...] = WIDER
     exact_size: Size = SMALL
-    growth_steps: Annotated[tuple[InnerSteps, ...], Several(different=True)] = (8, 32, 128)
-    growth_budgets: tuple[Annotated[float, Range(1, 1e6)], ...] = (1.25, 2.0)
+    growth_steps: Annotated[tuple[InnerSteps, ...], Several(different=True)] = (8, 32, 128, 1024)
+    growth_budgets: tuple[Annotated[float, Range(1, 1e6)], ...] = (1.25, 2.0, 3.0)
+    offload: bool = False
     ratio_sizes: CountOr0 = 2
     rounds: Count = 9
     seed: Seed = 0
@@ -108,7 +111,7 @@ def presets(preset: str = "cpu") -> Config:
             sizes=(large,),
             time_size=dataclasses.replace(large, sequences=1),
             utilisation_sizes=(large,),
-            growth_budgets=(1.25, 2.0),
+            offload=True,
             ratio_sizes=1,
         )
     return Config()
@@ -120,6 +123,7 @@ class Bench:
     def __init__(self, config: Config, table: harness.TableRun):
         self.config, self.table = config, table
         self._temps: dict[tuple[str, Size], int] = {}
+        self.forms = {n: form for n, form in FORMS.items() if n != ON_HOST or config.offload}
 
     def add(self, part: str, row: str, column: str, value: float, unit: str, **more: Any) -> None:
         """Adds one number to a part of the table; ``rounds`` says of what it is the median."""
@@ -148,13 +152,13 @@ class Bench:
 
     def smallest(self, size: Size) -> tuple[str, int]:
         """The exact form that takes the least memory, and its bytes."""
-        exact = [name for name, form in FORMS.items() if form.exact and name != "reverse"]
+        exact = [name for name, form in self.forms.items() if form.exact and name != "reverse"]
         return min(((name, self.temp(name, size)) for name in exact), key=lambda x: x[1])
 
 
 def add_memory(bench: Bench) -> None:
     """Bytes and operations of every form at every size, and their ratios."""
-    shown = {name: form for name, form in FORMS.items() if name != "reverse"}  # as naive is
+    shown = {name: form for name, form in bench.forms.items() if name != "reverse"}  # as naive is
     bench.compile_all([(name, size) for size in bench.config.sizes for name in shown])
     for size in bench.config.sizes:
         for name, form in shown.items():
@@ -175,7 +179,11 @@ def add_growth(bench: Bench) -> None:
     """Memory against the number of inner steps, planned within a budget and not planned."""
     config = bench.config
     sizes = [dataclasses.replace(config.sizes[0], steps=k) for k in config.growth_steps]
-    others = ("mixed mode", "mixed + saved gradients", CHECKPOINT)
+    others = [
+        name
+        for name in ("mixed mode", ROUNDED, ON_HOST, "mixed + saved gradients", CHECKPOINT)
+        if name in bench.forms
+    ]
     bench.compile_all([(name, size) for size in sizes for name in others])
     temps = [
         planned_bytes(bench, size, bench.temp(PLANNED, sizes[0]) * budget)
@@ -237,7 +245,7 @@ def add_time(bench: Bench) -> None:
     config = bench.config
     dtype = config.time_size.compute_dtype
     peak = measure.matmul_peak(8192 if config.preset == "gpu" else 2048, dtype)
-    timings = time_forms(config, config.time_size, list(FORMS))
+    timings = time_forms(config, config.time_size, list(bench.forms))
     exact = {name: timing for name, timing in timings.items() if FORMS[name].exact}
     best = min(exact, key=lambda name: exact[name].median)
     reached: dict[Size, float] = {}
@@ -269,8 +277,8 @@ def add_time(bench: Bench) -> None:
 
 
 def add_exactness(bench: Bench) -> None:
-    """Largest relative error of the exact forms against reverse mode, by precision."""
-    size, names = bench.config.exact_size, [NAIVE, CHECKPOINT, QUICKEST, PLANNED]
+    """Relative error of forms against reverse mode, by precision: rounding, or more."""
+    size, names = bench.config.exact_size, [NAIVE, CHECKPOINT, QUICKEST, PLANNED, ROUNDED]
     for precision in ("float64", "float32"):
         with jax.enable_x64(precision == "float64"):
             args = in_precision(forms.arguments(size, bench.config.seed), precision)

@@ -77,6 +77,7 @@ LAYERS_AGAIN = {"scan_layers": True, "remat": True}
 SMALLEST = LAYERS_AGAIN | {"attention_block": 64}
 SAVED = {"remat": True, "save_gradients": True}
 NAIVE, PLANNED = "naive", "mixed + planned"
+ROUNDED, ON_HOST = "mixed mode, bfloat16 states", "mixed mode, states on host"
 FORMS = {
     # As one would write it: products of [S, L, D] with a matrix, and nothing recomputed.
     NAIVE: Form(estimator=meta_gradients.reverse, model={"second_order": False}),
@@ -86,6 +87,15 @@ FORMS = {
     ),
     "mixed mode": Form(
         estimator=meta_gradients.mixed_mode, inner={"remat": True}, model=LAYERS_AGAIN
+    ),
+    ROUNDED: Form(
+        estimator=meta_gradients.mixed_mode,
+        inner={"kept_dtype": "bfloat16"},
+        model=LAYERS_AGAIN,
+        exact=False,
+    ),
+    ON_HOST: Form(
+        estimator=meta_gradients.mixed_mode, inner={"kept_on": "host"}, model=LAYERS_AGAIN
     ),
     "mixed + saved gradients": Form(
         estimator=meta_gradients.mixed_mode, inner=SAVED, model=LAYERS_AGAIN
@@ -99,9 +109,14 @@ FORMS = {
 
 def estimate(form: Form, size: Size, **inner: Any) -> Callable:
     """The meta-gradient function of a form at a size; ``inner`` overrides the form's own."""
-    loop = InnerLoop(num_steps=size.steps, unroll=False, **(dict(form.inner) | inner))
     learner = learners.maml(INNER_OPTIMIZER)
-    return form.estimator(learner, losses.next_token(model_of(size, form.model)), loop)
+    loss_fn = losses.next_token(model_of(size, form.model))
+    return form.estimator(learner, loss_fn, loop_of(form, size, **inner))
+
+
+def loop_of(form: Form, size: Size, **inner: Any) -> InnerLoop:
+    """The inner loop of a form at a size; ``inner`` overrides the form's own."""
+    return InnerLoop(num_steps=size.steps, unroll=False, **(dict(form.inner) | inner))
 
 
 def model_of(size: Size, options: Mapping[str, Any]) -> Model:
@@ -140,7 +155,7 @@ def flops(form: Form, size: Size, extra_steps: int = 0) -> Flops:
     A planned scan has loops whose lengths are data. What it computes is every step again,
     once, as under ``remat``, and the extra step evaluations of its plan.
     """
-    if "kept_states" not in form.inner:
+    if not loop_of(form, size).is_planned:
         return count_flops(estimate(form, size), *shapes(size))
     every = dataclasses.replace(form, inner={"remat": True})
     counted = count_flops(estimate(every, size), *shapes(size))

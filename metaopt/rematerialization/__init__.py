@@ -1,1 +1,1 @@
-"""Which inner states are kept, by dynamic programming, and the scan that carries it out."""
+"""Which inner states are kept, how and where, and the scan that carries it out."""

@@ -2,10 +2,10 @@
 
 Backpropagation through K steps needs the state before each of them, last first. Keeping
 all takes memory that grows with K. With room for fewer, the others are computed again
-from a kept one; which to keep is a dynamic program whose optimum is binomial: C(s + r, s)
-steps can be reversed with s states kept while no step is evaluated more than r times, so
-that memory grows with log K, where evaluations a step are let grow with it, or with √K
-for one more evaluation of each.
+from a kept one. Which to keep has a binomial optimum: C(s + r, s) steps can be reversed with
+s states kept while no step is evaluated more than r times beside its reversal. So memory grows
+with log K where the evaluations a step may grow with it, and with √K for one more evaluation
+of each.
 
 `plan` chooses for a budget in bytes, `plan_for` for a program and a device;
 `metaopt.rematerialization.scan` carries a schedule out.
@@ -18,13 +18,15 @@ References:
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from metaopt.errors import UserError
 from metaopt.measure import compile_for, compiled_memory, device_bytes, human_bytes
+
+FAR = 10
+"""States kept in the second program that `plan_for` compiles: far enough for an exact slope."""
 
 
 class Leg(NamedTuple):
@@ -63,39 +65,42 @@ class Schedule:
         return sum(leg.num_steps for leg in self.legs)
 
 
-@functools.cache
-def _costs(num_steps: int, free: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Least step evaluations to reverse n steps, by n up to ``num_steps``.
+def _rounds(num_steps: int, states: int) -> int:
+    """The least r with C(s + r, s) ≥ n: how often a step is evaluated at most."""
+    rounds = 0
+    while math.comb(states + rounds, states) < num_steps:
+        rounds += 1
+    return rounds
 
-    The state before the first of them is kept and ``free`` slots are free.
 
-    Returns:
-      ``(again, first, splits)``: the evaluations where states must be reached again;
-      those where the forward run has kept them on its way; and the ``[2, n]`` positions
-      of the next state to keep, for the one and for the other.
+def least_steps(num_steps: int, states: int) -> int:
+    """Fewest step evaluations that reach the start of each of n steps, last first.
+
+    Mathematics: ``r n − C(s + r, s + 1)`` with s states kept at a time, of which the first is
+    given, and the least r with ``C(s + r, s) ≥ n``.
+
+    References:
+      Griewank, Walther, 2000, "Algorithm 799: Revolve".
     """
-    n = np.arange(num_steps + 1)
-    again = n * (n - 1) // 2
-    first, splits = again.copy(), np.zeros((2, num_steps + 1), int)
-    if free:
-        right_again, right_first, _ = _costs(num_steps, free - 1)
-        for size in range(2, num_steps + 1):
-            m = np.arange(1, size)
-            of_again = m + right_again[size - m] + again[m]
-            # The left part is always reversed from its start, with all slots free again.
-            splits[0, size] = m[of_again.argmin()]
-            again[size] = of_again.min()
-        for size in range(2, num_steps + 1):
-            m = np.arange(1, size)
-            of_first = right_first[size - m] + again[m]
-            splits[1, size] = m[of_first.argmin()]
-            first[size] = of_first.min()
-    return again, first, splits
+    rounds = _rounds(num_steps, states)
+    return rounds * num_steps - math.comb(states + rounds, states + 1)
 
 
 def least_extra_steps(num_steps: int, kept_states: int) -> int:
-    """Fewest step evaluations beside forward run and reversals, for a number of kept states."""
-    return int(_costs(num_steps, min(kept_states, num_steps) - 1)[1][num_steps])
+    """Fewest step evaluations beside forward run and reversals, for a number of kept states.
+
+    The forward run keeps states on its way to what follows it, which is the step after the last:
+    it is part of the optimum for K + 1 steps, and takes K evaluations of it.
+    """
+    return least_steps(num_steps + 1, min(kept_states, num_steps)) - num_steps
+
+
+def _split(num_steps: int, states: int) -> int:
+    """How far from the first state the next one is kept."""
+    rounds = _rounds(num_steps, states)
+    left = math.comb(states + rounds - 2, states)  # least number of steps of the left part
+    right = math.comb(states + rounds - 1, states - 1)  # largest of the right one
+    return max(1, left, num_steps - right)
 
 
 @functools.cache
@@ -119,7 +124,8 @@ def schedule(num_steps: int, kept_states: int) -> Schedule:
         if end - start == 1 or not free:
             legs += [Leg(slot, start, k - start, None) for k in reversed(range(start, end))]
             continue
-        split = start + int(_costs(num_steps, len(free))[2][int(forward), end - start])
+        # What follows the forward run is a step more.
+        split = start + _split(end - start + forward, len(free) + 1)
         if forward:
             kept.append(split)
         else:
@@ -185,9 +191,9 @@ def plan_for(
 ) -> Plan:
     """The plan for a program, from what the compiler says of it; nothing is run.
 
-    Temporary memory is a straight line in the number of kept states from three on, where
-    the compiler has loops over slots to deal with. So the programs with two, three
-    and four states kept are compiled; one state is taken to be no dearer than two.
+    Temporary memory is a straight line in the number of kept states from two on, but for how
+    the compiler happens to pack its buffers. So two programs are compiled, with 2 and with
+    `FAR` states kept; one state is taken to be no dearer than two.
 
     Args:
       function_of: ``kept_states -> function``, such as
@@ -200,12 +206,13 @@ def plan_for(
       UserError: not even one state fits; the message gives the least budget that does.
     """
     available = budget * device_bytes() if budget <= 1 else budget
-    two, three, four = (
-        compiled_memory(compile_for(function_of(min(kept, num_steps)), *args)).temp
-        for kept in (2, 3, 4)
+    near, far = min(2, num_steps), min(FAR, num_steps)
+    least, more = (
+        compiled_memory(compile_for(function_of(kept), *args)).temp for kept in (near, far)
     )
+    slope = max(more - least, 0) / max(far - near, 1)
 
     def bytes_of(kept: int) -> int:
-        return two if kept <= 2 else three + (kept - 3) * max(four - three, 0)
+        return least + round(max(kept - near, 0) * slope)
 
     return plan(num_steps, bytes_of, available)

@@ -6,7 +6,7 @@ import pytest
 
 from experiments import table_meta_gradients as table
 from experiments.table_meta_gradients import forms
-from experiments.table_meta_gradients.forms import FORMS, NAIVE, PLANNED, Size
+from experiments.table_meta_gradients.forms import FORMS, NAIVE, ON_HOST, PLANNED, ROUNDED, Size
 from metaopt import models
 
 TINY = Size(width=4, layers=1, length=6, steps=3, sequences=2, head_size=2)
@@ -22,6 +22,7 @@ def test_forms_count_the_operations_that_the_theory_gives():
     assert counted["per-step checkpoint"] > counted["reverse"]
     assert counted["mixed + saved gradients"] < counted["mixed mode"]
     more, less = (forms.flops(FORMS[PLANNED], TINY, extra_steps=n).matmul for n in (2, 0))
+    assert counted[ROUNDED] == counted[ON_HOST] == counted["mixed mode"]
     # A gradient is 3; with layers that are recomputed it is up to 4.
     assert 2 * 3 * unit < more - less < 2 * 4 * unit
 
@@ -35,12 +36,13 @@ def test_presets_hold_together(name):
     config = table.presets(name)
     assert config.preset == name
     assert len(config.growth_steps) == len(config.growth_budgets) + 1
+    assert config.offload == (name == "gpu")
     assert all(size.width % size.head_size == 0 for size in config.sizes)
 
 
 @pytest.mark.slow
 def test_a_run_writes_the_named_cells(tmp_path, monkeypatch, capsys):
-    kept = (NAIVE, table.CHECKPOINT, table.QUICKEST, PLANNED, "mixed mode")
+    kept = (NAIVE, table.CHECKPOINT, table.QUICKEST, PLANNED, "mixed mode", ROUNDED, ON_HOST)
     kept = {name: FORMS[name] for name in (*kept, "mixed + saved gradients")}
     monkeypatch.setattr(table, "FORMS", kept)
     monkeypatch.setattr(table.measure, "matmul_peak", lambda *_: 1e11)
@@ -69,6 +71,14 @@ def test_a_run_writes_the_named_cells(tmp_path, monkeypatch, capsys):
     assert ratios[f"naive/best {TINY}"] >= 1
     assert (tmp_path / "run/memory.png").stat().st_size > 10_000
     assert "meta_gradients/growth" in (tmp_path / "run/table.md").read_text()
+    assert not any(ON_HOST in (r["row"], r["column"]) for r in records)
+    (error,) = [
+        r["value"]
+        for r in records
+        if r["table"] == "meta_gradients/exactness"
+        and (r["row"], r["column"]) == (ROUNDED, "float32")
+    ]
+    assert 0 < error < 1e-2
     (predicted,) = [
         r["value"] for r in records if r["row"] == "K = 5" and r["column"] == "predicted"
     ]
