@@ -18,6 +18,7 @@ from metaopt.statistics import interval
 from metaopt.tasks.sources import text as text_sources
 from metaopt.training.loop import Interrupted
 from metaopt.training.runs import open_run
+from metaopt.types import Episode
 
 ROWS = ("joint pretraining", "Meta-SGD")
 SIZES = "--num-support 2 --num-query 2 --length 8 --comparison.num-devices 2"
@@ -317,7 +318,9 @@ def test_a_row_of_several_seeds_is_their_mean_with_an_interval_over_tasks(tmp_pa
         unit="nats/token",
         seeds=(3, 5),
     )
-    study = Study(table, config, np.repeat(np.arange(8), 2), {})
+    without_limits = dataclasses.replace(config, tasks="of_my_own:family")
+    test = Episode(None, None, np.repeat(np.arange(8), 2))  # type: ignore[arg-type]
+    study = Study(table, without_limits, lambda: test)
     curves = np.random.default_rng(0).uniform(1, 2, size=(2, 2, 16, 3))  # [row, seed, E, steps]
     for name, of_row in zip(("joint pretraining", "MAML"), curves, strict=True):
         row, rates = Row(name, learners.maml(), None), np.full(3, 0.1)
