@@ -190,6 +190,7 @@ class Comparison:
         steps = self.config.pretrain_steps
         if not steps:
             return self.random_init()
+        log(f"pretraining: {steps} joint steps, which all trained rows start from")
         row = Row("pretraining", maml(), joint)
         rate = self.config.inner_rates[0]  # joint training takes no inner step
         meta_params = self._train(row, self.random_init(), range(steps), rate, directory)
