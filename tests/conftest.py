@@ -32,10 +32,10 @@ def compilations():
     """``name -> number of programs of functions of this name`` compiled, or read from the cache."""
     names = []
 
-    def listen(event, seconds, **fields):
-        del seconds
+    def listen(event, duration_secs, **kwargs):
+        del duration_secs
         if event == "/jax/core/compile/backend_compile_duration":
-            names.append(fields.get("fun_name"))
+            names.append(kwargs.get("fun_name"))
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     yield lambda name: names.count(f"jit({name})")
