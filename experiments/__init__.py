@@ -3,6 +3,8 @@
 import sys
 
 if sys.argv[:1] == ["-m"]:  # so it is while `python -m experiments.MODULE` imports, for seconds
+    from metaopt.cli.huge_pages import restart_with_huge_pages
     from metaopt.cli.stopping import listen
 
     listen()
+    restart_with_huge_pages()

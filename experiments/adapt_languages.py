@@ -14,8 +14,9 @@ given as `module:function`, see `metaopt.languages.LanguageConfig`.
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Annotated, Any, NamedTuple
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +26,7 @@ from rich.console import Console
 from experiments import harness
 from metaopt import losses
 from metaopt.comparison import Comparison, ComparisonConfig, RowResult
-from metaopt.console import printable
+from metaopt.console import log, printable
 from metaopt.files import read_text, write_text
 from metaopt.fit import Problem
 from metaopt.inner_loop import InnerLoop, adapt
@@ -161,20 +162,29 @@ def _gpu(config: Config) -> Config:
     )
 
 
-class Study(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Study:
     """What the losses of a run are measured by.
 
     Attributes:
       table: Table of the run.
       config: Config of the run.
-      tasks: Task of each test episode, int ``[E]``.
-      limits: Exact Bayes limits by name, nats ``[E, 2]``: without the support and with it.
+      draw_test: Draws the test episodes, which nothing needs before a row is trained.
     """
 
     table: harness.TableRun
     config: Config
-    tasks: np.ndarray
-    limits: Mapping[str, np.ndarray]
+    draw_test: Callable[[], Episode]
+
+    @functools.cached_property
+    def tasks(self) -> np.ndarray:
+        """The task of each test episode, int ``[E]``."""
+        return np.asarray(self.draw_test().task)
+
+    @functools.cached_property
+    def limits(self) -> Mapping[str, np.ndarray]:
+        """The exact Bayes limits by name, nats ``[E, 2]``: without the support and with it."""
+        return bayes_limits(self.config, self.draw_test())
 
     @property
     def columns(self) -> dict[int, str]:
@@ -315,6 +325,8 @@ def run(config: Config) -> None:
     model = make_model(config)
     rows = make_rows(config, model)
     check(config, config.comparison, rows, model)
+    if is_text(config.tasks):
+        log(f"reading the text of {config.folder or config.tasks}")
     problem = Problem(make_family(config), model, losses.next_token(model))
     seeds = config.seeds or (config.comparison.seed,)
     comparisons = {}
@@ -333,7 +345,7 @@ def run(config: Config) -> None:
         episodes=config.comparison.test_episodes,
         data=digest(config),
     )
-    study = Study(table, config, np.asarray(first.test.task), bayes_limits(config, first.test))
+    study = Study(table, config, lambda: first.test)
     train = harness.compare(comparisons, table.directory)
     for row in table.pending(sorted(rows, key=lambda row: row.name != BASELINE)):
         results = train(row)

@@ -142,8 +142,6 @@ def main(
       description: Text of ``--help``.
       args: Command line; that of the process by default.
     """
-    if args is None:
-        command_line.restart_with_huge_pages()
     args = sys.argv[1:] if args is None else list(args)
     with command_line.one_line_exits(args, resumes=True):
         config = parse(module, presets, description, args)
@@ -221,6 +219,7 @@ def begin(*, improve: bool = False) -> TrainFn:
       UserError: the memory of the closed loop cannot be used.
     """
     parallel.set_up_backend()
+    log("preparing: data, models and their sizes")
     if not improve:
         return train
     where = os.environ.get("METAOPT_MEMORY")

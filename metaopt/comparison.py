@@ -19,8 +19,9 @@ import optax
 
 from metaopt import parallel
 from metaopt.console import log
+from metaopt.eager import compile_once
 from metaopt.errors import UserError
-from metaopt.evaluate import CurveFn, TunedCurves, make_curves, tuned_curves
+from metaopt.evaluate import CurveFn, TunedCurves, make_curves, tuned_curves, tuned_rates
 from metaopt.fit import FitConfig, Problem, check_devices, fit, validation_episodes
 from metaopt.inner_loop import InnerLoop
 from metaopt.learners import maml
@@ -39,6 +40,7 @@ from metaopt.ranges import (
 )
 from metaopt.training.fingerprint import of_arrays
 from metaopt.training.loop import TrainFn, train
+from metaopt.training.progress import Progress
 from metaopt.types import Episode, Estimator, Hparams, Learner, MetaParams, Params
 
 
@@ -181,13 +183,14 @@ class Comparison:
     def random_init(self) -> Params:
         """The initial parameters that every row shares."""
         init_key, _ = jax.random.split(jax.random.key(self.config.seed))
-        return self.problem.model.init(init_key)
+        return compile_once(self.problem.model.init)(init_key)
 
     def pretrain(self, directory: Path) -> Params:
         """Joint pretraining before the rows part, or the random initialisation for 0 steps."""
         steps = self.config.pretrain_steps
         if not steps:
             return self.random_init()
+        log(f"pretraining: {steps} joint steps, which all trained rows start from")
         row = Row("pretraining", maml(), joint)
         rate = self.config.inner_rates[0]  # joint training takes no inner step
         meta_params = self._train(row, self.random_init(), range(steps), rate, directory)
@@ -212,25 +215,31 @@ class Comparison:
             read = every or row.estimator is not joint
             used = rate if read else self.config.inner_rates[0]
             meta_params = self._train(row, start, steps, used, directory, eval_every=every)
-        tuned = self._test(row.learner, meta_params, rate, one_rate)
+        tuned = self._test(row, meta_params, rate, one_rate)
         hparams = {"inner_learning_rate": np.float32(tuned.rates[self.inner.num_steps])}
         seconds = time.monotonic() - began
         return RowResult(row, meta_params, hparams, tuned.losses, tuned.rates, seconds)
 
-    def _test(
-        self, learner: Learner, meta_params: MetaParams, rate: float, one_rate: bool
-    ) -> TunedCurves:
+    def _test(self, row: Row, meta_params: MetaParams, rate: float, one_rate: bool) -> TunedCurves:
         """Curves of the test episodes; ``rate`` is that of training.
 
         Rates that are learned are not tuned as well: they are used as they were trained.
         """
-        curves = self._curves(learner)
-        if one_rate:
-            rate = rate if learner.learned else self._best_rate(learner, meta_params)
-            losses = curves(meta_params, {"inner_learning_rate": np.float32(rate)}, self.test)
-            return TunedCurves(losses, np.full(losses.shape[1], rate))
-        rates = (rate,) if learner.learned else self.config.inner_rates
-        return tuned_curves(curves, meta_params, {}, rates, self.valid, self.test)
+        log(f"{row.name}: evaluating on {self.config.test_episodes} episodes")
+        curves, learned = self._curves(row.learner), row.learner.learned
+        if one_rate and not learned:
+            rate = self._best_rate(row.name, row.learner, meta_params)
+        if one_rate or learned:
+            return tuned_curves(curves, meta_params, {}, (rate,), self.valid, self.test)
+        rates = self.config.inner_rates
+        with self._tuning(row.name) as tuning:
+            return tuned_curves(
+                curves, meta_params, {}, rates, self.valid, self.test, tuning.update
+            )
+
+    def _tuning(self, name: str) -> Progress:
+        total = len(self.config.inner_rates)
+        return Progress(f"{name}: tuning the inner rate", total=total, first="compiling")
 
     def _curves(self, learner: Learner, num_steps: int | None = None) -> CurveFn:
         return make_curves(
@@ -248,15 +257,16 @@ class Comparison:
         alike = row.inner_optimizer, of_arrays(start)
         if alike not in self._tuned:
             learner = maml(row.inner_optimizer)
-            self._tuned[alike] = self._best_rate(learner, learner.init(start))
+            self._tuned[alike] = self._best_rate(row.name, learner, learner.init(start))
         return self._tuned[alike]
 
-    def _best_rate(self, learner: Learner, meta_params: MetaParams) -> float:
+    def _best_rate(self, name: str, learner: Learner, meta_params: MetaParams) -> float:
         """The rate best on the validation tasks after the trained number of steps."""
         curves = self._curves(learner, self.inner.num_steps)
         rates = self.config.inner_rates
-        tuned = tuned_curves(curves, meta_params, {}, rates, self.valid, self.valid)
-        return float(tuned.rates[-1])
+        with self._tuning(name) as tuning:
+            best = tuned_rates(curves, meta_params, {}, rates, self.valid, tuning.update)
+        return float(best[-1])
 
     def _train(
         self,

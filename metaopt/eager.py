@@ -62,14 +62,36 @@ def compile_once(function: Callable) -> Callable:
             key = _Parts().of(function)
         except _Unknown:
             return function(*arguments)
-        with _lock:
-            compiled = _compiled.setdefault(key, _Compiled())
-            _compiled.move_to_end(key)
-            while len(_compiled) > MOST_KEPT:
-                _compiled.popitem(last=False)
-        return compiled(function, arguments)
+        return _kept(key, jax.jit)(function, arguments)
 
     return call
+
+
+def shared(function: Callable, transform: Callable, *options: Hashable) -> Callable:
+    """``transform(function)``, whose programs are those of all equal functions and options.
+
+    Equality is judged now, and not again at each call as by `compile_once`: like a jitted function,
+    this one computes what it did when it was traced.
+
+    Args:
+      function: pure, of pytrees of arrays.
+      transform: compiles it, such as `jax.jit` with options.
+      *options: what tells this transformation from others.
+    """
+    try:
+        compiled = _kept((_Parts().of(function), *options), transform)
+    except _Unknown:
+        return transform(function)
+    return lambda *arguments: compiled(function, arguments)
+
+
+def _kept(key: Hashable, transform: Callable) -> "_Compiled":
+    with _lock:
+        compiled = _compiled.get(key) or _compiled.setdefault(key, _Compiled(transform))
+        _compiled.move_to_end(key)
+        while len(_compiled) > MOST_KEPT:
+            _compiled.popitem(last=False)
+    return compiled
 
 
 class _Compiled:
@@ -79,9 +101,9 @@ class _Compiled:
     was called first may have changed since.
     """
 
-    def __init__(self):
+    def __init__(self, transform: Callable):
         self.called = threading.local()
-        self.program = jax.jit(lambda *arguments: self.called.function(*arguments))
+        self.program = transform(lambda *arguments: self.called.function(*arguments))
 
     def __call__(self, function: Callable, arguments: tuple) -> Any:
         self.called.function = function

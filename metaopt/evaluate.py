@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from metaopt import eager
 from metaopt.checks import check_call, check_parts
 from metaopt.inner_loop import InnerLoop, adapt
 from metaopt.parallel import Device, default_devices, parallel_map
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from metaopt.fit import Problem
 
 MAX_RATES_TRIED = 24
+LEAST_PER_CALL = 4
+"""Episodes that a device takes in a call, if fewer are computed together."""
 
 CurveFn = Callable[[MetaParams, Hparams, Episode], np.ndarray]
 """``(meta_params, hparams, episodes [E, ...]) -> float64 [E, steps + 1]``."""
@@ -110,8 +113,9 @@ def make_curves(
 ) -> CurveFn:
     """The query losses of episodes after 0..num_steps inner steps on the whole support.
 
-    Compiled once, over all devices. Hyperparameters are arguments: curves at another inner rate do
-    not compile again, those of another number of episodes do.
+    Compiled once, over all devices, for all learners and losses that are equal functions (see
+    `metaopt.eager`). Hyperparameters are arguments, and many episodes take several calls: curves
+    at another inner rate do not compile again, nor do those of another large number of episodes.
 
     Args:
       learner: what was meta-learned.
@@ -152,12 +156,16 @@ def make_curves(
         return jnp.concatenate([adapted.probes, judge(adapted.params)[None]])
 
     def on_device(shared, episodes):
-        # None is a plain loop: `lax.map` would otherwise vmap over groups of one.
-        size = None if tasks_at_a_time == 1 else tasks_at_a_time or 64
         meta_params, hparams = shared
+        # None is a plain loop: `lax.map` would otherwise vmap over groups of one.
+        size = None if together == 1 else together
         return jax.lax.map(lambda e: curve(meta_params, hparams, e), episodes, batch_size=size)
 
-    mapped = parallel_map(on_device, devices)
+    together = tasks_at_a_time or 64
+    most = together * -(-LEAST_PER_CALL // together)
+    mapped = eager.shared(
+        on_device, lambda f: parallel_map(f, devices, most), "curves", *devices, most
+    )
 
     def curves(meta_params, hparams, episodes):
         return mapped((meta_params, dict(hparams)), episodes).astype(np.float64)
@@ -178,18 +186,19 @@ class TunedCurves(NamedTuple):
     rates: np.ndarray
 
 
-def tuned_curves(
+OnTried = Callable[[int, int], None]
+"""``(done, total)``: told how many rates have been tried, and of how many."""
+
+
+def tuned_rates(
     curves: CurveFn,
     meta_params: MetaParams,
     hparams: Hparams,
     rates: Sequence[float],
     valid: Episode,
-    test: Episode,
-) -> TunedCurves:
-    """Test curves with the inner rate that is best on the validation tasks.
-
-    The rate is chosen for each number of steps apart, which is the most generous to a
-    learner that has one rate for all steps: every point of its curve is its best.
+    on_tried: OnTried = lambda done, total: None,
+) -> np.ndarray:
+    """The inner rate that is best on the validation tasks, for each number of steps apart.
 
     Args:
       curves: result of `make_curves`.
@@ -199,28 +208,65 @@ def tuned_curves(
         one, further ones are tried beyond it in the same ratio, up to
         `MAX_RATES_TRIED`: what is reported is no artefact of the grid.
       valid: episodes to choose on, ``[E_v, ...]``.
-      test: episodes to report, ``[E, ...]``.
+      on_tried: called after each rate.
 
     Returns:
-      `TunedCurves`. A rate under which a validation loss is not finite is chosen for
-      that number of steps only where it is so under all of them.
+      ``[steps + 1]``; the first, for no step, is that of the last. A rate under which a
+      validation loss is not finite is chosen only where it is so under all of them.
     """
+    groups, tried = np.asarray(valid.task), {}
 
-    def at(rate, episodes):
-        return curves(meta_params, {**hparams, "inner_learning_rate": np.float32(rate)}, episodes)
+    def best_of_all(more: Sequence[float]) -> np.ndarray:
+        total = len(tried) + len(more)
+        for rate in more:
+            found = _at(curves, meta_params, hparams, rate, valid)
+            tried[rate] = task_means(found, groups).mean(axis=0)
+            on_tried(len(tried), total)
+        return _best_rates(tried)
 
-    def on_valid(rates):
-        groups = np.asarray(valid.task)
-        return {rate: task_means(at(rate, valid), groups).mean(axis=0) for rate in rates}
-
-    tried = on_valid(sorted(rates))
-    best = _best_rates(tried)
+    best = best_of_all(sorted(rates))
     while more := rates_beyond(sorted(tried), best.tolist()):
-        tried |= on_valid(more)
-        best = _best_rates(tried)
-    on_test = {rate: at(rate, test) for rate in np.unique(best)}
+        best = best_of_all(more)
+    return best
+
+
+def tuned_curves(
+    curves: CurveFn,
+    meta_params: MetaParams,
+    hparams: Hparams,
+    rates: Sequence[float],
+    valid: Episode,
+    test: Episode,
+    on_tried: OnTried = lambda done, total: None,
+) -> TunedCurves:
+    """Test curves with the inner rate that is best on the validation tasks, see `tuned_rates`.
+
+    The rate is chosen for each number of steps apart, which is the most generous to a
+    learner that has one rate for all steps: every point of its curve is its best. A single
+    rate is not tried.
+
+    Args:
+      curves: result of `make_curves`.
+      meta_params: the learner's meta-parameters.
+      hparams: the other hyperparameters.
+      rates: the inner learning rates to try.
+      valid: episodes to choose on, ``[E_v, ...]``.
+      test: episodes to report, ``[E, ...]``.
+      on_tried: called after each rate that is tried.
+    """
+    if len(rates) == 1:
+        losses = _at(curves, meta_params, hparams, rates[0], test)
+        return TunedCurves(losses, np.full(losses.shape[1], rates[0]))
+    best = tuned_rates(curves, meta_params, hparams, rates, valid, on_tried)
+    on_test = {rate: _at(curves, meta_params, hparams, rate, test) for rate in np.unique(best)}
     losses = np.stack([on_test[rate][:, step] for step, rate in enumerate(best)], axis=1)
     return TunedCurves(losses, best)
+
+
+def _at(
+    curves: CurveFn, meta_params: MetaParams, hparams: Hparams, rate: float, episodes: Episode
+) -> np.ndarray:
+    return curves(meta_params, {**hparams, "inner_learning_rate": np.float32(rate)}, episodes)
 
 
 def _best_rates(tried: dict[float, np.ndarray]) -> np.ndarray:

@@ -20,6 +20,7 @@ import numpy as np
 
 from metaopt import parallel
 from metaopt.diagnostics import feasible
+from metaopt.eager import compile_once
 from metaopt.errors import UserError
 from metaopt.evaluate import make_curves
 from metaopt.files import check_directory
@@ -213,7 +214,7 @@ def fit(
         valid = validation_episodes(problem.family, config.eval_seed, config.valid_episodes)
     parts.check_memory(params, first, 0 if valid is None else len(valid.task))
     if state is None:
-        params = problem.model.init(init_key) if params is None else params
+        params = compile_once(problem.model.init)(init_key) if params is None else params
         scalars = {"inner_learning_rate": INNER_RATE} if hparams is None else dict(hparams)
         start = init_state(used, params, learner, outer_optimizer(outer), outer.hparams() | scalars)
     else:

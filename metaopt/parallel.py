@@ -185,11 +185,17 @@ def parallel_members(
     )
 
 
-def parallel_map(function: Callable, devices: Sequence[Device]) -> Callable:
+def parallel_map(function: Callable, devices: Sequence[Device], most: int = 0) -> Callable:
     """Maps ``function(shared, tasks [T, ...]) -> [T, ...]`` over ``[N·T, ...]`` tasks.
 
     Tasks that do not fill the devices are padded with copies of the first, whose
     results are dropped. What comes out is on the host.
+
+    Args:
+      function: of one device.
+      devices: N of them.
+      most: the largest T of one call, so that one program serves all larger numbers of tasks; 0
+        for any.
     """
     mapped = jax.pmap(function, axis_name=AXIS, in_axes=(None, 0), devices=devices)
     num_devices = len(devices)
@@ -197,13 +203,23 @@ def parallel_map(function: Callable, devices: Sequence[Device]) -> Callable:
     def apply(shared, tasks):
         tasks = jax.device_get(tasks)
         num_tasks = jax.tree.leaves(tasks)[0].shape[0]
-        padding = -num_tasks % num_devices
+        each = -(-num_tasks // num_devices)
+        size = num_devices * (min(each, most) if most else each)
+        padding = -num_tasks % size
         padded = jax.tree.map(
             lambda x: np.concatenate([x, np.repeat(x[:1], padding, axis=0)]), tasks
         )
         # Replicated whatever it was: the same values placed in another way compile again.
         shared = replicate(shared, devices)
-        out = jax.device_get(mapped(shared, split_over_devices(padded, num_devices)))
-        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:num_tasks], out)
+        calls = []
+        for start in range(0, num_tasks, size):
+            part = jax.tree.map(lambda x, i=start: x[i : i + size], padded)
+            calls.append(mapped(shared, split_over_devices(part, num_devices)))
+        outs = jax.device_get(calls)
+
+        def join(*parts):
+            return np.concatenate([x.reshape(-1, *x.shape[2:]) for x in parts])[:num_tasks]
+
+        return jax.tree.map(join, *outs)
 
     return apply

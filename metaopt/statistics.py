@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
-from scipy import stats
+from scipy import special
 
 from metaopt.errors import UserError
 
@@ -74,7 +74,7 @@ def t_interval(values: np.ndarray, groups: np.ndarray | None = None) -> Interval
     if n < 2:
         return Interval(float(means.mean()), float("nan"), n)
     with np.errstate(invalid="ignore"):  # an infinite value has no interval
-        half = stats.t.ppf(0.975, n - 1) * means.std(ddof=1) / np.sqrt(n)
+        half = special.stdtrit(n - 1, 0.975) * means.std(ddof=1) / np.sqrt(n)
     return Interval(float(means.mean()), float(half), n, "Student t")
 
 

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from scipy import stats
+from scipy import special
 
 from metaopt.errors import UserError
 from metaopt.measure import Timing, interleaved, timing_of
@@ -109,7 +109,7 @@ def beyond_noise(
     won = sum(c * (1 + least_gain) < i for c, i in pairs)
     if not pairs:
         return False
-    return float(stats.binomtest(won, len(pairs), alternative="greater").pvalue) < CHANCE
+    return float(special.bdtrc(won - 1, len(pairs), 0.5)) < CHANCE
 
 
 def _still_timed(left: list[str], samples: dict[str, list[float]], current: str) -> list[str]:

@@ -1,3 +1,5 @@
+import collections
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -5,7 +7,8 @@ import pytest
 import quadratic
 from scipy import stats
 
-from metaopt.evaluate import make_curves, tuned_curves
+from metaopt import eager
+from metaopt.evaluate import LEAST_PER_CALL, make_curves, tuned_curves
 from metaopt.inner_loop import InnerLoop
 from metaopt.learners import maml
 from metaopt.statistics import interval, t_interval
@@ -55,6 +58,25 @@ def test_a_measure_of_several_numbers_takes_the_place_of_the_loss():
         np.testing.assert_allclose(
             found[i, :, 1], [quadratic.value(w, support) for w in path], rtol=1e-4
         )
+
+
+def test_equal_learners_and_more_episodes_take_no_other_program(monkeypatch, compilations):
+    monkeypatch.setattr(eager, "_compiled", collections.OrderedDict())
+    hparams, devices = {"inner_learning_rate": np.float32(0.1)}, jax.devices()[:2]
+    several = 2 * LEAST_PER_CALL
+    episodes = quadratic.episodes(2 * several + 3)
+
+    def losses(number, num_steps=2):
+        curves = make_curves(maml(), quadratic.loss, InnerLoop(), num_steps, devices, 1)
+        return curves(META_PARAMS, hparams, jax.tree.map(lambda x: x[:number], episodes))
+
+    losses(several)
+    before = compilations("_fun")
+    found = losses(2 * several + 3)
+    assert found.shape == (2 * several + 3, 3) and compilations("_fun") == before > 0
+    np.testing.assert_array_equal(found[:several], losses(several))
+    losses(several, num_steps=3)
+    assert compilations("_fun") == before + 1
 
 
 def test_no_steps_are_the_loss_at_the_start():

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import metaopt
-from metaopt.cli import stopping
+from metaopt.cli import huge_pages, stopping
 
 
 class Command(NamedTuple):
@@ -61,10 +61,10 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def _run(name: str, args: Sequence[str], is_process: bool) -> None:
-    command_line = importlib.import_module("metaopt.cli.command_line")
     command = COMMANDS[name]
     if is_process and command.computes:
-        command_line.restart_with_huge_pages()
+        huge_pages.restart_with_huge_pages()
+    command_line = importlib.import_module("metaopt.cli.command_line")
     module_name, _, function_name = command.function.partition(":")
     module = importlib.import_module(module_name)
     run = getattr(module, function_name)

@@ -108,17 +108,3 @@ def _flag_of(args: Sequence[str], field: str) -> str:
     names = [arg.split("=", 1)[0].replace("_", "-") for arg in args if arg.startswith("--")]
     found = [name for name in names if name[2:].split(".")[-1] == field.replace("_", "-")]
     return " or ".join(dict.fromkeys(found)) or field
-
-
-def restart_with_huge_pages() -> None:
-    """Starts this process again, on Linux, with an allocator that asks for huge pages.
-
-    A meta-gradient on CPU takes fresh memory of hundreds of MiB in every step, and with pages
-    of 4 KiB a quarter of its time is page faults. The allocator reads its settings
-    when a process starts; where the user has set some, they are left alone.
-    """
-    if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
-        os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
-        sys.stdout.flush()
-        stopping.hold()
-        os.execv(sys.executable, sys.orig_argv)

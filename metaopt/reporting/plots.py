@@ -3,15 +3,16 @@
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 from metaopt.console import printable
 from metaopt.files import write_bytes
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 MARKERS = "osD^v<>Ph*"
 LINE_STYLES = ("-", "--", ":", "-.")
@@ -29,14 +30,17 @@ class Curve(NamedTuple):
     ci95: np.ndarray
 
 
-def new_figure(width: float = 7.0, height: float = 4.4) -> Figure:
+def new_figure(width: float = 7.0, height: float = 4.4) -> "Figure":
     """An empty figure that belongs to no window; sizes in inches."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # late: a start draws nothing
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
 
-def save(figure: Figure, path: Path) -> None:
+def save(figure: "Figure", path: Path) -> None:
     """Write a figure as PNG, whole or not at all.
 
     Raises:
@@ -175,7 +179,7 @@ def trajectories(
     _save_with_grids(figure, path)
 
 
-def _draw(axes: Axes, i: int, x: Any, y: Any, half: Any = None, **style: Any) -> None:
+def _draw(axes: "Axes", i: int, x: Any, y: Any, half: Any = None, **style: Any) -> None:
     """Line number ``i``, with a band of half-width ``half``; NaN and inf are gaps."""
     marker = MARKERS[i % len(MARKERS)]
     axes.plot(x, _finite(y), **{"color": f"C{i}", "marker": marker, "markersize": 4, **style})
@@ -184,13 +188,15 @@ def _draw(axes: Axes, i: int, x: Any, y: Any, half: Any = None, **style: Any) ->
         axes.fill_between(x, low, high, color=f"C{i}", alpha=0.12, lw=0)
 
 
-def _save_with_grids(figure: Figure, path: Path) -> None:
+def _save_with_grids(figure: "Figure", path: Path) -> None:
     for axes in figure.axes:
         axes.grid(alpha=0.25)
     save(figure, path)
 
 
-def _limit(axes: Axes, lines: Sequence[np.ndarray], levels: Sequence[float], reach: float) -> None:
+def _limit(
+    axes: "Axes", lines: Sequence[np.ndarray], levels: Sequence[float], reach: float
+) -> None:
     """The axis up to ``reach`` from its median: a line that diverged does not hide the rest."""
     shown = np.concatenate([*lines, levels])
     shown = shown[np.isfinite(shown)]

@@ -120,7 +120,7 @@ def number_ngrams(config: MarkovConfig, tokens: Array, n: int) -> Array:
     return numbers
 
 
-@functools.partial(jax.jit, static_argnums=0, static_argnames=("use_support", "use_prefix"))
+@functools.partial(jax.jit, static_argnums=0)
 def bayes_loss(
     config: MarkovConfig, episode: Episode, *, use_support: bool = True, use_prefix: bool = False
 ) -> Array:
@@ -148,13 +148,10 @@ def bayes_loss(
         sequences = [_sequences(batch) for batch in batches]
         known = [((tokens >= 0) & (tokens < config.vocab_size)).all() for tokens in sequences]
         support, query = (number_ngrams(config, s, config.order + 1) for s in sequences)
-        counts = jnp.zeros((2, *query.shape), jnp.int32)
-        if use_support:
-            counts += _count(config, query, support.reshape(1, -1), visible=True)
-        if use_prefix:
-            earlier = jnp.tri(query.shape[1], k=-1, dtype=bool)
-            counts += _count(config, query, query, visible=earlier[None])
-        in_context, followed = counts
+        earlier = jnp.tri(query.shape[1], k=-1, dtype=bool)
+        in_context, followed = _count(
+            config, query, support.reshape(1, -1), visible=use_support
+        ) + _count(config, query, query, visible=earlier[None] & use_prefix)
         alpha, vocab_size = config.concentration, config.vocab_size
         log_probs = jnp.log((followed + alpha) / (in_context + vocab_size * alpha))
         num_uniform = batches[1].targets.size - query.size

@@ -56,11 +56,12 @@ class Recorder:
         self._mark: tuple[int, float] | None = None  # from where on throughput is measured
         self._throughput: dict[str, float] = {}
         self._path = self._tensorboard = None
+        self._curves, self._start = Path(), start
         if directory is not None and is_first_process():
             self._path = directory / "metrics.jsonl"
             keep_json_lines(self._path, lambda x: x["name"] != name or x["step"] <= start, Line)
-            self._tensorboard = TensorBoard(directory / "tensorboard" / slug(name), start)
-        self._progress = Progress(name, total=config.num_steps, start=start)
+            self._curves = directory / "tensorboard" / slug(name)
+        self._progress = Progress(name, total=config.num_steps, start=start, first="compiling")
 
     def __enter__(self) -> Self:
         self._progress.__enter__()
@@ -119,8 +120,10 @@ class Recorder:
         self._mark = (step, now)
 
     def _write(self, step: int, values: dict[str, Any]) -> None:
-        if self._path is None or self._tensorboard is None:
+        if self._path is None:
             return
+        if self._tensorboard is None:  # late: its import may take seconds
+            self._tensorboard = TensorBoard(self._curves, self._start)
         seconds = time.monotonic() - self._began
         line = {"name": self.name, "step": step} | values | {"seconds": round(seconds, 3)}
         append_json_line(self._path, line)

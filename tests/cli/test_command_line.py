@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from metaopt.cli import command_line
+from metaopt.cli import command_line, huge_pages
 from metaopt.errors import UserError
 from metaopt.training.recorder import Diverged
 
@@ -74,13 +74,13 @@ def test_divergence_is_exit_code_1_and_a_bug_is_not_hidden(capsys):
 
 def test_a_command_starts_again_with_huge_pages_once(monkeypatch):
     started = []
-    monkeypatch.setattr(command_line.sys, "platform", "linux")
-    monkeypatch.setattr(command_line.os, "execv", lambda *args: started.append(args))
+    monkeypatch.setattr(huge_pages.sys, "platform", "linux")
+    monkeypatch.setattr(huge_pages.os, "execv", lambda *args: started.append(args))
     monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
-    command_line.restart_with_huge_pages()
+    huge_pages.restart_with_huge_pages()
     assert started == [(sys.executable, sys.orig_argv)]
     assert os.environ["GLIBC_TUNABLES"] == "glibc.malloc.hugetlb=1"
-    command_line.restart_with_huge_pages()
+    huge_pages.restart_with_huge_pages()
     assert len(started) == 1
     monkeypatch.delenv("GLIBC_TUNABLES")  # set above, and not for the tests after this one
 

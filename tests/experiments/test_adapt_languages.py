@@ -3,6 +3,8 @@ import json
 import os
 import shlex
 import signal
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -18,6 +20,7 @@ from metaopt.statistics import interval
 from metaopt.tasks.sources import text as text_sources
 from metaopt.training.loop import Interrupted
 from metaopt.training.runs import open_run
+from metaopt.types import Episode
 
 ROWS = ("joint pretraining", "Meta-SGD")
 SIZES = "--num-support 2 --num-query 2 --length 8 --comparison.num-devices 2"
@@ -84,6 +87,24 @@ def test_a_run_leaves_config_results_table_picture_and_samples(markov_run):
     samples = (markov_run / "samples.md").read_text()
     assert samples.startswith("Text of Meta-SGD for a new language")
     assert "Before adaptation" in samples and "After 2 steps of adaptation" in samples
+
+
+def test_a_start_imports_nothing_that_only_an_end_needs():
+    late = {"matplotlib", "scipy.stats", "tensorboardX", "torch", "tensorflow_datasets", "optuna"}
+    program = f"import sys, experiments.adapt_languages; print(*({late!r} & sys.modules.keys()))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
+    assert done.stdout.split() == []
+
+
+def test_each_phase_is_announced_before_it_begins(tmp_path, capsys):
+    run_in(tmp_path, [*MARKOV, "--rows", "MAML"])
+    lines = capsys.readouterr().err.splitlines()
+    starts = ("preparing", "MAML: tuning", "MAML: training", "MAML: 0/6  compiling")
+    starts += ("MAML: evaluating", "MAML: tuning", "MAML: 0 steps")
+    left = iter(lines)
+    for start in starts:  # in this order
+        assert any(line.startswith(start) for line in left), start
+    assert lines[0].startswith("preparing")
 
 
 @pytest.mark.slow
@@ -317,7 +338,9 @@ def test_a_row_of_several_seeds_is_their_mean_with_an_interval_over_tasks(tmp_pa
         unit="nats/token",
         seeds=(3, 5),
     )
-    study = Study(table, config, np.repeat(np.arange(8), 2), {})
+    without_limits = dataclasses.replace(config, tasks="of_my_own:family")
+    test = Episode(None, None, np.repeat(np.arange(8), 2))  # type: ignore[arg-type]
+    study = Study(table, without_limits, lambda: test)
     curves = np.random.default_rng(0).uniform(1, 2, size=(2, 2, 16, 3))  # [row, seed, E, steps]
     for name, of_row in zip(("joint pretraining", "MAML"), curves, strict=True):
         row, rates = Row(name, learners.maml(), None), np.full(3, 0.1)

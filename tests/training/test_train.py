@@ -293,8 +293,8 @@ def test_the_time_left_is_told_from_steps_and_not_from_compiling(capsys, monkeyp
             clock[0] += seconds
             progress.update(i + 1)
     first, second, _ = capsys.readouterr().err.splitlines()
-    assert first == "train: 1/100  "
-    assert second == "train: 4/100    384 s left"  # 12 s for three steps
+    assert first == "train: 1/100"
+    assert second == "train: 4/100  384 s left"  # 12 s for three steps
 
 
 def _slowly(step):
