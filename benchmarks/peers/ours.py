@@ -23,9 +23,18 @@ from metaopt import learners, losses, meta_gradients, models, parallel
 from metaopt.fit import Problem
 from metaopt.inner_loop import InnerLoop
 from metaopt.optimizers.outer import OuterConfig, outer_optimizer
-from metaopt.outer_step import init_state, make_meta_step
+from metaopt.outer_step import MetaStep, init_state, make_meta_step
 from metaopt.tasks.sinusoid import SinusoidConfig, sinusoid
-from metaopt.types import Batch, Episode, Estimator, Key, TaskFamily, TaskSplit
+from metaopt.types import (
+    Batch,
+    Episode,
+    Estimator,
+    Key,
+    MetaState,
+    Metrics,
+    TaskFamily,
+    TaskSplit,
+)
 
 PACKAGES = ("jax", "jaxlib", "optax", "flax")
 
@@ -38,16 +47,24 @@ class Setting(NamedTuple):
       tasks_at_a_time: tasks computed together on a device, or the largest common divisor with
         the number of tasks there; 0 all by `jax.vmap`, 1 one by one.
       unroll: whether the inner steps are unrolled rather than scanned.
+      steps_per_call: meta-steps of one compiled call, as `metaopt.fit.FitConfig.steps_per_call`
+        gives them to a training. The peers are eager or take one step a call, and so the time
+        of a step is without the time of a call here: the name of the form says it.
     """
 
     estimator: Estimator
     tasks_at_a_time: int
     unroll: bool
+    steps_per_call: int = 1
 
 
 REVERSE, MIXED = meta_gradients.reverse, meta_gradients.mixed_mode
 SETTINGS: dict[Name, tuple[Setting, ...]] = {
-    "sinusoid": (Setting(REVERSE, tasks_at_a_time=0, unroll=True),),
+    "sinusoid": (
+        Setting(REVERSE, tasks_at_a_time=0, unroll=True, steps_per_call=10),
+        Setting(REVERSE, tasks_at_a_time=0, unroll=True, steps_per_call=50),
+        Setting(MIXED, tasks_at_a_time=0, unroll=True, steps_per_call=50),
+    ),
     "lm": (
         Setting(REVERSE, tasks_at_a_time=1, unroll=True),
         Setting(MIXED, tasks_at_a_time=1, unroll=True),
@@ -68,11 +85,14 @@ def candidates(data: Data, threads: int) -> Candidates:
     tasks, forms = data.sizes.num_tasks // num_devices, {}
     for setting in SETTINGS[data.sizes.name]:
         group = math.gcd(setting.tasks_at_a_time, tasks) % tasks
-        name = (
-            f"{setting.estimator.__name__}, {group or 'all'} at a time, "
-            f"{num_devices} device{'s' * (num_devices > 1)}"
-        )
-        forms[name] = functools.partial(
+        parts = [
+            setting.estimator.__name__,
+            f"{group or 'all'} at a time",
+            f"{num_devices} device{'s' * (num_devices > 1)}",
+            *["scanned"] * (not setting.unroll),
+            *[f"{setting.steps_per_call} steps a call"] * (setting.steps_per_call > 1),
+        ]
+        forms[", ".join(parts)] = functools.partial(
             _build, data, setting._replace(tasks_at_a_time=group), num_devices
         )
     return forms
@@ -87,14 +107,19 @@ def _build(data: Data, setting: Setting, num_devices: int) -> Peer:
         setting.estimator(learner, make_problem(sizes).loss_fn, inner),
         outer_optimizer(outer),
         tasks_at_a_time=setting.tasks_at_a_time,
-        axis_name=parallel.AXIS,
+        axis_name=parallel.AXIS if num_devices > 1 else None,
     )
-    compiled = parallel.parallel_step(step, devices)
+    one_call = _several(step, setting.steps_per_call)
+    if num_devices > 1:
+        compiled = parallel.parallel_step(one_call, devices)
+    else:
+        compiled = parallel.single_step(one_call)
     hparams = outer.hparams() | {"inner_learning_rate": jnp.float32(sizes.inner_learning_rate)}
     params = jax.tree.map(jnp.asarray, unflatten(data.params))
     state = init_state(jax.random.key(0), params, learner, outer_optimizer(outer), hparams)
     place: list[Any] = [parallel.replicate(state, devices)]
-    episodes = _placed(data, devices)
+    episodes = _placed(data, devices, setting.steps_per_call)
+    program = compiled, (place[0], episodes)
 
     def take_step() -> dict:
         place[0], metrics = compiled(place[0], episodes)
@@ -104,14 +129,32 @@ def _build(data: Data, setting: Setting, num_devices: int) -> Peer:
         metrics = take_step()
         return float(metrics["loss"]), float(metrics["grad_norm"])
 
-    return Peer(first, take_step)
+    return Peer(first, take_step, setting.steps_per_call, program)
 
 
-def _placed(data: Data, devices) -> Episode:
-    """The episodes where the step wants them, as the tensors of the peers are."""
+def _several(step: MetaStep, number: int) -> MetaStep:
+    """A number of steps, each on episodes of its own, with the metrics of the first."""
+    if number == 1:
+        return step
+
+    def call(state: MetaState, episodes: Episode) -> tuple[MetaState, Metrics]:
+        state, metrics = jax.lax.scan(step, state, episodes)
+        return state, jax.tree.map(lambda x: x[0], metrics)
+
+    return call
+
+
+def _placed(data: Data, devices, steps_per_call: int) -> Episode:
+    """The episodes where a call wants them, as the tensors of the peers are.
+
+    A call of several steps is given them several times, ``[N, m, T, ...]``: were they constant in
+    the loop, the compiler could compute some of a step once for all.
+    """
     support, query = (Batch(*map(jnp.asarray, batch)) for batch in (data.support, data.query))
     tasks = jnp.arange(data.sizes.num_tasks)
     split = parallel.split_over_devices(Episode(support, query, tasks), len(devices))
+    if steps_per_call > 1:
+        split = jax.tree.map(lambda x: jnp.stack([x] * steps_per_call, axis=1), split)
     return jax.pmap(lambda episodes: episodes, devices=devices)(split)
 
 

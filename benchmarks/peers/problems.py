@@ -99,12 +99,16 @@ class Peer(NamedTuple):
     """A library that is ready to compute meta-steps of one problem.
 
     Attributes:
-      first: does the first step; the meta-loss before it and the norm of its gradient.
+      first: does the first call; the meta-loss before its first step and the norm of its gradient.
       step: does one more, and returns when it is done.
+      steps_per_call: number of meta-steps that each of these calls does.
+      program: what a call compiles and its arguments, if it is one program of JAX.
     """
 
     first: Callable[[], tuple[float, float]]
     step: Callable[[], Any]
+    steps_per_call: int = 1
+    program: tuple[Callable, tuple] | None = None
 
 
 Candidates = dict[str, Callable[[], Peer]]

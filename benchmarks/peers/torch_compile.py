@@ -14,7 +14,7 @@ PACKAGES = ("torch",)
 
 
 def candidates(data: Data, threads: int) -> Candidates:
-    """One compiled program, on one thread or on all."""
+    """One compiled program."""
     return torch_candidates(data, threads, {"vmap, compiled": _compiled})
 
 

@@ -1,4 +1,4 @@
-"""What the PyTorch peers share: model, episodes and outer Adam, and the choice of threads."""
+"""What the PyTorch peers share: model, episodes and outer Adam."""
 
 # pyright: reportMissingImports=false
 
@@ -39,13 +39,8 @@ Form = Callable[[Setup], MetaGradient]
 
 
 def candidates(data: Data, threads: int, forms: dict[str, Form]) -> Candidates:
-    """Every form on one thread and on all: small operations are slower on several."""
-    counts = dict.fromkeys((1, threads))
-    return {
-        f"{name}, {count} thread{'s' * (count > 1)}": functools.partial(_build, data, form, count)
-        for name, form in forms.items()
-        for count in counts
-    }
+    """Every form on these threads."""
+    return {name: functools.partial(_build, data, form, threads) for name, form in forms.items()}
 
 
 def _build(data: Data, form: Form, threads: int) -> Peer:

@@ -1,9 +1,10 @@
-"""One library in a process of its own, that steps when it is told to.
+"""One library in a process of its own.
 
     python -m benchmarks.peers.worker --peer torch_func --problem lm --data DIR --threads 2
 
-prints ``ready {json}`` once it has settled on the fastest of its forms and warmed it up,
-and then, for every line ``go`` that it reads, the seconds that one meta-step took.
+prints ``ready {json}`` with the seconds that a step takes in each of its forms. With ``--form`` it
+is ready at the end of the first call in that form, and then prints, for every line ``go`` that it
+reads, the seconds that one more meta-step took.
 """
 
 import argparse
@@ -25,6 +26,8 @@ MODULES = {
     "torchopt": "torchopt_peer",
     "higher": "higher_peer",
     "torch_compile": "torch_compile",
+    "jax_plain": "jax_plain",
+    "jax_optax": "jax_optax",
 }
 PROBE_SECONDS, PROBE_STEPS = 2.0, 20
 
@@ -54,15 +57,12 @@ def one_device_a_thread(count: int) -> None:
     os.environ |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(count)}
 
 
-def fastest(candidates: Candidates) -> str:
-    """The name of the form that takes the least seconds a step."""
-    if len(candidates) == 1:
-        return next(iter(candidates))
-    seconds = {name: _probe(build()) for name, build in candidates.items()}
-    return min(seconds, key=lambda name: seconds[name])
+def probe(candidates: Candidates) -> dict[str, float]:
+    """The seconds of a step in each form."""
+    return {name: _quickest_step(build()) for name, build in candidates.items()}
 
 
-def _probe(peer: Peer) -> float:
+def _quickest_step(peer: Peer) -> float:
     """The quickest of a few steps."""
     peer.first()
     best, began = float("inf"), time.perf_counter()
@@ -74,10 +74,13 @@ def _probe(peer: Peer) -> float:
 
 
 def seconds_of_a_step(peer: Peer) -> float:
-    """Wall-clock time of one meta-step: forward, backward and the outer update."""
+    """Wall-clock time of one meta-step: forward, backward and the outer update.
+
+    If a call does several, it is the time of the call divided by their number.
+    """
     began = time.perf_counter()
     peer.step()
-    return time.perf_counter() - began
+    return (time.perf_counter() - began) / peer.steps_per_call
 
 
 def main() -> None:
@@ -87,18 +90,20 @@ def main() -> None:
     parser.add_argument("--problem", required=True, help="a folder of --data")
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument("--form", help="one of its forms; all are probed if it is not given")
     args = parser.parse_args()
     keep_to_cores(args.threads)
     one_device_a_thread(args.threads)
     data = load(args.data / args.problem)
     module = import_peer(args.peer)
     candidates = module.candidates(data, args.threads)
-    form = fastest(candidates)
-    peer = candidates[form]()
+    if args.form is None:
+        print("ready", json.dumps(probe(candidates)), flush=True)
+        return
+    peer = candidates[args.form]()
     loss, grad_norm = peer.first()
-    peer.step()
     versions = {name: importlib.metadata.version(name) for name in module.PACKAGES}
-    report = {"loss": loss, "grad_norm": grad_norm, "form": form, "versions": versions}
+    report = {"loss": loss, "grad_norm": grad_norm, "versions": versions}
     print("ready", json.dumps(report), flush=True)
     for line in sys.stdin:
         if line.strip() == "go":

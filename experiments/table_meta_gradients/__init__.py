@@ -158,14 +158,13 @@ class Bench:
 
 def add_memory(bench: Bench) -> None:
     """Bytes and operations of every form at every size, and their ratios."""
-    shown = {name: form for name, form in bench.forms.items() if name != "reverse"}  # as naive is
+    shown = [name for name in bench.forms if name != "reverse"]  # as naive is
     bench.compile_all([(name, size) for size in bench.config.sizes for name in shown])
     for size in bench.config.sizes:
-        for name, form in shown.items():
+        for name in shown:
             bench.add("memory", name, str(size), bench.temp(name, size) / MIB, "MiB")
-            extra = least_extra_steps(size.steps, 2) if name == PLANNED else 0
-            counted = forms.flops(form, size, extra)
-            bench.add("operations", name, str(size), counted.matmul / GIGA, "GFLOP, matmul")
+            matmul = operations(name, size).matmul / GIGA
+            bench.add("operations", name, str(size), matmul, "GFLOP, matmul")
     for i, size in enumerate(bench.config.sizes[: bench.config.ratio_sizes]):
         best, least = bench.smallest(size)
         for name, label in [(NAIVE, NAIVE), (CHECKPOINT, "checkpoint")]:
@@ -173,6 +172,12 @@ def add_memory(bench: Bench) -> None:
                 continue
             ratio = bench.temp(name, size) / least
             bench.add("reference", f"{label}/best {size}", "ratio", ratio, "times", form=best)
+
+
+def operations(name: str, size: Size) -> measure.Flops:
+    """Operations of a form, with the extra evaluations of the plan if it has one."""
+    extra = least_extra_steps(size.steps, 2) if name == PLANNED else 0
+    return forms.flops(FORMS[name], size, extra)
 
 
 def add_growth(bench: Bench) -> None:
@@ -250,8 +255,7 @@ def add_time(bench: Bench) -> None:
     best = min(exact, key=lambda name: exact[name].median)
     reached: dict[Size, float] = {}
     for name, timing in timings.items():
-        extra = least_extra_steps(config.time_size.steps, 2) if name == PLANNED else 0
-        rate = forms.flops(FORMS[name], config.time_size, extra).matmul / timing.median
+        rate = operations(name, config.time_size).matmul / timing.median
         ratios = np.array(timing.samples) / np.array(timings[NAIVE].samples)
         for column, value, unit in [
             ("time", 1e3 * timing.median, "ms"),

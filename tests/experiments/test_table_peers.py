@@ -4,12 +4,15 @@ import subprocess
 import sys
 import types
 
+import jax
+import numpy as np
 import pytest
 
-from benchmarks.peers import host, ours, problems, worker
+from benchmarks.peers import host, jax_models, ours, problems, worker
 from experiments import harness, table_peers
 from metaopt.errors import UserError
 from metaopt.files import read_json_lines
+from metaopt.types import Batch
 
 NAMES = tuple(problems.SMOKE)
 
@@ -65,26 +68,43 @@ def test_a_problem_comes_back_from_its_files(tmp_path, name):
     assert problems.flatten(problems.unflatten(data.params)).keys() == data.params.keys()
 
 
-def test_the_fastest_form_is_chosen_by_its_steps(monkeypatch):
+def test_forms_are_probed_by_their_steps_and_a_call_may_hold_several(monkeypatch):
     clock = types.SimpleNamespace(now=0.0)
     monkeypatch.setattr(worker.time, "perf_counter", lambda: clock.now)
 
-    def form(seconds):
+    def form(seconds, steps_per_call=1):
         def step():
             clock.now += seconds
 
-        return lambda: problems.Peer(lambda: (0.0, 0.0), step)
+        return lambda: problems.Peer(lambda: (0.0, 0.0), step, steps_per_call)
 
-    assert worker.fastest({"slow": form(3.0), "fast": form(1.0), "middling": form(2.0)}) == "fast"
+    found = worker.probe({"slow": form(3.0), "fast": form(1.0), "several": form(5.0, 10)})
+    assert found == {"slow": 3.0, "fast": 1.0, "several": 0.5}
+
+
+def test_the_fastest_form_may_be_one_of_one_thread(monkeypatch, tmp_path):
+    fake_worker(
+        monkeypatch,
+        "import json, sys\nthreads = sys.argv[sys.argv.index('--threads') + 1]\n"
+        "seconds = {'1': {'vmap': 1.0, 'loop': 3.0}, '2': {'vmap': 2.0, 'loop': 1.5}}[threads]\n"
+        "print('ready', json.dumps(seconds))",
+    )
+    found = host.fastest_form("torch_func", "lm", tmp_path, 2, limit=30.0)
+    assert found == ("vmap", 1) and str(found) == "vmap, 1 thread"
 
 
 def test_our_worker_steps_when_it_is_told_to_and_the_run_writes_the_row(tmp_path):
-    args = ["--preset", "smoke", "--problems", "sinusoid", "--rounds", "2", "--root"]
+    args = ["--preset", "smoke", "--problems", "sinusoid", "--threads", "1", "--rounds", "2"]
+    args += ["--root"]
     main(*args, str(tmp_path), "--peers")  # none beside ours
     (directory,) = (tmp_path / "table_peers").iterdir()
     records = read_json_lines(directory / "results.jsonl")
-    time, ratio = records
+    time, alone, cold, ratio, jax_ratio = records
     assert (time["row"], time["column"], time["unit"], time["n"]) == ("sinusoid", "ours", "ms", 2)
+    assert (alone["table"], alone["unit"], alone["form"]) == ("peers/alone", "ms", time["form"])
+    assert (cold["table"], cold["unit"]) == ("peers/cold_start", "s")
+    assert alone["value"] > 0 and cold["value"] > 1e-3 * alone["value"]
+    assert "steps a call" in time["form"] and jax_ratio["column"] == table_peers.JAX_RATIO
     assert 0 < time["quartiles"][0] <= time["value"] <= time["quartiles"][1]
     assert time["loss"] > 0 and time["grad_norm"] > 0 and "jaxlib" in time["versions"]
     assert ratio["column"] == table_peers.RATIO and ratio["value"] is None  # with no peer, no ratio
@@ -104,8 +124,8 @@ def fake_worker(monkeypatch, body):
     """Makes workers of a process that runs ``body``."""
     start = subprocess.Popen
 
-    def popen(_, **options):
-        return start([sys.executable, "-c", body], **options)
+    def popen(command, **options):
+        return start([sys.executable, "-c", body, *command[3:]], **options)
 
     monkeypatch.setattr(host.subprocess, "Popen", popen)
 
@@ -116,15 +136,17 @@ def test_a_worker_that_takes_too_long_is_ended(monkeypatch, tmp_path):
         host.Worker("ours", "sinusoid", tmp_path, 1, limit=0.3)
 
 
-def test_a_turn_is_the_median_of_steps_that_were_asked_for(monkeypatch, tmp_path):
+def test_the_first_step_of_a_turn_is_not_counted(monkeypatch, tmp_path):
     body = (
         "import sys\nprint('a line of a library')\nprint('ready {}', flush=True)\n"
         "for n, line in enumerate(sys.stdin): print(float(n), flush=True)"
     )
     fake_worker(monkeypatch, body)
     with host.Worker("ours", "sinusoid", tmp_path, 1, limit=30.0) as made:
-        assert [made.turn(0.0) for _ in range(3)] == [0.0, 1.0, 2.0]
-        assert made.turn(0.05) >= 3.0
+        assert [made.steps(0.0) for _ in range(3)] == [[1.0], [3.0], [5.0]]
+        assert made.steps(0.05)[:2] == [7.0, 8.0]
+        assert set(host.take_turns({"ours": made}, 2, 0.0)) == {"ours"}
+        assert made.cold_start > 0
 
 
 def test_a_peer_that_disagrees_is_an_error():
@@ -136,49 +158,92 @@ def test_a_peer_that_disagrees_is_an_error():
 
 
 def test_the_ratio_is_of_the_fastest_peer_round_by_round_and_a_failure_has_no_number(tmp_path):
-    said = {"form": "loop", "loss": 1.0, "grad_norm": 1.0, "versions": {"torch": "2"}}
+    said = {"loss": 1.0, "grad_norm": 1.0, "versions": {"torch": "2"}}
     config = table_peers.Config(run_dir=str(tmp_path / "run"))
     table = harness.TableRun("table_peers", config, table_peers.presets, table="peers", unit="ms")
     times = {"ours": [1.0, 2.0, 4.0], "torch_func": [9.0] * 3, "torchopt": [3.0, 8.0, 8.0]}
+    times |= {"jax_plain": [2.0] * 3}
+    measured = {
+        peer: table_peers.Measured("vmap, 1 thread", said, 9.0, [0.5, 0.7], turns)
+        for peer, turns in times.items()
+    }
     failures = {"higher": "no such operation"}
-    table_peers.add_row(table, "lm", times, dict.fromkeys(times, said), failures, 2)
-    found = {record["column"]: record for record in table.records}
-    assert list(found) == ["ours", "torch.func", "torchopt", "higher", table_peers.RATIO]
+    table_peers.add_row(table, "lm", measured, failures, 2)
+    found = {record["column"]: record for record in table.records if record["table"] == "peers"}
+    plain = table_peers.JAX["jax_plain"]
+    ratios = [table_peers.RATIO, table_peers.JAX_RATIO]
+    assert list(found) == ["ours", "torch.func", "torchopt", "higher", plain, *ratios]
+    assert found[table_peers.JAX_RATIO]["value"] == 1.0  # the median of 2, 1 and 0.5
+    alone = {r["column"]: r["value"] for r in table.records if r["table"] == "peers/alone"}
+    assert alone == dict.fromkeys(["ours", "torch.func", "torchopt", plain], 600)
     assert found["ours"]["value"] == 2000 and found["torchopt"]["quartiles"] == [5500, 8000]
     assert found["higher"]["value"] is None and found["higher"]["note"] == "no such operation"
     assert found[table_peers.RATIO]["value"] == 3.0  # the median of 3, 4 and 2
     assert found["ours"]["versions"]["torch"] == "2" and "jax" in found["ours"]["versions"]
 
 
+def said_first(peer, data):
+    """What each form of a library says of its first step."""
+    with jax.numpy_rank_promotion("allow"):  # JAX as its users write it
+        firsts = {
+            form: make().first()
+            for form, make in worker.import_peer(peer).candidates(data, 1).items()
+        }
+    return {f"{peer}, {form}": {"loss": f[0], "grad_norm": f[1]} for form, f in firsts.items()}
+
+
+@pytest.mark.parametrize(
+    "peers", [("jax_plain", "jax_optax"), ("torch_func", "torchopt", "higher")]
+)
 @pytest.mark.parametrize("name", NAMES)
-def test_the_torch_forms_compute_the_loss_and_gradient_of_ours(name):
-    pytest.importorskip("torch")
+def test_every_form_computes_the_loss_and_gradient_of_ours(name, peers):
     data = ours.make_data(problems.SMOKE[name])
-    forms = list(ours.candidates(data, 1).values())
-    reports = {"ours": said_first(forms[0]())}
-    reports |= {f"ours, form {i}": said_first(make()) for i, make in enumerate(forms[1:], start=1)}
-    for peer in ("torch_func", "torchopt", "higher"):
-        if peer != "torch_func" and importlib.util.find_spec(peer) is None:
-            continue
-        candidates = worker.import_peer(peer).candidates(data, 1)
-        reports |= {f"{peer}, {form}": said_first(make()) for form, make in candidates.items()}
-    assert len(reports) >= 3 and len(reports) > len(forms)
+    installed = [peer for peer in peers if table_peers.missing(peer) is None]
+    if not installed:
+        pytest.skip(f"none of {', '.join(peers)} is installed")
+    reports = said_first("ours", data)
+    reports["ours"] = next(iter(reports.values()))
+    for peer in installed:
+        reports |= said_first(peer, data)
     host.check_agreement(name, reports)
 
 
-def said_first(peer):
-    loss, grad_norm = peer.first()
-    return {"loss": loss, "grad_norm": grad_norm}
+def test_a_call_of_several_steps_does_what_as_many_calls_do():
+    data = ours.make_data(problems.SMOKE["sinusoid"])
+    built = {}
+    for number in (1, 3):
+        setting = ours.Setting(ours.REVERSE, tasks_at_a_time=0, unroll=True, steps_per_call=number)
+        built[number] = ours._build(data, setting, 1)
+    single, several = built[1], built[3]
+    assert several.first() == pytest.approx(single.first(), rel=1e-5)
+    for _ in range(2):
+        single.step()
+    assert several.steps_per_call == 3
+    assert said(several.step()) == pytest.approx(said(single.step()), rel=1e-4)
+
+
+def said(metrics):
+    return float(metrics["loss"]), float(metrics["grad_norm"])
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_gradient_of_every_parameter_is_ours(name):
+def test_the_plain_jax_model_has_the_gradient_of_ours_in_every_parameter(name):
+    data = ours.make_data(problems.SMOKE[name])
+    x, y = (jax.numpy.asarray(array[0]) for array in data.query)
+    params = jax.tree.map(jax.numpy.asarray, problems.unflatten(data.params))
+    with jax.numpy_rank_promotion("allow"):
+        found = jax.jit(jax.grad(jax_models.make_loss(data.sizes)))(params, x, y)
+    expected = jax.jit(jax.grad(ours.make_problem(data.sizes).loss_fn))(params, Batch(x, y))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), found, expected
+    )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_torch_model_has_the_gradient_of_ours_in_every_parameter(name):
     """Norms may agree by chance: after one step of the plain loss every entry must."""
     torch = pytest.importorskip("torch")
-    import jax
-
     from benchmarks.peers import torch_models
-    from metaopt.types import Batch
 
     data = ours.make_data(problems.SMOKE[name])
     sizes = data.sizes
