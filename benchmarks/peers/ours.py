@@ -70,8 +70,8 @@ SETTINGS: dict[Name, tuple[Setting, ...]] = {
         Setting(MIXED, tasks_at_a_time=1, unroll=True),
     ),
     "omniglot": (
-        Setting(MIXED, tasks_at_a_time=2, unroll=True),
-        Setting(MIXED, tasks_at_a_time=4, unroll=True),
+        Setting(REVERSE, tasks_at_a_time=1, unroll=True),
+        Setting(MIXED, tasks_at_a_time=1, unroll=True),
     ),
 }
 
