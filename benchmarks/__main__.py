@@ -27,6 +27,7 @@ from experiments import harness, table_meta_gradients, table_peers
 from experiments.table_meta_gradients import forms
 from metaopt import measure, parallel
 from metaopt.cli import command_line
+from metaopt.cli.huge_pages import restart_with_huge_pages
 from metaopt.console import log
 from metaopt.ranges import Checked
 
@@ -179,5 +180,5 @@ def main(args: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    command_line.restart_with_huge_pages()
+    restart_with_huge_pages()
     main(sys.argv[1:])
