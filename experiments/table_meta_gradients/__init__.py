@@ -23,7 +23,15 @@ import numpy as np
 
 from experiments import harness
 from experiments.table_meta_gradients import forms
-from experiments.table_meta_gradients.forms import FORMS, NAIVE, ON_HOST, PLANNED, ROUNDED, Size
+from experiments.table_meta_gradients.forms import (
+    FORMS,
+    NAIVE,
+    ON_HOST,
+    PLANNED,
+    ROUNDED,
+    UNROLLED,
+    Size,
+)
 from metaopt import losses, measure
 from metaopt.console import log
 from metaopt.diagnostics import feasible
@@ -152,13 +160,13 @@ class Bench:
 
     def smallest(self, size: Size) -> tuple[str, int]:
         """The exact form that takes the least memory, and its bytes."""
-        exact = [name for name, form in self.forms.items() if form.exact and name != "reverse"]
+        exact = [name for name, form in self.forms.items() if form.exact and name != UNROLLED]
         return min(((name, self.temp(name, size)) for name in exact), key=lambda x: x[1])
 
 
 def add_memory(bench: Bench) -> None:
     """Bytes and operations of every form at every size, and their ratios."""
-    shown = [name for name in bench.forms if name != "reverse"]  # as naive is
+    shown = [name for name in bench.forms if name != UNROLLED]  # which compiles for minutes
     bench.compile_all([(name, size) for size in bench.config.sizes for name in shown])
     for size in bench.config.sizes:
         for name in shown:

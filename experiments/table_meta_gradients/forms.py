@@ -9,12 +9,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from benchmarks.peers import jax_models
+from benchmarks.peers.problems import REFERENCE
 from metaopt import learners, losses, meta_gradients, models
 from metaopt.errors import UserError
 from metaopt.inner_loop import InnerLoop, adapt
 from metaopt.measure import Flops, count_flops
 from metaopt.ranges import Checked, Count, InnerSteps, Layers, Length, Width
-from metaopt.types import Batch, Episode, Model
+from metaopt.types import Array, Batch, Episode, Model, Params
 
 VOCAB_SIZE = 256  # bytes
 HPARAMS = {"inner_learning_rate": 1e-3}
@@ -62,26 +64,29 @@ class Form:
 
     Attributes:
       estimator: estimator of `metaopt.meta_gradients`.
-      inner: fields of `InnerLoop`; the steps are scanned in every form.
+      inner: fields of `InnerLoop`; the steps are scanned unless it unrolls them.
       model: fields of `TransformerConfig`.
       exact: whether it is the gradient that reverse mode gives.
+      plain: whether the model is the plain one of `benchmarks.peers.jax_models`, as most people
+        write it, with the same parameters.
     """
 
     estimator: Callable
     inner: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     model: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     exact: bool = True
+    plain: bool = False
 
 
 LAYERS_AGAIN = {"scan_layers": True, "remat": True}
 SMALLEST = LAYERS_AGAIN | {"attention_block": 64}
 SAVED = {"remat": True, "save_gradients": True}
-NAIVE, PLANNED = "naive", "mixed + planned"
+NAIVE, PLANNED, UNROLLED = "naive", "mixed + planned", "reverse, unrolled"
 ROUNDED, ON_HOST = "mixed mode, bfloat16 states", "mixed mode, states on host"
 FORMS = {
-    # As one would write it: products of [S, L, D] with a matrix, and nothing recomputed.
-    NAIVE: Form(estimator=meta_gradients.reverse, model={"second_order": False}),
+    NAIVE: Form(estimator=meta_gradients.reverse, plain=True),
     "reverse": Form(estimator=meta_gradients.reverse),
+    UNROLLED: Form(estimator=meta_gradients.reverse, inner={"unroll": True}),
     "per-step checkpoint": Form(
         estimator=meta_gradients.reverse, inner={"remat": True}, model=LAYERS_AGAIN
     ),
@@ -110,13 +115,13 @@ FORMS = {
 def estimate(form: Form, size: Size, **inner: Any) -> Callable:
     """The meta-gradient function of a form at a size; ``inner`` overrides the form's own."""
     learner = learners.maml(INNER_OPTIMIZER)
-    loss_fn = losses.next_token(model_of(size, form.model))
-    return form.estimator(learner, loss_fn, loop_of(form, size, **inner))
+    model = plain_model(size) if form.plain else model_of(size, form.model)
+    return form.estimator(learner, losses.next_token(model), loop_of(form, size, **inner))
 
 
 def loop_of(form: Form, size: Size, **inner: Any) -> InnerLoop:
     """The inner loop of a form at a size; ``inner`` overrides the form's own."""
-    return InnerLoop(num_steps=size.steps, unroll=False, **(dict(form.inner) | inner))
+    return InnerLoop(num_steps=size.steps, **({"unroll": False} | dict(form.inner) | inner))
 
 
 def model_of(size: Size, options: Mapping[str, Any]) -> Model:
@@ -131,6 +136,19 @@ def model_of(size: Size, options: Mapping[str, Any]) -> Model:
             **options,
         )
     )
+
+
+def plain_model(size: Size) -> Model:
+    """The same function of the same parameters, as most people write it."""
+    sizes = dataclasses.replace(
+        REFERENCE["lm"], num_layers=size.layers, num_heads=size.width // size.head_size
+    )
+
+    def apply(params: Params, tokens: Array) -> Array:
+        params = jax.tree.map(lambda x: x.astype(size.compute_dtype), params)
+        return jax_models.transformer(sizes, params, tokens).astype(jnp.float32)
+
+    return model_of(size, {})._replace(apply=apply)
 
 
 def arguments(size: Size, seed: int = 0) -> tuple:

@@ -34,7 +34,7 @@ class Recurrent(nn.Module):
             start = cell.initialize_carry(jax.random.key(0), (x.shape[0], self.width))
             start = jax.tree.map(lambda leaf, x=x: leaf.astype(x.dtype), start)
             x = nn.RNN(cell)(x, initial_carry=start)
-        # All tokens in one axis: see `metaopt.models.TransformerConfig.second_order`.
+        # All tokens in one axis: see `metaopt.models.transformer`.
         logits = nn.Dense(self.vocab_size, name="head")(x.reshape(-1, self.width))
         return logits.reshape(*tokens_SxL.shape, self.vocab_size)
 

@@ -47,10 +47,6 @@ class TransformerConfig(Checked):
       attention_block: queries that attend at a time, recomputed in the backward pass, so
         that memory grows with the length of a sequence and not with its square. None
         takes all at once, which is quicker while their scores are small.
-      second_order: compute in the form whose second derivatives are quickest: products with
-        all tokens in one axis (XLA's CPU backend transposes the gradient of one with two leading
-        axes, which costs half the time of a meta-step or more), and the derivative rules of
-        `metaopt.models.primitives`. Without it, what one would write, for comparison.
       scan_layers: run the layers as a `jax.lax.scan`, which compiles one layer for
         all of them, rather than unrolled, which runs faster where nothing is remat.
       remat: keep only the input of each layer for the backward pass, and compute
@@ -69,7 +65,6 @@ class TransformerConfig(Checked):
     activation: Literal["gelu", "swiglu"] = "gelu"
     window: Length | None = None
     attention_block: Length | None = None
-    second_order: bool = True
     scan_layers: bool = False
     remat: bool = False
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -87,7 +82,11 @@ class TransformerConfig(Checked):
 
 
 def _over_tokens(function: Callable[[Array], Array]) -> Callable[[Array], Array]:
-    """A function of the rows of a matrix as one of the tokens of ``[S, L, D]``."""
+    """A function of the rows of a matrix as one of the tokens of ``[S, L, D]``.
+
+    XLA's CPU backend transposes the gradient of a product with two leading axes, which costs half
+    the time of a meta-step or more.
+    """
 
     def apply(x_SxLxD: Array) -> Array:
         S, L, D = x_SxLxD.shape
@@ -97,7 +96,7 @@ def _over_tokens(function: Callable[[Array], Array]) -> Callable[[Array], Array]
 
 
 class RMSNorm(nn.Module):
-    """`nn.RMSNorm` with the derivative rule of `rms_norm`; at least float32 inside."""
+    """`nn.RMSNorm` with the derivative rules of `rms_norm`; at least float32 inside."""
 
     dtype: Any = None
 
@@ -109,11 +108,6 @@ class RMSNorm(nn.Module):
         return rms_norm(x.astype(accurate), scale.astype(accurate)).astype(self.dtype or accurate)
 
 
-def norm_of(config: TransformerConfig) -> type[nn.Module]:
-    """The norm of a config."""
-    return RMSNorm if config.second_order else nn.RMSNorm
-
-
 class Block(nn.Module):
     """Attention and MLP, each behind an RMS norm and added to the residual stream."""
 
@@ -123,18 +117,21 @@ class Block(nn.Module):
         """A matrix product with weights of variance ``scale / fan_in`` at the start."""
         init = nn.initializers.variance_scaling(scale, "fan_in", "normal")
         dtype = COMPUTE_DTYPES[self.config.compute_dtype]
-        dense = functools.partial(
-            nn.Dense, features, use_bias=False, dtype=dtype, kernel_init=init, name=name
+        dense = nn.Dense(
+            features,
+            use_bias=False,
+            dtype=dtype,
+            kernel_init=init,
+            dot_general=lambda x, weights, *_, **__: matmul(x, weights),
+            name=name,
         )
-        if not self.config.second_order:
-            return dense()
-        return _over_tokens(dense(dot_general=lambda x, weights, *_, **__: matmul(x, weights)))
+        return _over_tokens(dense)
 
     @nn.compact
     def __call__(self, x_SxLxD: Array) -> Array:
         """Maps the residual stream ``[S, L, D]`` to the next."""
         dtype = COMPUTE_DTYPES[self.config.compute_dtype]
-        norm = functools.partial(norm_of(self.config), dtype=dtype)
+        norm = functools.partial(RMSNorm, dtype=dtype)
         x_SxLxD += self.attention(norm(name="attention_norm")(x_SxLxD))
         x_SxLxD += self.mlp(norm(name="mlp_norm")(x_SxLxD))
         return x_SxLxD
@@ -162,7 +159,7 @@ class Block(nn.Module):
         if self.config.activation == "swiglu":
             activated = jax.nn.silu(self.dense(hidden, "gate")(x_SxLxD)) * up
         else:
-            activated = gelu(up) if self.config.second_order else jax.nn.gelu(up)
+            activated = gelu(up)
         return self.dense(x_SxLxD.shape[-1], "mlp_out", self.residual_scale)(activated)
 
 
@@ -230,10 +227,8 @@ def transformer(config: TransformerConfig) -> Model:
         x_SxLxD = jnp.take(embedding_VxD, tokens_SxL, axis=0)
         x_SxLxD = x_SxLxD.astype(COMPUTE_DTYPES[config.compute_dtype] or embedding_VxD.dtype)
         x_SxLxD = run_layers([params[f"layer_{i}"] for i in range(config.num_layers)], x_SxLxD)
-        x_SxLxD = apply_module(norm_of(config)(), params["final_norm"], x_SxLxD)
+        x_SxLxD = apply_module(RMSNorm(), params["final_norm"], x_SxLxD)
         head_DxV = embedding_VxD.T if config.tie_head else params["head"]["kernel"]
-        if not config.second_order:
-            return x_SxLxD @ head_DxV
         return _over_tokens(lambda x_NxD: matmul(x_NxD, head_DxV))(x_SxLxD)
 
     return Model(

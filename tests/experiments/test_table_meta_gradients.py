@@ -28,7 +28,7 @@ def test_forms_count_the_operations_that_the_theory_gives():
 
 
 def test_the_naive_form_keeps_what_the_others_do_not():
-    assert FORMS[NAIVE].model == {"second_order": False} and not FORMS[NAIVE].inner
+    assert FORMS[NAIVE].plain and not FORMS[NAIVE].inner
 
 
 @pytest.mark.parametrize("name", ["gpu", "cpu", "smoke"])

@@ -22,7 +22,7 @@ def loss_and_grad(model, params):
 
 WAYS = [
     {"scan_layers": False, "remat": True},
-    {"scan_layers": True, "remat": False, "second_order": False},
+    {"scan_layers": True, "remat": False},
     {"scan_layers": True, "remat": True, "attention_block": 3},
 ]
 
