@@ -26,8 +26,8 @@ def plain_attention(query, key, value, window=None):
     return causal_attention(*swapped, window=window).swapaxes(1, 2)
 
 
-def pair(window=None):
-    fused = functools.partial(fused_attention, window=window, block=16, interpret=True)
+def pair(window=None, block=16):
+    fused = functools.partial(fused_attention, window=window, block=block, interpret=True)
     return fused, functools.partial(plain_attention, window=window)
 
 
@@ -64,14 +64,17 @@ def assert_equal_under(derivative, attentions, *arguments, **tolerances):
 
 
 @pytest.mark.parametrize(
-    ("length", "window"), [(48, None), (48, 20), (41, 1)], ids=["causal", "window", "padded"]
+    ("length", "window", "block"),
+    [(48, None, 16), (41, 1, 16), (70, 20, 32)],
+    ids=["causal", "padded", "window"],
 )
 @pytest.mark.parametrize("derivative", [forward, forward_over_reverse, reverse_over_reverse])
-def test_every_derivative_is_that_of_plain_attention(derivative, length, window):
+def test_every_derivative_is_that_of_plain_attention(derivative, length, window, block):
     """In float64, so it is the equations that are compared, and not what they round."""
     with jax.enable_x64(True):
         draws = arrays(8, length)
-        assert_equal_under(derivative, pair(window), draws[:4], draws[4:], rtol=1e-10, atol=1e-12)
+        at, along = draws[:4], draws[4:]
+        assert_equal_under(derivative, pair(window, block), at, along, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -87,14 +90,13 @@ def test_lower_precision_and_heads_of_any_size(dtype, tolerance):
 
 
 def test_large_scores_do_not_overflow():
-    query, key, value = arrays(3, 48, dtype=np.float32)
-    assert_equal_under(
-        lambda f, *at: gradient(f)(value, *at),
-        pair(20),
-        *(300 * query, -300 * key, value),
-        rtol=1e-3,
-        atol=1e-3,
-    )
+    """Those that are not visible are above the visible ones by more than exp can say."""
+    weights, query, key, value, *along = arrays(8, 48, dtype=np.float32)
+    at = (weights, 100 * np.abs(query), np.linspace(0, 20, 48)[:, None] * np.abs(key), value)
+    at = tuple(x.astype(np.float32) for x in at)
+    for derivative in (forward, forward_over_reverse, reverse_over_reverse):
+        found = jax.jit(functools.partial(derivative, pair(20)[0]))(at, tuple(along))
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(found))
 
 
 @pytest.mark.parametrize("order", ["vmap of derivative", "derivative of vmap"])
@@ -116,16 +118,19 @@ def test_vmap(order):
 
 
 @pytest.mark.parametrize("estimator", [mixed_mode, reverse])
-def test_meta_gradients_of_a_layer(estimator):
+def test_meta_gradients_of_scanned_layers_that_are_recomputed(estimator):
     def meta_gradient(attention):
+        @jax.checkpoint
+        def layer(x, params):
+            heads = ((x @ params[name])[:, None] for name in ("query", "key", "value"))
+            return x + attention(*heads)[:, 0] @ params["out"], None
+
         def loss(params, batch):
-            heads = (batch.inputs @ params[name] for name in ("query", "key", "value"))
-            mixed = attention(*(x[:, None] for x in heads))[:, 0]
-            return jnp.mean((mixed @ params["out"] - batch.targets) ** 2)
+            return jnp.mean((jax.lax.scan(layer, batch.inputs, params)[0] - batch.targets) ** 2)
 
         rng = np.random.default_rng(0)
         names = ("query", "key", "value", "out")
-        params = {name: rng.normal(size=(16, 16)) / 4 for name in names}
+        params = {name: rng.normal(size=(2, 16, 16)) / 4 for name in names}
         support, query = (Batch(*rng.normal(size=(2, 2, 20, 16))) for _ in range(2))
         learner = maml(optax.sgd)
         estimate = estimator(learner, loss, InnerLoop(num_steps=2))
@@ -154,6 +159,17 @@ def test_kernels_are_triton_programs_and_scores_stay_in_them(dtype):
         assert text.count("__gpu$xla.gpu.triton") >= least
         assert "256x256" not in text and "200x200" not in text
     assert "200x200" in lowered(forward, plain_attention, dtype)
+
+
+def test_products_have_the_precision_of_where_it_is_called():
+    """Kernels are traced later, when the caller has left its context."""
+
+    def gradient_at(precision):
+        with jax.default_matmul_precision(precision):
+            return jax.make_jaxpr(gradient(fused_attention))(*arrays(4, 20, dtype=np.float32))
+
+    assert "highest" in str(gradient_at("highest"))
+    assert "highest" not in str(gradient_at(None))
 
 
 def test_what_it_refuses():
