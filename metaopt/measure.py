@@ -33,6 +33,7 @@ UNKNOWN = {
     *("ormqr", "pallas_call", "pmap", "pure_callback", "qr", "ragged_dot_general", "schur"),
     *("svd", "symmetric_product", "triangular_solve", "tridiagonal"),
     *("tridiagonal_solve", "xla_pmap"),
+    *("attend", "attend_dot", "attend_backward", "attend_backward_dot"),  # of fused attention
 }
 
 

@@ -47,6 +47,8 @@ class TransformerConfig(Checked):
       attention_block: queries that attend at a time, recomputed in the backward pass, so
         that memory grows with the length of a sequence and not with its square. None
         takes all at once, which is quicker while their scores are small.
+      fused_attention: attend in the kernels of `metaopt.models.fused_attention`, for GPUs, which
+        never store scores; ``attention_block`` is then their block, 64 if it is None.
       scan_layers: run the layers as a `jax.lax.scan`, which compiles one layer for
         all of them, rather than unrolled, which runs faster where nothing is remat.
       remat: keep only the input of each layer for the backward pass, and compute
@@ -65,6 +67,7 @@ class TransformerConfig(Checked):
     activation: Literal["gelu", "swiglu"] = "gelu"
     window: Length | None = None
     attention_block: Length | None = None
+    fused_attention: bool = False
     scan_layers: bool = False
     remat: bool = False
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -78,6 +81,11 @@ class TransformerConfig(Checked):
             raise UserError(
                 f"width {self.width} / num_heads {self.num_heads} gives heads of an odd size, "
                 f"{self.width // self.num_heads}: rotary positions need an even one"
+            )
+        block = self.attention_block or 64
+        if self.fused_attention and (block < 16 or block & (block - 1)):
+            raise UserError(
+                f"attention_block {block} with fused_attention: it is a power of two from 16 on"
             )
 
 
@@ -147,10 +155,18 @@ class Block(nn.Module):
         qkv_SxLx3D = self.dense(3 * D, "qkv")(x_SxLxD)
         qkv_SxLx3xHxF = qkv_SxLx3D.reshape(S, L, 3, self.config.num_heads, -1)
         query, key, value = jnp.moveaxis(qkv_SxLx3xHxF, (2, 3), (0, 2))
-        reach = self.config.window, self.config.attention_block
-        mixed_SxHxLxF = causal_attention(rope(query), rope(key), value, *reach)
+        mixed_SxHxLxF = self.attend(rope(query), rope(key), value)
         mixed_SxLxD = mixed_SxHxLxF.swapaxes(1, 2).reshape(S, L, D)
         return self.dense(D, "attention_out", self.residual_scale)(mixed_SxLxD)
+
+    def attend(self, query: Array, key: Array, value: Array) -> Array:
+        """Causal attention of ``[S, H, L, F]``, whole, in blocks or fused."""
+        window, block = self.config.window, self.config.attention_block
+        if not self.config.fused_attention:
+            return causal_attention(query, key, value, window, block)
+        from metaopt.models.fused_attention import fused_attention  # imports Pallas
+
+        return fused_attention(query, key, value, window=window, block=block or 64)
 
     def mlp(self, x_SxLxD: Array) -> Array:
         """A hidden layer: GELU, or SwiGLU (Shazeer, 2020, arXiv:2002.05202, equation 6)."""

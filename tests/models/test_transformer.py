@@ -24,6 +24,7 @@ WAYS = [
     {"scan_layers": False, "remat": True},
     {"scan_layers": True, "remat": False},
     {"scan_layers": True, "remat": True, "attention_block": 3},
+    {"scan_layers": True, "remat": True, "fused_attention": True, "attention_block": 16},
 ]
 
 
