@@ -341,10 +341,10 @@ class Stage(NamedTuple):
 def make_stages(config: Config) -> list[Stage]:
     """The stages of a run, in their order."""
     return [
-        Stage(NAIVE, "time", add_time),
         Stage(QUICKEST, "float32", add_exactness),
         Stage(NAIVE, str(config.sizes[0]), add_memory),
         Stage(f"K = {config.growth_steps[0]}", "compiled", add_growth),
+        Stage(NAIVE, "time", add_time),
     ]
 
 
