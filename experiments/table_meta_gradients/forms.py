@@ -145,8 +145,9 @@ def plain_model(size: Size) -> Model:
     )
 
     def apply(params: Params, tokens: Array) -> Array:
-        params = jax.tree.map(lambda x: x.astype(size.compute_dtype), params)
-        return jax_models.transformer(sizes, params, tokens).astype(jnp.float32)
+        if size.compute_dtype == "bfloat16":
+            params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+        return jax_models.transformer(sizes, params, tokens)
 
     return model_of(size, {})._replace(apply=apply)
 

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.extend.core import jaxpr_as_fun
 
 from metaopt.pytrees import partition
@@ -61,8 +62,16 @@ def planned_scan(
     jaxpr = jax.make_jaxpr(step)(start, _at(xs, 0))
     step_shape = jax.eval_shape(step, start, _at(xs, 0))
 
+    # What the step closes over and is not traced has no cotangent, and stays in the program.
+    traced = [isinstance(const, Tracer) for const in jaxpr.consts]
+
     def pure_step(consts, state, x):
-        leaves = jaxpr_as_fun(jaxpr.replace(consts=consts))(*jax.tree.leaves((state, x)))
+        given = iter(consts)
+        all_consts = [
+            next(given) if is_traced else const
+            for is_traced, const in zip(traced, jaxpr.consts, strict=True)
+        ]
+        leaves = jaxpr_as_fun(jaxpr.replace(consts=all_consts))(*jax.tree.leaves((state, x)))
         return jax.tree.unflatten(jax.tree.structure(step_shape), leaves)
 
     @jax.custom_vjp
@@ -77,7 +86,7 @@ def planned_scan(
         return _backward(pure_step, plan, store, length, *residuals, *cotangents)
 
     run.defvjp(forward, backward)
-    return run(jaxpr.consts, start, xs)
+    return run([const for const in jaxpr.consts if isinstance(const, Tracer)], start, xs)
 
 
 def _forward(step, plan: Schedule, store: "Store", length: int, consts, start, xs):

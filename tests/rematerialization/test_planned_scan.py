@@ -3,8 +3,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from metaopt.inner_loop import InnerLoop
+from metaopt.learners import maml
 from metaopt.measure import compile_for, compiled_memory
+from metaopt.meta_gradients import mixed_mode
 from metaopt.rematerialization.scan import planned_scan
+from metaopt.types import Batch, Episode
 
 LENGTH = 7
 
@@ -177,3 +181,20 @@ def test_the_program_is_no_larger_for_more_steps():
         return jax.jit(jax.grad(end)).lower(1.0).as_text().count("\n")
 
     assert program(500) == program(10)
+
+
+def test_constants_of_the_loss_are_no_inputs_of_mixed_mode():
+    angles = np.linspace(0.1, 1.0, 3, dtype=np.float32)
+
+    def loss_fn(params, batch):
+        return jnp.sum((jnp.cos(jnp.asarray(angles)) * params * batch.inputs - batch.targets) ** 2)
+
+    batch = Batch(jnp.ones((3,)), jnp.arange(3.0))
+    episode = Episode(batch, batch, jnp.int32(0))
+    hparams = {"inner_learning_rate": jnp.float32(0.1)}
+    found = []
+    for kept in (None, 2):
+        inner = InnerLoop(num_steps=4, unroll=False, kept_states=kept)
+        estimate = jax.jit(mixed_mode(maml(), loss_fn, inner))
+        found.append(estimate({"params": jnp.ones(3)}, hparams, episode, jax.random.key(0))[0])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), *found)
