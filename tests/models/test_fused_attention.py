@@ -21,14 +21,9 @@ from metaopt.models.fused_attention import fused_attention
 from metaopt.types import Batch, Episode
 
 
-def plain_attention(query, key, value, window=None):
-    swapped = (x.swapaxes(1, 2) for x in (query, key, value))
-    return causal_attention(*swapped, window=window).swapaxes(1, 2)
-
-
 def pair(window=None, block=16):
     fused = functools.partial(fused_attention, window=window, block=block, interpret=True)
-    return fused, functools.partial(plain_attention, window=window)
+    return fused, functools.partial(causal_attention, window=window)
 
 
 def arrays(number, length, features=16, dtype=np.float64):
@@ -158,7 +153,7 @@ def test_kernels_are_triton_programs_and_scores_stay_in_them(dtype):
         text = lowered(derivative, on_gpu, dtype)
         assert text.count("__gpu$xla.gpu.triton") >= least
         assert "256x256" not in text and "200x200" not in text
-    assert "200x200" in lowered(forward, plain_attention, dtype)
+    assert "200x200" in lowered(forward, causal_attention, dtype)
 
 
 def test_products_have_the_precision_of_where_it_is_called():
