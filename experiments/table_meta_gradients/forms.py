@@ -121,7 +121,7 @@ def estimate(form: Form, size: Size, **inner: Any) -> Callable:
 
 def loop_of(form: Form, size: Size, **inner: Any) -> InnerLoop:
     """The inner loop of a form at a size; ``inner`` overrides the form's own."""
-    return InnerLoop(num_steps=size.steps, **({"unroll": False} | dict(form.inner) | inner))
+    return InnerLoop(**({"num_steps": size.steps, "unroll": False} | dict(form.inner) | inner))
 
 
 def model_of(size: Size, options: Mapping[str, Any]) -> Model:
@@ -147,7 +147,8 @@ def plain_model(size: Size) -> Model:
     def apply(params: Params, tokens: Array) -> Array:
         if size.compute_dtype == "bfloat16":
             params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
-        return jax_models.transformer(sizes, params, tokens)
+        with jax.numpy_rank_promotion("allow"):  # most people add vectors to matrices
+            return jax_models.transformer(sizes, params, tokens)
 
     return model_of(size, {})._replace(apply=apply)
 

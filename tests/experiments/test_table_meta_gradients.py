@@ -48,6 +48,7 @@ def test_a_run_writes_the_named_cells(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(table.measure, "matmul_peak", lambda *_: 1e11)
     # A model that compiles in no time: the transformer's forms are compared above.
     monkeypatch.setattr(forms, "model_of", lambda size, ways: models.bigram(forms.VOCAB_SIZE))
+    monkeypatch.setattr(forms, "plain_model", lambda size: models.bigram(forms.VOCAB_SIZE))
     config = table.Config(
         preset="smoke",
         sizes=(TINY,),
