@@ -150,7 +150,10 @@ def lowered(derivative, attention, dtype):
 def test_kernels_are_triton_programs_and_scores_stay_in_them(dtype):
     on_gpu = functools.partial(fused_attention, window=90, interpret=False)
     for derivative, least in ((forward, 2), (forward_over_reverse, 4), (reverse_over_reverse, 6)):
-        text = lowered(derivative, on_gpu, dtype)
+        try:
+            text = lowered(derivative, on_gpu, dtype)
+        except RuntimeError as error:  # JAX 0.12
+            pytest.skip(f"this JAX lowers Pallas for a GPU only if there is one: {error}")
         assert text.count("__gpu$xla.gpu.triton") >= least
         assert "256x256" not in text and "200x200" not in text
     assert "200x200" in lowered(forward, causal_attention, dtype)
