@@ -76,8 +76,8 @@ def _rounds(num_steps: int, states: int) -> int:
 def least_steps(num_steps: int, states: int) -> int:
     """Fewest step evaluations that reach the start of each of n steps, last first.
 
-    Mathematics: ``r n − C(s + r, s + 1)`` with s states kept at a time, of which the first is
-    given, and the least r with ``C(s + r, s) ≥ n``.
+    Mathematics: ``r n − C(s + r, s + 1)``, where s states are kept at a time, the given first one
+    included, and r is the least number with ``C(s + r, s) ≥ n``.
 
     References:
       Griewank, Walther, 2000, "Algorithm 799: Revolve".

@@ -323,8 +323,9 @@ def test_the_directory_of_another_config_is_left_alone(markov_run, capsys):
     before = {path: path.stat().st_mtime_ns for path in markov_run.rglob("*")}
     with pytest.raises(SystemExit) as stop:
         main(*MARKOV, "--run-dir", str(markov_run), "--comparison.seed", "1")
-    *_, error = capsys.readouterr().err.splitlines()
+    *phases, error = capsys.readouterr().err.splitlines()
     assert stop.value.code == 2
+    assert set(phases) <= {"preparing: data, models and their sizes"}
     assert "is a run of another config (comparison.seed: 0 saved, 1 now)" in error
     assert {path: path.stat().st_mtime_ns for path in markov_run.rglob("*")} == before
 

@@ -98,6 +98,7 @@ def test_no_text_of_the_figure_is_over_another(smoke_run, monkeypatch):
 def test_wrong_input_is_one_line_before_a_run_is_made(flags, words, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         main(*shlex.split(flags), "--root", str(tmp_path))
-    *_, error = capsys.readouterr().err.splitlines()
+    *phases, error = capsys.readouterr().err.splitlines()
     assert stop.value.code == 2 and error.startswith("error: ") and words in error
+    assert set(phases) <= {"preparing: data, models and their sizes"}
     assert not list(tmp_path.iterdir())
