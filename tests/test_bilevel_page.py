@@ -42,7 +42,8 @@ def test_what_was_learned_lowers_the_outer_loss_and_tells_the_nonsense_apart():
     for part in ("valid", "test"):
         assert loss_fn(after, page[part]) < 0.7 * loss_fn(before, page[part])
     weights = jax.nn.softmax(page["fitted"].meta_params["data_logits"])
-    assert weights[30:].sum() < 0.7 * 0.25
+    assert weights[30:].sum() < 0.7 * 0.25  # 0.62 on one CPU, below 0.6 on another
+    assert jnp.median(weights[30:]) < 0.1 / 40
     print(loss_fn(before, page["test"]), loss_fn(after, page["test"]), weights[30:].sum())
 
 
