@@ -406,6 +406,14 @@ class TableRun:
         """
         return read_npz(self._kept(row))
 
+    def remember(
+        self, row: str, make: Callable[[], dict[str, np.ndarray]]
+    ) -> dict[str, np.ndarray]:
+        """The arrays of a row that `keep` saved, or else those that ``make`` gives, saved."""
+        if not self._kept(row).exists():
+            self.keep(row, **make())
+        return self.kept(row)
+
     def _kept(self, row: str) -> Path:
         return self.directory / "rows" / f"{slug(row)}.npz"
 

@@ -301,7 +301,7 @@ def make_study(config: Config, name: str, factors: Factors, train_fn: TrainFn) -
     group = config.group(name)
     order, vocab_size, concentration, num_support = factors
     language = languages.LanguageConfig(
-        tasks="markov",
+        tasks="markov-symmetric",
         model=name.lower() if name in NETWORKS else "bigram",
         width=config.width,
         num_layers=config.num_layers,

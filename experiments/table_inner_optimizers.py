@@ -211,7 +211,7 @@ def make_problem(config: Config, cells: Sequence[Cell]) -> Problem:
     Raises:
       UserError: the tasks are no text, or a size does not fit.
     """
-    if config.tasks == "markov":
+    if languages.is_markov(config.tasks):
         raise UserError("the table is of text: --tasks stdlib, text or tfds:NAME")
     language = language_config(config)
     model = languages.make_model(language)

@@ -19,12 +19,16 @@ from metaopt.losses import next_token
 from metaopt.optimizers.inner import INNER_OPTIMIZERS, OptimizerName
 from metaopt.parts import load_part, make_part
 from metaopt.ranges import Checked, Count, Heads, Layers, Length, Seed, Width, shared_fields
-from metaopt.tasks.markov import Concentration, MarkovConfig, Order, Symbols, markov
+from metaopt.tasks.ciphers import Alphabet, Cipher, CipherConfig, KeyLength, ciphers
+from metaopt.tasks.ciphers import digest as cipher_digest
+from metaopt.tasks.markov import Concentration, MarkovConfig, Order, Prior, Symbols, markov
 from metaopt.tasks.text import VOCAB_SIZE, TextConfig, text
 from metaopt.tasks.text import digest as text_digest
 from metaopt.types import Estimator, Learner, Model, TaskFamily
 
 ModelName = Literal["bigram", "rnn", "gru", "lstm", "transformer"]
+PRIORS: dict[str, Prior] = {"markov": "rows", "markov-symmetric": "symmetric"}
+"""The prior of the languages by the name of the tasks."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,9 +36,9 @@ class LanguageConfig(Checked):
     """Languages, the model of them, and how it adapts.
 
     Attributes:
-      tasks: markov, text (with --folder), stdlib, tfds:NAME, or module:function of your own,
-        which takes nothing and returns a `TaskFamily`.
-      folder: Folder of text, one file a domain.
+      tasks: markov, markov-symmetric, ciphers, text (with --folder), stdlib, tfds:NAME, or
+        module:function of your own, which takes nothing and returns a `TaskFamily`.
+      folder: Folder of text, one file a domain; for ciphers, of books.
       model: bigram, rnn, gru, lstm, transformer, or module:function of your own, which takes
         what it needs of vocab_size, width, num_layers and num_heads, and returns a `Model`.
       width: Width of the recurrent and transformer models.
@@ -47,6 +51,10 @@ class LanguageConfig(Checked):
       vocab_size: Vocabulary of the Markov languages and of tasks of your own; bytes have 256.
       order: Order of the Markov languages.
       concentration: Concentration of the Dirichlet prior of the Markov languages.
+      prior_seed: Seed of what the languages of markov have in common.
+      cipher: Cipher of the tasks of ciphers.
+      key_length: Number of symbols of the key of the cipher vigenere.
+      alphabet: Symbols of the tasks of ciphers.
       num_valid_domains: Number of domains of text held out for choosing rates and checkpoints.
       num_test_domains: Number of domains of text held out for the table.
       split_seed: Seed of the choice of held-out domains.
@@ -71,6 +79,10 @@ class LanguageConfig(Checked):
     vocab_size: Symbols = 16
     order: Order = 1
     concentration: Concentration = 0.3
+    prior_seed: Seed = 0
+    cipher: Cipher = "substitution"
+    key_length: KeyLength = 5
+    alphabet: Alphabet = "letters"
     num_valid_domains: Count = 8
     num_test_domains: Count = 10
     split_seed: Seed = 0
@@ -84,14 +96,29 @@ def is_text(tasks: str) -> bool:
     return tasks in ("text", "stdlib") or tasks.startswith("tfds:")
 
 
+def is_cipher(tasks: str) -> bool:
+    """Whether tasks of this name are texts under ciphers."""
+    return tasks == "ciphers"
+
+
 def is_own(name: str) -> bool:
     """Whether a name is ``module:function``, and not ``tfds:NAME``."""
     return ":" in name and not name.startswith("tfds:")
 
 
+def is_markov(tasks: str) -> bool:
+    """Whether tasks of this name are Markov languages."""
+    return tasks in PRIORS
+
+
 def markov_config(config: LanguageConfig) -> MarkovConfig:
     """The Markov languages of a config."""
-    return MarkovConfig(**shared_fields(MarkovConfig, config))
+    return MarkovConfig(prior=PRIORS[config.tasks], **shared_fields(MarkovConfig, config))
+
+
+def cipher_config(config: LanguageConfig) -> CipherConfig:
+    """The texts under ciphers of a config."""
+    return CipherConfig(**shared_fields(CipherConfig, config))
 
 
 def make_family(config: LanguageConfig) -> TaskFamily:
@@ -101,8 +128,10 @@ def make_family(config: LanguageConfig) -> TaskFamily:
       UserError: there are no such tasks, or their folder is missing, or given and not read.
     """
     _check_tasks(config)
-    if config.tasks == "markov":
+    if is_markov(config.tasks):
         return markov(markov_config(config))
+    if is_cipher(config.tasks):
+        return ciphers(cipher_config(config))
     if is_own(config.tasks):
         return make_part("--tasks", config.tasks, TaskFamily)
     return text(text_config(config))
@@ -110,14 +139,16 @@ def make_family(config: LanguageConfig) -> TaskFamily:
 
 def _check_tasks(config: LanguageConfig) -> None:
     tasks = config.tasks
-    if config.folder is not None and tasks != "text":
-        raise UserError(f"--folder is for --tasks text, not {tasks}: leave one of them out")
+    if config.folder is not None and tasks not in ("text", "ciphers"):
+        raise UserError(
+            f"--folder is for --tasks text or ciphers, not {tasks}: leave one of them out"
+        )
     if tasks == "text" and config.folder is None:
         raise UserError("--tasks text needs --folder, with one file a domain")
-    if not (tasks == "markov" or is_text(tasks) or is_own(tasks)):
+    if not (is_markov(tasks) or is_cipher(tasks) or is_text(tasks) or is_own(tasks)):
         raise UserError(
-            f"unknown tasks {tasks!r}: markov, text, stdlib, tfds:NAME or module:function of your "
-            "own"
+            f"unknown tasks {tasks!r}: {', '.join(PRIORS)}, ciphers, text, stdlib, tfds:NAME or "
+            "module:function of your own"
         )
 
 
@@ -129,7 +160,16 @@ def text_config(config: LanguageConfig) -> TextConfig:
 
 def digest(config: LanguageConfig) -> str | None:
     """The digest of files that the tasks of a config are read from; None if there are none."""
+    if is_cipher(config.tasks):
+        return cipher_digest(cipher_config(config))
     return text_digest(text_config(config)) if is_text(config.tasks) else None
+
+
+def num_symbols(config: LanguageConfig) -> int:
+    """The size of the vocabulary of the tasks of a config."""
+    if is_cipher(config.tasks):
+        return cipher_config(config).vocab_size
+    return VOCAB_SIZE if is_text(config.tasks) else config.vocab_size
 
 
 def make_model(config: LanguageConfig) -> Model:
@@ -138,7 +178,7 @@ def make_model(config: LanguageConfig) -> Model:
     Raises:
       UserError: there is no such model.
     """
-    vocab_size = VOCAB_SIZE if is_text(config.tasks) else config.vocab_size
+    vocab_size = num_symbols(config)
     if is_own(config.model):
         sizes = {name: getattr(config, name) for name in ("width", "num_layers", "num_heads")}
         return make_part("--model", config.model, Model, {"vocab_size": vocab_size, **sizes})
@@ -189,7 +229,7 @@ def _library_rows(config: LanguageConfig, model: Model, optimizer: InnerOptimize
         row("per-layer-per-step", learners.per_layer_per_step(optimizer, num_steps=steps), reverse),
         row("Meta-SGD", learners.meta_sgd(optimizer, num_steps=steps), reverse),
     ]
-    if config.tasks == "markov" and config.inner_optimizer == "sgd":
+    if is_markov(config.tasks):
         adagrad = INNER_OPTIMIZERS["adagrad"]
         learner = learners.meta_sgd(adagrad, num_steps=steps)
         rows.append(Row("Meta-SGD on Adagrad", learner, reverse, adagrad))
@@ -208,7 +248,7 @@ def check(
     """
     _check_tasks(config)
     check_settings(config.inner, comparison)
-    if config.tasks == "markov":
+    if is_markov(config.tasks):
         feasible.check_languages(markov_config(config), comparison.most_episodes)
     feasible.check(
         [(row.learner, row.estimator, config.inner) for row in rows],

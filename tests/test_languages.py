@@ -75,7 +75,7 @@ def test_parts_of_ones_own():
             r"must return a metaopt\.types\.Model, not",
         ),
         ({"rows": ("own_languages:none",)}, "no function none"),
-        ({"tasks": "nothing"}, r"markov, text, stdlib, tfds:NAME or module:function"),
+        ({"tasks": "nothing"}, r"ciphers, text, stdlib, tfds:NAME or module:function"),
         ({"model": "nothing"}, "bigram, rnn, gru, lstm, transformer, or module:function"),
         ({"inner_optimizer": "nothing"}, "--inner-optimizer takes one of sgd, momentum"),
     ],

@@ -1,10 +1,11 @@
 """Task families, one file each: distributions over episodes of support and query.
 
 Each is a function of its config, of the same name as its file: `linear`, `sinusoid`, `markov`,
-`text`, `images`. `fresh_tasks` makes one of a function that draws the examples of a task, and
-`one_episode` one of a single episode.
+`ciphers`, `text`, `images`. `fresh_tasks` makes one of a function that draws the examples of a
+task, and `one_episode` one of a single episode.
 """
 
+from metaopt.tasks.ciphers import CipherConfig, ciphers
 from metaopt.tasks.fresh import fresh_tasks
 from metaopt.tasks.images import ImagesConfig, images
 from metaopt.tasks.linear import LinearConfig, linear
@@ -14,11 +15,13 @@ from metaopt.tasks.sinusoid import SinusoidConfig, sinusoid
 from metaopt.tasks.text import TextConfig, text
 
 __all__ = [
+    "CipherConfig",
     "ImagesConfig",
     "LinearConfig",
     "MarkovConfig",
     "SinusoidConfig",
     "TextConfig",
+    "ciphers",
     "fresh_tasks",
     "images",
     "linear",

@@ -1,42 +1,50 @@
 """Families whose every episode is a new task: what synthetic families have in common."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from metaopt.types import Batch, Episode, Key, TaskFamily, TaskSplit
+from metaopt.types import Batch, Episode, Key, PyTree, TaskFamily, TaskSplit
 
 AT_A_TIME = 64
 """Most tasks that are drawn in one call: one program draws any number from there on."""
 
 
-def fresh_tasks(name: str, draw_examples: Callable[[Key], Batch], num_support: int) -> TaskFamily:
+def fresh_tasks(
+    name: str,
+    draw_examples: Callable[..., Batch],
+    num_support: int,
+    data: Sequence[PyTree] | None = None,
+) -> TaskFamily:
     """The family whose every episode is a new task, drawn from its key alone.
 
-    The three splits have the same distribution and, under the same key, different
-    episodes. ``sample`` is compiled once for all splits and all ``num_tasks`` from `AT_A_TIME`
-    on, and once for each number below.
+    The three splits have the same distribution, or that of their data, and, under the same key,
+    different episodes. ``sample`` is compiled once for data of equal shapes and all ``num_tasks``
+    from `AT_A_TIME` on, and once for each number below.
 
     Args:
       name: the name of the family.
-      draw_examples: ``key -> Batch`` of S + Q examples of one task.
+      draw_examples: ``key -> Batch`` of S + Q examples of one task; with ``data``,
+        ``(key, data of the split) -> Batch``.
       num_support: S; the first S examples are the support, the others the query.
+      data: arrays that the training, validation and test tasks are drawn from.
     """
 
     @jax.jit
-    @jax.vmap
-    def draw(key: Key) -> tuple[Batch, Batch]:
-        inputs, targets = draw_examples(key)
+    @functools.partial(jax.vmap, in_axes=(0, None))
+    def draw(key: Key, data: tuple) -> tuple[Batch, Batch]:
+        inputs, targets = draw_examples(key, *data)
         support = Batch(inputs[:num_support], targets[:num_support])
         return support, Batch(inputs[num_support:], targets[num_support:])
 
     def sample(split: int, key: Key, num_tasks: int) -> Episode:
         most = num_tasks if isinstance(key, Tracer) else AT_A_TIME
-        parts = [draw(keys) for keys in _task_keys(split, key, num_tasks, most)]
+        of_split = () if data is None else (data[split],)
+        parts = [draw(keys, of_split) for keys in _task_keys(split, key, num_tasks, most)]
         support, query = parts[0] if len(parts) == 1 else _joined(parts, num_tasks)
         return Episode(support, query, jnp.arange(num_tasks, dtype=jnp.int32))
 

@@ -1,22 +1,22 @@
 """Random Markov languages, and the exact loss of the best possible learner on them.
 
 A task is a language of order m over V symbols. Each of its V^m contexts has a
-distribution of the next token, drawn from the symmetric Dirichlet distribution of
-the given concentration. A sequence starts with m tokens drawn uniformly and
-independently, and follows the chain from there.
+distribution of the next token, drawn from a Dirichlet distribution: the same symmetric one
+for all contexts, or one for each context, which the languages of a family share. A sequence
+starts with m tokens drawn uniformly and independently, and follows the chain from there.
 """
 
 import dataclasses
 import functools
 import math
-from typing import Annotated
+from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
 
 from metaopt.errors import UserError
 from metaopt.indices import as_int32
-from metaopt.ranges import Checked, Count, Length, Range
+from metaopt.ranges import Checked, Count, Length, Range, Seed
 from metaopt.tasks.fresh import fresh_tasks
 from metaopt.types import Array, Batch, Episode, Key, TaskFamily
 
@@ -27,6 +27,10 @@ Order = Annotated[int, Range(1, 24)]
 Symbols = Annotated[int, Range(2, 4096)]
 Concentration = Annotated[float, Range(1e-3, 1e4)]
 """Concentration of a Dirichlet prior: below, every language is one word repeated; above, noise."""
+Prior = Literal["symmetric", "rows"]
+ROW_WEIGHTS = (0.5, 50.0)
+"""Range of the sum of the Dirichlet weights of a context under the prior ``rows``."""
+_LEAST_WEIGHT = 1e-4  # below, float32 draws of its gamma variable tell a language nothing new
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,10 +39,26 @@ class MarkovConfig(Checked):
 
     Raises UserError on values that contradict each other or have no meaning, and
     where a language's table of V^(m+1) probabilities would pass 64 MiB.
+
+    Attributes:
+      vocab_size: V.
+      order: m, tokens that the next one depends on.
+      prior: ``symmetric``: every context has the Dirichlet prior of all weights
+        ``concentration``, so the family looks the same when its symbols are renamed. ``rows``:
+        context c has the weights ``k_c b_c``, drawn once for the family, ``b_c`` from the
+        symmetric Dirichlet distribution and ``k_c`` log-uniform in `ROW_WEIGHTS`. What is common
+        to the languages, and how fast each context departs from it, can then be learned.
+      prior_seed: Seed of the weights of ``rows``.
+      concentration: Concentration of the symmetric Dirichlet distribution of either prior.
+      num_support: S, sequences to adapt on.
+      num_query: Q, sequences to be judged on.
+      length: L, tokens in a sequence.
     """
 
     vocab_size: Symbols = 16
     order: Order = 1
+    prior: Prior = "symmetric"
+    prior_seed: Seed = 0
     concentration: Concentration = 0.3
     num_support: Count = 4
     num_query: Count = 4
@@ -65,6 +85,21 @@ def markov(config: MarkovConfig) -> TaskFamily:
     return fresh_tasks("markov", functools.partial(_draw_examples, config), config.num_support)
 
 
+def dirichlet_weights(config: MarkovConfig) -> Array:
+    """The weights of the Dirichlet prior of each context, float32 ``[V^m, V]``.
+
+    Rows are in the order of `number_ngrams`.
+    """
+    shape = (config.vocab_size**config.order, config.vocab_size)
+    if config.prior == "symmetric":
+        return jnp.full(shape, config.concentration, jnp.float32)
+    base_key, sum_key = jax.random.split(jax.random.key(config.prior_seed))
+    base = jax.nn.softmax(jax.random.loggamma(base_key, config.concentration, shape))
+    low, high = map(math.log, ROW_WEIGHTS)
+    sums = jnp.exp(jax.random.uniform(sum_key, (shape[0], 1), minval=low, maxval=high))
+    return jnp.maximum(sums * base, _LEAST_WEIGHT)
+
+
 def draw_language(config: MarkovConfig, key: Key) -> Array:
     """Log-probabilities of the next token in each context, float32 ``[V^m, V]``.
 
@@ -73,8 +108,7 @@ def draw_language(config: MarkovConfig, key: Key) -> Array:
     underflow otherwise. They take most of the time of `markov`: about a microsecond
     each on one CPU core.
     """
-    shape = (config.vocab_size**config.order, config.vocab_size)
-    return jax.nn.log_softmax(jax.random.loggamma(key, config.concentration, shape))
+    return jax.nn.log_softmax(jax.random.loggamma(key, dirichlet_weights(config)))
 
 
 def draw_sequences(config: MarkovConfig, key: Key, language: Array, num_sequences: int) -> Array:
@@ -126,23 +160,26 @@ def bayes_loss(
 ) -> Array:
     """Mean query loss of the posterior predictive of the Dirichlet prior, in nats a token.
 
-    With n the counts of transitions in the evidence and a the concentration,
-    ``p(j | c) = (n_cj + a) / (n_c + V a)``; no learner with the same evidence does
-    better on average. Targets among a sequence's first m tokens cost log V each.
+    With n the counts of transitions in the evidence and a the weights of the prior,
+    ``p(j | c) = (n_cj + a_cj) / (n_c + a_c)``, where a sum over j has lost its index; no
+    learner with the same evidence does better on average. Targets among a sequence's first m
+    tokens cost log V each.
 
-    The evidence is counted by comparing transitions pairwise, so that memory does not
-    grow with V^m, and tasks are taken one at a time.
+    The evidence is counted by comparing transitions pairwise, and tasks are taken one at a
+    time, so that memory does not grow with their number.
 
     Args:
       config: the config that the episode was drawn with; static.
       episode: T tasks from `markov`, of tokens of any integer dtype.
       use_support: the support is evidence, as for a learner that adapts on it.
       use_prefix: so are the earlier tokens of the same query sequence, as for a model
-        that learns in context. With neither, the loss is log V.
+        that learns in context. With neither, it is the prior's own, log V if that is symmetric.
 
     Returns:
       float32 ``[T]``; NaN for a task with a token that is not of the vocabulary.
     """
+
+    weights = dirichlet_weights(config)
 
     def loss(batches: tuple[Batch, Batch]) -> Array:
         sequences = [_sequences(batch) for batch in batches]
@@ -152,10 +189,12 @@ def bayes_loss(
         in_context, followed = _count(
             config, query, support.reshape(1, -1), visible=use_support
         ) + _count(config, query, query, visible=earlier[None] & use_prefix)
-        alpha, vocab_size = config.concentration, config.vocab_size
-        log_probs = jnp.log((followed + alpha) / (in_context + vocab_size * alpha))
+        of_token = weights.reshape(-1)[query]
+        of_context = weights.sum(axis=1)[query // config.vocab_size]
+        log_probs = jnp.log((followed + of_token) / (in_context + of_context))
         num_uniform = batches[1].targets.size - query.size
-        mean = (num_uniform * math.log(vocab_size) - log_probs.sum()) / batches[1].targets.size
+        uniform = num_uniform * math.log(config.vocab_size)
+        mean = (uniform - log_probs.sum()) / batches[1].targets.size
         return jnp.where(known[0] & known[1], mean, jnp.nan)
 
     return jax.lax.map(loss, (episode.support, episode.query))

@@ -40,7 +40,7 @@ PHASES = [
 
 @pytest.mark.parametrize("phase", range(len(PHASES)), ids=[name for _, name in PHASES])
 def test_ctrl_c_in_any_phase_is_one_line(phase, tmp_path, monkeypatch, capsys):
-    others = [(adapt_languages, name) for name in ("draw", "samples", "add_limits")]
+    others = [(adapt_languages, name) for name in ("draw", "samples", "add_references")]
     for owner, name in [*PHASES[2:phase], *others]:
         monkeypatch.setattr(owner, name, lambda *args, **kwargs: "")
     monkeypatch.setattr(harness, "log", lambda line: None)  # which tells of finished rows

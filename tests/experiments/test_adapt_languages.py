@@ -5,6 +5,7 @@ import shlex
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -25,7 +26,7 @@ from metaopt.types import Episode
 ROWS = ("joint pretraining", "Meta-SGD")
 SIZES = "--num-support 2 --num-query 2 --length 8 --comparison.num-devices 2"
 MARKOV = shlex.split(
-    f"--preset smoke {SIZES} --vocab-size 4 --rows 'joint pretraining' Meta-SGD "
+    f"--preset smoke --tasks markov-symmetric --model bigram {SIZES} --vocab-size 4 --rows 'joint pretraining' Meta-SGD "
     "--inner.num-steps 2 --comparison.max-inner-steps 3 --comparison.meta-steps 6 "
     "--comparison.inner-rates 1 8"
 )
@@ -73,7 +74,9 @@ def test_a_run_leaves_config_results_table_picture_and_samples(markov_run):
     for record in read_json_lines(markov_run / "results.jsonl"):
         assert set(record) >= {"table", "row", "column", "value", "ci95", "unit", "n", "seeds"}
         assert set(record) >= {"paper", "source", "preset", "device", "versions", "commit"}
-        assert record["table"] == "adapt_languages/markov" and record["unit"] == "nats/token"
+        assert (
+            record["table"] == "adapt_languages/markov-symmetric" and record["unit"] == "nats/token"
+        )
         assert record["n"] == 16 and ("seconds" in record or record["limit"])
         again = shlex.split(record["command"])
         assert again[:3] == ["python", "-m", "experiments.adapt_languages"]
@@ -217,6 +220,42 @@ def test_text_is_measured_in_bits_a_byte(folder, tmp_path):
     assert "for domain " in (directory / "samples.md").read_text()
 
 
+CIPHERS = shlex.split(
+    f"--preset smoke --tasks ciphers {SIZES} --model bigram --rows 'joint pretraining' MAML "
+    "--inner.num-steps 1 --comparison.max-inner-steps 1 --comparison.inner-rates 0.3 1 "
+    "--comparison.test-episodes 12"
+)
+
+
+def test_ciphers_are_measured_between_the_unigram_entropy_and_the_plain_text(tmp_path):
+    directory = run_in(tmp_path, CIPHERS)
+    found = cells(directory)
+    names = ["unigram entropy", "n-gram with the key", "frequency analysis", "hill climbing"]
+    rows = [*dict.fromkeys(row for row, _ in found)]
+    assert rows == ["joint pretraining", "MAML", *names, "plain text, same model"]
+    assert found["unigram entropy", "cracked"][0] == pytest.approx(0, abs=1e-9)
+    assert found["plain text, same model", "cracked"][0] == pytest.approx(100)
+    unigram, plain = (found[name, "1 step"][0] for name in (names[0], rows[-1]))
+    share = 100 * (unigram - found["MAML", "1 step"][0]) / (unigram - plain)
+    assert found["MAML", "cracked"][0] == pytest.approx(share)
+    assert found["hill climbing", "0 steps"][0] is None  # which needs a support
+    assert found["n-gram with the key", "1 step"][0] < unigram
+    assert "read with the key:" in (directory / "samples.md").read_text()
+
+
+def test_only_the_default_table_is_followed_by_that_of_a_transformer():
+    def shown(*args):
+        return [(part.tasks, part.model) for part in adapt_languages.parts(parse(*args))]
+
+    both = [("markov", "bigram"), ("markov-symmetric", "transformer")]
+    assert shown() == shown("--comparison.seed", "3") == both
+    assert shown("--no-then-transformer") == shown("--rows", "MAML") == both[:1]
+    assert shown("--tasks", "markov-symmetric") == [("markov-symmetric", "bigram")]
+    second = adapt_languages.parts(parse("--seeds", "1", "2", "--run-dir", "here"))[1]
+    assert second.seeds == (1, 2) and second.run_dir == "here/transformer"
+    assert second.rows == ("joint pretraining", "MAML")
+
+
 def test_the_standard_library_gives_three_disjoint_splits(monkeypatch):
     monkeypatch.setattr(text_sources, "has_tfds", lambda: False)  # read in place
     config = parse("--tasks", "stdlib")
@@ -272,7 +311,7 @@ WRONG = [
     ("--preset huge", "unknown preset 'huge': choose smoke, cpu or gpu"),
     (
         "--tasks novels",
-        "unknown tasks 'novels': markov, text, stdlib, tfds:NAME or module",
+        "unknown tasks 'novels': markov, markov-symmetric, ciphers, text, stdlib, tfds:NAME or",
     ),
     ("--tasks text", "needs --folder"),
     ("--tasks text --folder nowhere", "'nowhere' is no folder"),
@@ -280,7 +319,8 @@ WRONG = [
     ("--tasks text --folder nested", "nested/inner is not a file"),
     ("--tasks text --folder short", "domain 'a' has 9 bytes"),
     ("--tasks text --folder few", "few has 2 domains, too few"),
-    ("--folder few", "--folder is for --tasks text"),
+    ("--folder few", "--folder is for --tasks text or ciphers, not markov"),
+    ("--tasks ciphers --folder few", "few has 2 books, too few for 3 to validate, 6 to test"),
     ("--model mamba", "unknown model 'mamba': choose one of bigram, rnn, gru"),
     ("--model transformer --num-heads 3", "not divisible by num_heads 3"),
     ("--model lstm --width 0", "--width is 0; it must be a whole number from 1 to 65536"),
@@ -342,7 +382,8 @@ def test_a_row_of_several_seeds_is_their_mean_with_an_interval_over_tasks(tmp_pa
     )
     without_limits = dataclasses.replace(config, tasks="of_my_own:family")
     test = Episode(None, None, np.repeat(np.arange(8), 2))  # type: ignore[arg-type]
-    study = Study(table, without_limits, lambda: test)
+    comparison = SimpleNamespace(test=test)
+    study = Study(table, without_limits, comparison)  # type: ignore[arg-type]
     curves = np.random.default_rng(0).uniform(1, 2, size=(2, 2, 16, 3))  # [row, seed, E, steps]
     for name, of_row in zip(("joint pretraining", "MAML"), curves, strict=True):
         row, rates = Row(name, learners.maml(), None), np.full(3, 0.1)

@@ -12,6 +12,7 @@ from metaopt.errors import UserError
 from metaopt.tasks.markov import (
     MarkovConfig,
     bayes_loss,
+    dirichlet_weights,
     draw_language,
     draw_sequences,
     markov,
@@ -78,19 +79,47 @@ def test_languages_have_dirichlet_moments(concentration):
     np.testing.assert_allclose((rows**2).sum(1).mean(), sum_of_squares, atol=0.03)
 
 
+def test_under_the_prior_rows_the_languages_of_a_family_share_their_means():
+    config = MarkovConfig(vocab_size=6, prior="rows", prior_seed=3)
+    weights = dirichlet_weights(config)
+    languages = jax.vmap(lambda key: jnp.exp(draw_language(config, key)))(
+        jax.random.split(jax.random.key(0), 4000)
+    )
+    sums = weights.sum(axis=1, keepdims=True)
+    mean = weights / sums
+    np.testing.assert_allclose(languages.mean(0), mean, atol=0.03)
+    np.testing.assert_allclose(languages.var(0), mean * (1 - mean) / (sums + 1), atol=0.02)
+
+
+def test_the_weights_of_rows_follow_their_seed_and_span_their_range():
+    config = MarkovConfig(vocab_size=64, prior="rows")
+    weights = dirichlet_weights(config)
+    np.testing.assert_array_equal(weights, dirichlet_weights(config))
+    other = dirichlet_weights(dataclasses.replace(config, prior_seed=1))
+    assert (weights != other).mean() > 0.5
+    sums = np.asarray(weights.sum(axis=1))
+    assert (sums > 0.49).all() and (sums < 51).all()
+    np.testing.assert_allclose(np.log(sums).mean(), np.log(5), atol=0.5)  # log-uniform
+    assert (dirichlet_weights(MarkovConfig(concentration=0.7)) == np.float32(0.7)).all()
+
+
 def test_without_evidence_every_token_costs_log_v():
     episodes = markov(TINY).train.sample(jax.random.key(0), 3)
     losses = bayes_loss(TINY, episodes, use_support=False)
     np.testing.assert_allclose(losses, np.full(3, np.log(3)), rtol=1e-6)
 
 
-def test_the_predictive_is_the_posterior_integrated_numerically():
-    config = MarkovConfig(vocab_size=2, concentration=1.5, num_support=2, num_query=2, length=6)
+@pytest.mark.parametrize(("prior", "concentration"), [("symmetric", 1.5), ("rows", 20.0)])
+def test_the_predictive_is_the_posterior_integrated_numerically(prior, concentration):
+    sizes = {"vocab_size": 2, "num_support": 2, "num_query": 2, "length": 6}
+    config = MarkovConfig(prior=prior, prior_seed=2, concentration=concentration, **sizes)
     episode = markov(config).train.sample(jax.random.key(3), 1)
     middle = (np.arange(400) + 0.5) / 400
     ones = np.stack(np.meshgrid(middle, middle, indexing="ij"))  # p(1 | context), both contexts
     table = np.stack([1 - ones, ones], axis=1)  # [context, token, 400, 400]
-    weight = (table**0.5).prod((0, 1))
+    weights = np.asarray(dirichlet_weights(config))
+    assert (weights > 1).all()  # or the density is infinite at an edge of the grid
+    weight = (table ** (weights[..., None, None] - 1)).prod((0, 1))
     for sequence in whole(episode.support)[0]:
         for context, token in itertools.pairwise(sequence):
             weight = weight * table[context, token]

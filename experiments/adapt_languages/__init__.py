@@ -1,0 +1,236 @@
+"""Meta-learn a language model and adapt it to languages that it has never seen.
+
+Finn et al., 2017 (MAML, FOMAML); Nichol et al., 2018 (Reptile); Raghu et al., 2020
+(ANIL); Antoniou et al., 2019 (rates per layer and step); Li et al., 2017 (Meta-SGD);
+on next-token prediction. `--tasks markov` draws random Markov languages that have something
+in common, `markov-symmetric` such as have nothing in common but the size of their
+probabilities; for both the best possible learner is known exactly. `text`, `stdlib` and
+`tfds:NAME` are domains of bytes, of which some are held out. Tasks, model, inner optimiser
+and rows of your own are given as `module:function`, see `metaopt.languages.LanguageConfig`.
+
+Without flags there are two tables: a table of bigrams on `markov`, and a transformer, joint
+pretraining beside MAML, on `markov-symmetric`.
+
+    python -m experiments.adapt_languages                     # both, in under five minutes
+    python -m experiments.adapt_languages --tasks stdlib      # Python's own sources
+    python -m experiments.adapt_languages --tasks text --folder FOLDER
+    python -m experiments.adapt_languages --rows MAML my_module:my_row
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from experiments import harness
+from experiments.adapt_languages import references
+from experiments.adapt_languages.config import BASELINE, Config, presets, unit_of, unit_scale
+from experiments.adapt_languages.samples import samples
+from metaopt import losses
+from metaopt.comparison import Comparison, Row, RowResult
+from metaopt.console import log
+from metaopt.files import read_text, write_text
+from metaopt.fit import Problem
+from metaopt.languages import (
+    check,
+    digest,
+    is_cipher,
+    is_markov,
+    is_text,
+    make_family,
+    make_model,
+    make_rows,
+)
+from metaopt.reporting import plots
+from metaopt.statistics import Interval, interval
+from metaopt.training.types import TrainFn
+
+DIFFERENCES = (1, 2, 5)
+"""Numbers of inner steps that have a column of gains on the baseline."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """What the losses of a run are measured by.
+
+    Attributes:
+      table: Table of the run.
+      config: Config of the run.
+      comparison: What the rows share, of the first seed.
+    """
+
+    table: harness.TableRun
+    config: Config
+    comparison: Comparison
+
+    @functools.cached_property
+    def tasks(self) -> np.ndarray:
+        """The task of each test episode, int ``[E]``."""
+        return np.asarray(self.comparison.test.task)
+
+    @functools.cached_property
+    def references(self) -> dict[str, np.ndarray]:
+        """The losses of what is no learner by name, nats ``[E, 2]``: without support and with it.
+
+        They are computed once in a run, and then read from its directory.
+        """
+        table = self.table
+        found = references.make_references(self.config, self.comparison, table.directory)
+        return {
+            name: table.remember(name, lambda make=make: {"nats": make()})["nats"]
+            for name, make in found
+        }
+
+    @property
+    def columns(self) -> dict[int, str]:
+        """The columns of losses, by the number of inner steps."""
+        return harness.step_columns(self.config.comparison.max_inner_steps)
+
+    def interval(self, nats: np.ndarray) -> Interval:
+        """The mean of ``nats [E]`` in the unit of the table, with its interval over tasks."""
+        return interval(nats * unit_scale(self.config), self.tasks)
+
+    def curve(self, nats: np.ndarray) -> plots.Curve:
+        """The means of ``nats [E, steps + 1]``, likewise."""
+        return harness.curve(nats * unit_scale(self.config), self.tasks)
+
+
+def add_row(study: Study, name: str, results: Sequence[RowResult]) -> None:
+    """Adds the cells of a trained row: the mean over seeds of its losses after 0, 1, 2 ... steps.
+
+    The baseline must be added before the others, which are compared with it.
+    """
+    table = study.table
+    nats_ExK = np.mean([result.curves for result in results], axis=0)
+    table.keep(name, nats=nats_ExK)
+    for step, column in study.columns.items():
+        rates = [float(result.rates[step]) for result in results]
+        rate = rates[0] if len(rates) == 1 else rates
+        table.add(name, column, study.interval(nats_ExK[:, step]), inner_learning_rate=rate)
+    _add_gains(study, name, nats_ExK)
+    _add_distance(study, name, nats_ExK[:, study.config.inner.num_steps])
+
+
+def add_references(study: Study) -> None:
+    """Adds the rows of the references, which are the same after any number of steps."""
+    for name, nats_Ex2 in study.references.items():
+        steps = range(1 + study.config.comparison.max_inner_steps)
+        nats_ExK = nats_Ex2[:, [min(step, 1) for step in steps]]
+        for step, column in study.columns.items():
+            study.table.add(name, column, study.interval(nats_ExK[:, step]), limit=True)
+        _add_gains(study, name, nats_ExK, limit=True)
+        if is_cipher(study.config.tasks):
+            _add_distance(study, name, nats_Ex2[:, 1], limit=True)
+
+
+def _add_gains(study: Study, name: str, nats_ExK: np.ndarray, **fields: Any) -> None:
+    """The baseline's losses minus the row's, episode by episode: positive is better."""
+    if name == BASELINE or not study.table.has(BASELINE):
+        return
+    baseline = study.table.kept(BASELINE)["nats"]
+    for step, column in study.columns.items():
+        if step in DIFFERENCES:
+            found = study.interval(baseline[:, step] - nats_ExK[:, step])
+            study.table.add(name, f"Δ {column}", found, better="higher", **fields)
+
+
+def _add_distance(study: Study, name: str, nats_E: np.ndarray, **fields: Any) -> None:
+    """How far the losses after the trained number of steps are from what is possible."""
+    config = study.config
+    if is_markov(config.tasks):
+        reads_prefix = config.model != "bigram"
+        limit = references.PREFIX_LIMIT if reads_prefix else references.SUPPORT_LIMIT
+        gap = study.interval(nats_E - study.references[limit][:, 1])
+        study.table.add(name, "gap to Bayes", gap, limit_of=limit, **fields)
+    if is_cipher(config.tasks):
+        share = interval(references.cracked(nats_E, study.references), study.tasks)
+        study.table.add(name, "cracked", share, unit="%", better="higher", **fields)
+
+
+def draw(study: Study, names: Sequence[str]) -> None:
+    """Losses against inner steps of the rows that are finished, and their gains."""
+    kept = {name: study.table.kept(name)["nats"] for name in names if study.table.has(name)}
+    baseline = kept.get(BASELINE)
+    others = {} if baseline is None else {n: baseline - x for n, x in kept.items() if n != BASELINE}
+    plots.adaptation_curves(
+        study.table.directory / "curves.png",
+        {name: study.curve(nats) for name, nats in kept.items()},
+        {name: study.curve(gains) for name, gains in others.items()},
+        {name: study.interval(nats[:, 1]).mean for name, nats in study.references.items()},
+        title="Held-out domains" if is_text(study.config.tasks) else "Held-out languages",
+        baseline=BASELINE,
+        unit=unit_of(study.config),
+        trained_steps=study.config.inner.num_steps,
+    )
+
+
+def parts(config: Config) -> list[Config]:
+    """The runs of a config: its own, and that of a transformer if it is asked for.
+
+    A run of chosen rows is of these alone.
+    """
+    if not config.then_transformer or config.rows != presets(config.preset).rows:
+        return [config]
+    other = presets(config.preset, "markov-symmetric", "transformer")
+    here = None if config.run_dir is None else f"{config.run_dir}/transformer"
+    comparison = dataclasses.replace(
+        other.comparison, seed=config.comparison.seed, num_devices=config.comparison.num_devices
+    )
+    shared = {name: getattr(config, name) for name in ("root", "improve", "seeds")}
+    return [config, dataclasses.replace(other, run_dir=here, comparison=comparison, **shared)]
+
+
+def run(config: Config) -> None:
+    """Trains and evaluates the rows of each part, and writes table, figure and samples."""
+    train_fn = harness.begin(improve=config.improve)
+    runs = [prepare(part, train_fn) for part in parts(config)]
+    for one in runs:
+        one()
+
+
+def prepare(config: Config, train_fn: TrainFn) -> Callable[[], None]:
+    """Checks a config, and gives what runs it.
+
+    Raises:
+      UserError: something of the config cannot be run.
+    """
+    model = make_model(config)
+    rows = make_rows(config, model)
+    check(config, config.comparison, rows, model)
+    if is_text(config.tasks):
+        log(f"reading the text of {config.folder or config.tasks}")
+    problem = Problem(make_family(config), model, losses.next_token(model))
+    comparisons = {}
+    for seed in config.seeds or (config.comparison.seed,):
+        settings = dataclasses.replace(config.comparison, seed=seed)
+        comparisons[seed] = Comparison(problem, config.inner, config.outer, settings, train_fn)
+    return functools.partial(_run, config, rows, comparisons)
+
+
+def _run(config: Config, rows: Sequence[Row], comparisons: Mapping[int, Comparison]) -> None:
+    first, names = next(iter(comparisons.values())), [row.name for row in rows]
+    table = harness.TableRun(
+        "adapt_languages",
+        config,
+        presets,
+        table=f"adapt_languages/{config.tasks}",
+        unit=unit_of(config),
+        rows=names,
+        seeds=tuple(comparisons),
+        episodes=config.comparison.test_episodes,
+        data=digest(config),
+    )
+    study = Study(table, config, first)
+    train = harness.compare(comparisons, table.directory)
+    for row in table.pending(sorted(rows, key=lambda row: row.name != BASELINE)):
+        results = train(row)
+        add_row(study, row.name, results)
+        draw(study, names)
+        if row.name == names[-1]:
+            write_text(table.directory / "samples.md", samples(config, first, results[0]))
+    add_references(study)
+    Console().print(read_text(table.directory / "samples.md"), markup=False, highlight=False)
+    table.finish()

@@ -1,0 +1,186 @@
+"""The config of the table and its presets."""
+
+import dataclasses
+from typing import Annotated
+
+from experiments import harness
+from metaopt.comparison import ComparisonConfig
+from metaopt.inner_loop import InnerLoop
+from metaopt.languages import LanguageConfig, is_cipher, is_markov, is_text
+from metaopt.losses import NATS_TO_BITS
+from metaopt.optimizers.outer import OuterConfig
+from metaopt.ranges import Seed, Several, Steps
+
+BASELINE = "joint pretraining"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(LanguageConfig, harness.TrainedConfig):
+    """Meta-learn a language model and adapt it to languages that it has never seen.
+
+    Attributes:
+      seeds: Seeds that every row is trained with, once each, and cells are means over them; if
+        none, ``comparison.seed`` alone.
+      outer: The outer optimiser.
+      comparison: Length of the training, sizes, and what it is judged on.
+      plain_steps: Steps of training on the plain text of ciphers of the model that they are
+        compared with.
+      then_transformer: After the table, unless its rows were chosen, joint pretraining and MAML of
+        a transformer on symmetric Markov languages, as a run of its own.
+    """
+
+    seeds: Annotated[tuple[Seed, ...], Several(0, different=True)] = ()
+    outer: OuterConfig = dataclasses.field(default_factory=OuterConfig)
+    comparison: ComparisonConfig = dataclasses.field(default_factory=ComparisonConfig)
+    plain_steps: Steps = 3000
+    then_transformer: bool = False
+
+
+MARKOV = Config(
+    rows=(
+        "random init",
+        BASELINE,
+        "MAML",
+        "per-layer-per-step",
+        "Meta-SGD",
+        "Meta-SGD on Adagrad",
+    ),
+    outer=OuterConfig(learning_rate=0.03, rates_learning_rate=0.03, warmup_steps=10),
+    comparison=ComparisonConfig(
+        tasks_per_step=64,
+        meta_steps=1000,
+        inner_rates=(0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0),
+        valid_episodes=512,
+        test_episodes=2000,
+        checkpoint_every=500,
+    ),
+)
+MARKOV_NETWORK = Config(
+    rows=(BASELINE, "MAML"),
+    width=32,
+    num_layers=1,
+    inner=InnerLoop(unroll=False),
+    outer=OuterConfig(learning_rate=3e-3, rates_learning_rate=0.03, warmup_steps=20),
+    comparison=ComparisonConfig(
+        tasks_per_step=16,
+        meta_steps=300,
+        inner_rates=(0.03, 0.1, 0.3, 1.0, 3.0),
+        eval_every=50,
+        checkpoint_every=150,
+        valid_episodes=128,
+        test_episodes=600,
+    ),
+)
+TEXT = Config(
+    num_support=8,
+    num_query=8,
+    length=64,
+    inner=InnerLoop(query_loss="mean"),
+    outer=OuterConfig(learning_rate=1e-3, rates_learning_rate=0.03, warmup_steps=20),
+    comparison=ComparisonConfig(
+        tasks_per_step=4,
+        tasks_at_a_time=1,
+        pretrain_steps=3000,
+        meta_steps=500,
+        inner_rates=(0.005, 0.01, 0.015, 0.02, 0.03, 0.05),
+        eval_every=125,
+        checkpoint_every=125,
+        valid_episodes=48,
+        test_episodes=120,
+    ),
+)
+CIPHERS = Config(
+    rows=(BASELINE, "FOMAML", "MAML", "per-layer-per-step", "Meta-SGD"),
+    num_support=16,
+    num_query=8,
+    length=64,
+    num_valid_domains=3,
+    num_test_domains=6,
+    outer=OuterConfig(learning_rate=1e-3, rates_learning_rate=0.03, warmup_steps=20),
+    comparison=ComparisonConfig(
+        tasks_per_step=8,
+        tasks_at_a_time=1,
+        meta_steps=1000,
+        inner_rates=(0.03, 0.1, 0.3, 1.0, 3.0),
+        eval_every=100,
+        checkpoint_every=100,
+        valid_episodes=64,
+        test_episodes=256,
+    ),
+)
+
+
+def presets(preset: str = "cpu", tasks: str = "markov", model: str | None = None) -> Config:
+    """The defaults for ``--preset``, ``--tasks`` and ``--model``."""
+    model = model or ("bigram" if is_markov(tasks) else "transformer")
+    if is_markov(tasks):
+        base = MARKOV if model == "bigram" else MARKOV_NETWORK
+    else:
+        base = CIPHERS if is_cipher(tasks) else TEXT
+    then = (tasks, model) == ("markov", "bigram")
+    base = dataclasses.replace(
+        base,
+        preset=preset,  # type: ignore[arg-type]
+        tasks=tasks,
+        model=model,
+        then_transformer=then,
+    )
+    return {"smoke": _smoke, "cpu": lambda config: config, "gpu": _gpu}[preset](base)
+
+
+def _smoke(config: Config) -> Config:
+    comparison = dataclasses.replace(
+        config.comparison,
+        tasks_per_step=4,
+        pretrain_steps=min(2, config.comparison.pretrain_steps),
+        meta_steps=4,
+        inner_rates=config.comparison.inner_rates[::3],
+        eval_every=0,
+        valid_episodes=8,
+        test_episodes=16,
+    )
+    return dataclasses.replace(
+        config,
+        width=8,
+        num_layers=1,
+        length=16,
+        num_valid_domains=2,
+        num_test_domains=3,
+        plain_steps=4,
+        comparison=comparison,
+    )
+
+
+def _gpu(config: Config) -> Config:
+    comparison = dataclasses.replace(
+        config.comparison,
+        tasks_per_step=64,
+        tasks_at_a_time=0,
+        pretrain_steps=10 * config.comparison.pretrain_steps,
+        meta_steps=10 * config.comparison.meta_steps,
+    )
+    if is_markov(config.tasks):
+        return dataclasses.replace(config, comparison=comparison, compute_dtype="bfloat16")
+    return dataclasses.replace(
+        config,
+        width=512,
+        num_layers=6,
+        num_heads=8,
+        length=256,
+        compute_dtype="bfloat16",
+        # A step that is recomputed, of a few tasks at a time: all at once would not fit.
+        inner=dataclasses.replace(config.inner, remat=True),
+        comparison=dataclasses.replace(comparison, tasks_per_step=32, tasks_at_a_time=4),
+    )
+
+
+def unit_of(config: Config) -> str:
+    """The unit of the numbers of a run."""
+    if is_text(config.tasks):
+        return "bits/byte"
+    return "nats/symbol" if is_cipher(config.tasks) else "nats/token"
+
+
+def unit_scale(config: Config) -> float:
+    """What nats a token are multiplied by: text is measured in bits a byte."""
+    return NATS_TO_BITS if is_text(config.tasks) else 1.0

@@ -1,0 +1,74 @@
+"""Text that a model writes before and after it has adapted."""
+
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.adapt_languages.config import Config, unit_of, unit_scale
+from experiments.adapt_languages.references import on_plain_text, reading_key
+from metaopt.comparison import Comparison, RowResult
+from metaopt.console import printable
+from metaopt.inner_loop import adapt
+from metaopt.languages import cipher_config, is_cipher, is_text
+from metaopt.sequence import decoding
+from metaopt.tasks.ciphers import to_text
+from metaopt.types import Array, Episode
+
+Show = Callable[[Array], str]
+"""Tokens ``[n]`` as text."""
+
+
+def samples(config: Config, comparison: Comparison, result: RowResult) -> str:
+    """Text of a row's model for the first test episode, before and after adaptation."""
+    episode: Episode = jax.tree.map(lambda x: jnp.asarray(x[0]), comparison.test)
+    learner, problem = result.row.learner, comparison.problem
+    start = learner.start(result.meta_params)
+    optimizer = learner.inner_opt(result.meta_params, result.hparams)
+    adapted = adapt(problem.loss_fn, optimizer, start, episode.support, comparison.inner).params
+    prompt, show = episode.query.inputs[0], _show(config)
+    names = problem.family.test.task_names
+    language = names[int(episode.task)] if names else "a new language"
+    lines = [
+        f"Text of {printable(result.row.name)} for {printable(language)}, a held-out language.",
+        "",
+        *_block("Support (first sequence)", show(episode.support.inputs[0])),
+        *_block("Prompt", show(prompt)),
+    ]
+    read = _reading(config, comparison, episode)
+    if read:
+        lines += [*_block("Prompt, read with the key", read(prompt))]
+    after = f"After {comparison.inner.num_steps} steps of"
+    for title, params in (("Before", start), (after, adapted)):
+        loss = float(problem.loss_fn(params, episode.query)) * unit_scale(config)
+        key, length = jax.random.key(0), 2 * len(prompt)
+        tokens = decoding.generate(problem.model, params, prompt, length, key, 0.7)[len(prompt) :]
+        heading = f"{title} adaptation, {loss:.3f} {unit_of(config)}"
+        lines += _block(heading, show(tokens))
+        if read:
+            lines += _block("The same, read with the key", read(tokens))
+    return "\n".join(lines)
+
+
+def _show(config: Config) -> Show:
+    if is_text(config.tasks):
+        return lambda tokens: bytes(tokens.tolist()).decode("utf-8", errors="replace")
+    if is_cipher(config.tasks):
+        return lambda tokens: to_text(np.asarray(tokens), config.alphabet)
+    return lambda tokens: "".join(
+        chr(ord("a") + t) if t < 26 else f"<{t}>" for t in tokens.tolist()
+    )
+
+
+def _reading(config: Config, comparison: Comparison, episode: Episode) -> Show | None:
+    """What shows the plain text of a cipher that renames symbols."""
+    if not is_cipher(config.tasks) or config.cipher not in ("substitution", "caesar"):
+        return None
+    plain = jax.tree.map(lambda x: x[0], on_plain_text(config, comparison).test)
+    key = reading_key(episode, plain, cipher_config(config).vocab_size)
+    return lambda tokens: _show(config)(jnp.asarray(key[np.asarray(tokens)]))
+
+
+def _block(title: str, text: str) -> Iterator[str]:
+    yield from (f"{title}:", "", *(f"    {printable(line)}" for line in text.splitlines()), "")
