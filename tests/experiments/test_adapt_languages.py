@@ -26,7 +26,8 @@ from metaopt.types import Episode
 ROWS = ("joint pretraining", "Meta-SGD")
 SIZES = "--num-support 2 --num-query 2 --length 8 --comparison.num-devices 2"
 MARKOV = shlex.split(
-    f"--preset smoke --tasks markov-symmetric --model bigram {SIZES} --vocab-size 4 --rows 'joint pretraining' Meta-SGD "
+    f"--preset smoke --tasks markov-symmetric --model bigram {SIZES} --vocab-size 4 "
+    "--rows 'joint pretraining' Meta-SGD "
     "--inner.num-steps 2 --comparison.max-inner-steps 3 --comparison.meta-steps 6 "
     "--comparison.inner-rates 1 8"
 )
