@@ -35,6 +35,7 @@ from metaopt.languages import (
     check,
     digest,
     is_text,
+    make_codec,
     make_family,
     make_model,
     make_rows,
@@ -312,10 +313,7 @@ def samples(study: Study, comparison: Comparison, result: RowResult) -> str:
 
 
 def _block(config: Config, title: str, tokens: Array) -> Iterator[str]:
-    if is_text(config.tasks):
-        shown = bytes(tokens.tolist()).decode("utf-8", errors="replace")
-    else:
-        shown = "".join(chr(ord("a") + t) if t < 26 else f"<{t}>" for t in tokens.tolist())
+    shown = make_codec(config).show(tokens)
     yield from (f"{title}:", "", *(f"    {printable(x)}" for x in shown.splitlines()), "")
 
 

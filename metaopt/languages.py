@@ -19,6 +19,7 @@ from metaopt.losses import next_token
 from metaopt.optimizers.inner import INNER_OPTIMIZERS, OptimizerName
 from metaopt.parts import load_part, make_part
 from metaopt.ranges import Checked, Count, Heads, Layers, Length, Seed, Width, shared_fields
+from metaopt.tasks.codecs import BYTES, Codec, letters
 from metaopt.tasks.markov import Concentration, MarkovConfig, Order, Symbols, markov
 from metaopt.tasks.text import VOCAB_SIZE, TextConfig, text
 from metaopt.tasks.text import digest as text_digest
@@ -130,6 +131,11 @@ def text_config(config: LanguageConfig) -> TextConfig:
 def digest(config: LanguageConfig) -> str | None:
     """The digest of files that the tasks of a config are read from; None if there are none."""
     return text_digest(text_config(config)) if is_text(config.tasks) else None
+
+
+def make_codec(config: LanguageConfig) -> Codec:
+    """How the tokens of the tasks of a config are written as text."""
+    return BYTES if is_text(config.tasks) else letters(config.vocab_size)
 
 
 def make_model(config: LanguageConfig) -> Model:
