@@ -63,6 +63,8 @@ def load(run: Path | str, row: str | None = None, seed: int | None = None) -> Lo
     rate = _rate(run, row, config.inner.num_steps, index)
     if rate is not None:
         hparams["inner_learning_rate"] = jnp.float32(rate)
+    elif "inner_learning_rate" not in hparams:
+        raise UserError(f"{run / 'results.jsonl'} has no inner rate of {row!r}: put it back whole")
     return Loaded(
         row=row,
         seed=seeds[index],
