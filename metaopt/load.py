@@ -12,7 +12,7 @@ from metaopt.comparison import random_init
 from metaopt.errors import UserError
 from metaopt.files import local_path, read_json, read_json_lines
 from metaopt.inner_loop import InnerLoop
-from metaopt.languages import LanguageConfig, make_model, make_rows
+from metaopt.languages import LanguageConfig, make_codec, make_model, make_rows
 from metaopt.loaded import Loaded
 from metaopt.ranges import field_types
 from metaopt.reporting.results import step_column
@@ -75,6 +75,7 @@ def load(run: Path | str, row: str | None = None, seed: int | None = None) -> Lo
         meta_params=meta_params,
         hparams=hparams,
         config=config,
+        codec=make_codec(config),
     )
 
 

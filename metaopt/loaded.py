@@ -16,7 +16,7 @@ from metaopt.errors import Diverged, UserError
 from metaopt.files import local_path, write_bytes
 from metaopt.indices import check_range
 from metaopt.inner_loop import InnerLoop, adapt
-from metaopt.languages import LanguageConfig, make_codec
+from metaopt.languages import LanguageConfig
 from metaopt.npz import Form, read_npz
 from metaopt.pytrees import all_finite
 from metaopt.ranges import Count, InnerSteps, Rate, Seed, check_value
@@ -71,6 +71,7 @@ class Loaded(NamedTuple):
       hparams: scalars of the end of the training, with the inner rate that the run's results
         name for the trained number of inner steps.
       config: languages, model and inner loop of the run.
+      codec: how text is written as tokens.
 
     Example:
       >>> found = metaopt.load("runs/adapt_languages/cpu-20260101-120000")
@@ -88,16 +89,12 @@ class Loaded(NamedTuple):
     meta_params: MetaParams
     hparams: Hparams
     config: LanguageConfig
+    codec: Codec
 
     @property
     def start(self) -> Params:
         """The parameters that adaptation starts from."""
         return self.learner.start(self.meta_params)
-
-    @property
-    def codec(self) -> Codec:
-        """How text is written as tokens."""
-        return make_codec(self.config)
 
     @property
     def sequences_a_step(self) -> int:

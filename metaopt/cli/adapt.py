@@ -67,8 +67,11 @@ def run(config: Config) -> None:
         seed=config.seed,
     )
     log("scoring the end of the file, which was not adapted to")
-    print(f"{'before:':<18}{found.score(found.start, held_out)}")
-    print(f"{f'after {steps} steps:':<18}{found.score(adapted, held_out)}")
+    before, after = found.score(found.start, held_out), found.score(adapted, held_out)
+    print(f"{'before:':<18}{before}")
+    print(f"{f'after {steps} steps:':<18}{after}")
+    if after.mean > before.mean:
+        log("note: adapting made it worse: try a lower --rate, or fewer --steps")
     if config.save is None:
         log("not saved: give --save PATH to keep what was adapted")
     else:

@@ -95,6 +95,12 @@ def test_the_same_seed_generates_the_same_text(moved, file, capsys):
     assert first.startswith(TEXT[-6:].decode())  # it continues the file
 
 
+def test_what_adaptation_made_worse_is_said(moved, file, capsys):
+    args = ("adapt", moved, "--on", file, "--row", "FOMAML")
+    assert "worse" not in metaopt(capsys, *args).err
+    assert "worse: try a lower --rate" in metaopt(capsys, *args, "--rate", 5000).err
+
+
 def test_the_best_row_is_said(moved, file, capsys):
     shown = metaopt(capsys, "score", moved, "--on", file)
     assert f"row {load(moved).row!r} of seed 0, the best" in shown.err
