@@ -7,7 +7,8 @@ judges several learners alike, as a `ComparisonConfig` says.
 **What is meta-learned, and how**: `learners`, `meta_gradients`, and `Learner`, for one of your own.
 `OuterConfig` describes the outer optimiser, `optimizers` has the optimisers themselves.
 
-**Afterwards**: `load` gives back model, learner and meta-parameters of a row of a run.
+**Afterwards**: `load` gives a row of a run as a `Loaded`, which adapts to a text, scores and
+generates.
 
 **One episode by hand**: `adapt` takes the steps of an `InnerLoop` and gives an `Adapted`.
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from metaopt.fit import FitConfig, Fitted, Problem, fit
     from metaopt.inner_loop import Adapted, InnerLoop, adapt
     from metaopt.load import load
+    from metaopt.loaded import Loaded
     from metaopt.models import as_model
     from metaopt.optimizers.outer import OuterConfig
     from metaopt.types import Batch, Episode, Learner, Model, TaskFamily
@@ -47,6 +49,7 @@ __all__ = [
     "Fitted",
     "InnerLoop",
     "Learner",
+    "Loaded",
     "Model",
     "OuterConfig",
     "Problem",
@@ -72,6 +75,7 @@ _MODULES = {
     "metaopt.fit": ("FitConfig", "Fitted", "Problem", "fit"),
     "metaopt.inner_loop": ("Adapted", "InnerLoop", "adapt"),
     "metaopt.load": ("load",),
+    "metaopt.loaded": ("Loaded",),
     "metaopt.models": ("as_model",),
     "metaopt.optimizers.outer": ("OuterConfig",),
     "metaopt.types": ("Batch", "Episode", "Learner", "Model", "TaskFamily"),

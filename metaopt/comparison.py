@@ -41,7 +41,7 @@ from metaopt.ranges import (
 from metaopt.training.fingerprint import of_arrays
 from metaopt.training.loop import TrainFn, train
 from metaopt.training.progress import Progress
-from metaopt.types import Episode, Estimator, Hparams, Learner, MetaParams, Params
+from metaopt.types import Episode, Estimator, Hparams, Learner, MetaParams, Model, Params
 
 
 class Row(NamedTuple):
@@ -182,8 +182,7 @@ class Comparison:
 
     def random_init(self) -> Params:
         """The initial parameters that every row shares."""
-        init_key, _ = jax.random.split(jax.random.key(self.config.seed))
-        return compile_once(self.problem.model.init)(init_key)
+        return random_init(self.problem.model, self.config.seed)
 
     def pretrain(self, directory: Path) -> Params:
         """Joint pretraining before the rows part, or the random initialisation for 0 steps."""
@@ -302,6 +301,12 @@ class Comparison:
             train_fn=self._train_fn,
         )
         return fitted.meta_params
+
+
+def random_init(model: Model, seed: int) -> Params:
+    """The initial parameters that every row of a `Comparison` of this seed shares."""
+    init_key, _ = jax.random.split(jax.random.key(seed))
+    return compile_once(model.init)(init_key)
 
 
 class Named(Protocol):

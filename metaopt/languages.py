@@ -20,9 +20,11 @@ from metaopt.optimizers.inner import INNER_OPTIMIZERS, OptimizerName
 from metaopt.parts import load_part, make_part
 from metaopt.ranges import Checked, Count, Heads, Layers, Length, Seed, Width, shared_fields
 from metaopt.tasks.ciphers import Alphabet, Cipher, CipherConfig, KeyLength, ciphers
+from metaopt.tasks.ciphers import codec as cipher_codec
 from metaopt.tasks.ciphers import digest as cipher_digest
+from metaopt.tasks.codecs import BYTES, Codec, letters
 from metaopt.tasks.markov import Concentration, MarkovConfig, Order, Prior, Symbols, markov
-from metaopt.tasks.text import VOCAB_SIZE, TextConfig, text
+from metaopt.tasks.text import TextConfig, text
 from metaopt.tasks.text import digest as text_digest
 from metaopt.types import Estimator, Learner, Model, TaskFamily
 
@@ -165,11 +167,11 @@ def digest(config: LanguageConfig) -> str | None:
     return text_digest(text_config(config)) if is_text(config.tasks) else None
 
 
-def num_symbols(config: LanguageConfig) -> int:
-    """The size of the vocabulary of the tasks of a config."""
+def make_codec(config: LanguageConfig) -> Codec:
+    """How the tokens of the tasks of a config are written as text."""
     if is_cipher(config.tasks):
-        return cipher_config(config).vocab_size
-    return VOCAB_SIZE if is_text(config.tasks) else config.vocab_size
+        return cipher_codec(cipher_config(config))
+    return BYTES if is_text(config.tasks) else letters(config.vocab_size)
 
 
 def make_model(config: LanguageConfig) -> Model:
@@ -178,7 +180,7 @@ def make_model(config: LanguageConfig) -> Model:
     Raises:
       UserError: there is no such model.
     """
-    vocab_size = num_symbols(config)
+    vocab_size = make_codec(config).vocab_size
     if is_own(config.model):
         sizes = {name: getattr(config, name) for name in ("width", "num_layers", "num_heads")}
         return make_part("--model", config.model, Model, {"vocab_size": vocab_size, **sizes})

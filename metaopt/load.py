@@ -1,63 +1,40 @@
 """A trained row, rebuilt from the directory of its run."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from metaopt import losses
+from metaopt.comparison import random_init
 from metaopt.errors import UserError
 from metaopt.files import local_path, read_json, read_json_lines
 from metaopt.inner_loop import InnerLoop
-from metaopt.languages import LanguageConfig, make_model, make_rows
+from metaopt.languages import LanguageConfig, make_codec, make_model, make_rows
+from metaopt.loaded import Loaded
 from metaopt.ranges import field_types
 from metaopt.reporting.results import step_column
 from metaopt.training.checkpoint import Checkpoints
 from metaopt.training.fingerprint import Fingerprint
 from metaopt.training.host_leaves import place
 from metaopt.training.loop import checkpoint_directory
-from metaopt.types import Hparams, Learner, LossFn, MetaParams, Model
+from metaopt.types import Learner, MetaParams, Model
 
 
-class Loaded(NamedTuple):
-    """What a row of a run learned, and what it takes to use it.
-
-    To adapt to a support of sequences::
-
-        optimizer = found.learner.inner_opt(found.meta_params, found.hparams)
-        start = found.learner.start(found.meta_params)
-        adapted = adapt(found.loss_fn, optimizer, start, support, found.inner)
-
-    Attributes:
-      model: the model.
-      loss_fn: next-token loss of the model, in nats a token.
-      learner: what was meta-learned.
-      inner: the inner loop that it was trained with.
-      meta_params: what was learned.
-      hparams: scalars of the end of the training, with the inner rate that the run's results
-        name for the trained number of inner steps.
-      config: languages, model and inner loop of the run.
-    """
-
-    model: Model
-    loss_fn: LossFn
-    learner: Learner
-    inner: InnerLoop
-    meta_params: MetaParams
-    hparams: Hparams
-    config: LanguageConfig
-
-
-def load(run: Path | str, row: str, seed: int | None = None) -> Loaded:
+def load(run: Path | str, row: str | None = None, seed: int | None = None) -> Loaded:
     """Model, learner, meta-parameters and rates of a row of a finished run of `adapt_languages`.
 
-    Only the directory of the run is read, and nothing in it is changed. Parts of one's own that
-    the run was given as ``module:function`` are imported again.
+    Only the directory of the run is read, wherever it lies, and nothing in it is changed. The
+    data that it was trained on need not be there. Parts of one's own that the run was given as
+    ``module:function`` are imported again.
 
     Args:
       run: directory of the run.
-      row: name of the row, such as ``'MAML'``.
+      row: name of the row, such as ``'MAML'``; if not given, the trained row with the lowest loss
+        after the trained number of steps in the run's results. A row that is not trained, such
+        as ``'random init'``, is what it was at the start.
       seed: which of the run's seeds, if it has several; the first by default.
 
     Raises:
@@ -65,22 +42,78 @@ def load(run: Path | str, row: str, seed: int | None = None) -> Loaded:
         row or seed, or its checkpoint is missing or damaged or of another model.
     """
     run = local_path(run)
-    if not (run / "finished").is_file():
-        raise UserError(f"{run} is not the directory of a finished run")
+    _check_finished(run)
     saved, config = _read_config(run / "config.json")
     model = make_model(config)
-    rows = {each.name: each.learner for each in make_rows(config, model)}
+    rows = {each.name: each for each in make_rows(config, model)}
+    if row is None:
+        row = best_row(run, [name for name, each in rows.items() if each.estimator], config)
     if row not in rows:
         raise UserError(f"{run} has no row {row!r}; there are {', '.join(rows)}")
-    learner = rows[row]
     seeds = list(saved.get("seeds") or [saved.get("comparison", {}).get("seed", 0)])
     if seed is not None and seed not in seeds:
         raise UserError(f"{run} has the seeds {', '.join(map(str, seeds))}, not {seed}")
     index = seeds.index(seed) if seed is not None else 0
-    trained = run / f"seed-{seeds[index]}" if len(seeds) > 1 else run
-    directory = checkpoint_directory(trained, row)
+    learner = rows[row].learner
+    if rows[row].estimator is None:
+        meta_params, hparams = learner.init(random_init(model, seeds[index])), {}
+    else:
+        trained = run / f"seed-{seeds[index]}" if len(seeds) > 1 else run
+        meta_params, hparams = _read_checkpoint(checkpoint_directory(trained, row), learner, model)
+    rate = _rate(run, row, config.inner.num_steps, index)
+    if rate is not None:
+        hparams["inner_learning_rate"] = jnp.float32(rate)
+    elif "inner_learning_rate" not in hparams:
+        raise UserError(f"{run / 'results.jsonl'} has no inner rate of {row!r}: put it back whole")
+    return Loaded(
+        row=row,
+        seed=seeds[index],
+        model=model,
+        loss_fn=losses.next_token(model),
+        learner=learner,
+        inner=config.inner,
+        meta_params=meta_params,
+        hparams=hparams,
+        config=config,
+        codec=make_codec(config),
+    )
+
+
+def best_row(run: Path, names: Sequence[str], config: LanguageConfig) -> str:
+    """The row of these with the lowest loss after the trained number of steps.
+
+    Raises:
+      UserError: the results have no loss of any of them, or the same of several.
+    """
+    found = {name: _cell(run, name, config.inner.num_steps).get("value") for name in names}
+    values = {name: x for name, x in found.items() if isinstance(x, float | int)}
+    best = [name for name, x in values.items() if x == min(values.values())]
+    if len(best) != 1:
+        raise UserError(
+            f"the results of {run} do not say which row is best: name one of {', '.join(names)}"
+        )
+    return best[0]
+
+
+def _check_finished(run: Path) -> None:
+    if not run.is_dir():
+        raise UserError(
+            f"there is no run {run}: give its directory, such as runs/adapt_languages/cpu-TIME"
+        )
+    if not (run / "config.json").is_file():
+        raise UserError(f"{run} is not the directory of a run: it has no config.json")
+    if not (run / "finished").is_file():
+        raise UserError(
+            f"{run} is not the directory of a finished run: run its command again, which resumes"
+        )
+
+
+def _read_checkpoint(
+    directory: Path, learner: Learner, model: Model
+) -> tuple[MetaParams, dict[str, Any]]:
+    """The meta-parameters and scalars of the best checkpoint."""
     if not directory.is_dir():
-        raise UserError(f"{run} has no checkpoint of {row!r}: it was not trained in this run")
+        raise UserError(f"{directory} is missing: a run is copied with its checkpoints")
     with Checkpoints(directory, fingerprint=Fingerprint({}), read_only=True) as checkpoints:
         leaves = checkpoints.best_leaves()
     example = jax.eval_shape(lambda key: learner.init(model.init(key)), jax.random.key(0))
@@ -91,18 +124,7 @@ def load(run: Path | str, row: str, seed: int | None = None) -> Loaded:
     hparams = {
         path.split("'")[1]: jnp.asarray(x) for path, x in leaves.items() if path[:8] == ".hparams"
     }
-    rate = _rate(run, row, config.inner.num_steps, index)
-    if rate is not None:
-        hparams["inner_learning_rate"] = jnp.float32(rate)
-    return Loaded(
-        model=model,
-        loss_fn=losses.next_token(model),
-        learner=learner,
-        inner=config.inner,
-        meta_params=meta_params,
-        hparams=hparams,
-        config=config,
-    )
+    return meta_params, hparams
 
 
 def _read_config(path: Path) -> tuple[dict[str, Any], LanguageConfig]:
@@ -123,9 +145,14 @@ def _read_config(path: Path) -> tuple[dict[str, Any], LanguageConfig]:
 
 def _rate(run: Path, row: str, num_steps: int, index: int) -> float | None:
     """The inner rate of a row in the results, after the trained number of steps."""
+    rates = _cell(run, row, num_steps).get("inner_learning_rate")
+    return rates[index] if isinstance(rates, list) else rates
+
+
+def _cell(run: Path, row: str, num_steps: int) -> dict[str, Any]:
+    """The record of a row after a number of steps; empty if there is none."""
     column = step_column(num_steps)
     for record in read_json_lines(run / "results.jsonl"):
         if (record.get("row"), record.get("column")) == (row, column):
-            rates = record.get("inner_learning_rate")
-            return rates[index] if isinstance(rates, list) else rates
-    return None
+            return record
+    return {}

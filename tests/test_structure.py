@@ -28,6 +28,7 @@ ORDER = [
     {"fit"},
     {"comparison"},
     {"languages"},
+    {"loaded"},
     {"load"},
     {"self_improvement"},
     {"cli"},

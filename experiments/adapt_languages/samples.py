@@ -11,13 +11,9 @@ from experiments.adapt_languages.references import on_plain_text, reading_key
 from metaopt.comparison import Comparison, RowResult
 from metaopt.console import printable
 from metaopt.inner_loop import adapt
-from metaopt.languages import cipher_config, is_cipher, is_text
+from metaopt.languages import cipher_config, is_cipher, make_codec
 from metaopt.sequence import decoding
-from metaopt.tasks.ciphers import to_text
 from metaopt.types import Array, Episode
-
-Show = Callable[[Array], str]
-"""Tokens ``[n]`` as text."""
 
 
 def samples(config: Config, comparison: Comparison, result: RowResult) -> str:
@@ -27,7 +23,7 @@ def samples(config: Config, comparison: Comparison, result: RowResult) -> str:
     start = learner.start(result.meta_params)
     optimizer = learner.inner_opt(result.meta_params, result.hparams)
     adapted = adapt(problem.loss_fn, optimizer, start, episode.support, comparison.inner).params
-    prompt, show = episode.query.inputs[0], _show(config)
+    prompt, show = episode.query.inputs[0], make_codec(config).show
     names = problem.family.test.task_names
     language = names[int(episode.task)] if names else "a new language"
     lines = [
@@ -51,23 +47,15 @@ def samples(config: Config, comparison: Comparison, result: RowResult) -> str:
     return "\n".join(lines)
 
 
-def _show(config: Config) -> Show:
-    if is_text(config.tasks):
-        return lambda tokens: bytes(tokens.tolist()).decode("utf-8", errors="replace")
-    if is_cipher(config.tasks):
-        return lambda tokens: to_text(np.asarray(tokens), config.alphabet)
-    return lambda tokens: "".join(
-        chr(ord("a") + t) if t < 26 else f"<{t}>" for t in tokens.tolist()
-    )
-
-
-def _reading(config: Config, comparison: Comparison, episode: Episode) -> Show | None:
+def _reading(
+    config: Config, comparison: Comparison, episode: Episode
+) -> Callable[[Array], str] | None:
     """What shows the plain text of a cipher that renames symbols."""
     if not is_cipher(config.tasks) or config.cipher not in ("substitution", "caesar"):
         return None
     plain = jax.tree.map(lambda x: x[0], on_plain_text(config, comparison).test)
     key = reading_key(episode, plain, cipher_config(config).vocab_size)
-    return lambda tokens: _show(config)(jnp.asarray(key[np.asarray(tokens)]))
+    return lambda tokens: make_codec(config).show(key[np.asarray(tokens)])
 
 
 def _block(title: str, text: str) -> Iterator[str]:

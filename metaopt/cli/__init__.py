@@ -32,6 +32,13 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "watch": Command("metaopt.cli.watch:run", "show trainings while they run"),
+    "adapt": Command("metaopt.cli.adapt:run", "adapt a trained row to a file", computes=True),
+    "score": Command(
+        "metaopt.cli.score:run", "score a file, with and without adaptation", computes=True
+    ),
+    "generate": Command(
+        "metaopt.cli.generate:run", "generate text, with and without adaptation", computes=True
+    ),
     "doctor": Command(
         "metaopt.cli.doctor:run",
         "examine a meta-gradient: is it right, what does it cost, where does it break?",

@@ -19,6 +19,7 @@ import numpy as np
 
 from metaopt.errors import UserError
 from metaopt.ranges import Checked, Count, Length, Range, Seed
+from metaopt.tasks.codecs import BYTES, Codec, symbols
 from metaopt.tasks.fresh import fresh_tasks
 from metaopt.tasks.sources.text import folder_domains
 from metaopt.types import Array, Batch, Key, TaskFamily
@@ -166,11 +167,13 @@ def to_symbols(text: bytes, alphabet: Alphabet) -> np.ndarray:
     return np.where(codes == ord(" "), 0, codes - ord("a") + 1).astype(np.uint8)
 
 
-def to_text(symbols: np.ndarray, alphabet: Alphabet) -> str:
-    """The text of symbols ``[n]``."""
-    if alphabet == "bytes":
-        return bytes(np.asarray(symbols).tolist()).decode("utf-8", errors="replace")
-    return "".join(LETTERS[i] for i in np.asarray(symbols).tolist())
+def codec(config: CipherConfig) -> Codec:
+    """How the symbols of a config are written; a text for ``letters`` is read by `to_symbols`."""
+    if config.alphabet == "bytes":
+        return BYTES._replace(is_text=False)
+    return symbols(LETTERS)._replace(
+        encode=lambda data: to_symbols(data, "letters").astype(np.int32)
+    )
 
 
 def encrypt(config: CipherConfig, key: Key, plain: Array) -> Array:

@@ -33,6 +33,14 @@ def test_every_token_is_read_from_all_before_it():
         assert tokens[t] == tokens[:t].sum() % V
 
 
+@pytest.mark.parametrize("window", [1, 2, 3, 100])
+def test_a_window_hides_the_tokens_before_it(window):
+    prompt, key = jnp.array([1, 2, 4]), jax.random.key(0)
+    tokens = np.asarray(generate(SUM, jnp.ones(()), prompt, 5, key, 0, window=window))
+    for t in range(3, 8):
+        assert tokens[t] == tokens[max(0, t - window) : t].sum() % V
+
+
 def test_the_key_alone_decides_the_tokens():
     prompt = jnp.array([2])
     once, again, other = (

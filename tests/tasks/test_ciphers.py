@@ -8,15 +8,19 @@ from metaopt.errors import UserError
 from metaopt.tasks.ciphers import (
     CipherConfig,
     ciphers,
+    codec,
     digest,
     encrypt,
     read_books,
     to_symbols,
-    to_text,
 )
 
 SMALL = CipherConfig(num_support=3, num_query=2, length=7)
 PLAIN = dataclasses.replace(SMALL, cipher="none")
+
+
+def to_text(tokens, alphabet="letters"):
+    return codec(dataclasses.replace(SMALL, alphabet=alphabet)).show(tokens)
 
 
 def flat(episode):

@@ -1,0 +1,89 @@
+"""What the commands that use a trained row share: the run, its row, and files of text."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import tyro
+
+from metaopt import parallel
+from metaopt.console import log
+from metaopt.errors import UserError
+from metaopt.files import local_path, one_line
+from metaopt.load import load
+from metaopt.loaded import Loaded
+from metaopt.ranges import Checked, Seed
+from metaopt.tasks.sources.text import array_domain
+from metaopt.tasks.sources.text_checks import check_readable
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RowConfig(Checked):
+    """A trained row.
+
+    Attributes:
+      run: Directory of a finished run of adapt_languages.
+      row: Name of the row; the best trained one after the trained number of steps if not given.
+      run_seed: Seed that the row was trained with, if the run has several; the first if not given.
+    """
+
+    run: tyro.conf.Positional[Path]
+    row: str | None = None
+    run_seed: Seed | None = None
+
+
+def open_row(config: RowConfig) -> Loaded:
+    """The row, and a line that says which it is.
+
+    Raises:
+      UserError: see `metaopt.load`.
+    """
+    parallel.set_up_backend()
+    log(f"loading {config.run}")
+    found = load(config.run, config.row, config.run_seed)
+    chosen = "" if config.row else ", the best after the trained number of steps"
+    log(f"row {found.row!r} of seed {found.seed}{chosen}")
+    return found
+
+
+def read_tokens(found: Loaded, file: Path) -> np.ndarray:
+    """The tokens of a file, int32 ``[n]``.
+
+    Raises:
+      UserError: it cannot be read, is empty or packed, or not of the vocabulary.
+    """
+    path = local_path(file)
+    with one_line(path, "read"):
+        data = path.read_bytes()
+    if not data:
+        raise UserError(f"{path} is empty: give a file of text")
+    if found.codec.is_text:
+        note = check_readable([array_domain(str(path), np.frombuffer(data, np.uint8))])
+        if note is not None:
+            log(f"note: {note}")
+    try:
+        return found.tokens(data)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def require_tokens(found: Loaded, file: Path, tokens: np.ndarray, sequences: int) -> None:
+    """Checks that a file has this number of sequences.
+
+    Raises:
+      UserError: it has fewer, with the length that it needs.
+    """
+    needed = sequences * (found.config.length + 1)
+    if len(tokens) < needed:
+        unit = "bytes" if found.codec.is_text and found.codec.vocab_size == 256 else "tokens"
+        raise UserError(
+            f"{file} has {len(tokens)} {unit} and needs {needed}, {sequences} sequences of "
+            f"{found.config.length + 1}: give a longer file"
+        )
+
+
+def log_adapting(found: Loaded, steps: int, sequences: int | None, rate: float | None) -> None:
+    """Says how a file is adapted to."""
+    size = found.sequences_a_step if sequences is None else sequences
+    rate = float(found.hparams["inner_learning_rate"]) if rate is None else rate
+    log(f"adapting: {steps} steps of {size} sequences of {found.config.length} at rate {rate:g}")
