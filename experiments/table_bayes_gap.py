@@ -410,10 +410,10 @@ def draw(records: Sequence[Record]) -> Figure:
     by_inner, by_meta, by_setting = figure.subplots(1, 3)
     for set_scale in (by_inner.set_yscale, by_meta.set_yscale, by_setting.set_xscale):
         set_scale("symlog", linthresh=1e-3)
-    styles = {}
+    styles, of_learner = {}, plots.styles(learners)
     for record in records:
-        learner, row = learners.index(record["learner"]), rows.index(record["row"])
-        style = {"color": f"C{learner}", "marker": plots.MARKERS[learner], "markersize": 4}
+        row = rows.index(record["row"])
+        style = of_learner[record["learner"]] | {"markersize": 4}
         styles[record["row"]] = style = style | MODEL_STYLES[record["model"]]
         place = settings.index(record["column"]) + 0.8 * ((row + 0.5) / len(rows) - 0.5)
         by_setting.plot([record["value"]], [place], **style | {"linestyle": "none"})

@@ -433,15 +433,15 @@ def draw(table: harness.TableRun, config: Config, rows: Sequence[SinusoidRow]) -
     figure = plots.new_figure()
     axes = figure.subplots()
     lowest, worst_start = math.inf, 0.0
-    for i, row in enumerate(rows):
+    styles = plots.styles(row.name for row in rows)
+    for row in rows:
         losses_SxExK = table.kept(row.name)["losses"]
         mean, half = harness.curve(losses_SxExK.mean(axis=0), groups)
         medians = np.median(losses_SxExK, axis=(0, 1))
         lowest, worst_start = min(lowest, medians.min()), max(worst_start, mean[0])
-        steps, color = np.arange(len(mean)), f"C{i}"
+        steps, color = np.arange(len(mean)), styles[row.name]["color"]
         mean = np.where(np.isfinite(mean), mean, np.nan)
-        marker = plots.MARKERS[i % len(plots.MARKERS)]
-        axes.plot(steps, mean, label=row.name, color=color, marker=marker, markersize=4)
+        axes.plot(steps, mean, label=row.name, markersize=4, **styles[row.name])
         axes.fill_between(steps, mean - half, mean + half, color=color, alpha=0.12, lw=0)
         axes.plot(steps, medians, color=color, linestyle=":", linewidth=1)
     title = f"New sinusoids, {config.test_shots[0]} shots (dotted: median)"

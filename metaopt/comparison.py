@@ -206,7 +206,8 @@ class Comparison:
         if row.estimator is None:
             meta_params = row.learner.init(self.random_init())
         else:
-            log(f"{row.name}: training at inner rate {rate:g}")
+            at = "" if row.estimator is joint else f", inner rate {rate:g}"
+            log(f"{row.name}: training, {self.config.meta_steps} steps{at}")
             first = self.config.pretrain_steps
             steps = range(first, first + self.config.meta_steps)
             every = self.config.eval_every

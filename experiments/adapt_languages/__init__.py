@@ -20,6 +20,7 @@ pretraining beside MAML, on `markov-symmetric`.
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,7 @@ from experiments.adapt_languages.config import BASELINE, Config, presets, unit_o
 from experiments.adapt_languages.samples import samples
 from metaopt import losses
 from metaopt.comparison import Comparison, Row, RowResult
-from metaopt.console import log
+from metaopt.console import log, printable
 from metaopt.files import read_text, write_text
 from metaopt.fit import Problem
 from metaopt.languages import (
@@ -83,6 +84,12 @@ class Study:
             name: table.remember(name, lambda make=make: {"nats": make()})["nats"]
             for name, make in found
         }
+
+    @property
+    def limit(self) -> str:
+        """The Bayes limit that reads what the model reads."""
+        is_table = self.config.model == "bigram"
+        return references.SUPPORT_LIMIT if is_table else references.PREFIX_LIMIT
 
     @property
     def columns(self) -> dict[int, str]:
@@ -139,31 +146,72 @@ def _add_gains(study: Study, name: str, nats_ExK: np.ndarray, **fields: Any) -> 
 
 def _add_distance(study: Study, name: str, nats_E: np.ndarray, **fields: Any) -> None:
     """How far the losses after the trained number of steps are from what is possible."""
-    config = study.config
-    if is_markov(config.tasks):
-        reads_prefix = config.model != "bigram"
-        limit = references.PREFIX_LIMIT if reads_prefix else references.SUPPORT_LIMIT
-        gap = study.interval(nats_E - study.references[limit][:, 1])
-        study.table.add(name, "gap to Bayes", gap, limit_of=limit, **fields)
-    if is_cipher(config.tasks):
+    if is_markov(study.config.tasks):
+        gap = study.interval(nats_E - study.references[study.limit][:, 1])
+        study.table.add(name, "gap to Bayes", gap, limit_of=study.limit, **fields)
+    if is_cipher(study.config.tasks):
         share = interval(references.cracked(nats_E, study.references), study.tasks)
         study.table.add(name, "cracked", share, unit="%", better="higher", **fields)
 
 
 def draw(study: Study, names: Sequence[str]) -> None:
-    """Losses against inner steps of the rows that are finished, and their gains."""
+    """Losses against inner steps of the rows that are finished, and what they come to."""
     kept = {name: study.table.kept(name)["nats"] for name in names if study.table.has(name)}
-    baseline = kept.get(BASELINE)
-    others = {} if baseline is None else {n: baseline - x for n, x in kept.items() if n != BASELINE}
-    plots.adaptation_curves(
-        study.table.directory / "curves.png",
+    tasks, path = study.config.tasks, study.table.directory / "curves.png"
+    if is_markov(tasks):
+        _draw_gaps(study, kept, path)
+    elif is_cipher(tasks):
+        _draw_cracked(study, kept, path)
+    else:
+        baseline = kept.get(BASELINE, np.nan)
+        gains = {name: baseline - nats for name, nats in kept.items() if name != BASELINE}
+        plots.adaptation_curves(
+            path,
+            {name: study.curve(nats) for name, nats in kept.items()},
+            {name: study.curve(x) for name, x in gains.items() if BASELINE in kept},
+            {},
+            title="Held-out domains" if is_text(tasks) else "Held-out languages",
+            baseline=BASELINE,
+            unit=unit_of(study.config),
+            trained_steps=study.config.inner.num_steps,
+        )
+
+
+def _draw_gaps(study: Study, kept: Mapping[str, np.ndarray], path: Path) -> None:
+    """How far rows are from the best possible learner, on logarithmic axes."""
+    limit, num_steps = study.references[study.limit][:, 1:], study.config.inner.num_steps
+    gaps = {name: nats - limit for name, nats in kept.items()}
+    unit, model = unit_of(study.config), printable(study.config.model)
+    model = "table of bigrams" if model == "bigram" else model
+    plots.adaptation_summary(
+        path,
+        {name: study.curve(x) for name, x in gaps.items()},
+        {name: study.interval(x[:, num_steps])[:2] for name, x in gaps.items()},
+        title=f"Adapting a {model} to languages never seen",
+        y_label=f"loss above the best possible, {unit}",
+        score_title=f"After {num_steps} steps (left is better)",
+        score_label=f"loss above the best possible, {unit}",
+        trained_steps=num_steps,
+        scale="log",
+    )
+
+
+def _draw_cracked(study: Study, kept: Mapping[str, np.ndarray], path: Path) -> None:
+    """Losses against inner steps, and how much of a cipher each row and each reference cracks."""
+    num_steps, known = study.config.inner.num_steps, study.references
+    losses = {name: nats[:, num_steps] for name, nats in kept.items()}
+    losses |= {name: nats[:, 1] for name, nats in known.items()}
+    shares = {name: references.cracked(nats, known) for name, nats in losses.items()}
+    plots.adaptation_summary(
+        path,
         {name: study.curve(nats) for name, nats in kept.items()},
-        {name: study.curve(gains) for name, gains in others.items()},
-        {name: study.interval(nats[:, 1]).mean for name, nats in study.references.items()},
-        title="Held-out domains" if is_text(study.config.tasks) else "Held-out languages",
-        baseline=BASELINE,
-        unit=unit_of(study.config),
-        trained_steps=study.config.inner.num_steps,
+        {name: interval(share, study.tasks)[:2] for name, share in shares.items()},
+        title="Messages under keys never seen",
+        y_label=f"loss on the rest of the message, {unit_of(study.config)}",
+        score_title=f"Cracked after {num_steps} steps (right is better)",
+        score_label="% of the way to the plain text",
+        trained_steps=num_steps,
+        limits={name: study.interval(known[name][:, 1]).mean for name in references.ENDS},
     )
 
 

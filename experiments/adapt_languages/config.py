@@ -90,18 +90,18 @@ TEXT = Config(
     ),
 )
 CIPHERS = Config(
-    rows=(BASELINE, "FOMAML", "MAML", "per-layer-per-step", "Meta-SGD"),
+    rows=(BASELINE, "MAML", "Meta-SGD"),
     num_support=15,
     num_query=8,
     length=68,
     num_valid_domains=3,
     num_test_domains=6,
     inner=InnerLoop(batching="split"),
-    outer=OuterConfig(learning_rate=2.5e-3, rates_learning_rate=0.03, warmup_steps=20),
+    outer=OuterConfig(learning_rate=3e-3, rates_learning_rate=0.03, warmup_steps=20),
     comparison=ComparisonConfig(
         tasks_per_step=8,
         tasks_at_a_time=1,
-        meta_steps=2000,
+        meta_steps=3000,
         max_inner_steps=5,
         inner_rates=(0.03, 0.1, 0.3, 1.0),
         eval_every=250,

@@ -28,6 +28,8 @@ from metaopt.types import Batch, Episode
 SUPPORT_LIMIT, PREFIX_LIMIT = "Bayes: support", "Bayes: support + prefix"
 UNIGRAM, PLAIN = "unigram entropy", "plain text, same model"
 NGRAM, FREQUENCY, CLIMBING = "n-gram with the key", "frequency analysis", "hill climbing"
+ENDS = (UNIGRAM, PLAIN)
+"""The references from which to which a cipher is cracked."""
 
 MakeLosses = Callable[[], np.ndarray]
 """Computes the losses of test episodes, nats ``[E, 2]``: without the support and with it."""

@@ -1,7 +1,7 @@
 """Figures, drawn without a display and written as PNG."""
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -12,9 +12,29 @@ from metaopt.files import write_bytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
-MARKERS = "osD^v<>Ph*"
+STYLES = {
+    "random init": ("#999999", "o"),
+    "joint pretraining": ("#000000", "s"),
+    "Reptile": ("#CC79A7", "D"),
+    "FOMAML": ("#56B4E9", "^"),
+    "ANIL": ("#8C6D1F", "<"),
+    "MAML": ("#0072B2", "v"),
+    "per-layer-per-step": ("#E69F00", ">"),
+    "Meta-SGD": ("#D55E00", "P"),
+    "Meta-SGD on Adagrad": ("#009E73", "*"),
+}
+"""Colour and marker of the rows that many tables have, the same in all figures.
+
+The colours are those of Okabe and Ito, which readers who are colour-blind can tell apart.
+"""
+UNTRAINED = "random init"
+"""A row that does not decide what a figure shows: the others would be squeezed."""
+_OTHER_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_OTHER_MARKERS = "osD^v<>Ph*"
+_DIVERGED = 1e6  # what is above is no loss that a figure should show
 LINE_STYLES = ("-", "--", ":", "-.")
 
 
@@ -60,6 +80,17 @@ def label(name: str) -> str:
     return f" {shown}" if shown.startswith("_") else shown
 
 
+def styles(names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Colour and marker of each row of a figure: those of `STYLES`, and of its own for others."""
+    found, others = {}, 0
+    for name in names:
+        color = _OTHER_COLORS[others % len(_OTHER_COLORS)]
+        style = color, _OTHER_MARKERS[others % len(_OTHER_MARKERS)]
+        others += name not in STYLES
+        found[name] = dict(zip(("color", "marker"), STYLES.get(name, style), strict=True))
+    return found
+
+
 def adaptation_curves(
     path: Path,
     curves: Mapping[str, Curve],
@@ -87,25 +118,95 @@ def adaptation_curves(
     """
     figure = new_figure(11.0, 4.4)
     left, right = figure.subplots(1, 2)
-    for i, (name, curve) in enumerate(curves.items()):
+    style = styles(curves)
+    for name, curve in curves.items():
         steps = np.arange(len(curve.mean))
-        _draw(left, i, steps, curve.mean, label=label(name))
+        _draw(left, steps, curve.mean, label=label(name), **style[name])
         if name in differences:
-            _draw(right, i, steps, *differences[name])
+            _draw(right, steps, *differences[name], **style[name])
     for dashes, (name, value) in zip(["--", ":", "-."], limits.items(), strict=False):
         left.axhline(value, color="black", linestyle=dashes, linewidth=1.2, label=label(name))
     left.set(xlabel="inner steps", ylabel=f"query loss, {unit}", title=title)
     right.set(xlabel="inner steps", ylabel=f"{baseline} − row, {unit}", title="Paired gain")
     right.axhline(0, color="black", linewidth=0.8)
+    trained = {n: c for n, c in curves.items() if n != UNTRAINED} or curves
     starts = np.array([curve.mean[0] for curve in curves.values()])
     reach = float(np.median(starts[np.isfinite(starts)])) if np.isfinite(starts).any() else np.inf
-    _limit(left, [c.mean for c in curves.values()], list(limits.values()), reach)
-    _limit(right, [c.mean for c in differences.values()], [0.0], reach)
+    _limit(left, [c.mean for c in trained.values()], list(limits.values()), reach)
+    gains = [c.mean for name, c in differences.items() if name in trained]
+    _limit(right, gains, [0.0], reach)
     for axes in (left, right):
         axes.axvline(trained_steps, color="grey", linewidth=0.8, alpha=0.6)
     entries = left.get_legend_handles_labels()
     figure.legend(*entries, fontsize=8, loc="outside right center", frameon=False)
     _save_with_grids(figure, path)
+
+
+def adaptation_summary(
+    path: Path,
+    curves: Mapping[str, Curve],
+    scores: Mapping[str, tuple[float, float]],
+    *,
+    title: str,
+    y_label: str,
+    score_title: str,
+    score_label: str,
+    trained_steps: int,
+    limits: Mapping[str, float] | None = None,
+    scale: Literal["linear", "log"] = "linear",
+) -> None:
+    """How learners adapt step by step, and one number for each, with its name beside it.
+
+    Args:
+      path: PNG file.
+      curves: What is drawn against the inner steps, by name.
+      scores: The number of each row and its half-width, by name, from the top; names that have no
+        curve are drawn in black.
+      title: Title of the left panel.
+      y_label: Label of its vertical axis.
+      score_title: Title of the right panel.
+      score_label: Label of its horizontal axis.
+      trained_steps: K, marked by a vertical line.
+      limits: Horizontal lines by name.
+      scale: Scale of the curves and the scores.
+    """
+    figure = new_figure(11.0, 4.6)
+    left, right = figure.subplots(1, 2)
+    style = styles(curves)
+    for name, curve in curves.items():
+        shown = np.abs(curve.mean) < _DIVERGED
+        shown &= (curve.mean > 0) | (scale == "linear")
+        mean = np.where(shown, curve.mean, np.nan)
+        _draw(left, np.arange(len(mean)), mean, label=label(name), **style[name])
+    lines = zip(LINE_STYLES[1:], (limits or {}).items(), strict=False)
+    for dashes, (name, value) in lines:
+        left.axhline(value, color="black", linestyle=dashes, linewidth=1.2, label=label(name))
+    if limits:
+        left.legend(fontsize=8, frameon=False)
+    left.axvline(trained_steps, color="grey", linewidth=0.8, alpha=0.6)
+    left.set(xlabel="inner steps on the new task", ylabel=y_label, title=title, yscale=scale)
+    note = {"fontsize": 8, "color": "grey", "ha": "right", "va": "top", "rotation": 90}
+    left.text(trained_steps, 0.98, "trained for this", transform=left.get_xaxis_transform(), **note)
+    for place, (name, (value, half)) in enumerate(scores.items()):
+        of_row = style.get(name, {"color": "black", "marker": "|"})
+        right.errorbar(_finite(value), place, xerr=_finite(half), capsize=3, markersize=7, **of_row)
+    right.set_yticks(range(len(scores)), [label(name) for name in scores])
+    for tick, name in zip(right.get_yticklabels(), scores, strict=True):
+        tick.set_color(style.get(name, {"color": "black"})["color"])
+    right.set(ylim=(len(scores) - 0.5, -0.5), xlabel=score_label, title=score_title, xscale=scale)
+    if scale == "log":
+        _plain_ticks(left.yaxis)
+        _plain_ticks(right.xaxis)
+    _save_with_grids(figure, path)
+
+
+def _plain_ticks(axis: "Axis") -> None:
+    """0.01, 0.02, 0.05 ... on a logarithmic axis, in place of powers."""
+    from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
+
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(FormatStrFormatter("%g"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def panels(
@@ -131,10 +232,12 @@ def panels(
     figure = new_figure(1.0 + 5.0 * len(curves), 4.0 + 0.1 * count)
     panels = figure.subplots(1, len(curves), squeeze=False)[0]
     for axes, (title, of_panel) in zip(panels, curves.items(), strict=True):
+        style = styles(of_panel)
         for i, (name, curve) in enumerate(of_panel.items()):
             x, every = spacing * np.arange(len(curve.mean)), max(1, len(curve.mean) // 10)
             line_style = LINE_STYLES[i % len(LINE_STYLES)]
-            _draw(axes, i, x, *curve, label=label(name), linestyle=line_style, markevery=every)
+            more = {"label": label(name), "linestyle": line_style, "markevery": every}
+            _draw(axes, x, *curve, **style[name], **more)
         axes.set(xlabel=x_label, ylabel=y_label, title=label(title), yscale=y_scale)
     entries = panels[0].get_legend_handles_labels()
     figure.legend(*entries, fontsize=8, loc="outside lower center", ncols=2)
@@ -166,10 +269,11 @@ def trajectories(
     """
     figure = new_figure()
     axes = figure.subplots()
-    for i, (name, line) in enumerate(points.items()):
-        _draw(axes, i, *line.T, label=label(name))
+    style = styles(points)
+    for name, line in points.items():
+        _draw(axes, *line.T, label=label(name), **style[name])
         if dashed and name in dashed:
-            _draw(axes, i, *dashed[name].T, linestyle="--", marker=None)
+            _draw(axes, *dashed[name].T, **(style[name] | {"linestyle": "--", "marker": None}))
     axes.set(xlabel=x_label, ylabel=y_label, title=title, yscale=y_scale)
     if x_ticks:
         axes.set_xscale("log")
@@ -179,13 +283,12 @@ def trajectories(
     _save_with_grids(figure, path)
 
 
-def _draw(axes: "Axes", i: int, x: Any, y: Any, half: Any = None, **style: Any) -> None:
-    """Line number ``i``, with a band of half-width ``half``; NaN and inf are gaps."""
-    marker = MARKERS[i % len(MARKERS)]
-    axes.plot(x, _finite(y), **{"color": f"C{i}", "marker": marker, "markersize": 4, **style})
+def _draw(axes: "Axes", x: Any, y: Any, half: Any = None, **style: Any) -> None:
+    """A line, with a band of half-width ``half``; NaN and inf are gaps."""
+    axes.plot(x, _finite(y), **{"markersize": 4, **style})
     if half is not None:
         low, high = _finite(y) - _finite(half), _finite(y) + _finite(half)
-        axes.fill_between(x, low, high, color=f"C{i}", alpha=0.12, lw=0)
+        axes.fill_between(x, low, high, color=style["color"], alpha=0.12, lw=0)
 
 
 def _save_with_grids(figure: "Figure", path: Path) -> None:

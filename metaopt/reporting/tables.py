@@ -115,10 +115,10 @@ def _plain(value: float) -> str:
 
 
 def best_rows(table: Table, column: str) -> set[str]:
-    """The rows whose value in a column is the best among those that took part.
+    """The row that is best in a column beyond noise, and those of the same value; often none.
 
-    Records may say ``"better": "higher"`` or ``"lower"``, and ``"limit": true`` for a
-    bound that is no contender.
+    Its interval must not meet that of any other row that took part. Records may say
+    ``"better": "higher"`` or ``"lower"``, and ``"limit": true`` for a bound that is no contender.
     """
     cells = {row: table.cells.get((row, column)) for row in table.rows}
     contenders = {
@@ -129,8 +129,16 @@ def best_rows(table: Table, column: str) -> set[str]:
     if len(contenders) < 2:
         return set()
     choose = max if next(iter(contenders.values())).get("better") == "higher" else min
-    best = choose(cell["value"] for cell in contenders.values())
-    return {row for row, cell in contenders.items() if cell["value"] == best}
+    best = choose(contenders.values(), key=lambda cell: cell["value"])
+
+    def is_apart(cell: Record) -> bool:
+        halves = (record.get("ci95") for record in (cell, best))
+        noise = sum(half for half in halves if half is not None and math.isfinite(half))
+        return cell["value"] == best["value"] or abs(cell["value"] - best["value"]) > noise
+
+    if not all(map(is_apart, contenders.values())):
+        return set()
+    return {row for row, cell in contenders.items() if cell["value"] == best["value"]}
 
 
 def _row_texts(

@@ -7,10 +7,13 @@ from overlaps import overlapping_labels
 
 from metaopt.console import printable
 from metaopt.reporting.plots import (
+    STYLES,
     Curve,
     adaptation_curves,
+    adaptation_summary,
     new_figure,
     panels,
+    styles,
     trajectories,
 )
 
@@ -134,3 +137,43 @@ def test_labels_that_are_drawn_over_one_another_are_found():
     assert overlapping_labels(figure) == [(names[0], names[1])]
     axes.tick_params(axis="x", rotation=90)
     assert not overlapping_labels(figure)
+
+
+def test_a_row_has_its_style_in_every_figure_and_no_two_look_alike():
+    some, all_of = styles(["mine", "MAML"]), styles([*STYLES, "mine", "yours"])
+    assert some["MAML"] == all_of["MAML"] and some["mine"] == all_of["mine"]
+    assert len({(s["color"], s["marker"]) for s in all_of.values()}) == len(all_of)
+
+
+def test_an_untrained_row_does_not_squeeze_the_others(tmp_path, monkeypatch):
+    far = Curve(np.full(4, 4.5), np.full(4, 0.1))
+    curves = {"random init": far, "MAML": GOOD}
+    figure = figure_of(monkeypatch, tmp_path / "c.png", curves, {}, {"Bayes": 2.5})
+    assert figure.axes[0].get_ylim()[1] < 3.5
+
+
+@pytest.mark.parametrize("scale", ["linear", "log"])
+def test_a_summary_names_every_score_and_shows_whatever_diverged(tmp_path, monkeypatch, scale):
+    made = []
+    monkeypatch.setattr(
+        "metaopt.reporting.plots.new_figure",
+        lambda *size: made.append(new_figure(*size)) or made[0],
+    )
+    scores = {"MAML": (0.02, 0.01), "nan": (np.nan, np.nan), "hill climbing": (0.1, np.inf)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        adaptation_summary(
+            tmp_path / "s.png",
+            {"MAML": Curve(np.array([1.0, 0.1, -0.01]), np.full(3, 0.01)), **BAD},
+            scores,
+            title="left",
+            y_label="gap",
+            score_title="right",
+            score_label="gap",
+            trained_steps=1,
+            limits={"unigram": 0.5},
+            scale=scale,
+        )
+    figure = made[0]
+    ticks = [text.get_text() for text in figure.axes[1].get_yticklabels()]
+    assert ticks == list(scores) and not overlapping_labels(figure)

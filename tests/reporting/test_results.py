@@ -39,12 +39,12 @@ def test_what_is_not_finite_is_written_as_json_and_shown_as_a_dash():
     records = [
         CELL("diverged", "loss", Interval(math.inf, math.nan, 4), "nats"),
         CELL("one task", "loss", Interval(2.5, math.nan, 1), "nats"),
-        CELL("MAML", "loss", Interval(2.0, 0.5, 4), "nats"),
+        CELL("MAML", "loss", Interval(2.0, 0.4, 4), "nats"),
     ]
     assert json.loads(json.dumps(records, allow_nan=False)) == records
     (table,) = arrange(records)
     lines = to_markdown(table).splitlines()[2:5]
-    assert lines == ["| diverged | – |", "| one task | 2.500 |", "| MAML | **2.00 ± 0.50** |"]
+    assert lines == ["| diverged | – |", "| one task | 2.500 |", "| MAML | **2.00 ± 0.40** |"]
 
 
 def test_a_line_says_on_which_side_of_a_published_number_a_cell_is():

@@ -132,6 +132,13 @@ def test_the_best_is_the_highest_where_that_is_better_and_ties_share_it():
     assert best_rows(TEXT, "5_steps") == set()  # one contender is no contest
 
 
+@pytest.mark.parametrize(("half", "best"), [(0.24, {"a"}), (0.26, set())])
+def test_a_row_is_best_only_if_its_interval_meets_no_other(half, best):
+    cells = [cell("a", "c", 1.0, 0.25), cell("b", "c", 1.5, half), cell("far", "c", 9.0, 0.1)]
+    (table,) = arrange([*cells, cell("limit", "c", 0.9, 0.1, limit=True)])
+    assert best_rows(table, "c") == best
+
+
 ODD = st.text(st.characters(), max_size=8) | st.lists(
     st.sampled_from(["|", "\\", "`", "\n", "\r", "\x1b[2J", "[/bold]", "[red]", "&", "%", "$", "{"])
     | st.sampled_from(["<!-- end -->", "\u2028", "\udcff", "[", "*", "a", " ", "#", "nan"]),
