@@ -22,10 +22,11 @@ from metaopt.ranges import Checked, Count, Heads, Layers, Length, Seed, Width, s
 from metaopt.tasks.ciphers import Alphabet, Cipher, CipherConfig, KeyLength, ciphers
 from metaopt.tasks.ciphers import codec as cipher_codec
 from metaopt.tasks.ciphers import digest as cipher_digest
-from metaopt.tasks.codecs import BYTES, Codec, letters
+from metaopt.tasks.codecs import Codec, letters
 from metaopt.tasks.markov import Concentration, MarkovConfig, Order, Prior, Symbols, markov
 from metaopt.tasks.text import TextConfig, text
 from metaopt.tasks.text import digest as text_digest
+from metaopt.tasks.text import make_codec as text_codec
 from metaopt.types import Estimator, Learner, Model, TaskFamily
 
 ModelName = Literal["bigram", "rnn", "gru", "lstm", "transformer"]
@@ -59,7 +60,11 @@ class LanguageConfig(Checked):
       alphabet: Symbols of the tasks of ciphers.
       num_valid_domains: Number of domains of text held out for choosing rates and checkpoints.
       num_test_domains: Number of domains of text held out for the table.
+      test_domains: Names of the domains of text held out for the table, instead of random ones.
       split_seed: Seed of the choice of held-out domains.
+      skip_small: Leave out domains of text that are shorter than an episode.
+      tokenizer: Tokens of text: bytes; bpe:SIZE, byte pair encoding trained on the training
+        domains; or a JSON file of the library tokenizers.
       inner_optimizer: Optimiser of the inner loop, or module:function of your own, which takes
         the learning rate and returns an `optax.GradientTransformation`.
       inner: The inner loop.
@@ -87,7 +92,10 @@ class LanguageConfig(Checked):
     alphabet: Alphabet = "letters"
     num_valid_domains: Count = 8
     num_test_domains: Count = 10
+    test_domains: tuple[str, ...] = ()
     split_seed: Seed = 0
+    skip_small: bool = False
+    tokenizer: str = "bytes"
     inner_optimizer: OptimizerName | str = "sgd"
     inner: InnerLoop = dataclasses.field(default_factory=InnerLoop)
     rows: tuple[str, ...] = ()
@@ -171,7 +179,7 @@ def make_codec(config: LanguageConfig) -> Codec:
     """How the tokens of the tasks of a config are written as text."""
     if is_cipher(config.tasks):
         return cipher_codec(cipher_config(config))
-    return BYTES if is_text(config.tasks) else letters(config.vocab_size)
+    return text_codec(text_config(config)) if is_text(config.tasks) else letters(config.vocab_size)
 
 
 def make_model(config: LanguageConfig) -> Model:

@@ -22,6 +22,9 @@ from metaopt.training.host_leaves import place
 from metaopt.training.loop import checkpoint_directory
 from metaopt.types import Learner, MetaParams, Model
 
+TOKENIZER = "tokenizer.json"
+"""File of a run with its tokenizer, if its tokens are not bytes."""
+
 
 def load(run: Path | str, row: str | None = None, seed: int | None = None) -> Loaded:
     """Model, learner, meta-parameters and rates of a row of a finished run of `adapt_languages`.
@@ -140,6 +143,8 @@ def _read_config(path: Path) -> tuple[dict[str, Any], LanguageConfig]:
         raise UserError(f"{path} is not the config of a run of adapt_languages")
     fields = fields_of(LanguageConfig, saved)
     fields["inner"] = InnerLoop(**fields_of(InnerLoop, saved["inner"]))
+    if "tokenizer" in fields and fields["tokenizer"] != "bytes":
+        fields["tokenizer"] = str(path.with_name(TOKENIZER))
     return saved, LanguageConfig(**fields)
 
 

@@ -28,7 +28,7 @@ from rich.console import Console
 
 from experiments import harness
 from experiments.adapt_languages import references
-from experiments.adapt_languages.config import BASELINE, Config, presets, unit_of, unit_scale
+from experiments.adapt_languages.config import BASELINE, Config, presets, scales, unit_of
 from experiments.adapt_languages.samples import samples
 from metaopt import losses
 from metaopt.comparison import Comparison, Row, RowResult
@@ -44,9 +44,12 @@ from metaopt.languages import (
     make_family,
     make_model,
     make_rows,
+    text_config,
 )
+from metaopt.load import TOKENIZER
 from metaopt.reporting import plots
 from metaopt.statistics import Interval, interval
+from metaopt.tasks.text import definition, short_summary, summary
 from metaopt.training.types import TrainFn
 
 DIFFERENCES = (1, 2, 5)
@@ -96,13 +99,18 @@ class Study:
         """The columns of losses, by the number of inner steps."""
         return harness.step_columns(self.config.comparison.max_inner_steps)
 
+    @functools.cached_property
+    def scales(self) -> np.ndarray:
+        """What the nats a token of each test episode are multiplied by for the unit, ``[E]``."""
+        return scales(self.config, self.comparison.test)
+
     def interval(self, nats: np.ndarray) -> Interval:
         """The mean of ``nats [E]`` in the unit of the table, with its interval over tasks."""
-        return interval(nats * unit_scale(self.config), self.tasks)
+        return interval(nats * self.scales, self.tasks)
 
     def curve(self, nats: np.ndarray) -> plots.Curve:
         """The means of ``nats [E, steps + 1]``, likewise."""
-        return harness.curve(nats * unit_scale(self.config), self.tasks)
+        return harness.curve(nats * self.scales[:, None], self.tasks)
 
 
 def add_row(study: Study, name: str, results: Sequence[RowResult]) -> None:
@@ -250,6 +258,8 @@ def prepare(config: Config, train_fn: TrainFn) -> Callable[[], None]:
     check(config, config.comparison, rows, model)
     if is_text(config.tasks):
         log(f"reading the text of {config.folder or config.tasks}")
+        for line in short_summary(text_config(config)):
+            log(line)
     problem = Problem(make_family(config), model, losses.next_token(model))
     comparisons = {}
     for seed in config.seeds or (config.comparison.seed,):
@@ -271,6 +281,11 @@ def _run(config: Config, rows: Sequence[Row], comparisons: Mapping[int, Comparis
         episodes=config.comparison.test_episodes,
         data=digest(config),
     )
+    if is_text(config.tasks):
+        lines = summary(text_config(config))
+        write_text(table.directory / "data.md", "\n".join([*lines, ""]))
+        if config.tokenizer != "bytes":  # with which the run is loaded anywhere
+            write_text(table.directory / TOKENIZER, definition(text_config(config)))
     study = Study(table, config, first)
     train = harness.compare(comparisons, table.directory)
     for row in table.pending(sorted(rows, key=lambda row: row.name != BASELINE)):

@@ -3,13 +3,17 @@
 import dataclasses
 from typing import Annotated
 
+import numpy as np
+
 from experiments import harness
 from metaopt.comparison import ComparisonConfig
 from metaopt.inner_loop import InnerLoop
-from metaopt.languages import LanguageConfig, is_cipher, is_markov, is_text
+from metaopt.languages import LanguageConfig, is_cipher, is_markov, is_text, make_codec
 from metaopt.losses import NATS_TO_BITS
 from metaopt.optimizers.outer import OuterConfig
 from metaopt.ranges import Seed, Several, Steps
+from metaopt.tasks.tokenizers import bytes_of
+from metaopt.types import Episode
 
 BASELINE = "joint pretraining"
 
@@ -183,6 +187,13 @@ def unit_of(config: Config) -> str:
     return "nats/symbol" if is_cipher(config.tasks) else "nats/token"
 
 
-def unit_scale(config: Config) -> float:
-    """What nats a token are multiplied by: text is measured in bits a byte."""
-    return NATS_TO_BITS if is_text(config.tasks) else 1.0
+def scales(config: Config, episodes: Episode) -> np.ndarray:
+    """What nats a token of each episode's query are multiplied by for the unit, ``[E]``.
+
+    Text is measured in bits a byte: by the bytes that the tokens of an episode stand for.
+    """
+    if not is_text(config.tasks):
+        return np.ones(len(episodes.task))
+    targets = np.asarray(episodes.query.targets)
+    num_bytes = bytes_of(make_codec(config))[targets].sum(axis=(1, 2))
+    return NATS_TO_BITS * targets[0].size / num_bytes

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.adapt_languages.config import Config, unit_of, unit_scale
+from experiments.adapt_languages.config import Config, scales, unit_of
 from experiments.adapt_languages.references import on_plain_text, reading_key
 from metaopt.comparison import Comparison, RowResult
 from metaopt.console import printable
@@ -23,6 +23,7 @@ def samples(config: Config, comparison: Comparison, result: RowResult) -> str:
     start = learner.start(result.meta_params)
     optimizer = learner.inner_opt(result.meta_params, result.hparams)
     adapted = adapt(problem.loss_fn, optimizer, start, episode.support, comparison.inner).params
+    scale = scales(config, jax.tree.map(lambda x: x[:1], comparison.test))[0]
     prompt, show = episode.query.inputs[0], make_codec(config).show
     names = problem.family.test.task_names
     language = names[int(episode.task)] if names else "a new language"
@@ -37,7 +38,7 @@ def samples(config: Config, comparison: Comparison, result: RowResult) -> str:
         lines += [*_block("Prompt, read with the key", read(prompt))]
     after = f"After {comparison.inner.num_steps} steps of"
     for title, params in (("Before", start), (after, adapted)):
-        loss = float(problem.loss_fn(params, episode.query)) * unit_scale(config)
+        loss = float(problem.loss_fn(params, episode.query)) * scale
         key, length = jax.random.key(0), 2 * len(prompt)
         tokens = decoding.generate(problem.model, params, prompt, length, key, 0.7)[len(prompt) :]
         heading = f"{title} adaptation, {loss:.3f} {unit_of(config)}"

@@ -1,26 +1,33 @@
-"""Domains of text as tasks, byte by byte: one domain is one task.
+"""Domains of text as tasks, byte by byte or token by token: one domain is one task.
 
-An episode holds S support and Q query sequences of L + 1 bytes from one domain, no two
-of which overlap; the model predicts each next byte, of V = 256. Whole domains are held
-out for validation and test, so what is measured is adaptation to text of a new kind.
+An episode holds S support and Q query sequences of L + 1 tokens from one domain, no two
+of which overlap; the model predicts each next token. Whole domains are held out for
+validation and test, so what is measured is adaptation to text of a new kind.
 """
 
+import difflib
+import functools
+import hashlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
+from metaopt.console import printable
 from metaopt.errors import UserError
+from metaopt.files import local_path, read_text
 from metaopt.ranges import Checked, Count, Length, Seed
+from metaopt.tasks.codecs import BYTES, Codec
 from metaopt.tasks.sources import text as text_sources
-from metaopt.tasks.sources.text import Domain
+from metaopt.tasks.sources.text import Domain, array_domain
 from metaopt.tasks.sources.text_checks import check_text
+from metaopt.tasks.tokenizers import tokenizer, train_bpe
 from metaopt.types import Batch, Episode, Key, TaskFamily, TaskSplit
 
-VOCAB_SIZE = 256
 _TFDS = "tfds:"
 
 
@@ -34,11 +41,14 @@ class TextConfig(Checked):
         Datasets dataset whose examples are grouped by a feature.
       num_support: S, support sequences in an episode.
       num_query: Q, query sequences in an episode.
-      length: L, bytes in a sequence.
+      length: L, bytes or tokens in a sequence.
       num_valid_domains: number of domains held out for validation.
       num_test_domains: number of domains held out for the test.
       test_domains: names of the test domains, instead of ``num_test_domains`` random ones.
       split_seed: seed of the choice of held-out domains.
+      skip_small: leave out domains that are shorter than an episode, in place of refusing them.
+      tokenizer: ``bytes``; ``bpe:SIZE``, byte pair encoding of that many tokens, trained on the
+        training domains; or a JSON file of the library ``tokenizers``.
       text_feature: string feature of a ``tfds:`` dataset that is the text.
       domain_feature: its class label, integer or string feature that names the domain.
       data_dir: directory where text is stored for reading, and where ``tfds:`` datasets are
@@ -53,52 +63,165 @@ class TextConfig(Checked):
     num_test_domains: Count = 8
     test_domains: tuple[str, ...] = ()
     split_seed: Seed = 0
+    skip_small: bool = False
+    tokenizer: str = "bytes"
     text_feature: str = "text"
     domain_feature: str = "label"
     data_dir: str | None = None
+
+
+class Found(NamedTuple):
+    """The domains of a source, split.
+
+    Attributes:
+      train, valid, test: domains of each split, in the order of their names.
+      skipped: names and sizes in bytes of domains that are left out as too short.
+    """
+
+    train: tuple[Domain, ...]
+    valid: tuple[Domain, ...]
+    test: tuple[Domain, ...]
+    skipped: dict[str, int]
+
+    @property
+    def splits(self) -> dict[str, tuple[Domain, ...]]:
+        """The domains by the name of their split."""
+        return {"training": self.train, "validation": self.valid, "test": self.test}
+
+
+def find(config: TextConfig) -> Found:
+    """The domains of a config and their split; of their text nothing is read yet.
+
+    Raises:
+      UserError: the source is missing, empty or unreadable; a domain is shorter than an
+        episode; or there are too few domains for the splits.
+    """
+    domains = _find_domains(config, text_sources.data_directory(config.data_dir))
+    skipped = {}
+    if config.skip_small:
+        skipped = {d.name: d.size for d in domains if d.size < episode_size(config)}
+        domains = tuple(domain for domain in domains if domain.name not in skipped)
+    _check_sizes(domains, config, "bytes")
+    splits = split_domains([domain.name for domain in domains], config)
+    train, valid, test = (tuple(domains[i] for i in split) for split in splits)
+    return Found(train, valid, test, skipped)
 
 
 def text(config: TextConfig) -> TaskFamily:
     """Text domains as a task family, in three splits that share no domain.
 
     Episodes are numpy arrays: int32 inputs and targets ``[T, S, L]`` and ``[T, Q, L]``
-    of bytes 0 to 255, targets one byte after inputs, and ``task`` int32 ``[T]``, which
+    of tokens, targets one token after inputs, and ``task`` int32 ``[T]``, which
     indexes the split's ``task_names``. The first use of a source stores it under
-    ``data_dir``; see `store`.
+    ``data_dir``; see `store`. Tokens other than bytes are kept in memory.
 
     Raises:
-      UserError: the source is missing, empty or unreadable; a domain is shorter than an
-        episode, no text, or another once more; or there are too few domains for the splits.
-        Nothing has been written then, unless the source is ``tfds:``.
+      UserError: see `find`; a domain is no text, or another once more; or the tokenizer cannot
+        be had, or not used on a domain. Nothing has been written then, unless the source is
+        ``tfds:``.
     """
-    data_dir = text_sources.data_directory(config.data_dir)
-    domains = _find_domains(config, data_dir)
-    _check_sizes(domains, config)
-    splits = split_domains([domain.name for domain in domains], config)
-    named = dict(zip(("(training)", "(validation)", "(test)"), splits, strict=True))
-    check_text(domains, lambda i: next(name for name, split in named.items() if i in split))
-    if not config.source.startswith(_TFDS):
-        domains = store(Path(config.source).resolve().name, domains, data_dir)
-    train, valid, test = ([domains[i] for i in split] for split in splits)
-    return TaskFamily(
-        name="text",
-        train=_task_split(train, config),
-        valid=_task_split(valid, config),
-        test=_task_split(test, config),
+    found, codec = find(config), make_codec(config)
+    domains = [domain for split in found.splits.values() for domain in split]
+    where = {d.name: f"({name})" for name, split in found.splits.items() for d in split}
+    check_text(domains, lambda i: where[domains[i].name])
+    if config.tokenizer != "bytes":
+        domains = [_encoded(domain, codec) for domain in domains]
+        _check_sizes(domains, config, "tokens")
+    elif not config.source.startswith(_TFDS):
+        data_dir = text_sources.data_directory(config.data_dir)
+        by_name = sorted(domains, key=lambda domain: domain.name)  # a split does not rename it
+        domains = store(Path(config.source).resolve().name, by_name, data_dir)
+    named = {domain.name: domain for domain in domains}
+    train, valid, test = (
+        _task_split([named[domain.name] for domain in split], config)
+        for split in found.splits.values()
     )
+    return TaskFamily("text", train, valid, test)
+
+
+@functools.cache
+def make_codec(config: TextConfig) -> Codec:
+    """The tokens of a config; a tokenizer that is trained is trained once in a process.
+
+    Raises:
+      UserError: the tokenizer cannot be had: see `metaopt.tasks.tokenizers`.
+    """
+    return BYTES if config.tokenizer == "bytes" else tokenizer(definition(config), config.tokenizer)
+
+
+@functools.cache
+def definition(config: TextConfig) -> str:
+    """The JSON of the tokenizer of a config, which is not ``bytes``.
+
+    Raises:
+      UserError: its file cannot be read, or it cannot be trained.
+    """
+    size = re.fullmatch(r"bpe:(\d{1,7})", config.tokenizer)
+    if size is None:
+        return read_text(local_path(config.tokenizer))
+    parts = (domain.read(0, domain.size).tobytes() for domain in find(config).train)
+    return train_bpe((part.decode("utf-8", errors="replace") for part in parts), int(size[1]))
+
+
+def summary(config: TextConfig) -> list[str]:
+    """What the text of a config is, in Markdown: domains, sizes, splits, and what is left out.
+
+    Raises:
+      UserError: see `find`.
+    """
+    found = find(config)
+    lines = [f"Text of {config.source}, tokens: {config.tokenizer}", ""]
+    lines += ["| split | domain | bytes |", "|---|---|---:|"]
+    for name, split in found.splits.items():
+        lines += [f"| {name} | {_cell(domain.name)} | {domain.size:,} |" for domain in split]
+    needed = f"shorter than an episode of {episode_size(config):,} bytes"
+    lines += [
+        f"| left out: {needed} | {_cell(n)} | {size:,} |" for n, size in found.skipped.items()
+    ]
+    return lines
+
+
+def short_summary(config: TextConfig) -> list[str]:
+    """The same in a line for each split."""
+    found = find(config)
+    lines = [
+        f"{name}: {len(split)} domains, {sum(domain.size for domain in split):,} bytes"
+        for name, split in found.splits.items()
+    ]
+    lines[-1] += f": {printable(', '.join(domain.name for domain in found.test))}"
+    if found.skipped:
+        left_out = printable(", ".join(found.skipped))
+        lines.append(f"left out as too short: {len(found.skipped)} domains: {left_out}")
+    return lines
+
+
+def _cell(name: str) -> str:
+    return printable(name).replace("|", "\\|")
+
+
+def _encoded(domain: Domain, codec: Codec) -> Domain:
+    """A domain whose positions are tokens."""
+    try:
+        return array_domain(domain.name, codec.encode(domain.read(0, domain.size).tobytes()))
+    except UserError as error:
+        raise UserError(f"domain {domain.name!r}: {error}") from None
 
 
 def digest(config: TextConfig) -> str | None:
     """The names and contents of all domains of a folder or of the standard library.
 
-    None for a ``tfds:`` dataset, whose contents its name and version say.
+    None for a ``tfds:`` dataset, whose contents its name and version say. A tokenizer that is read
+    from a file counts as well.
 
     Raises:
       UserError: the source is missing, empty or unreadable.
     """
-    if config.source.startswith(_TFDS):
-        return None
-    return text_sources.fingerprint(_find_domains(config, Path()))
+    found = None
+    if not config.source.startswith(_TFDS):
+        found = text_sources.fingerprint(_find_domains(config, Path()))
+    if config.tokenizer == "bytes":
+        return found
+    return f"{found or ''}-{hashlib.sha256(definition(config).encode()).hexdigest()[:16]}"
 
 
 def split_domains(
@@ -111,7 +234,10 @@ def split_domains(
     """
     unknown = sorted(set(config.test_domains) - set(names))
     if unknown:
-        raise UserError(f"no domain {unknown[0]!r} in {config.source}: there are {sorted(names)}")
+        near = difflib.get_close_matches(unknown[0], names) or sorted(names)
+        raise UserError(
+            f"no domain {unknown[0]!r} in {config.source}: there is {', '.join(map(repr, near))}"
+        )
     order = np.random.default_rng(config.split_seed).permutation(len(names)).tolist()
     chosen = [names.index(name) for name in dict.fromkeys(config.test_domains)]
     test = chosen or order[: config.num_test_domains]
@@ -133,7 +259,7 @@ def _task_split(domains: Sequence[Domain], config: TextConfig) -> TaskSplit:
         tasks = _balanced_tasks(rng, len(domains), num_tasks)
         sequences = np.stack([_draw_sequences(rng, domains[i], config) for i in tasks])
         support, query = np.split(sequences.astype(np.int32), [config.num_support], axis=1)
-        return Episode(_next_byte(support), _next_byte(query), tasks)
+        return Episode(_next_token(support), _next_token(query), tasks)
 
     return TaskSplit(sample, tuple(domain.name for domain in domains))
 
@@ -146,14 +272,14 @@ def _balanced_tasks(rng: np.random.Generator, num_domains: int, num_tasks: int) 
 
 
 def _draw_sequences(rng: np.random.Generator, domain: Domain, config: TextConfig) -> np.ndarray:
-    """Distinct cells of a grid laid over the domain at a random offset, uint8 ``[S+Q, L+1]``."""
+    """Distinct cells of a grid laid over the domain at a random offset, ``[S+Q, L+1]``."""
     count, width = config.num_support + config.num_query, config.length + 1
     offset = int(rng.integers(min(width, domain.size - count * width + 1)))
     cells = rng.choice((domain.size - offset) // width, count, replace=False)
     return np.stack([domain.read(offset + cell * width, width) for cell in cells.tolist()])
 
 
-def _next_byte(sequences: Any) -> Batch:
+def _next_token(sequences: Any) -> Batch:
     return Batch(inputs=sequences[..., :-1], targets=sequences[..., 1:])
 
 
@@ -188,12 +314,17 @@ def store(label: str, domains: Sequence[Domain], data_dir: Path) -> tuple[Domain
     return tfds.stored_domains(data_dir / name, lambda: domains)
 
 
-def _check_sizes(domains: Sequence[Domain], config: TextConfig) -> None:
+def episode_size(config: TextConfig) -> int:
+    """Tokens of an episode: S + Q sequences of L + 1."""
+    return (config.num_support + config.num_query) * (config.length + 1)
+
+
+def _check_sizes(domains: Sequence[Domain], config: TextConfig, unit: str) -> None:
     count, width = config.num_support + config.num_query, config.length + 1
     for domain in domains:
         if domain.size < count * width:
             raise UserError(
-                f"domain {domain.name!r} has {domain.size} bytes, and an episode of {count} "
-                f"sequences of {width} needs {count * width}: remove the domain, or lower "
-                "num_support, num_query or length"
+                f"domain {domain.name!r} has {domain.size} {unit}, and an episode of {count} "
+                f"sequences of {width} needs {count * width}: remove the domain or give "
+                "skip_small, or lower num_support, num_query or length"
             )

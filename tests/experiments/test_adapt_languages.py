@@ -2,6 +2,7 @@ import dataclasses
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
+import metaopt
 from experiments import adapt_languages, harness
 from experiments.adapt_languages import Study, add_row
 from metaopt import languages, learners
@@ -221,6 +223,37 @@ def test_text_is_measured_in_bits_a_byte(folder, tmp_path):
     assert "for domain " in (directory / "samples.md").read_text()
 
 
+def test_a_run_on_own_text_says_what_its_data_are(folder, tmp_path, capsys):
+    (folder / "tiny.txt").write_bytes(b"too short")
+    flags = ["--folder", str(folder), "--skip-small", "--test-domains", "domain 3.txt"]
+    directory = run_in(tmp_path, [*TEXT, *flags])
+    summary = (directory / "data.md").read_text()
+    assert "| test | domain 3.txt | 2,399 |" in summary and summary.count("| test |") == 1
+    assert "| left out: shorter than an episode of 36 bytes | tiny.txt | 9 |" in summary
+    shown = capsys.readouterr().err
+    assert "test: 1 domains, 2,399 bytes: domain 3.txt" in shown
+    assert "left out as too short: 1 domains: tiny.txt" in shown
+    assert {r["n"] for r in read_json_lines(directory / "results.jsonl")} == {1}
+
+
+def test_tokens_of_several_bytes_are_measured_in_bits_a_byte(folder, tmp_path):
+    pytest.importorskip("tokenizers")
+    directory = run_in(tmp_path, [*TEXT, "--folder", str(folder), "--tokenizer", "bpe:260"])
+    config = parse(*TEXT, "--folder", str(folder), "--tokenizer", "bpe:260")
+    with np.load(*(directory / "rows").iterdir()) as kept:
+        nats = kept["nats"][:, 0]
+    key = jax.random.split(jax.random.key(1234))[1]  # of the test episodes
+    targets = languages.make_family(config).test.sample(key, len(nats)).query.targets
+    codec = languages.make_codec(config)
+    sizes = np.array([sum(len(codec.decode(s)) for s in episode) for episode in targets])
+    assert (sizes > targets[0].size).any()  # of some tokens that are more than a byte
+    bits = nats * targets[0].size / np.log(2) / sizes
+    assert cells(directory)["MAML", "0 steps"][0] == pytest.approx(bits.mean(), abs=0.05)
+    shutil.rmtree(folder)
+    found = metaopt.load(directory)  # with the tokenizer that the run kept
+    assert found.codec.vocab_size == 260 and found.codec.decode([256]) == codec.decode([256])
+
+
 CIPHERS = shlex.split(
     f"--preset smoke --tasks ciphers {SIZES} --model bigram --rows 'joint pretraining' MAML "
     "--inner.num-steps 1 --comparison.max-inner-steps 1 --comparison.inner-rates 0.3 1 "
@@ -320,6 +353,9 @@ WRONG = [
     ("--tasks text --folder nested", "nested/inner is not a file"),
     ("--tasks text --folder short", "domain 'a' has 9 bytes"),
     ("--tasks text --folder few", "few has 2 domains, too few"),
+    ("--tasks text --folder few --test-domains c", "no domain 'c' in few: there is 'a', 'b'"),
+    ("--tasks stdlib --tokenizer nowhere.json", "nowhere.json"),
+    ("--tasks stdlib --tokenizer bpe:100", "a tokenizer of 100 tokens: it takes at least 257"),
     ("--folder few", "--folder is for --tasks text or ciphers, not markov"),
     ("--tasks ciphers --folder few", "few has 2 books, too few for 3 to validate, 6 to test"),
     ("--model mamba", "unknown model 'mamba': choose one of bigram, rnn, gru"),
