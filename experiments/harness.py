@@ -451,24 +451,29 @@ def curve(values: np.ndarray, groups: np.ndarray) -> plots.Curve:
 
 
 def compare(
-    comparisons: Mapping[int, Comparison], directory: Path
+    comparisons: Mapping[str, Comparison], directory: Path
 ) -> Callable[[Row], list[RowResult]]:
-    """``row -> its results``, one a seed, for rows that a `Comparison` trains.
+    """``row -> its results``, one of each comparison, such as of several seeds.
 
-    What rows start from is pretrained, once a seed, when the first of them is trained.
+    What rows start from is pretrained, once a comparison, when the first of them is trained.
 
     Args:
-      comparisons: One a seed, alike in everything else.
-      directory: Directory of the run; several seeds have a folder each below it.
+      comparisons: By name, alike in all but the seed or the tasks.
+      directory: Directory of the run; several comparisons have a folder of their name each in it.
     """
 
     @functools.cache
-    def start(seed: int) -> tuple[Params, Path]:
-        place = directory if len(comparisons) == 1 else directory / f"seed-{seed}"
+    def start(name: str) -> tuple[Params, Path]:
+        place = directory if len(comparisons) == 1 else directory / name
         place.mkdir(exist_ok=True)
-        return comparisons[seed].pretrain(place), place
+        return comparisons[name].pretrain(place), place
 
     def results(row: Row) -> list[RowResult]:
-        return [comparison.run(row, *start(seed)) for seed, comparison in comparisons.items()]
+        found = []
+        for name, comparison in comparisons.items():
+            if len(comparisons) > 1:
+                log(f"{row.name}: {name}")
+            found.append(comparison.run(row, *start(name)))
+        return found
 
     return results

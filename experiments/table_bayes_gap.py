@@ -346,7 +346,7 @@ def run(config: Config) -> None:
 def add_study(table: harness.TableRun, study: Study) -> None:
     """Trains the learners of a study and adds their gaps, and what gives these a scale."""
     directory = table.directory / slug(f"{study.model} {study.column}")
-    results = harness.compare({study.comparison.config.seed: study.comparison}, directory)
+    results = harness.compare({study.model: study.comparison}, directory)
     for row in table.pending(study.rows, study.row_name, lambda row: study.column):
         (result,) = results(row)
         add_gap(table, study, result, directory)

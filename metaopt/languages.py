@@ -18,7 +18,17 @@ from metaopt.learners.maml import InnerOptimizer
 from metaopt.losses import next_token
 from metaopt.optimizers.inner import INNER_OPTIMIZERS, OptimizerName
 from metaopt.parts import load_part, make_part
-from metaopt.ranges import Checked, Count, Heads, Layers, Length, Seed, Width, shared_fields
+from metaopt.ranges import (
+    Checked,
+    Count,
+    CountOr0,
+    Heads,
+    Layers,
+    Length,
+    Seed,
+    Width,
+    shared_fields,
+)
 from metaopt.tasks.ciphers import Alphabet, Cipher, CipherConfig, KeyLength, ciphers
 from metaopt.tasks.ciphers import codec as cipher_codec
 from metaopt.tasks.ciphers import digest as cipher_digest
@@ -61,6 +71,8 @@ class LanguageConfig(Checked):
       num_valid_domains: Number of domains of text held out for choosing rates and checkpoints.
       num_test_domains: Number of domains of text held out for the table.
       test_domains: Names of the domains of text held out for the table, instead of random ones.
+      num_folds: Folds of the domains of text, each held out in turn; 0 for one split.
+      kin: File of domains of text that are held out together, a group on a line.
       split_seed: Seed of the choice of held-out domains.
       skip_small: Leave out domains of text that are shorter than an episode.
       tokenizer: Tokens of text: bytes; bpe:SIZE, byte pair encoding trained on the training
@@ -93,6 +105,8 @@ class LanguageConfig(Checked):
     num_valid_domains: Count = 8
     num_test_domains: Count = 10
     test_domains: tuple[str, ...] = ()
+    num_folds: CountOr0 = 0
+    kin: str | None = None
     split_seed: Seed = 0
     skip_small: bool = False
     tokenizer: str = "bytes"
@@ -131,8 +145,8 @@ def cipher_config(config: LanguageConfig) -> CipherConfig:
     return CipherConfig(**shared_fields(CipherConfig, config))
 
 
-def make_family(config: LanguageConfig) -> TaskFamily:
-    """The task family of a config.
+def make_family(config: LanguageConfig, fold: int = 0) -> TaskFamily:
+    """The task family of a config, and of its fold if it has several.
 
     Raises:
       UserError: there are no such tasks, or their folder is missing, or given and not read.
@@ -144,7 +158,7 @@ def make_family(config: LanguageConfig) -> TaskFamily:
         return ciphers(cipher_config(config))
     if is_own(config.tasks):
         return make_part("--tasks", config.tasks, TaskFamily)
-    return text(text_config(config))
+    return text(text_config(config, fold))
 
 
 def _check_tasks(config: LanguageConfig) -> None:
@@ -162,10 +176,10 @@ def _check_tasks(config: LanguageConfig) -> None:
         )
 
 
-def text_config(config: LanguageConfig) -> TextConfig:
-    """The domains of text of a config."""
+def text_config(config: LanguageConfig, fold: int = 0) -> TextConfig:
+    """The domains of text of a config, and of its fold if it has several."""
     source = config.folder if config.tasks == "text" else config.tasks
-    return TextConfig(source=str(source), **shared_fields(TextConfig, config))
+    return TextConfig(source=str(source), fold=fold, **shared_fields(TextConfig, config))
 
 
 def digest(config: LanguageConfig) -> str | None:

@@ -38,7 +38,8 @@ def load(run: Path | str, row: str | None = None, seed: int | None = None) -> Lo
       row: name of the row, such as ``'MAML'``; if not given, the trained row with the lowest loss
         after the trained number of steps in the run's results. A row that is not trained, such
         as ``'random init'``, is what it was at the start.
-      seed: which of the run's seeds, if it has several; the first by default.
+      seed: which of the run's seeds, if it has several; the first by default. Of a run with folds
+        it is the row of the first fold.
 
     Raises:
       UserError: the directory is not that of a finished run of `adapt_languages`, has no such
@@ -61,7 +62,8 @@ def load(run: Path | str, row: str | None = None, seed: int | None = None) -> Lo
     if rows[row].estimator is None:
         meta_params, hparams = learner.init(random_init(model, seeds[index])), {}
     else:
-        trained = run / f"seed-{seeds[index]}" if len(seeds) > 1 else run
+        folder = "fold-0" if config.num_folds else f"seed-{seeds[index]}"
+        trained = run / folder if config.num_folds or len(seeds) > 1 else run
         meta_params, hparams = _read_checkpoint(checkpoint_directory(trained, row), learner, model)
     rate = _rate(run, row, config.inner.num_steps, index)
     if rate is not None:

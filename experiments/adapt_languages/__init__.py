@@ -49,7 +49,7 @@ from metaopt.languages import (
 from metaopt.load import TOKENIZER
 from metaopt.reporting import plots
 from metaopt.statistics import Interval, interval
-from metaopt.tasks.text import definition, short_summary, summary
+from metaopt.tasks.text import definition, find, kin_of, short_summary, summary
 from metaopt.training.types import TrainFn
 
 DIFFERENCES = (1, 2, 5)
@@ -63,17 +63,36 @@ class Study:
     Attributes:
       table: Table of the run.
       config: Config of the run.
-      comparison: What the rows share, of the first seed.
+      comparison: What the rows share, of the first seed or fold.
+      folds: The same of each fold, whose test episodes are pooled; none for one split.
     """
 
     table: harness.TableRun
     config: Config
     comparison: Comparison
+    folds: tuple[Comparison, ...] = ()
 
     @functools.cached_property
     def tasks(self) -> np.ndarray:
-        """The task of each test episode, int ``[E]``."""
-        return np.asarray(self.comparison.test.task)
+        """The task of each test episode, or its group of kin, int ``[E]``."""
+        config = self.config
+        if not (self.folds or (is_text(config.tasks) and config.kin)):
+            return np.asarray(self.comparison.test.task)
+        splits = find(text_config(config)).splits.values()
+        names = sorted(domain.name for split in splits for domain in split)
+        kin = dict(zip(names, kin_of(names, text_config(config)), strict=True))
+        of_episode = [
+            kin[comparison.problem.family.test.task_names[task]]
+            for comparison in self.folds or (self.comparison,)
+            for task in np.asarray(comparison.test.task).tolist()
+        ]
+        return np.asarray(of_episode)
+
+    @functools.cached_property
+    def num_tasks(self) -> int:
+        """The number of tasks, of which kin are several."""
+        tested = self.folds or (self.comparison,)
+        return sum(len(np.unique(comparison.test.task)) for comparison in tested)
 
     @functools.cached_property
     def references(self) -> dict[str, np.ndarray]:
@@ -102,11 +121,15 @@ class Study:
     @functools.cached_property
     def scales(self) -> np.ndarray:
         """What the nats a token of each test episode are multiplied by for the unit, ``[E]``."""
-        return scales(self.config, self.comparison.test)
+        tested = self.folds or (self.comparison,)
+        return np.concatenate([scales(self.config, comparison.test) for comparison in tested])
 
     def interval(self, nats: np.ndarray) -> Interval:
-        """The mean of ``nats [E]`` in the unit of the table, with its interval over tasks."""
-        return interval(nats * self.scales, self.tasks)
+        """The mean of ``nats [E]`` in the unit of the table, with its interval over tasks.
+
+        The interval is over groups of kin, if there are any; ``n`` counts the tasks.
+        """
+        return interval(nats * self.scales, self.tasks)._replace(n=self.num_tasks)
 
     def curve(self, nats: np.ndarray) -> plots.Curve:
         """The means of ``nats [E, steps + 1]``, likewise."""
@@ -114,12 +137,14 @@ class Study:
 
 
 def add_row(study: Study, name: str, results: Sequence[RowResult]) -> None:
-    """Adds the cells of a trained row: the mean over seeds of its losses after 0, 1, 2 ... steps.
+    """Adds the cells of a trained row: its losses after 0, 1, 2 ... steps.
+
+    They are means over seeds, or those of all folds together.
 
     The baseline must be added before the others, which are compared with it.
     """
-    table = study.table
-    nats_ExK = np.mean([result.curves for result in results], axis=0)
+    table, curves = study.table, [result.curves for result in results]
+    nats_ExK = np.concatenate(curves) if study.folds else np.mean(curves, axis=0)
     table.keep(name, nats=nats_ExK)
     for step, column in study.columns.items():
         rates = [float(result.rates[step]) for result in results]
@@ -258,17 +283,24 @@ def prepare(config: Config, train_fn: TrainFn) -> Callable[[], None]:
     check(config, config.comparison, rows, model)
     if is_text(config.tasks):
         log(f"reading the text of {config.folder or config.tasks}")
-        for line in short_summary(text_config(config)):
-            log(line)
-    problem = Problem(make_family(config), model, losses.next_token(model))
-    comparisons = {}
-    for seed in config.seeds or (config.comparison.seed,):
+        for fold in range(config.num_folds or 1):
+            for line in short_summary(text_config(config, fold)):
+                log(f"fold {fold}, {line}" if config.num_folds else line)
+
+    def comparison(fold: int, seed: int) -> Comparison:
+        problem = Problem(make_family(config, fold), model, losses.next_token(model))
         settings = dataclasses.replace(config.comparison, seed=seed)
-        comparisons[seed] = Comparison(problem, config.inner, config.outer, settings, train_fn)
+        return Comparison(problem, config.inner, config.outer, settings, train_fn)
+
+    first = config.comparison.seed
+    if config.num_folds:
+        comparisons = {f"fold-{i}": comparison(i, first) for i in range(config.num_folds)}
+    else:
+        comparisons = {f"seed-{seed}": comparison(0, seed) for seed in config.seeds or (first,)}
     return functools.partial(_run, config, rows, comparisons)
 
 
-def _run(config: Config, rows: Sequence[Row], comparisons: Mapping[int, Comparison]) -> None:
+def _run(config: Config, rows: Sequence[Row], comparisons: Mapping[str, Comparison]) -> None:
     first, names = next(iter(comparisons.values())), [row.name for row in rows]
     table = harness.TableRun(
         "adapt_languages",
@@ -277,16 +309,13 @@ def _run(config: Config, rows: Sequence[Row], comparisons: Mapping[int, Comparis
         table=f"adapt_languages/{config.tasks}",
         unit=unit_of(config),
         rows=names,
-        seeds=tuple(comparisons),
+        seeds=tuple({each.config.seed: None for each in comparisons.values()}),
         episodes=config.comparison.test_episodes,
         data=digest(config),
     )
     if is_text(config.tasks):
-        lines = summary(text_config(config))
-        write_text(table.directory / "data.md", "\n".join([*lines, ""]))
-        if config.tokenizer != "bytes":  # with which the run is loaded anywhere
-            write_text(table.directory / TOKENIZER, definition(text_config(config)))
-    study = Study(table, config, first)
+        _keep_data(config, table.directory)
+    study = Study(table, config, first, tuple(comparisons.values()) if config.num_folds else ())
     train = harness.compare(comparisons, table.directory)
     for row in table.pending(sorted(rows, key=lambda row: row.name != BASELINE)):
         results = train(row)
@@ -297,3 +326,11 @@ def _run(config: Config, rows: Sequence[Row], comparisons: Mapping[int, Comparis
     add_references(study)
     Console().print(read_text(table.directory / "samples.md"), markup=False, highlight=False)
     table.finish()
+
+
+def _keep_data(config: Config, directory: Path) -> None:
+    """What the data are, and the tokenizer with which the run is loaded anywhere."""
+    folds = [summary(text_config(config, fold)) for fold in range(config.num_folds or 1)]
+    write_text(directory / "data.md", "\n".join(line for fold in folds for line in [*fold, ""]))
+    if config.tokenizer != "bytes":
+        write_text(directory / TOKENIZER, definition(text_config(config)))

@@ -7,6 +7,7 @@ import numpy as np
 
 from experiments import harness
 from metaopt.comparison import ComparisonConfig
+from metaopt.errors import UserError
 from metaopt.inner_loop import InnerLoop
 from metaopt.languages import LanguageConfig, is_cipher, is_markov, is_text, make_codec
 from metaopt.losses import NATS_TO_BITS
@@ -38,6 +39,16 @@ class Config(LanguageConfig, harness.TrainedConfig):
     comparison: ComparisonConfig = dataclasses.field(default_factory=ComparisonConfig)
     plain_steps: Steps = 3000
     then_transformer: bool = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.num_folds and (self.seeds or self.tokenizer.startswith("bpe:")):
+            raise UserError(
+                "num_folds takes one seed, and bytes or a tokenizer from a file: one that is "
+                "trained would have seen what other folds hold out"
+            )
+        if self.num_folds == 1 or (self.num_folds and not is_text(self.tasks)):
+            raise UserError("num_folds is for tasks of text, and two at least")
 
 
 MARKOV = Config(

@@ -20,7 +20,7 @@ import numpy as np
 from metaopt.console import printable
 from metaopt.errors import UserError
 from metaopt.files import local_path, read_text
-from metaopt.ranges import Checked, Count, Length, Seed
+from metaopt.ranges import Checked, Count, CountOr0, Length, Seed
 from metaopt.tasks.codecs import BYTES, Codec
 from metaopt.tasks.sources import text as text_sources
 from metaopt.tasks.sources.text import Domain, array_domain
@@ -45,6 +45,11 @@ class TextConfig(Checked):
       num_valid_domains: number of domains held out for validation.
       num_test_domains: number of domains held out for the test.
       test_domains: names of the test domains, instead of ``num_test_domains`` random ones.
+      num_folds: number of folds that the domains are dealt to, instead of ``num_test_domains``
+        random ones: over all folds each domain is held out once. 0 for none.
+      fold: which of them is the test, from 0 on.
+      kin: file of domains that are held out together, such as translations of one text: the names
+        of a group on a line, between blanks. Names that are not there are passed over.
       split_seed: seed of the choice of held-out domains.
       skip_small: leave out domains that are shorter than an episode, in place of refusing them.
       tokenizer: ``bytes``; ``bpe:SIZE``, byte pair encoding of that many tokens, trained on the
@@ -62,6 +67,9 @@ class TextConfig(Checked):
     num_valid_domains: Count = 4
     num_test_domains: Count = 8
     test_domains: tuple[str, ...] = ()
+    num_folds: CountOr0 = 0
+    fold: CountOr0 = 0
+    kin: str | None = None
     split_seed: Seed = 0
     skip_small: bool = False
     tokenizer: str = "bytes"
@@ -229,8 +237,12 @@ def split_domains(
 ) -> tuple[list[int], list[int], list[int]]:
     """Which domains are for training, validation and test, as ascending indices.
 
+    Groups of kin are never parted, so that there may be fewer domains in validation and test than
+    were asked for.
+
     Raises:
-      UserError: none would be left to train on, or a test domain is unknown.
+      UserError: none would be left to train on, a test domain is unknown, or the folds or the file
+        of kin are wrong.
     """
     unknown = sorted(set(config.test_domains) - set(names))
     if unknown:
@@ -238,19 +250,72 @@ def split_domains(
         raise UserError(
             f"no domain {unknown[0]!r} in {config.source}: there is {', '.join(map(repr, near))}"
         )
+    if config.num_folds and (config.fold >= config.num_folds or config.test_domains):
+        raise UserError(
+            f"fold {config.fold} of {config.num_folds}: folds are numbered from 0 on, and take no "
+            "test domains"
+        )
+    kin = kin_of(names, config)
     order = np.random.default_rng(config.split_seed).permutation(len(names)).tolist()
-    chosen = [names.index(name) for name in dict.fromkeys(config.test_domains)]
-    test = chosen or order[: config.num_test_domains]
-    rest = [i for i in order if i not in test]
-    too_few = not chosen and len(names) < config.num_test_domains
-    if too_few or len(rest) <= config.num_valid_domains:
+    groups = list({kin[i]: [j for j in order if kin[j] == kin[i]] for i in order}.values())
+    if config.test_domains:
+        test = [g for g in groups if any(names[i] in config.test_domains for i in g)]
+    elif config.num_folds:
+        test = _folds(groups, config.num_folds)[config.fold]
+    else:
+        test = _first(groups, config.num_test_domains)
+    rest = [group for group in groups if group not in test]
+    valid = _first(rest, config.num_valid_domains)
+    train = [group for group in rest if group not in valid]
+    random = not (config.test_domains or config.num_folds)
+    if not (train and valid and test) or (random and len(names) < config.num_test_domains):
+        held_out = sum(map(len, test)) if test and not random else config.num_test_domains
         raise UserError(
             f"{config.source} has {len(names)} domains, too few for {config.num_valid_domains} to "
-            f"validate, {len(chosen) or config.num_test_domains} to test and at least 1 to train "
-            "on: add domains or hold out fewer"
+            f"validate, {held_out} to test and at least 1 to train on: add domains or hold out "
+            "fewer"
         )
-    valid, train = rest[: config.num_valid_domains], rest[config.num_valid_domains :]
-    return sorted(train), sorted(valid), sorted(test)
+    parts = (sorted(i for group in part for i in group) for part in (train, valid, test))
+    return next(parts), next(parts), next(parts)
+
+
+def kin_of(names: Sequence[str], config: TextConfig) -> list[int]:
+    """The group of kin of each domain, as the index of its first one; without kin, its own.
+
+    Raises:
+      UserError: the file cannot be read, or has a name twice.
+    """
+    group = list(range(len(names)))
+    if config.kin is None:
+        return group
+    seen, number = set(), {name: i for i, name in enumerate(names)}
+    for line in read_text(local_path(config.kin)).splitlines():
+        found = line.split()
+        for name in found:
+            if name in seen:
+                raise UserError(f"{config.kin} has {name!r} twice: a domain is of one group")
+            seen.add(name)
+        of_line = sorted(number[name] for name in found if name in number)
+        for i in of_line:
+            group[i] = of_line[0]
+    return group
+
+
+def _first(groups: Sequence[list[int]], most: int) -> list[list[int]]:
+    """The first groups that have together at most this number of domains."""
+    taken: list[list[int]] = []
+    for group in groups:
+        if sum(map(len, taken)) + len(group) <= most:
+            taken.append(group)
+    return taken
+
+
+def _folds(groups: Sequence[list[int]], number: int) -> list[list[list[int]]]:
+    """Groups dealt to folds: the largest first, each to the fold with the fewest domains."""
+    folds: list[list[list[int]]] = [[] for _ in range(number)]
+    for group in sorted(groups, key=len, reverse=True):
+        min(folds, key=lambda fold: sum(map(len, fold))).append(group)
+    return folds
 
 
 def _task_split(domains: Sequence[Domain], config: TextConfig) -> TaskSplit:

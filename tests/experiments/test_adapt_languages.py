@@ -236,6 +236,31 @@ def test_a_run_on_own_text_says_what_its_data_are(folder, tmp_path, capsys):
     assert {r["n"] for r in read_json_lines(directory / "results.jsonl")} == {1}
 
 
+def test_folds_judge_every_domain_once_and_pool_them_over_kin(folder, tmp_path):
+    (tmp_path / "kin").write_text("")
+    (folder / "domain 6.txt").rename(folder / "six.txt")
+    (folder / "domain 5.txt").rename(folder / "five.txt")
+    (tmp_path / "kin").write_text("five.txt six.txt\n")
+    sizes = "--num-folds 2 --num-valid-domains 1 --comparison.test-episodes 16"
+    rows = ["--rows", "joint pretraining", "MAML"]
+    flags = [*TEXT, "--folder", str(folder), "--kin", str(tmp_path / "kin"), *sizes.split(), *rows]
+    directory = run_in(tmp_path, flags)
+    summary = (directory / "data.md").read_text()
+    assert summary.count("| test |") == 7 and summary.count("| test | five.txt |") == 1
+    records = {(r["row"], r["column"]): r for r in read_json_lines(directory / "results.jsonl")}
+    assert {r["n"] for r in records.values()} == {7}
+    kept = {}
+    for path in (directory / "rows").iterdir():
+        with np.load(path) as arrays:
+            kept[path.stem] = arrays["nats"] / np.log(2)
+    joint, maml = (kept[name] for name in sorted(kept))  # joint before MAML
+    assert maml.shape == (32, 2)
+    gain = records["MAML", "Δ 1 step"]
+    assert gain["value"] == pytest.approx((joint - maml)[:, 1].mean(), abs=1e-2)
+    assert (directory / "fold-1" / "checkpoints").is_dir()
+    assert metaopt.load(directory, "MAML").row == "MAML"
+
+
 def test_tokens_of_several_bytes_are_measured_in_bits_a_byte(folder, tmp_path):
     pytest.importorskip("tokenizers")
     directory = run_in(tmp_path, [*TEXT, "--folder", str(folder), "--tokenizer", "bpe:260"])
@@ -354,6 +379,8 @@ WRONG = [
     ("--tasks text --folder short", "domain 'a' has 9 bytes"),
     ("--tasks text --folder few", "few has 2 domains, too few"),
     ("--tasks text --folder few --test-domains c", "no domain 'c' in few: there is 'a', 'b'"),
+    ("--num-folds 4", "num_folds is for tasks of text"),
+    ("--tasks stdlib --num-folds 4 --tokenizer bpe:300", "num_folds takes one seed, and bytes"),
     ("--tasks stdlib --tokenizer nowhere.json", "nowhere.json"),
     ("--tasks stdlib --tokenizer bpe:100", "a tokenizer of 100 tokens: it takes at least 257"),
     ("--folder few", "--folder is for --tasks text or ciphers, not markov"),

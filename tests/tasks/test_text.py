@@ -12,7 +12,7 @@ import pytest
 
 from metaopt.errors import UserError
 from metaopt.tasks.sources import text as text_sources
-from metaopt.tasks.text import TextConfig, split_domains, store, text
+from metaopt.tasks.text import TextConfig, kin_of, split_domains, store, text
 
 REAL_TEXT = Path(__file__).parents[3] / "shared" / "data" / "text_domains"
 
@@ -370,3 +370,34 @@ def test_bad_tfds_datasets_say_what_to_do(reviews, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
     with pytest.raises(UserError, match="needs TensorFlow Datasets: pip install"):
         text(TextConfig(source="tfds:metaopt_reviews", data_dir=str(reviews)))
+
+
+def test_folds_hold_out_every_domain_once_and_never_part_kin(tmp_path):
+    names = [f"{kind}_{i}" for kind in ("bible", "log", "novel") for i in range(6)]
+    kin = tmp_path / "kin.txt"
+    kin.write_text("bible_0 bible_1 bible_2 bible_3 bible_4 bible_5\nlog_0 log_4 elsewhere\n\n")
+    config = TextConfig(num_folds=3, kin=str(kin), num_valid_domains=3)
+    tests = []
+    for fold in range(3):
+        train, valid, test = split_domains(names, dataclasses.replace(config, fold=fold))
+        assert sorted(train + valid + test) == list(range(18)) and train and valid
+        for part in (train, valid, test):
+            assert len({0, 1, 2, 3, 4, 5} & set(part)) in (0, 6)
+            assert len({6, 10} & set(part)) in (0, 2)
+        assert len(test) == 6 and len(valid) <= 3
+        tests += test
+    assert sorted(tests) == list(range(18))
+    assert kin_of(names, config)[:11] == [0] * 6 + [6, 7, 8, 9, 6]
+    one = dataclasses.replace(config, num_folds=0, test_domains=("log_4",))
+    assert split_domains(names, one)[2] == [6, 10]  # its kin too
+
+
+def test_wrong_folds_and_kin_are_refused(tmp_path):
+    names = ["a", "b", "c", "d"]
+    with pytest.raises(UserError, match="fold 2 of 2"):
+        split_domains(names, TextConfig(num_folds=2, fold=2))
+    (tmp_path / "kin").write_text("a b\nc a\n")
+    with pytest.raises(UserError, match="'a' twice"):
+        split_domains(names, TextConfig(kin=str(tmp_path / "kin")))
+    with pytest.raises(UserError, match="nowhere"):
+        split_domains(names, TextConfig(kin="nowhere"))
