@@ -57,6 +57,9 @@ class TransformerConfig(Checked):
       compute_dtype: ``'float32'`` or ``'bfloat16'`` for the layers and the residual
         stream. Parameters, softmax, final norm and head are float32 in either.
       tie_head: use the embedding as the head; the model then has no head for ANIL.
+      positions: ``'rotary'``: queries and keys are turned by where they are (Su et al., 2021);
+        ``'learned'``: a vector for each position is added to the embedding, as in GPT-2.
+      max_length: longest sequence with learned positions.
     """
 
     vocab_size: Vocabulary
@@ -72,6 +75,8 @@ class TransformerConfig(Checked):
     remat: bool = False
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     tie_head: bool = False
+    positions: Literal["rotary", "learned"] = "rotary"
+    max_length: Length = 1024
 
     def __post_init__(self):
         super().__post_init__()
@@ -150,12 +155,14 @@ class Block(nn.Module):
         return 1 / (2 * self.config.num_layers)
 
     def attention(self, x_SxLxD: Array) -> Array:
-        """Causal self-attention with rotary positions."""
+        """Causal self-attention, with rotary positions unless they are learned."""
         S, L, D = x_SxLxD.shape
         qkv_SxLx3D = self.dense(3 * D, "qkv")(x_SxLxD)
         qkv_SxLx3xHxF = qkv_SxLx3D.reshape(S, L, 3, self.config.num_heads, -1)
         query, key, value = jnp.moveaxis(qkv_SxLx3xHxF, (2, 3), (0, 2))
-        mixed_SxHxLxF = self.attend(rope(query), rope(key), value)
+        if self.config.positions == "rotary":
+            query, key = rope(query), rope(key)
+        mixed_SxHxLxF = self.attend(query, key, value)
         mixed_SxLxD = mixed_SxHxLxF.swapaxes(1, 2).reshape(S, L, D)
         return self.dense(D, "attention_out", self.residual_scale)(mixed_SxLxD)
 
@@ -195,9 +202,22 @@ def _init(config: TransformerConfig, key: Key) -> Params:
     for i, layer_key in enumerate(layer_keys):
         params[f"layer_{i}"] = Block(config).init(layer_key, stream)["params"]
     params["final_norm"] = nn.RMSNorm().init(norm_key, stream)["params"]
+    if config.positions == "learned":
+        where_key = jax.random.fold_in(embed_key, 1)
+        of_length = init_embedding(where_key, (config.max_length, config.width))
+        params["positions"] = {"embedding": of_length}
     if not config.tie_head:
         params["head"] = {"kernel": init_embedding(head_key, shape).T}
     return params
+
+
+def _first_positions(of_length: Array, length: int) -> Array:
+    if length > len(of_length):
+        raise UserError(
+            f"{length} tokens, and positions are learned for {len(of_length)}: raise max_length, "
+            "or take rotary positions"
+        )
+    return of_length[None, :length]
 
 
 def _run_layers(config: TransformerConfig) -> Callable[[Sequence[Params], Array], Array]:
@@ -233,7 +253,8 @@ def transformer(config: TransformerConfig) -> Model:
 
     Returns:
       A model from integers ``[S, L]`` to float32 logits ``[S, L, V]``. A token outside
-      the vocabulary gives NaN, or a UserError where its value is known.
+      the vocabulary gives NaN, or a UserError where its value is known; so does a sequence longer
+      than ``max_length`` with learned positions.
     """
     run_layers = _run_layers(config)
 
@@ -241,6 +262,8 @@ def transformer(config: TransformerConfig) -> Model:
         embedding_VxD = params["embed"]["embedding"]
         tokens_SxL = as_tokens("tokens", tokens_SxL, config.vocab_size)
         x_SxLxD = jnp.take(embedding_VxD, tokens_SxL, axis=0)
+        if config.positions == "learned":
+            x_SxLxD += _first_positions(params["positions"]["embedding"], tokens_SxL.shape[1])
         x_SxLxD = x_SxLxD.astype(COMPUTE_DTYPES[config.compute_dtype] or embedding_VxD.dtype)
         x_SxLxD = run_layers([params[f"layer_{i}"] for i in range(config.num_layers)], x_SxLxD)
         x_SxLxD = apply_module(RMSNorm(), params["final_norm"], x_SxLxD)

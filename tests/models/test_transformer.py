@@ -5,7 +5,9 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
+from metaopt.errors import UserError
 from metaopt.models import TransformerConfig, transformer
 
 CONFIG = TransformerConfig(vocab_size=11, width=8, num_layers=2, num_heads=2)
@@ -61,3 +63,16 @@ def test_a_tied_head_is_the_embedding():
     untied = {**params, "head": {"kernel": params["embed"]["embedding"].T}}
     expected = transformer(CONFIG).apply(untied, TOKENS)
     np.testing.assert_allclose(model.apply(params, TOKENS), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_learned_positions_tell_equal_tokens_apart_and_rotary_ones_do_not_move_the_first():
+    model = transformer(replace(CONFIG, positions="learned", max_length=9))
+    params = model.init(jax.random.key(0))
+    assert params["positions"]["embedding"].shape == (9, 8)
+    same = jnp.full((1, 9), 3)
+    apart = model.apply(params, same)[0]
+    assert (jnp.abs(apart[1:] - apart[:-1]).max(-1) > 1e-3).all()
+    rotary = transformer(CONFIG).apply(transformer(CONFIG).init(jax.random.key(0)), same)[0]
+    np.testing.assert_allclose(rotary, jnp.broadcast_to(rotary[0], rotary.shape), atol=1e-5)
+    with pytest.raises(UserError, match="10 tokens, and positions are learned for 9"):
+        model.apply(params, jnp.full((1, 10), 3))
