@@ -423,9 +423,12 @@ def draw(records: Sequence[Record]) -> Figure:
             by_meta.plot([int(step) for step in by_step], [*by_step.values()], **style)
     num_steps = records[0]["num_inner_steps"]
     by_inner.axvline(num_steps, color="grey", linewidth=0.8, alpha=0.6)
-    by_inner.set(xlabel="inner steps", ylabel=f"gap, {UNIT}", title=f"Test: {settings[0]}")
+    gap = f"loss above the best possible, {UNIT}"
+    by_inner.set(
+        xlabel="inner steps", ylabel=f"{gap} (lower is better)", title=f"Test: {settings[0]}"
+    )
     by_meta.set(xlabel="meta-steps", title=f"Validation: {settings[0]}")
-    by_setting.set(xlabel=f"gap, {UNIT}", title=f"Test: all settings, {num_steps} inner steps")
+    by_setting.set(xlabel=gap, title=f"Test: all settings, {num_steps} inner steps")
     by_setting.set(ylim=(len(settings) - 0.5, -0.5))
     by_setting.set_yticks(range(len(settings)), settings, fontsize=8)
     for i in range(0, len(settings), 2):

@@ -206,8 +206,9 @@ class Comparison:
         if row.estimator is None:
             meta_params = row.learner.init(self.random_init())
         else:
-            at = "" if row.estimator is joint else f", inner rate {rate:g}"
-            log(f"{row.name}: training, {self.config.meta_steps} steps{at}")
+            tuned = f", inner rate {rate:g} (tuned on validation tasks)"
+            at = "" if row.estimator is joint else tuned  # joint training takes no inner step
+            log(f"{row.name}: training {self.config.meta_steps} steps{at}")
             first = self.config.pretrain_steps
             steps = range(first, first + self.config.meta_steps)
             every = self.config.eval_every

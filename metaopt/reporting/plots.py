@@ -25,14 +25,17 @@ STYLES = {
     "per-layer-per-step": ("#E69F00", ">"),
     "Meta-SGD": ("#D55E00", "P"),
     "Meta-SGD on Adagrad": ("#009E73", "*"),
+    "iMAML": ("#882255", "X"),
+    "MAML++": ("#117733", "p"),
 }
 """Colour and marker of the rows that many tables have, the same in all figures.
 
-The colours are those of Okabe and Ito, which readers who are colour-blind can tell apart.
+The colours are those of Okabe and Ito, and for other rows those that Tol calls muted, which
+readers who are colour-blind can tell apart. No other row has the colour of one of these.
 """
 UNTRAINED = "random init"
 """A row that does not decide what a figure shows: the others would be squeezed."""
-_OTHER_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_OTHER_COLORS = ("#332288", "#CC6677", "#44AA99", "#AA4499", "#999933", "#88CCEE", "#661100")
 _OTHER_MARKERS = "osD^v<>Ph*"
 _DIVERGED = 1e6  # what is above is no loss that a figure should show
 LINE_STYLES = ("-", "--", ":", "-.")
@@ -126,8 +129,11 @@ def adaptation_curves(
             _draw(right, steps, *differences[name], **style[name])
     for dashes, (name, value) in zip(["--", ":", "-."], limits.items(), strict=False):
         left.axhline(value, color="black", linestyle=dashes, linewidth=1.2, label=label(name))
-    left.set(xlabel="inner steps", ylabel=f"query loss, {unit}", title=title)
-    right.set(xlabel="inner steps", ylabel=f"{baseline} − row, {unit}", title="Paired gain")
+    x_label = f"inner steps on the new task (grey: the {trained_steps} trained for)"
+    left.set(xlabel=x_label, ylabel=f"query loss, {unit} (lower is better)", title=title)
+    right.set(
+        xlabel=x_label, ylabel=f"{baseline} − row, {unit}", title="Paired gain (higher is better)"
+    )
     right.axhline(0, color="black", linewidth=0.8)
     trained = {n: c for n, c in curves.items() if n != UNTRAINED} or curves
     starts = np.array([curve.mean[0] for curve in curves.values()])
@@ -138,7 +144,10 @@ def adaptation_curves(
     for axes in (left, right):
         axes.axvline(trained_steps, color="grey", linewidth=0.8, alpha=0.6)
     entries = left.get_legend_handles_labels()
-    figure.legend(*entries, fontsize=8, loc="outside right center", frameon=False)
+    top = left.get_ylim()[1]
+    outside = {label(n) for n, c in curves.items() if not np.any(_finite(c.mean) <= top)}
+    names = [f"{name} (off the axis)" if name in outside else name for name in entries[1]]
+    figure.legend(entries[0], names, fontsize=8, loc="outside right center", frameon=False)
     _save_with_grids(figure, path)
 
 
@@ -184,9 +193,9 @@ def adaptation_summary(
     if limits:
         left.legend(fontsize=8, frameon=False)
     left.axvline(trained_steps, color="grey", linewidth=0.8, alpha=0.6)
-    left.set(xlabel="inner steps on the new task", ylabel=y_label, title=title, yscale=scale)
-    note = {"fontsize": 8, "color": "grey", "ha": "right", "va": "top", "rotation": 90}
-    left.text(trained_steps, 0.98, "trained for this", transform=left.get_xaxis_transform(), **note)
+    x_label = f"inner steps on the new task (grey: the {trained_steps} trained for)"
+    y_label = f"{y_label}\n(lower is better)"
+    left.set(xlabel=x_label, ylabel=y_label, title=title, yscale=scale)
     for place, (name, (value, half)) in enumerate(scores.items()):
         of_row = style.get(name, {"color": "black", "marker": "|"})
         right.errorbar(_finite(value), place, xerr=_finite(half), capsize=3, markersize=7, **of_row)

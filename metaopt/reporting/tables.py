@@ -218,15 +218,17 @@ def write(
 def to_rich(table: Table, width: int) -> list:
     """`rich.table.Table`s for a terminal ``width`` characters wide.
 
-    Columns that do not fit beside the others go to a further table below.
+    Columns that do not fit beside the others go to a further table below, and names of rows that
+    leave too little room go on in the next line: no number is cut.
     """
     from rich.table import Table as RichTable
     from rich.text import Text
 
     shown = []
     for columns in _column_groups(table, width):
-        part = RichTable(title=Text(table.name) if not shown else None, title_justify="left")
-        part.add_column("", no_wrap=True)
+        title = Text(table.name) if not shown else None
+        part = RichTable(title=title, title_justify="left", show_edge=False)
+        part.add_column("", overflow="fold")
         for column in columns:
             part.add_column(Text(column), justify="right", no_wrap=True)
         for row in table.rows:
@@ -239,13 +241,14 @@ def to_rich(table: Table, width: int) -> list:
 def _column_groups(table: Table, width: int) -> list[list[str]]:
     """Columns in their order, as many at a time as fit, at least one."""
     border = 3
+    names = min(max(map(len, table.rows)), width // 2)
     groups, free = [], 0
     for column in table.columns:
         texts = [_row_texts(table, row, [column], "{}")[0] for row in table.rows]
         needed = max(map(len, [column, *texts])) + border
         if needed > free or not groups:
             groups.append([])
-            free = width - max(map(len, table.rows)) - border - 1
+            free = width - names - border + 1  # no edges
         groups[-1].append(column)
         free -= needed
     return groups

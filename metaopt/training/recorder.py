@@ -20,6 +20,8 @@ from metaopt.training.runs import slug
 from metaopt.training.types import TrainConfig, Training
 from metaopt.types import Metrics
 
+TAGS = {"loss": "loss/train", "valid_loss": "loss/validation"}
+"""TensorBoard's names of the losses: what is before the slash is shown side by side."""
 SECONDS_BETWEEN_FLUSHES = 30.0  # of TensorBoard's curves, each of which waits for the disk
 
 
@@ -127,7 +129,7 @@ class Recorder:
         seconds = time.monotonic() - self._began
         line = {"name": self.name, "step": step} | values | {"seconds": round(seconds, 3)}
         append_json_line(self._path, line)
-        self._tensorboard.add_scalars(step, values)
+        self._tensorboard.add_scalars(step, {TAGS.get(k, k): v for k, v in values.items()})
 
 
 class TensorBoard:

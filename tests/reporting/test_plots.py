@@ -143,6 +143,7 @@ def test_a_row_has_its_style_in_every_figure_and_no_two_look_alike():
     some, all_of = styles(["mine", "MAML"]), styles([*STYLES, "mine", "yours"])
     assert some["MAML"] == all_of["MAML"] and some["mine"] == all_of["mine"]
     assert len({(s["color"], s["marker"]) for s in all_of.values()}) == len(all_of)
+    assert not {all_of["mine"]["color"], all_of["yours"]["color"]} & {c for c, _ in STYLES.values()}
 
 
 def test_an_untrained_row_does_not_squeeze_the_others(tmp_path, monkeypatch):
@@ -150,6 +151,8 @@ def test_an_untrained_row_does_not_squeeze_the_others(tmp_path, monkeypatch):
     curves = {"random init": far, "MAML": GOOD}
     figure = figure_of(monkeypatch, tmp_path / "c.png", curves, {}, {"Bayes": 2.5})
     assert figure.axes[0].get_ylim()[1] < 3.5
+    names = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert names == ["random init (off the axis)", "MAML", "Bayes"]
 
 
 @pytest.mark.parametrize("scale", ["linear", "log"])

@@ -1,6 +1,7 @@
 import io
 import math
 import re
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -104,6 +105,18 @@ def test_the_terminal_shows_the_same_cells():
         assert count == parts and "…" not in text
         for expected in ("Joint & fine-tuned", "2.500 ± 0.021", "5_steps", "–"):
             assert expected in text
+
+
+@pytest.mark.parametrize("width", [40, 80])
+def test_no_number_is_cut_beside_a_long_name(width):
+    name = "ours, on a stream of some length: meta-learned initialisation, SGD dynamic evaluation"
+    more: dict[str, Any] = {"paper": 12.5, "paper_ci95": 0.25}
+    (table,) = arrange([cell(name, f"{i} steps", 3.25, 0.2, **more) for i in (1, 5)])
+    console = Console(width=width, file=io.StringIO(), record=True)
+    console.print(*to_rich(table, width), sep="\n")
+    text = console.export_text()
+    assert text.count("3.25 ± 0.20 (paper 12.5 ± 0.25)") == 2 and "…" not in text
+    assert max(map(len, text.splitlines())) <= width
 
 
 @pytest.mark.parametrize(

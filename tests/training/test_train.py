@@ -233,6 +233,9 @@ def test_the_best_evaluated_state_is_kept(tmp_path):
     lines = read_json_lines(tmp_path / "metrics.jsonl")
     logged = {line["step"]: line["valid_loss"] for line in lines if "valid_loss" in line}
     assert logged == losses | {8: None}
+    (curves,) = (tmp_path / "tensorboard" / "quadratic").glob("events*")
+    written = curves.read_bytes()
+    assert written.count(b"loss/validation") == 4 and written.count(b"loss/train") == 10
 
 
 def test_another_config_is_refused(tmp_path):
