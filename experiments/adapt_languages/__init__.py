@@ -127,7 +127,7 @@ class Study:
     def interval(self, nats: np.ndarray) -> Interval:
         """The mean of ``nats [E]`` in the unit of the table, with its interval over tasks.
 
-        The interval is over groups of kin, if there are any; ``n`` counts the tasks.
+        Mean and interval are over groups of kin, if there are any; ``n`` counts the tasks.
         """
         return interval(nats * self.scales, self.tasks)._replace(n=self.num_tasks)
 
