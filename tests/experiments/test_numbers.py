@@ -35,7 +35,11 @@ SMALL = {
     "--num-train-characters 20 --num-valid-characters 10 --test-episodes 2",
     "table_peers": "--preset smoke --peers",
     "table_self_improvement": "--preset smoke --folder text",
+    "table_pretraining": "--preset smoke --file text/a",
     "table_sinusoid": "--preset smoke --rows MAML",
+    "adapt": "run --on text/a",
+    "generate": "run --on text/a",
+    "score": "run --on text/a",
     "doctor": "--length 4 --model bigram",
     "watch": "run",
 }
@@ -152,7 +156,7 @@ def test_any_number_gives_a_run_or_one_line(name, place, monkeypatch):
     def accept(*args, **kwargs):
         raise Accepted
 
-    for begin in ("open_run", "open_view", "examine"):
+    for begin in ("open_run", "open_row", "open_view", "examine"):
         if hasattr(module, begin):
             monkeypatch.setattr(module, begin, accept)
     monkeypatch.setattr(harness, "open_run", accept)
