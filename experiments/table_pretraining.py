@@ -11,6 +11,11 @@ Rows take one thing away from ours: rotary positions (learned ones in their plac
 the cosine to zero (to a tenth of the rate, as nanoGPT's, or none), weight decay. Then smaller
 models, for the loss against the number of parameters.
 
+Beside the next character, the missing one: the same network sees all of a window, in which 15 % of
+the characters are missing, and fills the gaps (Devlin et al., 2019). What it loses on them stands
+beside what the next-character model loses on the same characters, which it sees from the left
+alone. It is no probability of the text.
+
     python -m experiments.table_pretraining                # under half an hour on two cores
     python -m experiments.table_pretraining --preset smoke
     python -m experiments.table_pretraining --file FILE    # any text
@@ -20,9 +25,11 @@ own help, for which no number is published.
 """
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -41,13 +48,15 @@ from metaopt.reporting import plots
 from metaopt.reporting.results import Published
 from metaopt.statistics import interval
 from metaopt.tasks.fresh import fresh_tasks
+from metaopt.tasks.missing import choose, hide, missing_tokens
 from metaopt.training.types import TrainFn
 from metaopt.types import Array, Batch, Key, MetaParams, TaskFamily
 
 SHAKESPEARE = Path("data/tinyshakespeare.txt")
 PUBLISHED = Published(1.88, source="nanoGPT, README, shakespeare_char on a CPU")
-OURS = "ours"
-COLUMN, PARAMETERS = "validation loss", "parameters"
+OURS, MISSING = "ours", "missing characters"
+COLUMN, OF_MISSING, PARAMETERS = "validation loss", "loss on missing", "parameters"
+RATE = 0.15  # of missing characters
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -106,11 +115,13 @@ class PretrainingRow:
       name: Name in the table.
       model: Its transformer.
       outer: Its optimiser.
+      fills_gaps: Trained on missing characters, and not on the next one.
     """
 
     name: str
     model: TransformerConfig
     outer: OuterConfig
+    fills_gaps: bool = False
 
 
 def make_rows(config: Config, vocab_size: int) -> list[PretrainingRow]:
@@ -135,6 +146,12 @@ def make_rows(config: Config, vocab_size: int) -> list[PretrainingRow]:
         PretrainingRow("constant rate", model, dataclasses.replace(outer, final_fraction=1.0)),
         PretrainingRow("no weight decay", model, dataclasses.replace(outer, weight_decay=0.0)),
         PretrainingRow("learned positions, cosine to a tenth", learned, to_tenth),
+        PretrainingRow(
+            MISSING,
+            dataclasses.replace(model, vocab_size=vocab_size + 1, causal=False),
+            outer,
+            fills_gaps=True,
+        ),
     ]
     for width in config.widths:
         heads = max(h for h in range(1, config.num_heads + 1) if width % (2 * h) == 0)
@@ -180,21 +197,53 @@ def make_family(config: Config, train: np.ndarray, valid: np.ndarray) -> TaskFam
     return fresh_tasks("windows", draw, max(1, size // 2), data)
 
 
-def validation_losses(
-    problem: Problem, meta_params: MetaParams, valid: np.ndarray, length: int
-) -> np.ndarray:
-    """The loss of each window of the validation part, nats a character ``[windows]``."""
-    count = (len(valid) - 1) // length
-    inputs = valid[: count * length].reshape(count, 1, length)
-    targets = valid[1 : count * length + 1].reshape(count, 1, length)
+class Windows(NamedTuple):
+    """The validation part in windows that do not overlap.
+
+    Attributes:
+      tokens: Characters, int32 ``[windows, L]``.
+      following: The character after each, of the same shape.
+      missing: Which characters are missing where gaps are filled; never the first of a window,
+        before which there is none. bool, of the same shape.
+    """
+
+    tokens: Array
+    following: Array
+    missing: Array
+
+    @classmethod
+    def of(cls, valid: np.ndarray, length: int) -> "Windows":
+        """The windows of a validation part ``[n]``."""
+        count = (len(valid) - 1) // length
+        tokens = jnp.asarray(valid[: count * length]).reshape(count, length)
+        following = jnp.asarray(valid[1 : count * length + 1]).reshape(count, length)
+        after_first = choose(jax.random.key(0), (count, length - 1), RATE)
+        return cls(tokens, following, jnp.pad(after_first, ((0, 0), (1, 0))))
+
+    def next_characters(self) -> Batch:
+        """All characters that follow."""
+        return Batch(self.tokens, self.following)
+
+    def next_missing(self) -> Batch:
+        """The missing characters alone, each to be told from those before it."""
+        is_next = jnp.pad(self.missing[:, 1:], ((0, 0), (0, 1)))
+        return Batch(self.tokens, jnp.where(is_next, self.following, losses.IGNORED))
+
+    def gaps(self, vocab_size: int) -> Batch:
+        """The missing characters, to be told from all that is left."""
+        return hide(self.tokens, self.missing, vocab_size)
+
+
+def losses_of(problem: Problem, meta_params: MetaParams, windows: Batch) -> np.ndarray:
+    """The loss of each window, nats a character ``[windows]``."""
 
     @jax.jit
     @jax.vmap
     def losses_of(inputs: Array, targets: Array) -> Array:
-        return problem.loss_fn(meta_params["params"], Batch(inputs, targets))
+        return problem.loss_fn(meta_params["params"], Batch(inputs[None], targets[None]))
 
-    parts = range(0, count, 256)
-    found = [losses_of(inputs[i : i + 256], targets[i : i + 256]) for i in parts]
+    parts = range(0, len(windows.inputs), 256)
+    found = [losses_of(windows.inputs[i : i + 256], windows.targets[i : i + 256]) for i in parts]
     return np.concatenate([np.asarray(x, np.float64) for x in found])
 
 
@@ -230,7 +279,8 @@ def run(config: Config) -> None:
     train_fn = harness.begin(improve=config.improve)
     characters, vocab_size, is_shakespeare = read_characters(config)
     train, valid = np.split(characters, [len(characters) * 9 // 10])
-    rows, family = make_rows(config, vocab_size), make_family(config, train, valid)
+    rows, family_of_next = make_rows(config, vocab_size), make_family(config, train, valid)
+    missing = missing_tokens(family_of_next, vocab_size, RATE)
     table = harness.TableRun(
         "table_pretraining",
         config,
@@ -241,17 +291,31 @@ def run(config: Config) -> None:
         seeds=[config.seed],
         data=hashlib.sha256(characters.tobytes()).hexdigest()[:16],
     )
+    windows = Windows.of(valid, config.length)
     for row in table.pending(rows):
+        family = missing if row.fills_gaps else family_of_next
         problem, meta_params = train_row(config, row, family, table.directory, train_fn)
-        found = validation_losses(problem, meta_params, valid, config.length)
-        table.keep(row.name, losses=found)
-        is_same = is_shakespeare and row.name == OURS and config.preset == "cpu"
-        table.add(row.name, COLUMN, interval(found), published=PUBLISHED if is_same else None)
-        if row.name != OURS and table.has(OURS):
-            table.add(row.name, "minus ours", interval(found - table.kept(OURS)["losses"]))
+        judged = functools.partial(losses_of, problem, meta_params)
         number = float(sum(x.size for x in jax.tree.leaves(meta_params)))
+        if row.fills_gaps:
+            found = judged(windows.gaps(vocab_size))
+            table.add(row.name, OF_MISSING, interval(found))
+        else:
+            found = judged(windows.next_characters())
+            add_next(table, row.name, found, is_shakespeare and config.preset == "cpu")
+        if row.name == OURS:
+            table.add(row.name, OF_MISSING, interval(judged(windows.next_missing())))
+        table.keep(row.name, losses=found)
         table.add(row.name, PARAMETERS, interval(np.array([number])), unit="")
     table.finish(draw(table, rows))
+
+
+def add_next(table: harness.TableRun, name: str, found: np.ndarray, is_as_published: bool) -> None:
+    """Adds the loss of a row on the next character, and its distance to ours."""
+    published = PUBLISHED if is_as_published and name == OURS else None
+    table.add(name, COLUMN, interval(found), published=published)
+    if name != OURS and table.has(OURS):
+        table.add(name, "minus ours", interval(found - table.kept(OURS)["losses"]))
 
 
 def draw(table: harness.TableRun, rows: Sequence[PretrainingRow]) -> list[str]:

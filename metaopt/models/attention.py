@@ -1,4 +1,4 @@
-"""Causal attention and rotary positions, differentiable in both modes, in blocks or whole.
+"""Attention and rotary positions, differentiable in both modes, in blocks or whole.
 
 Arrays are ``[S, H, L, F]``: the sequences and heads lead, as the batched products of every
 derivative want them, and nothing is transposed in between.
@@ -79,7 +79,7 @@ def causal_attention(
       Beltagy et al., 2020. Longformer. arXiv:2004.05150 (the sliding window).
     """
     S, H, L, F = query_SxHxLxF.shape
-    attend = functools.partial(_attend, key_SxHxLxF, value_SxHxLxF, window or L)
+    attend = functools.partial(_attend_before, key_SxHxLxF, value_SxHxLxF, window or L)
     if block is None or block >= L:
         return attend(query_SxHxLxF, 0)
     num_blocks = -(-L // block)
@@ -92,18 +92,32 @@ def causal_attention(
     return jnp.moveaxis(mixed_NxSxHxBxF, 0, 2).reshape(S, H, num_blocks * block, F)[:, :, :L]
 
 
-def _attend(
+def full_attention(query_SxHxLxF: Array, key_SxHxLxF: Array, value_SxHxLxF: Array) -> Array:
+    """Scaled dot-product attention of each token to all; see `causal_attention`."""
+    return _attend(key_SxHxLxF, value_SxHxLxF, None, query_SxHxLxF)
+
+
+def _attend_before(
     key_SxHxLxF: Array, value_SxHxLxF: Array, window: int, query_SxHxBxF: Array, first: Array | int
 ) -> Array:
-    """What B queries, at positions from ``first`` on, take from keys and values."""
-    block, F = query_SxHxBxF.shape[2:]
-    scaled_SxHxBxF = query_SxHxBxF / math.sqrt(F)  # fewer numbers than the scores
+    """What B queries, at positions from ``first`` on, take from themselves and those before."""
+    block, L = query_SxHxBxF.shape[2], key_SxHxLxF.shape[2]
+    distance_BxL = first + jnp.arange(block)[:, None] - jnp.arange(L)[None, :]
+    visible_BxL = (distance_BxL >= 0) & (distance_BxL < window)
+    return _attend(key_SxHxLxF, value_SxHxLxF, visible_BxL, query_SxHxBxF)
+
+
+def _attend(
+    key_SxHxLxF: Array, value_SxHxLxF: Array, visible_BxL: Array | None, query_SxHxBxF: Array
+) -> Array:
+    """What B queries take from the keys that they see, or from all."""
+    scaled_SxHxBxF = query_SxHxBxF / math.sqrt(query_SxHxBxF.shape[3])  # fewer than the scores
     scores_SxHxBxL = jnp.einsum("shbf,shlf->shbl", scaled_SxHxBxF, key_SxHxLxF)
     dtype = jnp.promote_types(scores_SxHxBxL.dtype, jnp.float32)
-    distance_BxL = first + jnp.arange(block)[:, None] - jnp.arange(key_SxHxLxF.shape[2])[None, :]
-    visible_BxL = (distance_BxL >= 0) & (distance_BxL < window)
-    # Added, so that no derivative has a mask of its own. Finite: infinities make NaNs there.
-    mask_BxL = jnp.where(visible_BxL, 0.0, float(jnp.finfo(dtype).min) / 2).astype(dtype)
-    scores_SxHxBxL = scores_SxHxBxL.astype(dtype) + mask_BxL[None, None]
+    scores_SxHxBxL = scores_SxHxBxL.astype(dtype)
+    if visible_BxL is not None:
+        # Added, so that no derivative has a mask of its own. Finite: infinities make NaNs there.
+        hidden_BxL = jnp.where(visible_BxL, 0.0, float(jnp.finfo(dtype).min) / 2).astype(dtype)
+        scores_SxHxBxL += hidden_BxL[None, None]
     weights = jax.nn.softmax(scores_SxHxBxL, axis=-1).astype(value_SxHxLxF.dtype)
     return jnp.einsum("shbl,shlf->shbf", weights, value_SxHxLxF)

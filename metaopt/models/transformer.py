@@ -1,4 +1,4 @@
-"""A decoder-only transformer: pre-norm, rotary positions, no biases.
+"""A transformer: pre-norm, rotary positions, no biases; decoder-only unless told otherwise.
 
 The parameters are ``embed``, ``layer_0``, ``layer_1``, ..., ``final_norm`` and, if
 not tied, ``head``. Their names, shapes and first values do not depend on how the
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from metaopt.errors import UserError
 from metaopt.indices import as_tokens
-from metaopt.models.attention import causal_attention, rope
+from metaopt.models.attention import causal_attention, full_attention, rope
 from metaopt.models.linen import apply_module
 from metaopt.models.primitives import gelu, matmul, rms_norm
 from metaopt.ranges import Checked, Heads, Layers, Length, Range, Vocabulary, Width
@@ -60,6 +60,8 @@ class TransformerConfig(Checked):
       positions: ``'rotary'``: queries and keys are turned by where they are (Su et al., 2021);
         ``'learned'``: a vector for each position is added to the embedding, as in GPT-2.
       max_length: longest sequence with learned positions.
+      causal: a token sees itself and those before it. False: all of its sequence, for tokens that
+        are missing (`metaopt.tasks.missing_tokens`) and never for the next one, which it would see.
     """
 
     vocab_size: Vocabulary
@@ -77,6 +79,7 @@ class TransformerConfig(Checked):
     tie_head: bool = False
     positions: Literal["rotary", "learned"] = "rotary"
     max_length: Length = 1024
+    causal: bool = True
 
     def __post_init__(self):
         super().__post_init__()
@@ -86,6 +89,11 @@ class TransformerConfig(Checked):
             raise UserError(
                 f"width {self.width} / num_heads {self.num_heads} gives heads of an odd size, "
                 f"{self.width // self.num_heads}: rotary positions need an even one"
+            )
+        if not self.causal and (self.window or self.attention_block or self.fused_attention):
+            raise UserError(
+                "causal=False takes all tokens at once: leave out window, attention_block and "
+                "fused_attention"
             )
         block = self.attention_block or 64
         if self.fused_attention and (block < 16 or block & (block - 1)):
@@ -155,7 +163,7 @@ class Block(nn.Module):
         return 1 / (2 * self.config.num_layers)
 
     def attention(self, x_SxLxD: Array) -> Array:
-        """Causal self-attention, with rotary positions unless they are learned."""
+        """Self-attention, with rotary positions unless they are learned."""
         S, L, D = x_SxLxD.shape
         qkv_SxLx3D = self.dense(3 * D, "qkv")(x_SxLxD)
         qkv_SxLx3xHxF = qkv_SxLx3D.reshape(S, L, 3, self.config.num_heads, -1)
@@ -167,8 +175,10 @@ class Block(nn.Module):
         return self.dense(D, "attention_out", self.residual_scale)(mixed_SxLxD)
 
     def attend(self, query: Array, key: Array, value: Array) -> Array:
-        """Causal attention of ``[S, H, L, F]``, whole, in blocks or fused."""
+        """Attention of ``[S, H, L, F]``, whole, in blocks or fused."""
         window, block = self.config.window, self.config.attention_block
+        if not self.config.causal:
+            return full_attention(query, key, value)
         if not self.config.fused_attention:
             return causal_attention(query, key, value, window, block)
         from metaopt.models.fused_attention import fused_attention  # imports Pallas
@@ -242,7 +252,7 @@ def _run_layers(config: TransformerConfig) -> Callable[[Sequence[Params], Array]
 
 
 def transformer(config: TransformerConfig) -> Model:
-    """A decoder-only transformer language model.
+    """A transformer language model, decoder-only unless the config says ``causal=False``.
 
     Every matrix starts normal with variance ``1 / fan_in`` (``1 / D`` for embedding
     and head), and the two that write to the residual stream with

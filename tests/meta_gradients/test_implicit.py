@@ -60,6 +60,16 @@ def test_on_a_quadratic_it_is_the_derivative_through_the_solution(solver, steps)
     assert metrics["inner_losses"].shape == (60,)
 
 
+def test_damping_is_added_to_the_regularisation_of_the_linear_system_alone():
+    grads, metrics = run(num_solver_steps=3, damping=6.0)
+    reached = solution(np.asarray(quadratic.START, np.float64))
+    matrix = np.eye(3) + quadratic.hessian(SUPPORT) / (STRENGTH + 6.0)
+    expected = np.linalg.solve(matrix, quadratic.gradient(reached, QUERY))
+    np.testing.assert_allclose(grads["params"]["head"], expected, rtol=1e-4)
+    np.testing.assert_allclose(metrics["loss"], quadratic.value(reached, QUERY), rtol=1e-5)
+    assert metrics["residual"] < 1e-5
+
+
 def test_a_large_regularisation_is_first_order():
     hparams = {"inner_learning_rate": 1e-7}
     inner = InnerLoop(num_steps=3)
@@ -167,6 +177,8 @@ def test_anil_equals_reverse_and_finite_differences_of_a_long_run(solver):
         (maml(), InnerLoop(batching="split"), {}, "batching='same'"),
         (maml(), InnerLoop(query_loss="mean"), {}, "query_loss='last'"),
         (maml(), LONG, {"regularization": 0.0}, "regularization=0"),
+        (meta_sgd(), LONG, {"regularization": 0.0, "damping": 1.0}, "log_rates"),
+        (maml(), LONG, {"damping": -1.0}, "damping"),
         (maml(), LONG, {"solver": "newton"}, "one of cg, neumann"),
         (maml(), LONG, {"num_solver_steps": 0}, "num_solver_steps"),
     ],

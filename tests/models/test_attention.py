@@ -1,11 +1,11 @@
-"""Rotary positions are relative; attention in blocks is attention."""
+"""Rotary positions are relative; attention in blocks is attention, and to all is of no order."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from metaopt.models.attention import causal_attention, rope
+from metaopt.models.attention import causal_attention, full_attention, rope
 
 
 def test_rope_makes_products_depend_on_the_distance_only():
@@ -50,3 +50,12 @@ def test_attention_in_blocks_is_attention(window):
             of(query, key, value, block),
             expected,
         )
+
+
+def test_attention_to_all_is_causal_attention_of_the_last_and_has_no_order():
+    query, key, value = jax.random.normal(jax.random.key(0), (3, 2, 2, 7, 4))
+    full = full_attention(query, key, value)
+    causal = causal_attention(query, key, value)
+    np.testing.assert_allclose(full[:, :, -1], causal[:, :, -1], rtol=1e-5, atol=1e-6)
+    turned = full_attention(query, key[:, :, ::-1], value[:, :, ::-1])
+    np.testing.assert_allclose(turned, full, rtol=1e-5, atol=1e-6)
