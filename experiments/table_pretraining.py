@@ -291,7 +291,9 @@ def run(config: Config) -> None:
         seeds=[config.seed],
         data=hashlib.sha256(characters.tobytes()).hexdigest()[:16],
     )
+    is_as_published = is_shakespeare and config.preset == "cpu"
     windows = Windows.of(valid, config.length)
+    over = f"95 % intervals over {len(windows.tokens)} windows of {config.length} characters"
     for row in table.pending(rows):
         family = missing if row.fills_gaps else family_of_next
         problem, meta_params = train_row(config, row, family, table.directory, train_fn)
@@ -299,23 +301,20 @@ def run(config: Config) -> None:
         number = float(sum(x.size for x in jax.tree.leaves(meta_params)))
         if row.fills_gaps:
             found = judged(windows.gaps(vocab_size))
-            table.add(row.name, OF_MISSING, interval(found))
+            table.add(row.name, OF_MISSING, interval(found), over=over)
         else:
             found = judged(windows.next_characters())
-            add_next(table, row.name, found, is_shakespeare and config.preset == "cpu")
+            published = PUBLISHED if is_as_published and row.name == OURS else None
+            table.add(row.name, COLUMN, interval(found), published=published, over=over)
+            if row.name != OURS and table.has(OURS):
+                apart = found - table.kept(OURS)["losses"]
+                table.add(row.name, "minus ours", interval(apart), over=over)
         if row.name == OURS:
-            table.add(row.name, OF_MISSING, interval(judged(windows.next_missing())))
+            at_gaps = interval(judged(windows.next_missing()))
+            table.add(row.name, OF_MISSING, at_gaps, over=over)
         table.keep(row.name, losses=found)
-        table.add(row.name, PARAMETERS, interval(np.array([number])), unit="")
+        table.add(row.name, PARAMETERS, interval(np.array([number])), unit="", over=over)
     table.finish(draw(table, rows))
-
-
-def add_next(table: harness.TableRun, name: str, found: np.ndarray, is_as_published: bool) -> None:
-    """Adds the loss of a row on the next character, and its distance to ours."""
-    published = PUBLISHED if is_as_published and name == OURS else None
-    table.add(name, COLUMN, interval(found), published=published)
-    if name != OURS and table.has(OURS):
-        table.add(name, "minus ours", interval(found - table.kept(OURS)["losses"]))
 
 
 def draw(table: harness.TableRun, rows: Sequence[PretrainingRow]) -> list[str]:
