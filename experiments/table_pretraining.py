@@ -313,7 +313,8 @@ def run(config: Config) -> None:
             at_gaps = interval(judged(windows.next_missing()))
             table.add(row.name, OF_MISSING, at_gaps, over=over)
         table.keep(row.name, losses=found)
-        table.add(row.name, PARAMETERS, interval(np.array([number])), unit="", over=over)
+        size = interval(np.array([number]))
+        table.add(row.name, PARAMETERS, size, unit="", over=over, limit=True)  # none is the best
     table.finish(draw(table, rows))
 
 
@@ -333,7 +334,7 @@ def draw(table: harness.TableRun, rows: Sequence[PretrainingRow]) -> list[str]:
         dashed={COLUMN: np.stack([points[:, 0], fitted], axis=1)},
         x_label="parameters",
         y_label="validation loss, nats a character",
-        title=f"Loss falls with the {-slope:.3f}th power of the number of parameters",
+        title=f"Loss falls as parameters^{slope:.3f} (dashed)",
         y_scale="log",
         x_ticks=points[:, 0].tolist(),
     )

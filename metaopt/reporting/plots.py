@@ -287,7 +287,9 @@ def trajectories(
     if x_ticks:
         axes.set_xscale("log")
         axes.set_xticks(x_ticks, [f"{value:g}" for value in x_ticks])
-        axes.minorticks_off()
+        axes.xaxis.minorticks_off()
+    if y_scale == "log":
+        _plain_ticks(axes.yaxis)
     axes.legend(fontsize=8, frameon=False)
     _save_with_grids(figure, path)
 
