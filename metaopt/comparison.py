@@ -25,6 +25,7 @@ from metaopt.evaluate import CurveFn, TunedCurves, make_curves, tuned_curves, tu
 from metaopt.fit import FitConfig, Problem, check_devices, fit, validation_episodes
 from metaopt.inner_loop import InnerLoop
 from metaopt.learners import maml
+from metaopt.measure import count_flops
 from metaopt.meta_gradients import joint
 from metaopt.optimizers.outer import OuterConfig
 from metaopt.ranges import (
@@ -53,12 +54,17 @@ class Row(NamedTuple):
       estimator: how; None leaves the random initialisation untrained.
       inner_optimizer: ``learning_rate -> optax.GradientTransformation``; rows with
         another one tune a training rate of their own.
+      inner: inner loop of its training; None for that of the comparison.
+      spends_as: a row whose operations it spends: it is trained for as many more steps as one of
+        its own is cheaper, by counted operations. None for the steps that all have.
     """
 
     name: str
     learner: Learner
     estimator: Estimator | None
     inner_optimizer: Callable[..., optax.GradientTransformation] = optax.sgd
+    inner: InnerLoop | None = None
+    spends_as: "Row | None" = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,7 +78,7 @@ class ComparisonConfig(Checked):
       tasks_at_a_time: on one device; 0 all by vmap, 1 one by one in a scan, between
         them groups.
       pretrain_steps: steps of joint pretraining that every trained row starts from.
-      meta_steps: number of steps of each row after that, the joint row too.
+      meta_steps: number of steps of each row after that, the joint row too; see `Row.spends_as`.
       max_inner_steps: number of inner steps of the evaluation.
       inner_rates: inner learning rates tried on the validation tasks.
       eval_every: interval between evaluations on the validation tasks, in meta-steps; the best
@@ -208,10 +214,11 @@ class Comparison:
         else:
             tuned = f", inner rate {rate:g} (tuned on validation tasks)"
             at = "" if row.estimator is joint else tuned  # joint training takes no inner step
-            log(f"{row.name}: training {self.config.meta_steps} steps{at}")
+            number = self.num_steps(row)
+            log(f"{row.name}: training {number} steps{at}")
             first = self.config.pretrain_steps
-            steps = range(first, first + self.config.meta_steps)
-            every = self.config.eval_every
+            steps = range(first, first + number)
+            every = -(-self.config.eval_every * number // self.config.meta_steps)
             # Joint training takes no inner step: a rate that nothing reads tells no two apart.
             read = every or row.estimator is not joint
             used = rate if read else self.config.inner_rates[0]
@@ -220,6 +227,25 @@ class Comparison:
         hparams = {"inner_learning_rate": np.float32(tuned.rates[self.inner.num_steps])}
         seconds = time.monotonic() - began
         return RowResult(row, meta_params, hparams, tuned.losses, tuned.rates, seconds)
+
+    def num_steps(self, row: Row) -> int:
+        """Steps that a row is trained for, see `Row.spends_as`."""
+        if row.spends_as is None:
+            return self.config.meta_steps
+        times = self._operations(row.spends_as) / self._operations(row)
+        return max(1, round(self.config.meta_steps * times))
+
+    def _operations(self, row: Row) -> float:
+        """Counted operations of the meta-gradient of one task."""
+        assert row.estimator is not None
+        problem, inner = self.problem, row.inner or self.inner
+        outer_loss = {"outer_loss": problem.outer_loss} if problem.outer_loss else {}
+        estimate = row.estimator(row.learner, problem.loss_fn, inner, **outer_loss)
+        key = jax.random.key(0)
+        episode = jax.tree.map(lambda x: x[0], problem.family.train.sample(key, 1))
+        meta_params = jax.eval_shape(lambda: row.learner.init(problem.model.init(key)))
+        hparams = {"inner_learning_rate": np.float32(self.config.inner_rates[0])}
+        return count_flops(lambda m: estimate(m, hparams, episode, key)[0], meta_params).total
 
     def _test(self, row: Row, meta_params: MetaParams, rate: float, one_rate: bool) -> TunedCurves:
         """Curves of the test episodes; ``rate`` is that of training.
@@ -291,7 +317,7 @@ class Comparison:
             self.problem,
             row.learner,
             row.estimator,
-            inner=self.inner,
+            inner=row.inner or self.inner,
             outer=self.outer.ending_at(len(steps)),
             config=config,
             directory=directory,

@@ -42,6 +42,12 @@ from metaopt.types import Estimator, Learner, Model, TaskFamily
 ModelName = Literal["bigram", "rnn", "gru", "lstm", "transformer"]
 PRIORS: dict[str, Prior] = {"markov": "rows", "markov-symmetric": "symmetric"}
 """The prior of the languages by the name of the tasks."""
+BASELINE = "joint pretraining"
+"""The row that others are compared with; its meta-steps see the same tokens as theirs."""
+EQUAL_OPERATIONS = "joint pretraining, equal operations"
+"""Takes its place where it is run: as many counted operations as MAML, so many more tokens."""
+LAST_STEP = "MAML, last step"
+"""MAML judged in training by the query loss after the last step alone."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,8 +86,8 @@ class LanguageConfig(Checked):
       inner_optimizer: Optimiser of the inner loop, or module:function of your own, which takes
         the learning rate and returns an `optax.GradientTransformation`.
       inner: The inner loop.
-      rows: Names of the rows to run, all if none; or module:function of your own, which takes
-        what it needs of model, inner_optimizer and num_steps, and returns a
+      rows: Names of the rows to run, the main ones if none; or module:function of your own, which
+        takes what it needs of model, inner_optimizer and num_steps, and returns a
         `metaopt.comparison.Row`.
     """
 
@@ -233,7 +239,8 @@ def make_rows(config: LanguageConfig, model: Model) -> list[Row]:
     own = [make_part("--rows", name, Row, arguments) for name in config.rows if is_own(name)]
     named = [name for name in config.rows if not is_own(name)]
     known = _library_rows(config, model, optimizer)
-    return [*([] if own and not named else select(known, named)), *own]
+    main = [row.name for row in known if row.name not in (EQUAL_OPERATIONS, LAST_STEP)]
+    return [*([] if own and not named else select(known, named or main)), *own]
 
 
 def _library_rows(config: LanguageConfig, model: Model, optimizer: InnerOptimizer) -> list[Row]:
@@ -243,13 +250,19 @@ def _library_rows(config: LanguageConfig, model: Model, optimizer: InnerOptimize
     def row(name: str, learner: Learner, estimator: Estimator | None) -> Row:
         return Row(name, learner, estimator, optimizer)
 
+    of_maml = row("MAML", maml, reverse)
+    joint = row(BASELINE, maml, meta_gradients.joint)
     rows = [
         row("random init", maml, None),
-        row("joint pretraining", maml, meta_gradients.joint),
+        joint,
+        joint._replace(name=EQUAL_OPERATIONS, spends_as=of_maml),
         row("Reptile", maml, meta_gradients.reptile),
         row("FOMAML", maml, meta_gradients.first_order),
         row("ANIL", learners.anil(model, optimizer), reverse),
-        row("MAML", maml, reverse),
+        of_maml,
+        of_maml._replace(
+            name=LAST_STEP, inner=dataclasses.replace(config.inner, query_loss="last")
+        ),
         row("per-layer-per-step", learners.per_layer_per_step(optimizer, num_steps=steps), reverse),
         row("Meta-SGD", learners.meta_sgd(optimizer, num_steps=steps), reverse),
     ]

@@ -210,6 +210,20 @@ def test_the_training_rate_is_tuned_for_each_start(compared):
     assert expected[1] == comparison._training_rate(row, start)
 
 
+def test_a_row_that_spends_as_another_is_trained_for_as_many_operations(tmp_path):
+    comparison = make(TaskFamily("quadratic", *[TaskSplit(shifted)] * 3))
+    joint, maml = ROWS[1], Row("MAML", learners.maml(), meta_gradients.reverse)
+    longer = joint._replace(name="longer", spends_as=maml)
+    number = comparison.num_steps(longer)
+    assert comparison.num_steps(joint) == comparison.num_steps(maml) == 3
+    assert 6 < number < 60  # two steps forwards and back, and a query
+    comparison.run(longer, quadratic.PARAMS, tmp_path)
+    metrics = read_json_lines(tmp_path / "metrics.jsonl")
+    assert max(r["step"] for r in metrics) == number
+    more = maml._replace(inner=InnerLoop(num_steps=3))  # of its own
+    assert comparison.num_steps(joint._replace(spends_as=more)) > number
+
+
 def test_one_rate_is_the_best_after_the_trained_number_of_steps(compared):
     comparison, results, _, _, directory, start = compared
     found = comparison.run(ROWS[0], start, directory, one_rate=True)

@@ -28,7 +28,7 @@ from rich.console import Console
 
 from experiments import harness
 from experiments.adapt_languages import references
-from experiments.adapt_languages.config import BASELINE, Config, presets, scales, unit_of
+from experiments.adapt_languages.config import Config, presets, scales, unit_of
 from experiments.adapt_languages.samples import samples
 from metaopt import losses
 from metaopt.comparison import Comparison, Row, RowResult
@@ -36,6 +36,8 @@ from metaopt.console import log, printable
 from metaopt.files import read_text, write_text
 from metaopt.fit import Problem
 from metaopt.languages import (
+    BASELINE,
+    EQUAL_OPERATIONS,
     check,
     digest,
     is_cipher,
@@ -81,12 +83,7 @@ class Study:
         splits = find(text_config(config)).splits.values()
         names = sorted(domain.name for split in splits for domain in split)
         kin = dict(zip(names, kin_of(names, text_config(config)), strict=True))
-        of_episode = [
-            kin[comparison.problem.family.test.task_names[task]]
-            for comparison in self.folds or (self.comparison,)
-            for task in np.asarray(comparison.test.task).tolist()
-        ]
-        return np.asarray(of_episode)
+        return np.asarray([kin[domain] for domain in self.domains.tolist()])
 
     @functools.cached_property
     def num_tasks(self) -> int:
@@ -114,9 +111,25 @@ class Study:
         return references.SUPPORT_LIMIT if is_table else references.PREFIX_LIMIT
 
     @property
+    def baseline(self) -> str:
+        """The row that the others are compared with."""
+        return EQUAL_OPERATIONS if EQUAL_OPERATIONS in self.config.rows else BASELINE
+
+    @property
     def columns(self) -> dict[int, str]:
         """The columns of losses, by the number of inner steps."""
         return harness.step_columns(self.config.comparison.max_inner_steps)
+
+    @functools.cached_property
+    def domains(self) -> np.ndarray:
+        """The name of the domain of each test episode, ``[E]``."""
+        tested = self.folds or (self.comparison,)
+        return np.concatenate(
+            [
+                np.asarray(each.problem.family.test.task_names)[np.asarray(each.test.task)]
+                for each in tested
+            ]
+        )
 
     @functools.cached_property
     def scales(self) -> np.ndarray:
@@ -152,6 +165,8 @@ def add_row(study: Study, name: str, results: Sequence[RowResult]) -> None:
         table.add(name, column, study.interval(nats_ExK[:, step]), inner_learning_rate=rate)
     _add_gains(study, name, nats_ExK)
     _add_distance(study, name, nats_ExK[:, study.config.inner.num_steps])
+    if is_text(study.config.tasks):
+        _add_domains(study, name, nats_ExK[:, study.config.inner.num_steps])
 
 
 def add_references(study: Study) -> None:
@@ -168,9 +183,9 @@ def add_references(study: Study) -> None:
 
 def _add_gains(study: Study, name: str, nats_ExK: np.ndarray, **fields: Any) -> None:
     """The baseline's losses minus the row's, episode by episode: positive is better."""
-    if name == BASELINE or not study.table.has(BASELINE):
+    if name == study.baseline or not study.table.has(study.baseline):
         return
-    baseline = study.table.kept(BASELINE)["nats"]
+    baseline = study.table.kept(study.baseline)["nats"]
     for step, column in study.columns.items():
         if step in DIFFERENCES:
             found = study.interval(baseline[:, step] - nats_ExK[:, step])
@@ -187,6 +202,27 @@ def _add_distance(study: Study, name: str, nats_E: np.ndarray, **fields: Any) ->
         study.table.add(name, "cracked", share, unit="%", better="higher", **fields)
 
 
+def _add_domains(study: Study, name: str, nats_E: np.ndarray) -> None:
+    """Each domain after the trained number of steps: the baseline's loss, and gains on it."""
+    values = nats_E * study.scales
+    if name != study.baseline:
+        if not study.table.has(study.baseline):
+            return
+        steps = study.config.inner.num_steps
+        values = study.table.kept(study.baseline)["nats"][:, steps] * study.scales - values
+    column = name if name == study.baseline else f"gain of {name}"
+    for domain in sorted(set(study.domains)):
+        of_domain = values[study.domains == domain]
+        study.table.add(
+            domain,
+            column,
+            interval(of_domain),
+            table=f"adapt_languages/{study.config.tasks}/domains",
+            over="95 % intervals over the episodes of a domain",
+            better="lower" if name == study.baseline else "higher",
+        )
+
+
 def draw(study: Study, names: Sequence[str]) -> None:
     """Losses against inner steps of the rows that are finished, and what they come to."""
     kept = {name: study.table.kept(name)["nats"] for name in names if study.table.has(name)}
@@ -196,15 +232,15 @@ def draw(study: Study, names: Sequence[str]) -> None:
     elif is_cipher(tasks):
         _draw_cracked(study, kept, path)
     else:
-        baseline = kept.get(BASELINE, np.nan)
-        gains = {name: baseline - nats for name, nats in kept.items() if name != BASELINE}
+        baseline = kept.get(study.baseline, np.nan)
+        gains = {name: baseline - nats for name, nats in kept.items() if name != study.baseline}
         plots.adaptation_curves(
             path,
             {name: study.curve(nats) for name, nats in kept.items()},
-            {name: study.curve(x) for name, x in gains.items() if BASELINE in kept},
+            {name: study.curve(x) for name, x in gains.items() if study.baseline in kept},
             {},
             title="Held-out domains" if is_text(tasks) else "Held-out languages",
-            baseline=BASELINE,
+            baseline=study.baseline,
             unit=unit_of(study.config),
             trained_steps=study.config.inner.num_steps,
         )
@@ -317,7 +353,7 @@ def _run(config: Config, rows: Sequence[Row], comparisons: Mapping[str, Comparis
         _keep_data(config, table.directory)
     study = Study(table, config, first, tuple(comparisons.values()) if config.num_folds else ())
     train = harness.compare(comparisons, table.directory)
-    for row in table.pending(sorted(rows, key=lambda row: row.name != BASELINE)):
+    for row in table.pending(sorted(rows, key=lambda row: row.name != study.baseline)):
         results = train(row)
         add_row(study, row.name, results)
         draw(study, names)

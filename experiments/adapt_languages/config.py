@@ -9,14 +9,12 @@ from experiments import harness
 from metaopt.comparison import ComparisonConfig
 from metaopt.errors import UserError
 from metaopt.inner_loop import InnerLoop
-from metaopt.languages import LanguageConfig, is_cipher, is_markov, is_text, make_codec
+from metaopt.languages import BASELINE, LanguageConfig, is_cipher, is_markov, is_text, make_codec
 from metaopt.losses import NATS_TO_BITS
 from metaopt.optimizers.outer import OuterConfig
 from metaopt.ranges import Seed, Several, Steps
 from metaopt.tasks.tokenizers import bytes_of
 from metaopt.types import Episode
-
-BASELINE = "joint pretraining"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

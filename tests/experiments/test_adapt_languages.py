@@ -242,21 +242,33 @@ def test_folds_judge_every_domain_once_and_pool_them_over_kin(folder, tmp_path):
     (folder / "domain 5.txt").rename(folder / "five.txt")
     (tmp_path / "kin").write_text("five.txt six.txt\n")
     sizes = "--num-folds 2 --num-valid-domains 1 --comparison.test-episodes 16"
-    rows = ["--rows", "joint pretraining", "MAML"]
+    rows = ["--rows", "joint pretraining", "joint pretraining, equal operations", "MAML"]
     flags = [*TEXT, "--folder", str(folder), "--kin", str(tmp_path / "kin"), *sizes.split(), *rows]
     directory = run_in(tmp_path, flags)
     summary = (directory / "data.md").read_text()
     assert summary.count("| test |") == 7 and summary.count("| test | five.txt |") == 1
-    records = {(r["row"], r["column"]): r for r in read_json_lines(directory / "results.jsonl")}
+    found = read_json_lines(directory / "results.jsonl")
+    in_table = [r for r in found if r["table"] == "adapt_languages/text"]
+    records = {(r["row"], r["column"]): r for r in in_table}
     assert {r["n"] for r in records.values()} == {7}
     kept = {}
     for path in (directory / "rows").iterdir():
         with np.load(path) as arrays:
             kept[path.stem] = arrays["nats"] / np.log(2)
-    joint, maml = (kept[name] for name in sorted(kept))  # joint before MAML
+    _, joint, maml = (kept[name] for name in sorted(kept))
     assert maml.shape == (32, 2)
-    gain = records["MAML", "Δ 1 step"]
+    gain = records["MAML", "Δ 1 step"]  # on the row that spends as much
     assert gain["value"] == pytest.approx((joint - maml)[:, 1].mean(), abs=1e-2)
+    assert ("joint pretraining", "Δ 1 step") in records
+    of_domains = {(r["row"], r["column"]): r for r in found if r["table"].endswith("/domains")}
+    assert len({row for row, _ in of_domains}) == 7
+    assert {column for _, column in of_domains} == {
+        "joint pretraining, equal operations",
+        "gain of joint pretraining",
+        "gain of MAML",
+    }
+    gains = [r["value"] for (_, column), r in of_domains.items() if column == "gain of MAML"]
+    assert np.mean(gains) == pytest.approx((joint - maml)[:, 1].mean(), abs=1e-2)
     assert (directory / "fold-1" / "checkpoints").is_dir()
     assert metaopt.load(directory, "MAML").row == "MAML"
 
