@@ -18,7 +18,7 @@ ORDER = [
     {"losses", "models", "measure", "parallel", "statistics"},
     {"checks", "eager"},
     {"tasks", "rematerialization", "resources", "timing"},
-    {"optimizers"},
+    {"optimizers", "pretrained"},
     {"inner_loop"},
     {"learners", "meta_gradients"},
     {"outer_step", "diagnostics"},

@@ -6,15 +6,50 @@ derivative want them, and nothing is transposed in between.
 
 import functools
 import math
+from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from metaopt.ranges import Checked, Length, Range
 from metaopt.types import Array
 
+Factor = Annotated[float, Range(1e-3, 1e6)]
+ROPE_BASE = 10_000.0
 
-def rope(x_SxHxLxF: Array, base: float = 10_000.0) -> Array:
+
+@dataclass(frozen=True, kw_only=True)
+class RopeScaling(Checked):
+    """Rotary angles made smaller, for contexts longer than those of the first training.
+
+    Attributes:
+      kind: ``'linear'`` divides all frequencies by the factor (Chen et al., 2023,
+        arXiv:2306.15595); ``'llama3'`` divides those whose wavelength is above
+        ``original_length / low``, leaves those below ``original_length / high`` alone, and goes
+        from one to the other between them (the released code of Llama 3.1).
+      factor: what frequencies are divided by.
+      low, high: ends of the range between, in waves per ``original_length``.
+      original_length: tokens of a sequence in the first training.
+    """
+
+    kind: Literal["linear", "llama3"] = "linear"
+    factor: Factor = 1.0
+    low: Factor = 1.0
+    high: Factor = 4.0
+    original_length: Length = 8192
+
+    def __call__(self, frequency: np.ndarray) -> np.ndarray:
+        """The frequencies, radians a token, as they are used."""
+        if self.kind == "linear":
+            return frequency / self.factor
+        waves = self.original_length * frequency / (2 * math.pi)
+        kept = np.clip((waves - self.low) / (self.high - self.low), 0, 1)
+        return frequency * (kept + (1 - kept) / self.factor)
+
+
+def rope(x_SxHxLxF: Array, base: float = ROPE_BASE, scaling: RopeScaling | None = None) -> Array:
     """Rotary position embedding: turns feature pairs by angles that grow with the position.
 
     The pair ``(x[i], x[i + F/2])`` at position t is rotated by ``t * base ** (-2 i / F)``,
@@ -23,6 +58,7 @@ def rope(x_SxHxLxF: Array, base: float = 10_000.0) -> Array:
     Args:
       x_SxHxLxF: queries or keys, with heads of an even size F.
       base: sets the longest wavelength, ``2 pi base`` tokens.
+      scaling: makes the angles smaller; None leaves them.
 
     Returns:
       The rotated array, of the same shape and dtype.
@@ -31,7 +67,7 @@ def rope(x_SxHxLxF: Array, base: float = 10_000.0) -> Array:
       Su et al., 2021. RoFormer: Enhanced Transformer with Rotary Position
       Embedding. arXiv:2104.09864, equation 15.
     """
-    cos_LxF, sin_LxF = _turns(*x_SxHxLxF.shape[2:], base)
+    cos_LxF, sin_LxF = _turns(*x_SxHxLxF.shape[2:], base, scaling)
     dtype = jnp.promote_types(x_SxHxLxF.dtype, jnp.float32)  # of bfloat16 the angles are too coarse
     a, b = jnp.split(x_SxHxLxF, 2, axis=-1)
     swapped = jnp.concatenate([b, a], axis=-1)
@@ -41,12 +77,15 @@ def rope(x_SxHxLxF: Array, base: float = 10_000.0) -> Array:
 
 
 @functools.lru_cache(maxsize=16)
-def _turns(length: int, head_size: int, base: float) -> tuple[np.ndarray, np.ndarray]:
+def _turns(
+    length: int, head_size: int, base: float, scaling: RopeScaling | None
+) -> tuple[np.ndarray, np.ndarray]:
     """Cosines, and sines with the sign that the other of a pair has: constants of a program.
 
     As operations of the program they would be computed for each sequence, head and derivative.
     """
     frequency_f = base ** (-np.arange(0, head_size, 2) / head_size)
+    frequency_f = frequency_f if scaling is None else scaling(frequency_f)
     angle_Lxf = np.arange(length)[:, None] * frequency_f
     cos_Lxf, sin_Lxf = np.cos(angle_Lxf), np.sin(angle_Lxf)
     return np.concatenate([cos_Lxf, cos_Lxf], -1), np.concatenate([-sin_Lxf, sin_Lxf], -1)

@@ -7,6 +7,7 @@ reads them as they are, reverse mode is their transpose, and since they are made
 that have derivatives too, both modes go through them to any order. So do all estimators.
 """
 
+import functools
 import math
 
 import jax
@@ -60,30 +61,44 @@ def _gelu_slope_jvp(primals, tangents):
     return _gelu_slope(*primals), tangents[0] * _gelu_curvature(*primals)
 
 
-def rms_norm(x: Array, scale: Array) -> Array:
-    """``x / sqrt(mean(x²) + ε)`` along the last axis, times a scale; ε is 1e-6.
+def rms_norm(x: Array, scale: Array, epsilon: float = RMS_EPSILON) -> Array:
+    """``x / sqrt(mean(x²) + ε)`` along the last axis, times a scale.
 
     Args:
       x: ``[..., D]``.
       scale: ``[D]``.
+      epsilon: ε.
 
     References:
       Zhang and Sennrich, 2019, "Root Mean Square Layer Normalization", arXiv:1910.07467,
       equation 4.
     """
-    return _over_rms(x)[0] * scale.reshape(*(x.ndim - 1) * (1,), -1)
+    return _over_rms(epsilon, x)[0] * scale.reshape(*(x.ndim - 1) * (1,), -1)
 
 
-@jax.custom_jvp
-def _over_rms(x: Array) -> tuple[Array, Array]:
+def layer_norm(x: Array, scale: Array, bias: Array, epsilon: float) -> Array:
+    """``x`` minus its mean along the last axis, as `rms_norm`, plus a bias ``[D]``.
+
+    Mathematics: the mean square of what is centred is the variance, so the derivative of
+    `rms_norm` serves, and that of the mean is itself.
+
+    References:
+      Ba et al., 2016, "Layer Normalization", arXiv:1607.06450, equation 4.
+    """
+    centred = x - jnp.mean(x, axis=-1, keepdims=True)
+    return rms_norm(centred, scale, epsilon) + bias.reshape(*(x.ndim - 1) * (1,), -1)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _over_rms(epsilon: float, x: Array) -> tuple[Array, Array]:
     """``x r`` and ``r``, the inverse root of the mean square: ``[..., D]`` and ``[..., 1]``."""
-    inverse = jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + RMS_EPSILON)
+    inverse = jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + epsilon)
     return x * inverse, inverse
 
 
 @_over_rms.defjvp
-def _over_rms_jvp(primals, tangents):
-    normed, inverse = _over_rms(*primals)
+def _over_rms_jvp(epsilon, primals, tangents):
+    normed, inverse = _over_rms(epsilon, *primals)
     projected = jnp.mean(normed * tangents[0], axis=-1, keepdims=True)
     return (normed, inverse), (
         inverse * (tangents[0] - normed * projected),

@@ -1,5 +1,7 @@
 """A transformer: pre-norm, rotary positions, no biases; decoder-only unless told otherwise.
 
+Its options cover the families of Llama, Qwen2 and GPT-2: see `metaopt.pretrained`.
+
 The parameters are ``embed``, ``layer_0``, ``layer_1``, ..., ``final_norm`` and, if
 not tied, ``head``. Their names, shapes and first values do not depend on how the
 layers are run (unrolled or scanned, recomputed or not), so one checkpoint fits all.
@@ -17,9 +19,15 @@ import jax.numpy as jnp
 
 from metaopt.errors import UserError
 from metaopt.indices import as_tokens
-from metaopt.models.attention import causal_attention, full_attention, rope
+from metaopt.models.attention import (
+    ROPE_BASE,
+    RopeScaling,
+    causal_attention,
+    full_attention,
+    rope,
+)
 from metaopt.models.linen import apply_module
-from metaopt.models.primitives import gelu, matmul, rms_norm
+from metaopt.models.primitives import RMS_EPSILON, gelu, layer_norm, matmul, rms_norm
 from metaopt.ranges import Checked, Heads, Layers, Length, Range, Vocabulary, Width
 from metaopt.types import Array, Key, Model, Params
 
@@ -37,7 +45,10 @@ class TransformerConfig(Checked):
       vocab_size: V, at least 2.
       width: D, of the residual stream.
       num_layers: blocks of attention and MLP.
-      num_heads: H; divides ``width`` into heads of an even size.
+      num_heads: H; divides ``width`` into heads of an even size, unless ``head_width`` is given.
+      num_kv_heads: heads of keys and values, each shared by ``num_heads / num_kv_heads`` heads of
+        queries (Ainslie et al., 2023, arXiv:2305.13245); None for as many as heads of queries.
+      head_width: F, features of a head; None for ``width / num_heads``.
       mlp_width: hidden width of the MLP. None gives ``4 * width`` for GELU, and for
         SwiGLU two thirds of it, rounded up to a multiple of 8, which makes the
         number of parameters about equal (Shazeer, 2020).
@@ -60,6 +71,12 @@ class TransformerConfig(Checked):
       positions: ``'rotary'``: queries and keys are turned by where they are (Su et al., 2021);
         ``'learned'``: a vector for each position is added to the embedding, as in GPT-2.
       max_length: longest sequence with learned positions.
+      rope_base: base of the rotary angles, see `metaopt.models.attention.rope`.
+      rope_scaling: makes the rotary angles smaller.
+      norm: ``'rms'``, or ``'layer'`` (mean taken off, and a bias), as in GPT-2.
+      norm_epsilon: what norms add to the mean square.
+      biases: of the products ``'none'``, those of ``'qkv'`` as in Qwen2, of all in ``'attention'``,
+        or of ``'all'`` in a block, as in GPT-2; all zero at the start.
       causal: a token sees itself and those before it. False: all of its sequence, for tokens that
         are missing (`metaopt.tasks.missing_tokens`) and never for the next one, which it would see.
     """
@@ -79,16 +96,28 @@ class TransformerConfig(Checked):
     tie_head: bool = False
     positions: Literal["rotary", "learned"] = "rotary"
     max_length: Length = 1024
+    num_kv_heads: Heads | None = None
+    head_width: Width | None = None
+    rope_base: Annotated[float, Range(1, 1e9)] = ROPE_BASE
+    rope_scaling: RopeScaling | None = None
+    norm: Literal["rms", "layer"] = "rms"
+    norm_epsilon: Annotated[float, Range(1e-12, 1)] = RMS_EPSILON
+    biases: Literal["none", "qkv", "attention", "all"] = "none"
     causal: bool = True
 
     def __post_init__(self):
         super().__post_init__()
-        if self.width % self.num_heads:
+        if self.head_width is None and self.width % self.num_heads:
             raise UserError(f"width {self.width} is not divisible by num_heads {self.num_heads}")
-        if self.width // self.num_heads % 2:
+        if self.head_size % 2 and self.positions == "rotary":
+            given = f"width {self.width} / num_heads {self.num_heads} gives"
             raise UserError(
-                f"width {self.width} / num_heads {self.num_heads} gives heads of an odd size, "
-                f"{self.width // self.num_heads}: rotary positions need an even one"
+                f"{given if self.head_width is None else 'head_width gives'} heads of an odd size, "
+                f"{self.head_size}: rotary positions need an even one"
+            )
+        if self.num_heads % self.kv_heads:
+            raise UserError(
+                f"num_heads {self.num_heads} is not divisible by num_kv_heads {self.kv_heads}"
             )
         if not self.causal and (self.window or self.attention_block or self.fused_attention):
             raise UserError(
@@ -100,6 +129,21 @@ class TransformerConfig(Checked):
             raise UserError(
                 f"attention_block {block} with fused_attention: it is a power of two from 16 on"
             )
+
+    @property
+    def head_size(self) -> int:
+        """F, features of a head."""
+        return self.head_width or self.width // self.num_heads
+
+    @property
+    def kv_heads(self) -> int:
+        """Number of heads of keys and values."""
+        return self.num_kv_heads or self.num_heads
+
+    def has_bias(self, product: str) -> bool:
+        """Whether a product of a block, by the name of its parameters, has a bias."""
+        with_bias = {"none": (), "qkv": ("qkv",), "attention": ("qkv", "attention_out")}
+        return self.biases == "all" or product in with_bias[self.biases]
 
 
 def _over_tokens(function: Callable[[Array], Array]) -> Callable[[Array], Array]:
@@ -116,9 +160,10 @@ def _over_tokens(function: Callable[[Array], Array]) -> Callable[[Array], Array]
     return apply
 
 
-class RMSNorm(nn.Module):
-    """`nn.RMSNorm` with the derivative rules of `rms_norm`; at least float32 inside."""
+class Norm(nn.Module):
+    """`nn.RMSNorm` or `nn.LayerNorm` with derivative rules of ours; at least float32 inside."""
 
+    config: TransformerConfig
     dtype: Any = None
 
     @nn.compact
@@ -126,7 +171,11 @@ class RMSNorm(nn.Module):
         """Maps ``[..., D]`` to the same in ``dtype``, or in that of the parameters."""
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
         accurate = jnp.promote_types(jnp.promote_types(x.dtype, scale.dtype), jnp.float32)
-        return rms_norm(x.astype(accurate), scale.astype(accurate)).astype(self.dtype or accurate)
+        x, scale, epsilon = x.astype(accurate), scale.astype(accurate), self.config.norm_epsilon
+        if self.config.norm == "rms":
+            return rms_norm(x, scale, epsilon).astype(self.dtype or accurate)
+        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],)).astype(accurate)
+        return layer_norm(x, scale, bias, epsilon).astype(self.dtype or accurate)
 
 
 class Block(nn.Module):
@@ -140,7 +189,7 @@ class Block(nn.Module):
         dtype = COMPUTE_DTYPES[self.config.compute_dtype]
         dense = nn.Dense(
             features,
-            use_bias=False,
+            use_bias=self.config.has_bias(name),
             dtype=dtype,
             kernel_init=init,
             dot_general=lambda x, weights, *_, **__: matmul(x, weights),
@@ -152,7 +201,7 @@ class Block(nn.Module):
     def __call__(self, x_SxLxD: Array) -> Array:
         """Maps the residual stream ``[S, L, D]`` to the next."""
         dtype = COMPUTE_DTYPES[self.config.compute_dtype]
-        norm = functools.partial(RMSNorm, dtype=dtype)
+        norm = functools.partial(Norm, self.config, dtype=dtype)
         x_SxLxD += self.attention(norm(name="attention_norm")(x_SxLxD))
         x_SxLxD += self.mlp(norm(name="mlp_norm")(x_SxLxD))
         return x_SxLxD
@@ -165,14 +214,25 @@ class Block(nn.Module):
     def attention(self, x_SxLxD: Array) -> Array:
         """Self-attention, with rotary positions unless they are learned."""
         S, L, D = x_SxLxD.shape
-        qkv_SxLx3D = self.dense(3 * D, "qkv")(x_SxLxD)
-        qkv_SxLx3xHxF = qkv_SxLx3D.reshape(S, L, 3, self.config.num_heads, -1)
-        query, key, value = jnp.moveaxis(qkv_SxLx3xHxF, (2, 3), (0, 2))
+        query, key, value = self.heads(x_SxLxD)
         if self.config.positions == "rotary":
-            query, key = rope(query), rope(key)
+            base, scaling = self.config.rope_base, self.config.rope_scaling
+            query, key = rope(query, base, scaling), rope(key, base, scaling)
+        if self.config.kv_heads < self.config.num_heads:
+            times = self.config.num_heads // self.config.kv_heads
+            key, value = jnp.repeat(key, times, axis=1), jnp.repeat(value, times, axis=1)
         mixed_SxHxLxF = self.attend(query, key, value)
-        mixed_SxLxD = mixed_SxHxLxF.swapaxes(1, 2).reshape(S, L, D)
-        return self.dense(D, "attention_out", self.residual_scale)(mixed_SxLxD)
+        mixed_SxLxHF = mixed_SxHxLxF.swapaxes(1, 2).reshape(S, L, -1)
+        return self.dense(D, "attention_out", self.residual_scale)(mixed_SxLxHF)
+
+    def heads(self, x_SxLxD: Array) -> tuple[Array, ...]:
+        """Queries ``[S, H, L, F]``, and keys and values of as many heads as they have."""
+        S, L, _ = x_SxLxD.shape
+        H, G, F = self.config.num_heads, self.config.kv_heads, self.config.head_size
+        qkv = self.dense((H + 2 * G) * F, "qkv")(x_SxLxD)
+        if G == H:
+            return tuple(jnp.moveaxis(qkv.reshape(S, L, 3, H, F), (2, 3), (0, 2)))
+        return tuple(jnp.split(qkv.reshape(S, L, -1, F).swapaxes(1, 2), (H, H + G), axis=1))
 
     def attend(self, query: Array, key: Array, value: Array) -> Array:
         """Attention of ``[S, H, L, F]``, whole, in blocks or fused."""
@@ -211,7 +271,7 @@ def _init(config: TransformerConfig, key: Key) -> Params:
     params: Params = {"embed": {"embedding": init_embedding(embed_key, shape)}}
     for i, layer_key in enumerate(layer_keys):
         params[f"layer_{i}"] = Block(config).init(layer_key, stream)["params"]
-    params["final_norm"] = nn.RMSNorm().init(norm_key, stream)["params"]
+    params["final_norm"] = Norm(config).init(norm_key, stream)["params"]
     if config.positions == "learned":
         where_key = jax.random.fold_in(embed_key, 1)
         of_length = init_embedding(where_key, (config.max_length, config.width))
@@ -276,7 +336,7 @@ def transformer(config: TransformerConfig) -> Model:
             x_SxLxD += _first_positions(params["positions"]["embedding"], tokens_SxL.shape[1])
         x_SxLxD = x_SxLxD.astype(COMPUTE_DTYPES[config.compute_dtype] or embedding_VxD.dtype)
         x_SxLxD = run_layers([params[f"layer_{i}"] for i in range(config.num_layers)], x_SxLxD)
-        x_SxLxD = apply_module(RMSNorm(), params["final_norm"], x_SxLxD)
+        x_SxLxD = apply_module(Norm(config), params["final_norm"], x_SxLxD)
         head_DxV = embedding_VxD.T if config.tie_head else params["head"]["kernel"]
         return _over_tokens(lambda x_NxD: matmul(x_NxD, head_DxV))(x_SxLxD)
 

@@ -26,6 +26,21 @@ MODELS = {
         ),
         TOKENS,
     ),
+    "grouped heads": (
+        lambda: transformer(
+            TransformerConfig(
+                vocab_size=7,
+                width=6,
+                num_layers=1,
+                num_heads=4,
+                num_kv_heads=2,
+                head_width=2,
+                norm="layer",
+                biases="all",
+            )
+        ),
+        TOKENS,
+    ),
     "gru": (lambda: recurrent(7, 4, "gru"), TOKENS),
     "conv": (lambda: conv((16, 16, 1), 3, filters=2, downsample="max_pool"), IMAGES),
 }
