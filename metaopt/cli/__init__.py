@@ -39,6 +39,7 @@ COMMANDS = {
     "generate": Command(
         "metaopt.cli.generate:run", "generate text, with and without adaptation", computes=True
     ),
+    "model": Command("metaopt.cli.model:run", "fetch a pretrained model, without a download site"),
     "doctor": Command(
         "metaopt.cli.doctor:run",
         "examine a meta-gradient: is it right, what does it cost, where does it break?",

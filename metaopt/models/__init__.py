@@ -9,6 +9,7 @@ from metaopt.models.bigram import bigram, ngram
 from metaopt.models.conv import conv
 from metaopt.models.mlp import mlp
 from metaopt.models.own import as_model
+from metaopt.models.reader import reader
 from metaopt.models.recurrent import recurrent
 from metaopt.models.transformer import TransformerConfig, transformer
 
@@ -19,6 +20,7 @@ __all__ = [
     "conv",
     "mlp",
     "ngram",
+    "reader",
     "recurrent",
     "transformer",
 ]

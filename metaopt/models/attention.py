@@ -49,7 +49,13 @@ class RopeScaling(Checked):
         return frequency * (kept + (1 - kept) / self.factor)
 
 
-def rope(x_SxHxLxF: Array, base: float = ROPE_BASE, scaling: RopeScaling | None = None) -> Array:
+def rope(
+    x_SxHxLxF: Array,
+    base: float = ROPE_BASE,
+    scaling: RopeScaling | None = None,
+    first: Array | int = 0,
+    longest: int | None = None,
+) -> Array:
     """Rotary position embedding: turns feature pairs by angles that grow with the position.
 
     The pair ``(x[i], x[i + F/2])`` at position t is rotated by ``t * base ** (-2 i / F)``,
@@ -59,6 +65,8 @@ def rope(x_SxHxLxF: Array, base: float = ROPE_BASE, scaling: RopeScaling | None 
       x_SxHxLxF: queries or keys, with heads of an even size F.
       base: sets the longest wavelength, ``2 pi base`` tokens.
       scaling: makes the angles smaller; None leaves them.
+      first: position of the first, that may be traced.
+      longest: number of positions that there may be; None for L, from 0 on.
 
     Returns:
       The rotated array, of the same shape and dtype.
@@ -67,7 +75,11 @@ def rope(x_SxHxLxF: Array, base: float = ROPE_BASE, scaling: RopeScaling | None 
       Su et al., 2021. RoFormer: Enhanced Transformer with Rotary Position
       Embedding. arXiv:2104.09864, equation 15.
     """
-    cos_LxF, sin_LxF = _turns(*x_SxHxLxF.shape[2:], base, scaling)
+    length, head_size = x_SxHxLxF.shape[2:]
+    turns = _turns(longest or length, head_size, base, scaling)
+    if longest is not None:
+        turns = [jax.lax.dynamic_slice_in_dim(jnp.asarray(t), first, length) for t in turns]
+    cos_LxF, sin_LxF = turns
     dtype = jnp.promote_types(x_SxHxLxF.dtype, jnp.float32)  # of bfloat16 the angles are too coarse
     a, b = jnp.split(x_SxHxLxF, 2, axis=-1)
     swapped = jnp.concatenate([b, a], axis=-1)
@@ -134,6 +146,21 @@ def causal_attention(
 def full_attention(query_SxHxLxF: Array, key_SxHxLxF: Array, value_SxHxLxF: Array) -> Array:
     """Scaled dot-product attention of each token to all; see `causal_attention`."""
     return _attend(key_SxHxLxF, value_SxHxLxF, None, query_SxHxLxF)
+
+
+def cached_attention(
+    query_SxHxBxF: Array,
+    key_SxHxLxF: Array,
+    value_SxHxLxF: Array,
+    first: Array | int,
+    window: int | None = None,
+) -> Array:
+    """As `causal_attention`, of B queries alone, the first of them at the position ``first``.
+
+    Keys and values are those of positions 0 to L - 1; what lies after a query may be anything.
+    """
+    window = window or key_SxHxLxF.shape[2]
+    return _attend_before(key_SxHxLxF, value_SxHxLxF, window, query_SxHxBxF, first)
 
 
 def _attend_before(

@@ -11,7 +11,7 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple, cast
 
 import flax.linen as nn
 import jax
@@ -22,6 +22,7 @@ from metaopt.indices import as_tokens
 from metaopt.models.attention import (
     ROPE_BASE,
     RopeScaling,
+    cached_attention,
     causal_attention,
     full_attention,
     rope,
@@ -178,6 +179,27 @@ class Norm(nn.Module):
         return layer_norm(x, scale, bias, epsilon).astype(self.dtype or accurate)
 
 
+class Past(NamedTuple):
+    """What a layer keeps of the tokens so far.
+
+    Attributes:
+      keys, values: ``[S, G, C, F]`` with room for C tokens; G heads.
+      length: number of tokens that are there, int32 scalar.
+    """
+
+    keys: Array
+    values: Array
+    length: Array
+
+    def followed_by(self, keys: Array, values: Array) -> "Past":
+        """With keys and values ``[S, G, B, F]`` of B more tokens, for which there is room."""
+        put = functools.partial(
+            jax.lax.dynamic_update_slice_in_dim, start_index=self.length, axis=2
+        )
+        whole = put(self.keys, keys), put(self.values, values)
+        return Past(*whole, self.length + keys.shape[2])
+
+
 class Block(nn.Module):
     """Attention and MLP, each behind an RMS norm and added to the residual stream."""
 
@@ -198,32 +220,40 @@ class Block(nn.Module):
         return _over_tokens(dense)
 
     @nn.compact
-    def __call__(self, x_SxLxD: Array) -> Array:
-        """Maps the residual stream ``[S, L, D]`` to the next."""
+    def __call__(self, x_SxLxD: Array, past: Past | None = None) -> tuple[Array, Past | None]:
+        """Maps the residual stream ``[S, L, D]`` to the next; with the tokens before, if given."""
         dtype = COMPUTE_DTYPES[self.config.compute_dtype]
         norm = functools.partial(Norm, self.config, dtype=dtype)
-        x_SxLxD += self.attention(norm(name="attention_norm")(x_SxLxD))
+        mixed_SxLxD, past = self.attention(norm(name="attention_norm")(x_SxLxD), past)
+        x_SxLxD += mixed_SxLxD
         x_SxLxD += self.mlp(norm(name="mlp_norm")(x_SxLxD))
-        return x_SxLxD
+        return x_SxLxD, past
 
     @property
     def residual_scale(self) -> float:
         """Of the variance of what each of the two branches of each layer adds to the stream."""
         return 1 / (2 * self.config.num_layers)
 
-    def attention(self, x_SxLxD: Array) -> Array:
+    def attention(self, x_SxLxD: Array, past: Past | None) -> tuple[Array, Past | None]:
         """Self-attention, with rotary positions unless they are learned."""
         S, L, D = x_SxLxD.shape
         query, key, value = self.heads(x_SxLxD)
+        first, longest = (0, None) if past is None else (past.length, past.keys.shape[2])
         if self.config.positions == "rotary":
-            base, scaling = self.config.rope_base, self.config.rope_scaling
-            query, key = rope(query, base, scaling), rope(key, base, scaling)
+            rotary = self.config.rope_base, self.config.rope_scaling, first, longest
+            query, key = rope(query, *rotary), rope(key, *rotary)
+        if past is not None:
+            past = past.followed_by(key, value)
+            key, value = past.keys, past.values
         if self.config.kv_heads < self.config.num_heads:
             times = self.config.num_heads // self.config.kv_heads
             key, value = jnp.repeat(key, times, axis=1), jnp.repeat(value, times, axis=1)
-        mixed_SxHxLxF = self.attend(query, key, value)
+        if past is None:
+            mixed_SxHxLxF = self.attend(query, key, value)
+        else:
+            mixed_SxHxLxF = cached_attention(query, key, value, first, self.config.window)
         mixed_SxLxHF = mixed_SxHxLxF.swapaxes(1, 2).reshape(S, L, -1)
-        return self.dense(D, "attention_out", self.residual_scale)(mixed_SxLxHF)
+        return self.dense(D, "attention_out", self.residual_scale)(mixed_SxLxHF), past
 
     def heads(self, x_SxLxD: Array) -> tuple[Array, ...]:
         """Queries ``[S, H, L, F]``, and keys and values of as many heads as they have."""
@@ -281,20 +311,40 @@ def _init(config: TransformerConfig, key: Key) -> Params:
     return params
 
 
-def _first_positions(of_length: Array, length: int) -> Array:
+def embed(
+    config: TransformerConfig, params: Params, tokens_SxL: Array, first: Array | int = 0
+) -> Array:
+    """The residual stream before the first layer."""
+    embedding_VxD = params["embed"]["embedding"]
+    tokens_SxL = as_tokens("tokens", tokens_SxL, config.vocab_size)
+    x_SxLxD = jnp.take(embedding_VxD, tokens_SxL, axis=0)
+    if config.positions == "learned":
+        x_SxLxD += _positions(params["positions"]["embedding"], first, tokens_SxL.shape[1])
+    return x_SxLxD.astype(COMPUTE_DTYPES[config.compute_dtype] or embedding_VxD.dtype)
+
+
+def _positions(of_length: Array, first: Array | int, length: int) -> Array:
     if length > len(of_length):
         raise UserError(
             f"{length} tokens, and positions are learned for {len(of_length)}: raise max_length, "
             "or take rotary positions"
         )
-    return of_length[None, :length]
+    return jax.lax.dynamic_slice_in_dim(of_length, first, length)[None]
+
+
+def read_out(config: TransformerConfig, params: Params, x_SxLxD: Array) -> Array:
+    """The logits of the residual stream after the last layer."""
+    x_SxLxD = apply_module(Norm(config), params["final_norm"], x_SxLxD)
+    embedding_VxD = params["embed"]["embedding"]
+    head_DxV = embedding_VxD.T if config.tie_head else params["head"]["kernel"]
+    return _over_tokens(lambda x_NxD: matmul(x_NxD, head_DxV))(x_SxLxD)
 
 
 def _run_layers(config: TransformerConfig) -> Callable[[Sequence[Params], Array], Array]:
     """The layers one after the other: ``(params of each layer, stream) -> stream``."""
 
     def layer(x_SxLxD: Array, params: Params) -> tuple[Array, None]:
-        return apply_module(Block(config), params, x_SxLxD), None
+        return cast(tuple[Array, None], Block(config).apply({"params": params}, x_SxLxD))
 
     if config.remat:  # the body of a scan needs no guard against merging the recomputation
         layer = jax.checkpoint(layer, prevent_cse=not config.scan_layers)
@@ -329,16 +379,9 @@ def transformer(config: TransformerConfig) -> Model:
     run_layers = _run_layers(config)
 
     def apply(params: Params, tokens_SxL: Array) -> Array:
-        embedding_VxD = params["embed"]["embedding"]
-        tokens_SxL = as_tokens("tokens", tokens_SxL, config.vocab_size)
-        x_SxLxD = jnp.take(embedding_VxD, tokens_SxL, axis=0)
-        if config.positions == "learned":
-            x_SxLxD += _first_positions(params["positions"]["embedding"], tokens_SxL.shape[1])
-        x_SxLxD = x_SxLxD.astype(COMPUTE_DTYPES[config.compute_dtype] or embedding_VxD.dtype)
+        x_SxLxD = embed(config, params, tokens_SxL)
         x_SxLxD = run_layers([params[f"layer_{i}"] for i in range(config.num_layers)], x_SxLxD)
-        x_SxLxD = apply_module(Norm(config), params["final_norm"], x_SxLxD)
-        head_DxV = embedding_VxD.T if config.tie_head else params["head"]["kernel"]
-        return _over_tokens(lambda x_NxD: matmul(x_NxD, head_DxV))(x_SxLxD)
+        return read_out(config, params, x_SxLxD)
 
     return Model(
         init=functools.partial(_init, config),

@@ -1,6 +1,11 @@
-"""Generation from a causal language model, one token at a time."""
+"""Generation from a causal language model, one token at a time.
+
+`generate` takes any model and runs it over the whole sequence for every token; `stream` takes a
+transformer, which keeps what it has read, and gives each token as it is drawn.
+"""
 
 import functools
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +13,13 @@ import numpy as np
 
 from metaopt.errors import UserError
 from metaopt.indices import check_range
+from metaopt.models import TransformerConfig, reader, transformer
+from metaopt.models.reader import Cache
 from metaopt.ranges import CountOr0, Length, NotNegative, check_value
 from metaopt.types import Array, Key, Model, Params
+
+BLOCK = 64
+"""Tokens of a prompt that `stream` reads at a time."""
 
 
 def generate(
@@ -81,12 +91,75 @@ def _generate(
         begin = jnp.maximum(position - size, 0)
         seen = jax.lax.dynamic_slice_in_dim(tokens, begin, size)
         logits = model.apply(params, seen[None])[0, position - 1 - begin]
-        # The Gumbel-max draw from softmax(logits / temperature), multiplied through by
-        # the temperature: it is the greedy choice at 0, where a quotient would be NaN.
-        noise = jax.random.gumbel(key, logits.shape, logits.dtype)
-        return tokens.at[position].set(jnp.argmax(logits + temperature * noise)), None
+        return tokens.at[position].set(_draw(logits, key, temperature)), None
 
     positions = len(prompt) + jnp.arange(num_tokens)
     # Causality hides the padding from every position that is read.
     padded = jnp.pad(prompt, (0, num_tokens))
     return jax.lax.scan(step, padded, (positions, jax.random.split(key, num_tokens)))[0]
+
+
+def stream(
+    config: TransformerConfig,
+    params: Params,
+    prompt: Array | np.ndarray,
+    num_tokens: int,
+    key: Key,
+    temperature: float = 1.0,
+) -> Iterator[int]:
+    """Continues a prompt, as `generate` does without a window, one token after the other.
+
+    The prompt is read in blocks of `BLOCK` tokens; a token then costs one pass over the parameters.
+    It compiles once for each room, which is a multiple of that.
+
+    Args:
+      config: the transformer.
+      params: its parameters.
+      prompt, num_tokens, key, temperature: see `generate`.
+
+    Yields:
+      The new tokens.
+
+    Raises:
+      UserError: see `generate`; or the positions of the model are learned for fewer tokens.
+    """
+    check_value("num_tokens", num_tokens, CountOr0)
+    check_value("temperature", temperature, NotNegative)
+    tokens = _checked_prompt(transformer(config), params, np.asarray(prompt))
+    length, room = len(tokens), BLOCK * -(-(len(tokens) + num_tokens) // BLOCK)
+    if config.positions == "learned" and length + num_tokens <= config.max_length:
+        room = min(room, config.max_length)
+    start, _ = reader(config)
+    cache, logits = start(1, room), None
+    for begin in range(0, length, BLOCK):
+        part = tokens[begin : begin + BLOCK]
+        fits = min(BLOCK, room - begin)
+        filled = jnp.pad(part, (0, fits - len(part)))[None]
+        logits, cache = _read_block(config, params, cache, filled, jnp.int32(len(part)))
+    for key_of_token in jax.random.split(key, num_tokens):
+        assert logits is not None  # a prompt has a token
+        token = _draw(logits, key_of_token, temperature)
+        yield int(token)
+        logits, cache = _read_block(config, params, cache, token[None, None], jnp.int32(1))
+
+
+@functools.partial(jax.jit, static_argnames=("config",), donate_argnames=("cache",))
+def _read_block(
+    config: TransformerConfig, params: Params, cache: Cache, tokens: Array, number: Array
+) -> tuple[Array, Cache]:
+    """The logits after the first ``number`` of the tokens ``[1, B]``; the others are forgotten."""
+    logits, cache = reader(config).read(params, cache, tokens)
+    over = tokens.shape[1] - number
+    cache = tuple(past._replace(length=past.length - over) for past in cache)
+    return jax.lax.dynamic_index_in_dim(logits[0], number - 1, keepdims=False), cache
+
+
+@jax.jit
+def _draw(logits: Array, key: Key, temperature: float) -> Array:
+    """A token from ``softmax(logits / temperature)``, by Gumbel noise.
+
+    It is multiplied through by the temperature: it is the greedy choice at 0, where a quotient
+    would be NaN.
+    """
+    noise = jax.random.gumbel(key, logits.shape, logits.dtype)
+    return jnp.argmax(logits + temperature * noise).astype(jnp.int32)

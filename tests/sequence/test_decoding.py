@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 
 from metaopt.errors import UserError
+from metaopt.models import TransformerConfig, transformer
+from metaopt.sequence import decoding
 from metaopt.sequence.decoding import generate
 from metaopt.types import Model
 
@@ -88,3 +90,22 @@ def test_a_low_temperature_is_nearly_greedy():
 def test_bad_requests(prompt, num_tokens, temperature, message):
     with pytest.raises(UserError, match=message):
         generate(BIGRAM, CYCLE, np.array(prompt), num_tokens, jax.random.key(0), temperature)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("positions", ["rotary", "learned"])
+def test_a_stream_draws_what_generation_draws(temperature, positions, monkeypatch):
+    monkeypatch.setattr(decoding, "BLOCK", 4)
+    config = TransformerConfig(
+        vocab_size=7, width=8, num_layers=1, num_heads=2, positions=positions, max_length=15
+    )
+    model = transformer(config)
+    params = jax.tree.map(lambda x: 3 * x, model.init(jax.random.key(0)))
+    prompt, key = np.array([1, 2, 3, 4, 5, 6]), jax.random.key(1)
+    expected = decoding.generate(model, params, prompt, 9, key, temperature)
+    found = list(decoding.stream(config, params, prompt, 9, key, temperature))
+    assert [*prompt, *found] == expected.tolist()
+    assert list(decoding.stream(config, params, prompt, 0, key)) == []
+    if positions == "learned":
+        with pytest.raises(UserError, match="positions are learned for 15"):
+            next(decoding.stream(config, params, prompt, 10, key))
