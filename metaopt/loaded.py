@@ -21,7 +21,7 @@ from metaopt.npz import Form, read_npz
 from metaopt.pytrees import all_finite
 from metaopt.ranges import Count, InnerSteps, Rate, Seed, check_value
 from metaopt.sequence import decoding
-from metaopt.statistics import t_interval
+from metaopt.statistics import Score, t_interval
 from metaopt.tasks.codecs import Codec
 from metaopt.training.fingerprint import of_arrays
 from metaopt.training.host_leaves import place
@@ -33,28 +33,6 @@ SEGMENTS_AT_A_TIME = 64
 MOST_STEPS = 10_000
 """Number of steps that a long text is adapted to with, if no other is asked for."""
 _ABOUT = "about"  # the array of a file of adapted parameters that says whose they are
-
-
-class Score(NamedTuple):
-    """How well a text is predicted: lower is better.
-
-    Attributes:
-      mean: mean over its tokens, in the unit.
-      ci95: half of the 95 % interval of the mean, over the segments that the text is cut into;
-        NaN for fewer than two. Segments of one text resemble each other: it is too narrow
-        rather than too wide.
-      unit: ``bits/byte`` of text, ``nats/token`` of other tasks.
-      num_tokens: number of tokens that were predicted.
-    """
-
-    mean: float
-    ci95: float
-    unit: str
-    num_tokens: int
-
-    def __str__(self) -> str:
-        half = "" if np.isnan(self.ci95) else f" ± {self.ci95:.4f}"
-        return f"{self.mean:.4f}{half} {self.unit} over {self.num_tokens:,} tokens"
 
 
 class Loaded(NamedTuple):

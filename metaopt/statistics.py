@@ -29,6 +29,28 @@ class Interval(NamedTuple):
 FEWEST_FOR_BOOTSTRAP, MOST_FOR_BOOTSTRAP, RESAMPLES = 8, 256, 4999
 
 
+class Score(NamedTuple):
+    """How well a text is predicted: lower is better.
+
+    Attributes:
+      mean: mean over its tokens, in the unit.
+      ci95: half of the 95 % interval of the mean, over the segments that the text is cut into;
+        NaN for fewer than two. Segments of one text resemble each other: it is too narrow
+        rather than too wide.
+      unit: ``bits/byte`` of text, ``nats/token`` of other tasks.
+      num_tokens: number of tokens that were predicted.
+    """
+
+    mean: float
+    ci95: float
+    unit: str
+    num_tokens: int
+
+    def __str__(self) -> str:
+        half = "" if np.isnan(self.ci95) else f" ± {self.ci95:.4f}"
+        return f"{self.mean:.4f}{half} {self.unit} over {self.num_tokens:,} tokens"
+
+
 def interval(values: np.ndarray, groups: np.ndarray | None = None) -> Interval:
     """The mean over tasks and its 95 % interval, for tables: right also for few, skewed tasks.
 

@@ -3,26 +3,41 @@
     metaopt generate runs/adapt_languages/cpu-TIME --prompt TEXT
     metaopt generate RUN --on FILE                  # adapted to a file first
     metaopt generate RUN --adapted adapted.npz --length 500 --temperature 0.5
+    metaopt generate --model PATH --prompt TEXT     # a pretrained model, as it draws
 
 Without a prompt it continues the end of the file, or a single token if there is none. The text of
 Markov languages is letters.
 """
 
+import codecs
 import dataclasses
+import re
+import time
+from collections.abc import Callable
 from pathlib import Path
 
+import jax
 import numpy as np
 
-from metaopt.cli.trained import RowConfig, log_adapting, open_row, read_tokens, require_tokens
+from metaopt.cli.trained import (
+    ModelConfig,
+    log_adapting,
+    open_model,
+    open_row,
+    read_tokens,
+    require_tokens,
+)
 from metaopt.console import log, printable
 from metaopt.errors import UserError
 from metaopt.loaded import Loaded
+from metaopt.pretrained import Pretrained
 from metaopt.ranges import Count, NotNegative, Seed
+from metaopt.sequence.decoding import stream
 from metaopt.types import Params
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(RowConfig):
+class Config(ModelConfig):
     """Generate text.
 
     Attributes:
@@ -51,11 +66,13 @@ def run(config: Config) -> None:
     """
     if config.adapted is not None and config.on is not None:
         raise UserError("--adapted is adapted already: give it or --on, not both")
+    if config.model is not None and (config.adapted or config.on):
+        raise UserError("--adapted and --on are of a run: leave them out with --model")
+    if config.model is not None:
+        _stream(config, open_model(config.model))
+        return
     found = open_row(config)
-    try:
-        prompt = found.tokens(config.prompt or "")
-    except UserError as error:
-        raise UserError(f"--prompt: {error}") from None
+    prompt = _prompt(found.tokens, config)
     params = found.start if config.adapted is None else found.read(config.adapted)
     if config.on is not None:
         tokens = read_tokens(found, config.on)
@@ -73,3 +90,29 @@ def run(config: Config) -> None:
 def _adapt(found: Loaded, tokens: np.ndarray, seed: int) -> Params:
     log_adapting(found, found.steps_of(tokens), None, None)
     return found.adapt(tokens, seed=seed)
+
+
+def _prompt(encode: Callable[[bytes], np.ndarray], config: Config) -> np.ndarray:
+    try:
+        return encode((config.prompt or "").encode())
+    except UserError as error:
+        raise UserError(f"--prompt: {error}") from None
+
+
+def _stream(config: Config, found: Pretrained) -> None:
+    """Prints the text of a pretrained model while it is drawn, and how fast that was."""
+    prompt = _prompt(found.codec.encode, config)
+    prompt = prompt if len(prompt) else found.codec.encode(found.codec.opening)
+    log(f"generating {config.length} tokens, not adapted")
+    key = jax.random.key(config.seed)
+    drawn = stream(found.config, found.params, prompt, config.length, key, config.temperature)
+    text = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    print(printable(text.decode(found.codec.decode(prompt))), end="", flush=True)
+    began = None
+    for token in drawn:
+        began = began or time.monotonic()  # when all is compiled and the prompt read
+        for part in re.split("(\n)", text.decode(found.codec.decode([token]))):
+            print(part if part == "\n" else printable(part), end="", flush=True)
+    print(printable(text.decode(b"", final=True)))
+    if began is not None and config.length > 1:
+        log(f"{(config.length - 1) / (time.monotonic() - began):.1f} tokens/s")

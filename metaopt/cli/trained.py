@@ -1,8 +1,9 @@
-"""What the commands that use a trained row share: the run, its row, and files of text."""
+"""What the commands that use a model share: a run and its row, or a pretrained model; texts."""
 
 import dataclasses
 from pathlib import Path
 
+import jax
 import numpy as np
 import tyro
 
@@ -12,6 +13,7 @@ from metaopt.errors import UserError
 from metaopt.files import local_path, one_line
 from metaopt.load import load
 from metaopt.loaded import Loaded
+from metaopt.pretrained import Pretrained, open_pretrained
 from metaopt.ranges import Checked, Seed
 from metaopt.tasks.sources.text import array_domain
 from metaopt.tasks.sources.text_checks import check_readable
@@ -32,6 +34,40 @@ class RowConfig(Checked):
     run_seed: Seed | None = None
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig(RowConfig):
+    """A trained row, or a pretrained model.
+
+    Attributes:
+      run: Directory of a finished run of adapt_languages; none with a pretrained model.
+      model: Pretrained model in place of a run: a folder of Hugging Face or a GGUF file.
+    """
+
+    run: tyro.conf.Positional[Path | None] = None  # type: ignore[assignment]
+    model: Path | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        if (self.run is None) == (self.model is None):
+            raise UserError("give the directory of a run, or --model PATH of a pretrained one")
+        if self.model is not None and (self.row is not None or self.run_seed is not None):
+            raise UserError("--row and --run-seed are of a run: leave them out with --model")
+
+
+def open_model(path: Path) -> Pretrained:
+    """A pretrained model.
+
+    Raises:
+      UserError: see `metaopt.pretrained.open_pretrained`.
+    """
+    parallel.set_up_backend()
+    log(f"loading {path}")
+    found = open_pretrained(path)
+    number = sum(leaf.size for leaf in jax.tree.leaves(found.params))
+    log(f"{number:,} parameters, {found.codec.vocab_size:,} tokens")
+    return found
+
+
 def open_row(config: RowConfig) -> Loaded:
     """The row, and a line that says which it is.
 
@@ -46,7 +82,7 @@ def open_row(config: RowConfig) -> Loaded:
     return found
 
 
-def read_tokens(found: Loaded, file: Path) -> np.ndarray:
+def read_tokens(found: Loaded | Pretrained, file: Path) -> np.ndarray:
     """The tokens of a file, int32 ``[n]``.
 
     Raises:
@@ -62,7 +98,7 @@ def read_tokens(found: Loaded, file: Path) -> np.ndarray:
         if note is not None:
             log(f"note: {note}")
     try:
-        return found.tokens(data)
+        return found.codec.encode(data) if isinstance(found, Pretrained) else found.tokens(data)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
 

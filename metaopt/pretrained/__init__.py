@@ -7,97 +7,10 @@
 Llama, Mistral, Qwen2 and GPT-2, from a folder of Hugging Face (safetensors), and the first three
 also from a GGUF file. All are a `metaopt.models.transformer` with other options, so every learner,
 estimator and loss takes them. A model of Hugging Face is exported to a folder of its kind, which
-other programs read.
+other programs read. `score` gives the loss on a text.
 """
 
-import dataclasses
-from pathlib import Path
-from typing import NamedTuple
+from metaopt.pretrained.model import Pretrained, export, open_pretrained
+from metaopt.pretrained.reading import score
 
-from metaopt.errors import UserError
-from metaopt.files import local_path
-from metaopt.models import TransformerConfig, transformer
-from metaopt.pretrained.gguf_file import read_gguf
-from metaopt.pretrained.huggingface import (
-    naming,
-    read_folder,
-    tokenizer_without_forms,
-    write_folder,
-)
-from metaopt.pretrained.layout import DType
-from metaopt.ranges import check_value
-from metaopt.tasks.codecs import Codec
-from metaopt.tasks.tokenizers import tokenizer
-from metaopt.types import Model, Params
-
-__all__ = ["Pretrained", "export", "open_pretrained"]
-
-
-class Pretrained(NamedTuple):
-    """A language model that was trained elsewhere.
-
-    Attributes:
-      config: its shape.
-      model: the transformer of that config.
-      params: its parameters.
-      codec: text to its tokens and back; its tokens may be fewer than the model's.
-      tokenizer: the JSON of its tokenizer, as it was read.
-    """
-
-    config: TransformerConfig
-    model: Model
-    params: Params
-    codec: Codec
-    tokenizer: str
-
-
-def open_pretrained(path: Path | str, dtype: DType = "float32") -> Pretrained:
-    """A model from a folder of Hugging Face or a GGUF file.
-
-    Args:
-      path: of the folder or file.
-      dtype: of the parameters, and of the computation in the layers; softmax, norms and head are
-        float32 in either.
-
-    Raises:
-      UserError: there is nothing there, a file is missing, damaged or cut short, a tensor is
-        missing, not known or of another shape than the config says, the architecture or its
-        tokenizer is not known, or a library that reads it is not installed.
-    """
-    path = local_path(path)
-    check_value("dtype", dtype, DType)
-    if path.is_dir():
-        config, params, definition = read_folder(path, dtype)
-    elif path.is_file():
-        config, params, definition = read_gguf(path, dtype)
-    else:
-        raise UserError(f"{path} is not there: give a folder of Hugging Face or a GGUF file")
-    if definition is None:
-        raise UserError(
-            f"{path} has no byte-level tokenizer that is known here: for a folder, put its "
-            "tokenizer.json there; for a GGUF file, take the folder that it was made of"
-        )
-    with naming(path):
-        codec = tokenizer(tokenizer_without_forms(definition), "the tokenizer")
-        if codec.vocab_size > config.vocab_size:
-            raise UserError(
-                f"the tokenizer has {codec.vocab_size} tokens, and the model {config.vocab_size}"
-            )
-    if dtype == "bfloat16":
-        config = dataclasses.replace(config, compute_dtype=dtype)
-    return Pretrained(config, transformer(config), params, codec, definition)
-
-
-def export(folder: Path | str, found: Pretrained, params: Params | None = None) -> None:
-    """Writes a model as a folder of Hugging Face, in the dtype of its parameters.
-
-    Args:
-      folder: new folder.
-      found: the model.
-      params: parameters to write, such as adapted ones; its own if None.
-
-    Raises:
-      UserError: the folder is there already or cannot be written, or the library is not installed.
-    """
-    given = found.params if params is None else params
-    write_folder(local_path(folder), found.config, given, found.tokenizer)
+__all__ = ["Pretrained", "export", "open_pretrained", "score"]

@@ -1,0 +1,1 @@
+TEXT = "the quick brown fox jumps over the lazy dog, née Zoë; " * 5
