@@ -1,11 +1,13 @@
 """The architectures that are read and written: their configs and the names of their tensors."""
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from metaopt.errors import UserError
 from metaopt.models import TransformerConfig
 from metaopt.models.attention import RopeScaling
+from metaopt.models.transformer import mlp_width
 from metaopt.pretrained.layout import Layout
 
 _LLAMA_LAYER = {
@@ -84,7 +86,17 @@ def from_huggingface(found: Found) -> TransformerConfig:
     kind = found.get("model_type")
     if kind not in LAYOUTS:
         raise UserError(f"architecture {kind!r} is not known here: {', '.join(LAYOUTS)} are")
-    return _from_gpt2(found) if kind == "gpt2" else _from_llama(found, kind)
+    with _understood():
+        return _from_gpt2(found) if kind == "gpt2" else _from_llama(found, kind)
+
+
+@contextlib.contextmanager
+def _understood() -> Iterator[None]:
+    """What is missing in a config, or of another type than it should be, as a `UserError`."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"the config is not understood ({type(error).__name__}: {error})") from None
 
 
 def to_huggingface(config: TransformerConfig) -> dict[str, Any]:
@@ -106,7 +118,7 @@ def _from_llama(found: Found, kind: str) -> TransformerConfig:
     has = bool(found.get("attention_bias")), bool(found.get("mlp_bias"))
     if has not in biases:
         raise UserError("mlp_bias without attention_bias is not known here")
-    windowed = kind == "mistral" or found.get("use_sliding_window", False)
+    _require(found, "use_sliding_window", False)  # of some layers alone
     rope = found.get("rope_parameters") or {}
     return TransformerConfig(
         vocab_size=_number(found, "vocab_size"),
@@ -117,7 +129,7 @@ def _from_llama(found: Found, kind: str) -> TransformerConfig:
         head_width=None if head_width in (None, width / heads) else head_width,
         mlp_width=_number(found, "intermediate_size"),
         activation="swiglu",
-        window=found.get("sliding_window") if windowed else None,
+        window=found.get("sliding_window") if kind == "mistral" else None,
         tie_head=found.get("tie_word_embeddings", False),
         rope_base=float(rope.get("rope_theta") or found.get("rope_theta") or 10_000.0),
         rope_scaling=_scaling(rope or found.get("rope_scaling") or {}),
@@ -160,7 +172,7 @@ def _to_llama(config: TransformerConfig) -> dict[str, Any]:
         "num_attention_heads": config.num_heads,
         "num_key_value_heads": config.kv_heads,
         "head_dim": config.head_size,
-        "intermediate_size": config.mlp_width,
+        "intermediate_size": mlp_width(config),
         "hidden_act": "silu",
         "rms_norm_eps": config.norm_epsilon,
         "rope_theta": config.rope_base,
@@ -216,7 +228,7 @@ def _to_gpt2(config: TransformerConfig) -> dict[str, Any]:
         "n_embd": config.width,
         "n_layer": config.num_layers,
         "n_head": config.num_heads,
-        "n_inner": config.mlp_width or 4 * config.width,
+        "n_inner": mlp_width(config),
         "n_positions": config.max_length,
         "layer_norm_epsilon": config.norm_epsilon,
         "activation_function": "gelu_new",
@@ -244,8 +256,17 @@ def from_gguf(found: Found, names: set[str]) -> TransformerConfig:
         raise UserError(
             "rotary factors of each frequency (rope_freqs) are not known in a GGUF file"
         )
+    with _understood():
+        return _from_gguf(kind, own, found, "output.weight" not in names)
+
+
+def _from_gguf(kind: str, own: Found, found: Found, is_tied: bool) -> TransformerConfig:
     heads, width = _number(own, "attention.head_count"), _number(own, "embedding_length")
-    head_width = own.get("attention.key_length") or own.get("rope.dimension_count")
+    head_width = own.get("attention.key_length") or width // heads
+    if (turned := own.get("rope.dimension_count", head_width)) != head_width:
+        raise UserError(
+            f"of {head_width} features of a head {turned} are rotary: all or none is known here"
+        )
     scaled = own.get("rope.scaling.type") == "linear"
     return TransformerConfig(
         vocab_size=len(found["tokenizer.ggml.tokens"]),
@@ -253,10 +274,10 @@ def from_gguf(found: Found, names: set[str]) -> TransformerConfig:
         num_layers=_number(own, "block_count"),
         num_heads=heads,
         num_kv_heads=own.get("attention.head_count_kv", heads),
-        head_width=None if head_width in (None, width / heads) else head_width,
+        head_width=None if head_width == width / heads else head_width,
         mlp_width=_number(own, "feed_forward_length"),
         activation="swiglu",
-        tie_head="output.weight" not in names,
+        tie_head=is_tied,
         rope_base=float(own.get("rope.freq_base", 10_000.0)),
         rope_scaling=RopeScaling(factor=own["rope.scaling.factor"]) if scaled else None,
         norm_epsilon=float(own.get("attention.layer_norm_rms_epsilon", 1e-6)),

@@ -35,7 +35,7 @@ def of_llama_cpp(rows, num_heads):
     return halves.swapaxes(1, 2).reshape(rows.shape)
 
 
-def write(path, name="llama", **changes):
+def write(path, name="llama", rotary=None, **changes):
     """The fixture as a GGUF file."""
     found = json.loads((FIXTURES / name / "config.json").read_text())
     heads, groups = found["num_attention_heads"], found["num_key_value_heads"]
@@ -47,6 +47,8 @@ def write(path, name="llama", **changes):
     writer.add_head_count_kv(groups)
     writer.add_layer_norm_rms_eps(found["rms_norm_eps"])
     writer.add_rope_freq_base(found["rope_parameters"]["rope_theta"])
+    if rotary is not None:
+        writer.add_rope_dimension_count(rotary)
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list([f"t{i}" for i in range(found["vocab_size"])])
     for key, value in changes.items():
@@ -82,6 +84,9 @@ def test_a_file_gives_the_model_that_it_was_made_of(name, tmp_path):
 def test_what_is_not_known_or_damaged_is_one_line(tmp_path):
     path = write(tmp_path / "model.gguf", llama__rope__scaling__type="yarn")
     with pytest.raises(UserError, match="rotary scaling 'yarn' is not known"):
+        read_gguf(path, "float32")
+    path = write(tmp_path / "half.gguf", rotary=2)
+    with pytest.raises(UserError, match="of 4 features of a head 2 are rotary"):
         read_gguf(path, "float32")
     path = write(tmp_path / "whole.gguf")
     path.write_bytes(path.read_bytes()[:-2000])

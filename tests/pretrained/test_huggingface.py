@@ -138,6 +138,9 @@ def test_tensors_that_do_not_fit_the_config_are_named(folder, name, tensor, word
         ({"num_key_value_heads": 3}, "num_heads 4 is not divisible by num_kv_heads 3"),
         ({"rope_parameters": {"rope_type": "yarn"}}, "rotary scaling 'yarn' is not known"),
         ({"mlp_bias": True}, "mlp_bias without attention_bias"),
+        ({"use_sliding_window": True}, "use_sliding_window is True, and only False is known"),
+        ({"rope_parameters": {"rope_type": "linear"}}, "not understood .KeyError: 'factor'"),
+        ({"rms_norm_eps": "small"}, "norm_epsilon"),
     ],
 )
 def test_configs_that_are_not_known_are_refused(folder, change, words):
