@@ -12,6 +12,7 @@ import numpy as np
 
 from metaopt import eager
 from metaopt.checks import check_call, check_parts
+from metaopt.frozen import unbound
 from metaopt.inner_loop import InnerLoop, adapt
 from metaopt.parallel import Device, default_devices, parallel_map
 from metaopt.ranges import Count, check_value
@@ -136,10 +137,13 @@ def make_curves(
     """
     check_parts(learner, loss_fn, inner)
     scanned = InnerLoop(num_steps=inner.num_steps, batching="same", unroll=False)
-    query_loss = outer_loss or loss_fn
+    (bind, frozen), (bind_outer, frozen_outer) = unbound(loss_fn), unbound(outer_loss)
 
-    def curve(meta_params: MetaParams, hparams: Hparams, episode: Episode):
+    def curve(shared: tuple, episode: Episode):
+        meta_params, hparams, frozen, frozen_outer = shared
         check_call(learner, meta_params, hparams, episode)
+        loss_fn = bind(frozen)
+        query_loss = bind_outer(frozen_outer) or loss_fn
 
         def judge(params, _=None):
             return measure(params, episode) if measure else query_loss(params, episode.query)
@@ -156,10 +160,9 @@ def make_curves(
         return jnp.concatenate([adapted.probes, judge(adapted.params)[None]])
 
     def on_device(shared, episodes):
-        meta_params, hparams = shared
         # None is a plain loop: `lax.map` would otherwise vmap over groups of one.
         size = None if together == 1 else together
-        return jax.lax.map(lambda e: curve(meta_params, hparams, e), episodes, batch_size=size)
+        return jax.lax.map(lambda e: curve(shared, e), episodes, batch_size=size)
 
     together = tasks_at_a_time or 64
     most = together * -(-LEAST_PER_CALL // together)
@@ -168,7 +171,8 @@ def make_curves(
     )
 
     def curves(meta_params, hparams, episodes):
-        return mapped((meta_params, dict(hparams)), episodes).astype(np.float64)
+        shared = (meta_params, dict(hparams), frozen, frozen_outer)
+        return mapped(shared, episodes).astype(np.float64)
 
     return curves
 

@@ -24,6 +24,7 @@ from metaopt.eager import compile_once
 from metaopt.errors import UserError
 from metaopt.evaluate import make_curves
 from metaopt.files import check_directory
+from metaopt.frozen import unbound
 from metaopt.inner_loop import InnerLoop
 from metaopt.meta_gradients import reverse
 from metaopt.optimizers.outer import OuterConfig, outer_optimizer
@@ -47,6 +48,7 @@ from metaopt.types import (
     MetaState,
     Model,
     Params,
+    PyTree,
     TaskFamily,
 )
 
@@ -226,7 +228,7 @@ def fit(
     training = Training(
         name=name,
         state=parallel.replicate(start, devices),
-        step_fn=tasks.compile(parts.step(tasks.axis_name)),
+        step_fn=tasks.compile(parts.step(tasks.axis_name), parts.frozen),
         sample=tasks.batches(first, int(start.step)),
         tasks_per_step=config.tasks_per_step,
         tokens_per_task=tokens_per_task(first),
@@ -279,20 +281,36 @@ class _Parts(NamedTuple):
             return 0
         return self.config.annealing_steps or self.config.num_steps
 
-    def estimate(self, inner: InnerLoop) -> MetaGradFn:
+    @property
+    def frozen(self) -> PyTree:
+        """The arrays of losses that have such, which every step is given; None if none has."""
+        arrays = unbound(self.problem.loss_fn)[1], unbound(self.problem.outer_loss)[1]
+        return arrays if any(arrays) else None
+
+    def estimate(self, inner: InnerLoop, frozen: PyTree = None) -> MetaGradFn:
         loss_fn, outer_loss = self.problem.loss_fn, self.problem.outer_loss
+        if frozen is not None:
+            losses = zip((loss_fn, outer_loss), frozen, strict=True)
+            loss_fn, outer_loss = (unbound(loss)[0](arrays) for loss, arrays in losses)
         if outer_loss is None:
             return self.estimator(self.learner, loss_fn, inner)
         return self.estimator(self.learner, loss_fn, inner, outer_loss=outer_loss)  # type: ignore
 
-    def step(self, axis_name: str | None) -> MetaStep:
-        return make_meta_step(
-            self.estimate(self.inner),
-            outer_optimizer(self.outer),
-            tasks_at_a_time=self.config.tasks_at_a_time,
-            axis_name=axis_name,
-            annealing_steps=self.annealing_steps,
-        )
+    def step(self, axis_name: str | None) -> Callable:
+        """``(state, episodes) -> (state, metrics)``, or ``(state, episodes, frozen)``."""
+
+        def make(frozen: PyTree = None) -> MetaStep:
+            return make_meta_step(
+                self.estimate(self.inner, frozen),
+                outer_optimizer(self.outer),
+                tasks_at_a_time=self.config.tasks_at_a_time,
+                axis_name=axis_name,
+                annealing_steps=self.annealing_steps,
+            )
+
+        if self.frozen is None:
+            return make()
+        return lambda state, episodes, frozen: make(frozen)(state, episodes)
 
     def check_memory(self, params: Params | None, first: Episode, num_valid: int) -> None:
         """Raises UserError where parameters, episodes or arrays of the loss are too large."""
@@ -341,8 +359,12 @@ class _Parts(NamedTuple):
             arrays["validation tasks"] = of_arrays(valid)
         if self.annealing_steps:
             hparams["query_annealing"] = jnp.float32(0)
+        usual, frozen = dataclasses.replace(self.inner, **EXECUTION), self.frozen
+        if frozen is not None:
+            arrays["frozen parameters"] = of_arrays(frozen)
         program = of_program(
-            self.estimate(dataclasses.replace(self.inner, **EXECUTION)),
+            lambda frozen, *args: self.estimate(usual, frozen)(*args),
+            frozen,
             start.meta_params,
             hparams,
             jax.tree.map(_one, first),
@@ -394,15 +416,15 @@ class _Tasks(NamedTuple):
 
         return episodes if self.config.steps_per_call == 1 else keys
 
-    def compile(self, step: MetaStep) -> StepFn:
+    def compile(self, step: Callable, frozen: PyTree) -> StepFn:
         """The compiled step, or several of them with their tasks drawn in between."""
         if self.config.steps_per_call > 1:
             step = self._several(step)
         if self.axis_name is None:
-            return parallel.single_step(step)
-        return parallel.parallel_step(step, self.devices)
+            return parallel.single_step(step, frozen)
+        return parallel.parallel_step(step, self.devices, frozen)
 
-    def _several(self, step: MetaStep) -> Callable:
+    def _several(self, step: Callable) -> Callable:
         """``(state, keys [m]) -> (state, metrics)``: m steps, and the means of their metrics."""
         total = self.config.tasks_per_step
         size = total // len(self.devices)
@@ -422,8 +444,8 @@ class _Tasks(NamedTuple):
                 f"{self.config.steps_per_call} would draw them in a compiled call: give 1"
             ) from error
 
-        def call(state: MetaState, keys: Key):
-            state, metrics = jax.lax.scan(lambda s, key: step(s, sample(key)), state, keys)
+        def call(state: MetaState, keys: Key, *frozen: PyTree):
+            state, metrics = jax.lax.scan(lambda s, k: step(s, sample(k), *frozen), state, keys)
             return state, jax.tree.map(lambda x: x.mean(0), metrics)
 
         return call

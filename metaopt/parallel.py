@@ -118,7 +118,7 @@ def split_over_devices(tree: Any, num_devices: int) -> Any:
     return jax.tree.map(split, tree)
 
 
-def parallel_step(step: Callable, devices: Sequence[Device]) -> Callable:
+def parallel_step(step: Callable, devices: Sequence[Device], shared: Any = None) -> Callable:
     """``(state, episodes [N, T, ...]) -> (state, metrics)`` over the devices.
 
     On several CPU devices it returns when the step is done. A collective there needs a thread of
@@ -131,6 +131,8 @@ def parallel_step(step: Callable, devices: Sequence[Device]) -> Callable:
     Args:
       step: a step of one device that averages over the axis `AXIS`.
       devices: where it runs.
+      shared: arrays that the step is given as a third argument, the same in every call: as
+        constants of the program they would be in memory twice more.
 
     Returns:
       The compiled step. It donates its state: the one passed in is gone afterwards.
@@ -138,11 +140,13 @@ def parallel_step(step: Callable, devices: Sequence[Device]) -> Callable:
     compiled = jax.pmap(
         step,
         axis_name=AXIS,
-        in_axes=(None, 0),
+        in_axes=(None, 0) if shared is None else (None, 0, None),
         out_axes=(None, None),
         donate_argnums=(0,),
         devices=devices,
     )
+    if shared is not None:
+        compiled = _with(compiled, replicate(shared, devices))
     if len(devices) == 1 or devices[0].platform != "cpu":
         return compiled
 
@@ -155,16 +159,25 @@ def parallel_step(step: Callable, devices: Sequence[Device]) -> Callable:
     return finished
 
 
-def single_step(step: Callable) -> Callable:
+def _with(step: Callable, shared: Any) -> Callable:
+    @functools.wraps(step)
+    def given(state, episodes):
+        return step(state, episodes, shared)
+
+    return given
+
+
+def single_step(step: Callable, shared: Any = None) -> Callable:
     """`parallel_step` on one device, of a step that averages over no axis: `jax.jit` alone.
 
     A jit costs a quarter of the dispatch of a pmap, and rounds as the step by itself does.
     """
 
-    def on_first(state, episodes):
-        return step(state, jax.tree.map(lambda x: x[0], episodes))
+    def on_first(state, episodes, *shared):
+        return step(state, jax.tree.map(lambda x: x[0], episodes), *shared)
 
-    return jax.jit(on_first, donate_argnums=0)
+    compiled = jax.jit(on_first, donate_argnums=0)
+    return compiled if shared is None else _with(compiled, shared)
 
 
 def parallel_members(

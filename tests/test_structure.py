@@ -16,7 +16,7 @@ ORDER = [
     {"types", "errors"},
     {"files", "ranges", "indices", "npz", "parts", "pytrees", "signals"},
     {"losses", "models", "measure", "parallel", "statistics"},
-    {"checks", "eager"},
+    {"checks", "eager", "frozen"},
     {"tasks", "rematerialization", "resources", "timing"},
     {"optimizers", "pretrained"},
     {"inner_loop"},

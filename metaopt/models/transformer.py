@@ -217,7 +217,12 @@ class Block(nn.Module):
             dot_general=lambda x, weights, *_, **__: matmul(x, weights),
             name=name,
         )
-        return _over_tokens(dense)
+        beside = self.variables.get("params", {}).get(name, {})
+        if "down" not in beside:
+            return _over_tokens(dense)
+        down, up = (jnp.asarray(beside[part], dtype) for part in ("down", "up"))
+        # Of low rank, see `metaopt.models.adapters`; dense makes of x what it multiplies.
+        return _over_tokens(lambda x: (y := dense(x)) + matmul(matmul(x, down), up).astype(y.dtype))
 
     @nn.compact
     def __call__(self, x_SxLxD: Array, past: Past | None = None) -> tuple[Array, Past | None]:

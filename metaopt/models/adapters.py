@@ -1,0 +1,111 @@
+"""Which parameters of a transformer adapt: some of them, or few new ones laid beside them.
+
+The others are frozen, see `metaopt.frozen`.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from metaopt.errors import UserError
+from metaopt.ranges import Checked, Layers, Range, Several
+from metaopt.types import Key, Params
+
+Matrix = Literal["qkv", "attention_out", "gate", "up", "mlp_out"]
+MATRICES: tuple[Matrix, ...] = ("qkv", "attention_out", "gate", "up", "mlp_out")
+NORMS = ("attention_norm", "mlp_norm", "final_norm")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterConfig(Checked):
+    """What of a transformer adapts.
+
+    Attributes:
+      kind: ``'all'``; the last ``'blocks'`` with the final norm; ``'norms'``, scales and biases of
+        the norms, and the biases of the products; the ``'head'``, which a tied one is not; or
+        ``'low_rank'``: each matrix W of a block gets a product beside it, ``x W + (x A) B`` with A
+        random and B zero at the start (Hu et al., 2021, LoRA, arXiv:2106.09685, section 4.1; its
+        factor α / r is 1 here).
+      blocks: number of blocks that adapt, the last ones; for ``'blocks'`` and ``'low_rank'``.
+        None for all.
+      rank: columns of A.
+      matrices: which matrices get such products, of those that the blocks have.
+    """
+
+    kind: Literal["all", "blocks", "norms", "head", "low_rank"] = "low_rank"
+    blocks: Layers | None = None
+    rank: Annotated[int, Range(1, 4096)] = 8
+    matrices: Annotated[tuple[Matrix, ...], Several(different=True)] = MATRICES
+
+
+def split(config: AdapterConfig, params: Params, key: Key) -> tuple[Params, Params]:
+    """The parameters that adapt and the others: ``merge(others, those)`` are all.
+
+    Args:
+      config: which adapt.
+      params: those of a `metaopt.models.transformer`.
+      key: for the random start of products of low rank, in the dtype of their matrices.
+
+    Returns:
+      ``(fast, frozen)``, nested dicts. Frozen ones that adapt too are not in both.
+
+    Raises:
+      UserError: the transformer has no such parameters.
+    """
+    if config.kind == "low_rank":
+        return _products(config, params, key), params
+    layers = _layers(params)
+    chosen = layers[-(config.blocks or len(layers)) :]
+    adapts = {
+        "all": lambda path: True,
+        "blocks": lambda path: path[0] in (*chosen, "final_norm"),
+        "norms": lambda path: bool(set(NORMS) & set(path)) or path[-1] == "bias",
+        "head": lambda path: path[0] == "head",
+    }[config.kind]
+    fast, frozen = {}, {}
+    for keys, leaf in jax.tree.leaves_with_path(params):
+        path = tuple(str(key.key) for key in keys)
+        _put(fast if adapts(path) else frozen, path, leaf)
+    if not fast:
+        raise UserError("the model has no head of its own to adapt: it is the embedding")
+    return fast, frozen
+
+
+def merged(params: Params) -> Params:
+    """The parameters with each ``W + A B`` in place of W and the product beside it."""
+    if not isinstance(params, dict):
+        return params
+    if "down" not in params:
+        return {name: merged(below) for name, below in params.items()}
+    others = {name: leaf for name, leaf in params.items() if name not in ("down", "up")}
+    added = params["down"] @ params["up"]
+    return others | {"kernel": params["kernel"] + added.astype(params["kernel"].dtype)}
+
+
+def _products(config: AdapterConfig, params: Params, key: Key) -> Params:
+    fast: Params = {}
+    layers = _layers(params)
+    for name in layers[-(config.blocks or len(layers)) :]:
+        for matrix in [m for m in config.matrices if m in params[name]]:
+            kernel = params[name][matrix]["kernel"]
+            key, drawn = jax.random.split(key)
+            width, out = kernel.shape
+            down = jax.random.normal(drawn, (width, config.rank), kernel.dtype) * width**-0.5
+            beside = {"down": down, "up": jnp.zeros((config.rank, out), kernel.dtype)}
+            fast.setdefault(name, {})[matrix] = beside
+    if not fast:
+        raise UserError(f"the blocks have no matrix of {', '.join(config.matrices)}")
+    return fast
+
+
+def _layers(params: Params) -> list[str]:
+    numbers = sorted(int(n.removeprefix("layer_")) for n in params if n.startswith("layer_"))
+    return [f"layer_{number}" for number in numbers]
+
+
+def _put(tree: dict[str, Any], path: tuple[str, ...], leaf: Any) -> None:
+    for key in path[:-1]:
+        tree = tree.setdefault(key, {})
+    tree[path[-1]] = leaf

@@ -1,0 +1,149 @@
+"""What of a transformer adapts, and losses whose other parameters are arguments."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from metaopt import FitConfig, InnerLoop, Problem, evaluate, fit, learners, meta_gradients
+from metaopt.errors import UserError
+from metaopt.frozen import FrozenLoss, merge
+from metaopt.losses import next_token
+from metaopt.models import TransformerConfig, transformer
+from metaopt.models.adapters import AdapterConfig, merged, split
+from metaopt.tasks import MarkovConfig, markov
+
+CONFIG = TransformerConfig(
+    vocab_size=5, width=8, num_layers=3, num_heads=2, activation="swiglu", biases="qkv"
+)
+MODEL = transformer(CONFIG)
+PARAMS = MODEL.init(jax.random.key(0))
+FAMILY = markov(MarkovConfig(vocab_size=5, num_support=2, num_query=2, length=6))
+KINDS = {
+    "all": {"embed", "layer_0", "layer_1", "layer_2", "final_norm", "head"},
+    "blocks": {"layer_1", "layer_2", "final_norm"},
+    "norms": {"layer_0", "layer_1", "layer_2", "final_norm"},
+    "head": {"head"},
+    "low_rank": {"layer_1", "layer_2"},
+}
+
+
+def made(kind, **fields):
+    return split(AdapterConfig(kind=kind, blocks=2, rank=2, **fields), PARAMS, jax.random.key(1))
+
+
+def problem_of(fast, loss_fn):
+    return Problem(FAMILY, MODEL._replace(init=lambda key: fast), loss_fn)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_adapts_and_the_rest_are_the_model(kind):
+    fast, frozen = made(kind)
+    assert set(fast) == KINDS[kind]
+    tokens = np.arange(10).reshape(2, 5) % 5
+    found = MODEL.apply(merge(frozen, fast), tokens)
+    np.testing.assert_array_equal(found, MODEL.apply(PARAMS, tokens))
+    sizes = [sum(x.size for x in jax.tree.leaves(tree)) for tree in (fast, frozen, PARAMS)]
+    assert sum(sizes[:2]) == sizes[2] + (sizes[0] if kind == "low_rank" else 0)
+    names = {path[-1].key for path, _ in jax.tree.leaves_with_path(fast)}
+    if kind == "norms":
+        assert names == {"scale", "bias"}
+
+
+def test_products_of_low_rank_are_those_of_the_sum():
+    fast, frozen = made("low_rank", matrices=("qkv", "mlp_out"))
+    assert {name for layer in fast.values() for name in layer} == {"qkv", "mlp_out"}
+    fast = jax.tree.map(lambda x: x + 0.1 * jnp.cos(jnp.arange(x.size)).reshape(x.shape), fast)
+    whole, tokens = merge(frozen, fast), np.arange(10).reshape(2, 5) % 5
+    beside, summed = MODEL.apply(whole, tokens), MODEL.apply(merged(whole), tokens)
+    np.testing.assert_allclose(beside, summed, rtol=1e-5, atol=1e-5)
+    assert np.abs(beside - MODEL.apply(PARAMS, tokens)).max() > 1e-2
+    assert jax.tree.structure(merged(whole)) == jax.tree.structure(PARAMS)
+
+
+def test_what_the_model_has_not_cannot_adapt():
+    tied = transformer(TransformerConfig(vocab_size=5, width=8, tie_head=True))
+    params = tied.init(jax.random.key(0))
+    with pytest.raises(UserError, match="no head of its own"):
+        split(AdapterConfig(kind="head"), params, jax.random.key(0))
+    with pytest.raises(UserError, match="no matrix of gate"):
+        split(AdapterConfig(matrices=("gate",)), params, jax.random.key(0))
+
+
+@pytest.mark.parametrize("num_devices", [1, 2])
+@pytest.mark.parametrize("steps_per_call", [1, 2])
+def test_a_training_is_that_of_a_closure(num_devices, steps_per_call):
+    fast, frozen = made("low_rank")
+    plain = next_token(MODEL)
+    losses = FrozenLoss(plain, frozen), lambda p, batch: plain(merge(frozen, p), batch)
+    config = FitConfig(
+        num_steps=2, tasks_per_step=2, num_devices=num_devices, steps_per_call=steps_per_call
+    )
+    inner, learner = InnerLoop(num_steps=2), learners.maml()
+    found = []
+    for loss_fn in losses:
+        problem = problem_of(fast, loss_fn)
+        fitted = fit(problem, learner, meta_gradients.reverse, inner=inner, config=config)
+        judged = evaluate(
+            problem, learner, fitted.meta_params, fitted.hparams, inner=inner, num_episodes=4
+        )
+        found.append((fitted.meta_params, judged.losses))
+    assert jax.tree.structure(found[0][0]["params"]) == jax.tree.structure(fast)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), *found)
+
+
+def test_the_program_of_a_step_does_not_hold_the_frozen_parameters():
+    fast, frozen = made("norms")
+
+    class Stopped(Exception):
+        pass
+
+    def program(loss_fn, *given):
+        def stop(training, config, directory):
+            step = training.step_fn
+            compiled = step if hasattr(step, "lower") else step.__wrapped__
+            args = training.state, training.sample(0), *given
+            raise Stopped(compiled.lower(*args).as_text())
+
+        with pytest.raises(Stopped) as stopped:
+            config = FitConfig(tasks_per_step=1, num_devices=1)
+            fit(problem_of(fast, loss_fn), learners.maml(), config=config, train_fn=stop)
+        return str(stopped.value)
+
+    plain = next_token(MODEL)
+    held = program(lambda p, batch: plain(merge(frozen, p), batch))
+    given = program(FrozenLoss(plain, frozen), (frozen, ()))
+    size = 8 * sum(x.size for x in jax.tree.leaves(frozen))  # hexadecimal digits
+    assert len(held) - len(given) > size / 2
+
+
+def test_other_frozen_parameters_are_another_training(tmp_path):
+    fast, frozen = made("norms")
+    config = FitConfig(num_steps=1, tasks_per_step=2, num_devices=1)
+    for changed in (frozen, jax.tree.map(lambda x: x + 1, frozen)):
+        problem = problem_of(fast, FrozenLoss(next_token(MODEL), changed))
+        if changed is not frozen:
+            with pytest.raises(UserError, match="what differs: frozen parameters"):
+                fit(problem, learners.maml(), config=config, directory=tmp_path)
+        else:
+            fit(problem, learners.maml(), config=config, directory=tmp_path)
+
+
+@pytest.mark.parametrize("estimator", ["mixed_mode", "first_order"])
+def test_estimators_take_frozen_losses(estimator):
+    fast, frozen = made("blocks")
+    learner, inner = learners.meta_sgd(num_steps=2), InnerLoop(num_steps=2)
+    episode = jax.tree.map(lambda x: x[0], FAMILY.train.sample(jax.random.key(0), 1))
+    hparams = {"inner_learning_rate": jnp.float32(0.1)}
+    estimate = getattr(meta_gradients, estimator)
+
+    @jax.jit
+    def found(fast, frozen):
+        loss_fn = FrozenLoss(next_token(MODEL), frozen)
+        return estimate(learner, loss_fn, inner)(
+            learner.init(fast), hparams, episode, jax.random.key(0)
+        )
+
+    grads, metrics = found(fast, frozen)
+    assert set(grads["params"]) == KINDS["blocks"]
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves((grads, metrics)))
