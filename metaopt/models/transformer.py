@@ -196,12 +196,15 @@ class Past(NamedTuple):
         put = functools.partial(
             jax.lax.dynamic_update_slice_in_dim, start_index=self.length, axis=2
         )
-        whole = put(self.keys, keys), put(self.values, values)
+        whole = (
+            put(self.keys, keys.astype(self.keys.dtype)),
+            put(self.values, values.astype(self.values.dtype)),
+        )
         return Past(*whole, self.length + keys.shape[2])
 
 
 class Block(nn.Module):
-    """Attention and MLP, each behind an RMS norm and added to the residual stream."""
+    """Attention and MLP, each behind a norm and added to the residual stream."""
 
     config: TransformerConfig
 
@@ -221,7 +224,7 @@ class Block(nn.Module):
         if "down" not in beside:
             return _over_tokens(dense)
         down, up = (jnp.asarray(beside[part], dtype) for part in ("down", "up"))
-        # Of low rank, see `metaopt.models.adapters`; dense makes of x what it multiplies.
+        # Of low rank, see `metaopt.models.adapters`.
         return _over_tokens(lambda x: (y := dense(x)) + matmul(matmul(x, down), up).astype(y.dtype))
 
     @nn.compact
