@@ -1,7 +1,5 @@
 """What a row of a run learned, and its use: adapt to a text, score, generate, keep."""
 
-import io
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,20 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from metaopt import losses
+from metaopt.adapted_file import read_about, read_adapted, save_adapted
 from metaopt.eager import compile_once
 from metaopt.errors import Diverged, UserError
-from metaopt.files import local_path, write_bytes
 from metaopt.indices import check_range
 from metaopt.inner_loop import InnerLoop, adapt
 from metaopt.languages import LanguageConfig
-from metaopt.npz import Form, read_npz
 from metaopt.pytrees import all_finite
 from metaopt.ranges import Count, InnerSteps, Rate, Seed, check_value
 from metaopt.sequence import decoding
 from metaopt.statistics import Score, t_interval
 from metaopt.tasks.codecs import Codec
 from metaopt.training.fingerprint import of_arrays
-from metaopt.training.host_leaves import place
 from metaopt.types import Array, Batch, Hparams, Learner, LossFn, MetaParams, Model, Params
 
 Text = str | bytes | np.ndarray | Array | Sequence[int]
@@ -32,7 +28,6 @@ Text = str | bytes | np.ndarray | Array | Sequence[int]
 SEGMENTS_AT_A_TIME = 64
 MOST_STEPS = 10_000
 """Number of steps that a long text is adapted to with, if no other is asked for."""
-_ABOUT = "about"  # the array of a file of adapted parameters that says whose they are
 
 
 class Loaded(NamedTuple):
@@ -259,14 +254,7 @@ class Loaded(NamedTuple):
         Raises:
           UserError: the file is there already, or cannot be written.
         """
-        path = local_path(path)
-        if path.exists():
-            raise UserError(f"{path} is there already: give another name, or move it away")
-        leaves = {jax.tree_util.keystr(k): x for k, x in jax.tree.leaves_with_path(params)}
-        arrays = {name: _native(np.asarray(leaf)) for name, leaf in leaves.items()}
-        packed = io.BytesIO()
-        np.savez(packed, allow_pickle=False, **{_ABOUT: json.dumps(self._about()), **arrays})
-        write_bytes(path, packed.getvalue())
+        save_adapted(path, params, self._about())
 
     def read(self, path: Path | str) -> Params:
         """Adapted parameters that `save` wrote for this row of this run.
@@ -274,21 +262,14 @@ class Loaded(NamedTuple):
         Raises:
           UserError: it is no such file or a damaged one, or those of another row or run.
         """
-        path, example = local_path(path), self.start
-        try:
-            about = json.loads(str(read_npz(path, {_ABOUT: Form(np.str_, ())})[_ABOUT]))
-        except ValueError:
-            about = None
-        if not isinstance(about, dict) or about.get("learned") != self._about()["learned"]:
-            row = about.get("row") if isinstance(about, dict) else "something else"
+        about = read_about(path)
+        if about.get("learned") != self._about()["learned"]:
+            whose = about.get("row", "something else")
             raise UserError(
-                f"{path} was adapted from another run or row ({row}, and not what {self.row} of "
+                f"{path} was adapted from another run or row ({whose}, and not what {self.row} of "
                 "this run learned): give the run and row that it was adapted from"
             )
-        leaves = {jax.tree_util.keystr(k): x for k, x in jax.tree.leaves_with_path(example)}
-        forms = {name: Form(_native(np.asarray(x)).dtype, x.shape) for name, x in leaves.items()}
-        params = place(read_npz(path, forms), example)
-        return jax.tree.map(lambda x, like: x.astype(like.dtype), params, example)
+        return read_adapted(path, self.start)
 
     def _about(self) -> dict[str, Any]:
         """Whose adapted parameters a file holds; ``learned`` is the same in a copy of the run."""
@@ -305,8 +286,3 @@ def _segment_losses(loss_fn: LossFn):
         return jax.lax.map(one, segments, batch_size=SEGMENTS_AT_A_TIME)
 
     return found
-
-
-def _native(array: np.ndarray) -> np.ndarray:
-    """An array of a dtype that npz files have: bfloat16 as float32."""
-    return array.astype(np.float32) if array.dtype.kind == "V" else array

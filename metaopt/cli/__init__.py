@@ -39,6 +39,9 @@ COMMANDS = {
     "generate": Command(
         "metaopt.cli.generate:run", "generate text, with and without adaptation", computes=True
     ),
+    "read": Command(
+        "metaopt.cli.read:run", "read a file with a pretrained model that adapts", computes=True
+    ),
     "model": Command("metaopt.cli.model:run", "fetch a pretrained model, without a download site"),
     "doctor": Command(
         "metaopt.cli.doctor:run",

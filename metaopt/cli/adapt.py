@@ -51,7 +51,7 @@ def run(config: Config) -> None:
       UserError: there is no such run or row, the file cannot be used, or ``save`` is there already.
     """
     if config.save is not None:
-        _check_new(config.save)
+        check_new(config.save)
     found = open_row(config)
     tokens = read_tokens(found, config.on)
     size = found.sequences_a_step if config.sequences is None else config.sequences
@@ -94,7 +94,8 @@ def cut(found: Loaded, tokens: np.ndarray, sequences: int) -> tuple[np.ndarray, 
     return tokens[:end], tokens[end:]
 
 
-def _check_new(path: Path) -> None:
+def check_new(path: Path) -> None:
+    """Raises UserError unless a file can be written there that is not there yet."""
     path = local_path(path)
     if path.exists():
         raise UserError(f"--save {path} is there already: give another name, or move it away")

@@ -69,7 +69,7 @@ def run(config: Config) -> None:
     if config.model is not None and (config.adapted or config.on):
         raise UserError("--adapted and --on are of a run: leave them out with --model")
     if config.model is not None:
-        _stream(config, open_model(config.model))
+        _stream(config, open_model(config.model, config.adapter))
         return
     found = open_row(config)
     prompt = _prompt(found.tokens, config)
@@ -103,7 +103,8 @@ def _stream(config: Config, found: Pretrained) -> None:
     """Prints the text of a pretrained model while it is drawn, and how fast that was."""
     prompt = _prompt(found.codec.encode, config)
     prompt = prompt if len(prompt) else found.codec.encode(found.codec.opening)
-    log(f"generating {config.length} tokens, not adapted")
+    was = "not adapted" if config.adapter is None else "adapted"
+    log(f"generating {config.length} tokens, {was}")
     key = jax.random.key(config.seed)
     drawn = stream(found.config, found.params, prompt, config.length, key, config.temperature)
     text = codecs.getincrementaldecoder("utf-8")(errors="replace")

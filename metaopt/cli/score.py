@@ -54,14 +54,14 @@ def run(config: Config) -> None:
     if config.model is not None:
         if config.adapted is not None:
             raise UserError("--adapted is of a run: leave it out with --model")
-        model = open_model(config.model)
+        model = open_model(config.model, config.adapter)
         tokens = read_tokens(model, config.on)
         log(f"scoring {config.on}")
         with Progress(
             "scoring", total=-(-(len(tokens) - 1) // config.length), first="compiling"
         ) as shown:
             found = score(model, tokens, config.length, config.context, shown.update)
-        print(f"not adapted: {found}")
+        print(f"{'not adapted' if config.adapter is None else 'adapted'}: {found}")
         return
     found = open_row(config)
     adapted = None if config.adapted is None else found.read(config.adapted)

@@ -13,7 +13,7 @@ from metaopt.errors import UserError
 from metaopt.files import local_path, one_line
 from metaopt.load import load
 from metaopt.loaded import Loaded
-from metaopt.pretrained import Pretrained, open_pretrained
+from metaopt.pretrained import Pretrained, lay_over, open_pretrained
 from metaopt.ranges import Checked, Seed
 from metaopt.tasks.sources.text import array_domain
 from metaopt.tasks.sources.text_checks import check_readable
@@ -41,10 +41,12 @@ class ModelConfig(RowConfig):
     Attributes:
       run: Directory of a finished run of adapt_languages; none with a pretrained model.
       model: Pretrained model in place of a run: a folder of Hugging Face or a GGUF file.
+      adapter: File that metaopt read saved, to lay over the pretrained model.
     """
 
     run: tyro.conf.Positional[Path | None] = None  # type: ignore[assignment]
     model: Path | None = None
+    adapter: Path | None = None
 
     def __post_init__(self):
         super().__post_init__()
@@ -52,17 +54,22 @@ class ModelConfig(RowConfig):
             raise UserError("give the directory of a run, or --model PATH of a pretrained one")
         if self.model is not None and (self.row is not None or self.run_seed is not None):
             raise UserError("--row and --run-seed are of a run: leave them out with --model")
+        if self.adapter is not None and self.model is None:
+            raise UserError("--adapter is laid over a pretrained model: give --model PATH too")
 
 
-def open_model(path: Path) -> Pretrained:
-    """A pretrained model.
+def open_model(path: Path, adapter: Path | None = None) -> Pretrained:
+    """A pretrained model, with what has adapted laid over it.
 
     Raises:
-      UserError: see `metaopt.pretrained.open_pretrained`.
+      UserError: see `metaopt.pretrained.open_pretrained` and `metaopt.pretrained.lay_over`.
     """
     parallel.set_up_backend()
     log(f"loading {path}")
     found = open_pretrained(path)
+    if adapter is not None:
+        log(f"laying {adapter} over it")
+        found = lay_over(adapter, found)
     number = sum(leaf.size for leaf in jax.tree.leaves(found.params))
     log(f"{number:,} parameters, {found.codec.vocab_size:,} tokens")
     return found

@@ -7,10 +7,20 @@
 Llama, Mistral, Qwen2 and GPT-2, from a folder of Hugging Face (safetensors), and the first three
 also from a GGUF file. All are a `metaopt.models.transformer` with other options, so every learner,
 estimator and loss takes them. A model of Hugging Face is exported to a folder of its kind, which
-other programs read. `score` gives the loss on a text.
+other programs read. `score` gives the loss on a text, and
+`read_along` adapts along it.
 """
 
-from metaopt.pretrained.model import Pretrained, export, open_pretrained
-from metaopt.pretrained.reading import score
+from metaopt.pretrained.model import Pretrained, export, lay_over, open_pretrained, save_adapter
+from metaopt.pretrained.reading import ReadingConfig, read_along, score
 
-__all__ = ["Pretrained", "export", "open_pretrained", "score"]
+__all__ = [
+    "Pretrained",
+    "ReadingConfig",
+    "export",
+    "lay_over",
+    "open_pretrained",
+    "read_along",
+    "save_adapter",
+    "score",
+]

@@ -2,11 +2,16 @@
 
 import dataclasses
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
+
+from metaopt.adapted_file import read_about, read_adapted, save_adapted
 from metaopt.errors import UserError
 from metaopt.files import local_path
+from metaopt.frozen import merge
 from metaopt.models import TransformerConfig, transformer
+from metaopt.models.adapters import AdapterConfig, split
 from metaopt.pretrained.gguf_file import read_gguf
 from metaopt.pretrained.huggingface import (
     naming,
@@ -18,6 +23,7 @@ from metaopt.pretrained.layout import DType
 from metaopt.ranges import check_value
 from metaopt.tasks.codecs import Codec
 from metaopt.tasks.tokenizers import tokenizer
+from metaopt.training.fingerprint import of_arrays
 from metaopt.types import Model, Params
 
 
@@ -89,3 +95,34 @@ def export(folder: Path | str, found: Pretrained, params: Params | None = None) 
     """
     given = found.params if params is None else params
     write_folder(local_path(folder), found.config, given, found.tokenizer)
+
+
+def save_adapter(path: Path | str, found: Pretrained, config: AdapterConfig, fast: Params) -> None:
+    """Writes what of a model has adapted, alone, to a new npz file.
+
+    Raises:
+      UserError: the file is there already, or cannot be written.
+    """
+    about = {"adapter": dataclasses.asdict(config), "model": of_arrays(found.params)}
+    save_adapted(path, fast, about)
+
+
+def lay_over(path: Path | str, found: Pretrained) -> Pretrained:
+    """The model with what `save_adapter` wrote laid over it.
+
+    Raises:
+      UserError: it is no such file or a damaged one, or of another model.
+    """
+    about = read_about(path)
+    if about.get("model") != of_arrays(found.params):
+        raise UserError(f"{path} was not adapted from this model: give the one that it was")
+    try:
+        config = AdapterConfig(**{k: _as_field(v) for k, v in about["adapter"].items()})
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} does not say what has adapted ({error}): adapt again") from None
+    example = jax.eval_shape(lambda p: split(config, p, jax.random.key(0))[0], found.params)
+    return found._replace(params=merge(found.params, read_adapted(path, example)))
+
+
+def _as_field(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value

@@ -1,22 +1,26 @@
-"""How well a pretrained model predicts a text, segment by segment."""
+"""Reading a text with a pretrained model, segment by segment: as it is, or adapting on the way."""
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from metaopt.errors import UserError
+from metaopt.errors import Diverged, UserError
+from metaopt.frozen import FrozenLoss
 from metaopt.losses import NATS_TO_BITS
 from metaopt.models import TransformerConfig, reader
+from metaopt.models.adapters import AdapterConfig, split
 from metaopt.models.reader import Cache
 from metaopt.pretrained.model import Pretrained
-from metaopt.ranges import CountOr0, Length, check_value
+from metaopt.ranges import Checked, CountOr0, Length, Rate, Seed, Share, check_value
 from metaopt.statistics import Score, t_interval
-from metaopt.types import Array, Params
+from metaopt.streams.dynamic_evaluation import cut_segments, decay_towards, segment_loss
+from metaopt.types import Array, Batch, Params
 
 
 class Segments(NamedTuple):
@@ -53,7 +57,16 @@ def score(
     Raises:
       UserError: the text is too short, or a number is out of range.
     """
-    segments = segment_losses(found, tokens, length, context, update)
+    return score_of(segment_losses(found, tokens, length, context, update))
+
+
+def gain(before: Segments, after: Segments) -> Score:
+    """How many bits a byte the same segments lose less, with its paired interval over them."""
+    return score_of(before._replace(nats=before.nats - after.nats))
+
+
+def score_of(segments: Segments) -> Score:
+    """The mean of segments, in bits a byte, with its interval over them."""
     bits = segments.nats * NATS_TO_BITS
     mean = bits.sum() / segments.num_bytes.sum()
     # Of a ratio: the interval of what is left of each segment, in bytes of a mean segment.
@@ -112,3 +125,97 @@ def _loss(
     logits = reader(config).read(params, cache, tokens)[0][0]
     each = optax.softmax_cross_entropy_with_integer_labels(logits, following)
     return jnp.where(jnp.arange(len(each)) < counted, each, 0).sum()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadingConfig(Checked):
+    """How a model adapts while it reads.
+
+    Attributes:
+      adapter: what of it adapts.
+      optimizer: how it steps, once on each segment after scoring it; ``'none'`` scores alone.
+      learning_rate: its learning rate.
+      decay: share of the way back to the start that each step goes as well.
+      length: tokens of a segment.
+      context: tokens that are read before each segment and not scored again.
+      seed: seed of the start of products of low rank.
+    """
+
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    optimizer: Literal["adam", "sgd", "none"] = "adam"
+    learning_rate: Rate = 1e-3
+    decay: Share = 0.0
+    length: Length = 256
+    context: CountOr0 = 0
+    seed: Seed = 0
+
+
+class Read(NamedTuple):
+    """What came of adapting along a text.
+
+    Attributes:
+      segments: the losses, each from before the step on its segment.
+      fast: what has adapted.
+      frozen: the other parameters; ``merge(frozen, fast)`` are all.
+    """
+
+    segments: Segments
+    fast: Params
+    frozen: Params
+
+
+def read_along(
+    found: Pretrained,
+    tokens: np.ndarray,
+    config: ReadingConfig,
+    update: Callable[..., None] = lambda done, **numbers: None,
+) -> Read:
+    """Scores each whole segment of a text, then takes one step on it: dynamic evaluation.
+
+    Every token is predicted by a model that has not seen it. What is left over at the end and makes
+    no whole segment is not read.
+
+    Args:
+      found: the model, which is not changed.
+      tokens: the text, integers ``[n]``.
+      config: what adapts, and how.
+      update: called with the number of segments done and their mean loss, ``nats``.
+
+    Raises:
+      UserError: the text has no whole segment, or the model no such parameters.
+      Diverged: a loss is NaN or infinite.
+
+    References:
+      Krause et al., 2018, "Dynamic Evaluation of Neural Sequence Models", arXiv:1709.07432.
+    """
+    cut = cut_segments(tokens, config.length, config.context)
+    fast, frozen = split(config.adapter, found.params, jax.random.key(config.seed))
+    optimizers = {"adam": optax.adam, "sgd": optax.sgd, "none": lambda _: optax.identity()}
+    optimizer = optax.chain(
+        optimizers[config.optimizer](config.learning_rate),
+        decay_towards(fast, config.decay) if config.decay else optax.identity(),
+    )
+    whole = segment_loss(found.model)
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def step(fast: Params, opt_state: optax.OptState, frozen: Params, segment: Batch):
+        loss_fn = FrozenLoss(whole, frozen)
+        if config.optimizer == "none":
+            return fast, opt_state, loss_fn(fast, segment)
+        loss, grads = jax.value_and_grad(loss_fn)(fast, segment)
+        updates, opt_state = optimizer.update(grads, opt_state, fast)
+        return optax.apply_updates(fast, updates), opt_state, loss
+
+    fast, nats = jax.tree.map(jnp.copy, fast), np.zeros(len(cut.targets))  # the copy is donated
+    opt_state = optimizer.init(fast)
+    for i in range(len(nats)):
+        segment = Batch(cut.inputs[i : i + 1], cut.targets[i : i + 1])
+        fast, opt_state, loss = step(fast, opt_state, frozen, segment)
+        nats[i] = loss
+        if not np.isfinite(nats[i]):
+            hint = "lower the learning rate" if i else "the model has no finite loss on this text"
+            raise Diverged(f"the loss of segment {i + 1} is {nats[i]}: {hint}")
+        update(i + 1, nats=nats[: i + 1].mean())
+    num_bytes = np.array([len(found.codec.decode(targets)) for targets in cut.targets])
+    counted = np.full(len(nats), config.length)
+    return Read(Segments(nats * config.length, counted, num_bytes), fast, frozen)

@@ -40,6 +40,7 @@ SMALL = {
     "adapt": "run --on text/a",
     "generate": "run --on text/a",
     "score": "run --on text/a",
+    "read": "--model run --on text/a",
     "doctor": "--length 4 --model bigram",
     "watch": "run",
 }
@@ -76,6 +77,12 @@ def numbers_of(hint):
         ranged = any(isinstance(limit, Range) for limit in limits)
         return [ranged or has for has in numbers_of(inner)]
     return [has for arg in args for has in numbers_of(arg)]
+
+
+def is_config(hint):
+    """Whether a type is that of a config within a config, which has numbers of its own."""
+    hint = typing.get_args(hint)[0] if typing.get_origin(hint) is typing.Annotated else hint
+    return isinstance(hint, type) and issubclass(hint, Checked)
 
 
 def flags_of(config, prefix=""):
@@ -156,7 +163,7 @@ def test_any_number_gives_a_run_or_one_line(name, place, monkeypatch):
     def accept(*args, **kwargs):
         raise Accepted
 
-    for begin in ("open_run", "open_row", "open_view", "examine"):
+    for begin in ("open_run", "open_row", "open_model", "open_view", "examine"):
         if hasattr(module, begin):
             monkeypatch.setattr(module, begin, accept)
     monkeypatch.setattr(harness, "open_run", accept)
@@ -201,6 +208,6 @@ def test_every_command_with_numbers_is_tried():
     with_numbers = {
         name
         for name, module in commands().items()
-        if any(numbers_of(hint) for hint in field_types(module.Config).values())
+        if any(numbers_of(hint) or is_config(hint) for hint in field_types(module.Config).values())
     }
     assert with_numbers == set(SMALL)
