@@ -62,6 +62,7 @@ MARKOV = Config(
     comparison=ComparisonConfig(
         tasks_per_step=64,
         meta_steps=1000,
+        eval_every=100,
         inner_rates=(0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0),
         valid_episodes=512,
         test_episodes=2000,

@@ -36,6 +36,7 @@ SMALL = {
     "table_peers": "--preset smoke --peers",
     "table_self_improvement": "--preset smoke --folder text",
     "table_pretraining": "--preset smoke --file text/a",
+    "table_linear": "--preset smoke",
     "table_sinusoid": "--preset smoke --rows MAML",
     "adapt": "run --on text/a",
     "generate": "run --on text/a",
