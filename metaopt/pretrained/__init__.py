@@ -7,8 +7,7 @@
 Llama, Mistral, Qwen2 and GPT-2, from a folder of Hugging Face (safetensors); Llama and Qwen2 also
 from a GGUF file. All are a `metaopt.models.transformer` with other options, so every learner,
 estimator and loss takes them. A model of Hugging Face is exported to a folder of its kind, which
-other programs read. `score` gives the loss on a text, and
-`read_along` adapts along it.
+other programs read. `score` gives the loss on a text, and `read_along` adapts along it.
 """
 
 from metaopt.pretrained.model import Pretrained, export, lay_over, open_pretrained, save_adapter

@@ -11,7 +11,7 @@ from metaopt.errors import UserError
 from metaopt.files import local_path
 from metaopt.frozen import merge
 from metaopt.models import TransformerConfig, transformer
-from metaopt.models.adapters import AdapterConfig, split
+from metaopt.models.adapters import AdapterConfig, merged, split
 from metaopt.pretrained.gguf_file import read_gguf
 from metaopt.pretrained.huggingface import (
     naming,
@@ -88,12 +88,13 @@ def export(folder: Path | str, found: Pretrained, params: Params | None = None) 
     Args:
       folder: new folder.
       found: the model.
-      params: parameters to write, such as adapted ones; its own if None.
+      params: parameters to write, such as adapted ones; its own if None. Products of low rank are
+        added to their matrices.
 
     Raises:
       UserError: the folder is there already or cannot be written, or the library is not installed.
     """
-    given = found.params if params is None else params
+    given = merged(found.params if params is None else params)
     write_folder(local_path(folder), found.config, given, found.tokenizer)
 
 

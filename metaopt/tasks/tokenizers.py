@@ -73,6 +73,7 @@ def tokenizer(definition: str, name: str) -> Codec:
         )
     built.no_padding()
     built.no_truncation()
+    built.encode_special_tokens = True  # marks that are written out in a text are text
     of_token = _bytes_of_tokens(built)
 
     def encode(data: bytes) -> np.ndarray:

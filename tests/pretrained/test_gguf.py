@@ -118,3 +118,4 @@ def test_vocabulary_and_merges_make_a_tokenizer_that_gives_every_text_back(pre):
     assert (len(digits) == 5) or pre not in ("smollm", "qwen2")  # one token a digit
     assert tokenizer_of(fields | {"tokenizer.ggml.pre": "other"}) is None
     assert codec.decode([len(tokens)]) == b""  # the mark stands for no text
+    assert codec.decode(codec.encode(b"the <|end|> of it")) == b"the <|end|> of it"

@@ -15,6 +15,7 @@ from metaopt.losses import next_token
 from metaopt.models.adapters import AdapterConfig
 from metaopt.pretrained import (
     ReadingConfig,
+    export,
     lay_over,
     open_pretrained,
     read_along,
@@ -84,6 +85,9 @@ def test_what_has_adapted_is_saved_alone_and_laid_over(folder, tokens, kind, tmp
     assert jax.tree.structure(laid.params) == jax.tree.structure(expected)
     jax.tree.map(np.testing.assert_array_equal, laid.params, expected)
     assert score(laid, tokens, 8).mean < score(found, tokens, 8).mean
+    export(tmp_path / "whole", laid)
+    whole = open_pretrained(tmp_path / "whole")
+    assert score(whole, tokens, 8).mean == pytest.approx(score(laid, tokens, 8).mean, rel=1e-5)
     other = found._replace(params=jax.tree.map(lambda x: 2 * x, found.params))
     with pytest.raises(UserError, match="was not adapted from this model"):
         lay_over(tmp_path / "a.npz", other)
