@@ -94,7 +94,7 @@ def _adapt(found: Loaded, tokens: np.ndarray, seed: int) -> Params:
 
 def _prompt(encode: Callable[[bytes], np.ndarray], config: Config) -> np.ndarray:
     try:
-        return encode((config.prompt or "").encode())
+        return encode((config.prompt or "").encode("utf-8", "surrogateescape"))
     except UserError as error:
         raise UserError(f"--prompt: {error}") from None
 

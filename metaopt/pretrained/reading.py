@@ -190,27 +190,29 @@ def read_along(
     """
     cut = cut_segments(tokens, config.length, config.context)
     fast, frozen = split(config.adapter, found.params, jax.random.key(config.seed))
-    optimizers = {"adam": optax.adam, "sgd": optax.sgd, "none": lambda _: optax.identity()}
-    optimizer = optax.chain(
-        optimizers[config.optimizer](config.learning_rate),
-        decay_towards(fast, config.decay) if config.decay else optax.identity(),
-    )
+    anchor = fast if config.decay else None
     whole = segment_loss(found.model)
 
+    def optimizer(anchor: Params | None) -> optax.GradientTransformation:
+        rule = {"adam": optax.adam, "sgd": optax.sgd}.get(config.optimizer, optax.sgd)
+        back = optax.identity() if anchor is None else decay_towards(anchor, config.decay)
+        return optax.chain(rule(config.learning_rate), back)
+
     @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def step(fast: Params, opt_state: optax.OptState, frozen: Params, segment: Batch):
+    def step(fast: Params, opt_state: optax.OptState, shared: tuple, segment: Batch):
+        frozen, anchor = shared  # arguments, and no constants of the program
         loss_fn = FrozenLoss(whole, frozen)
         if config.optimizer == "none":
             return fast, opt_state, loss_fn(fast, segment)
         loss, grads = jax.value_and_grad(loss_fn)(fast, segment)
-        updates, opt_state = optimizer.update(grads, opt_state, fast)
+        updates, opt_state = optimizer(anchor).update(grads, opt_state, fast)
         return optax.apply_updates(fast, updates), opt_state, loss
 
     fast, nats = jax.tree.map(jnp.copy, fast), np.zeros(len(cut.targets))  # the copy is donated
-    opt_state = optimizer.init(fast)
+    opt_state = optimizer(anchor).init(fast)
     for i in range(len(nats)):
         segment = Batch(cut.inputs[i : i + 1], cut.targets[i : i + 1])
-        fast, opt_state, loss = step(fast, opt_state, frozen, segment)
+        fast, opt_state, loss = step(fast, opt_state, (frozen, anchor), segment)
         nats[i] = loss
         if not np.isfinite(nats[i]):
             hint = "lower the learning rate" if i else "the model has no finite loss on this text"
