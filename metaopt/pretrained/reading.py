@@ -13,7 +13,7 @@ import optax
 from metaopt.errors import Diverged, UserError
 from metaopt.frozen import FrozenLoss
 from metaopt.losses import NATS_TO_BITS
-from metaopt.models import TransformerConfig, reader
+from metaopt.models import TransformerConfig, reader, transformer
 from metaopt.models.adapters import AdapterConfig, split
 from metaopt.models.reader import Cache
 from metaopt.pretrained.model import Pretrained
@@ -191,28 +191,12 @@ def read_along(
     cut = cut_segments(tokens, config.length, config.context)
     fast, frozen = split(config.adapter, found.params, jax.random.key(config.seed))
     anchor = fast if config.decay else None
-    whole = segment_loss(found.model)
-
-    def optimizer(anchor: Params | None) -> optax.GradientTransformation:
-        rule = {"adam": optax.adam, "sgd": optax.sgd}.get(config.optimizer, optax.sgd)
-        back = optax.identity() if anchor is None else decay_towards(anchor, config.decay)
-        return optax.chain(rule(config.learning_rate), back)
-
-    @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def step(fast: Params, opt_state: optax.OptState, shared: tuple, segment: Batch):
-        frozen, anchor = shared  # arguments, and no constants of the program
-        loss_fn = FrozenLoss(whole, frozen)
-        if config.optimizer == "none":
-            return fast, opt_state, loss_fn(fast, segment)
-        loss, grads = jax.value_and_grad(loss_fn)(fast, segment)
-        updates, opt_state = optimizer(anchor).update(grads, opt_state, fast)
-        return optax.apply_updates(fast, updates), opt_state, loss
-
     fast, nats = jax.tree.map(jnp.copy, fast), np.zeros(len(cut.targets))  # the copy is donated
-    opt_state = optimizer(anchor).init(fast)
+    opt_state = _optimizer(config, anchor).init(fast)
     for i in range(len(nats)):
         segment = Batch(cut.inputs[i : i + 1], cut.targets[i : i + 1])
-        fast, opt_state, loss = step(fast, opt_state, (frozen, anchor), segment)
+        shared = frozen, anchor
+        fast, opt_state, loss = _step(found.config, config, fast, opt_state, shared, segment)
         nats[i] = loss
         if not np.isfinite(nats[i]):
             hint = "lower the learning rate" if i else "the model has no finite loss on this text"
@@ -221,3 +205,30 @@ def read_along(
     num_bytes = np.array([len(found.codec.decode(targets)) for targets in cut.targets])
     counted = np.full(len(nats), config.length)
     return Read(Segments(nats * config.length, counted, num_bytes), fast, frozen)
+
+
+def _optimizer(config: ReadingConfig, anchor: Params | None) -> optax.GradientTransformation:
+    rule = {"adam": optax.adam, "sgd": optax.sgd}.get(config.optimizer, optax.sgd)
+    back = optax.identity() if anchor is None else decay_towards(anchor, config.decay)
+    return optax.chain(rule(config.learning_rate), back)
+
+
+@functools.partial(
+    jax.jit, static_argnames=("model", "config"), donate_argnames=("fast", "opt_state")
+)
+def _step(
+    model: TransformerConfig,
+    config: ReadingConfig,
+    fast: Params,
+    opt_state: optax.OptState,
+    shared: tuple[Params, Params | None],
+    segment: Batch,
+) -> tuple[Params, optax.OptState, Array]:
+    """The loss on a segment, and a step on it; what is shared is no constant of the program."""
+    frozen, anchor = shared
+    loss_fn = FrozenLoss(segment_loss(transformer(model)), frozen)
+    if config.optimizer == "none":
+        return fast, opt_state, loss_fn(fast, segment)
+    loss, grads = jax.value_and_grad(loss_fn)(fast, segment)
+    updates, opt_state = _optimizer(config, anchor).update(grads, opt_state, fast)
+    return optax.apply_updates(fast, updates), opt_state, loss

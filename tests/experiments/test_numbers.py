@@ -37,6 +37,7 @@ SMALL = {
     "table_self_improvement": "--preset smoke --folder text",
     "table_pretraining": "--preset smoke --file text/a",
     "table_linear": "--preset smoke",
+    "table_pretrained": "--preset smoke --model text --streams text/a",
     "table_sinusoid": "--preset smoke --rows MAML",
     "adapt": "run --on text/a",
     "generate": "run --on text/a",
@@ -164,7 +165,7 @@ def test_any_number_gives_a_run_or_one_line(name, place, monkeypatch):
     def accept(*args, **kwargs):
         raise Accepted
 
-    for begin in ("open_run", "open_row", "open_model", "open_view", "examine"):
+    for begin in ("open_run", "open_row", "open_model", "open_pretrained", "open_view", "examine"):
         if hasattr(module, begin):
             monkeypatch.setattr(module, begin, accept)
     monkeypatch.setattr(harness, "open_run", accept)
