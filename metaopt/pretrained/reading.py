@@ -101,7 +101,7 @@ def segment_losses(
         cache = start(1, context + length)
         for block in blocks[max(0, i - context // length) : i]:
             cache = _read(config, found.params, cache, block)
-        nats[i] = _loss(config, found.params, cache, blocks[i], following[i], counted[i])
+        nats[i] = float(_loss(config, found.params, cache, blocks[i], following[i], counted[i]))
         update(i + 1)
     parts = np.split(np.asarray(tokens[1:]), np.cumsum(counted)[:-1])
     return Segments(nats, counted, np.array([len(found.codec.decode(part)) for part in parts]))
@@ -197,7 +197,7 @@ def read_along(
         segment = Batch(cut.inputs[i : i + 1], cut.targets[i : i + 1])
         shared = frozen, anchor
         fast, opt_state, loss = _step(found.config, config, fast, opt_state, shared, segment)
-        nats[i] = loss
+        nats[i] = float(loss)  # numpy's own conversion would hide an interrupt
         if not np.isfinite(nats[i]):
             hint = "lower the learning rate" if i else "the model has no finite loss on this text"
             raise Diverged(f"the loss of segment {i + 1} is {nats[i]}: {hint}")
