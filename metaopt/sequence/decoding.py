@@ -136,11 +136,13 @@ def stream(
         fits = min(BLOCK, room - begin)
         filled = jnp.pad(part, (0, fits - len(part)))[None]
         logits, cache = _read_block(config, params, cache, filled, jnp.int32(len(part)))
+    token = None
     for key_of_token in jax.random.split(key, num_tokens):
+        if token is not None:  # the last one is never read
+            logits, cache = _read_block(config, params, cache, token[None, None], jnp.int32(1))
         assert logits is not None  # a prompt has a token
         token = _draw(logits, key_of_token, temperature)
         yield int(token)
-        logits, cache = _read_block(config, params, cache, token[None, None], jnp.int32(1))
 
 
 @functools.partial(jax.jit, static_argnames=("config",), donate_argnames=("cache",))
