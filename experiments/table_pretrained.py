@@ -33,7 +33,7 @@ from metaopt.pretrained.packages import PACKAGES
 from metaopt.pretrained.reading import Segments, gain, score_of
 from metaopt.ranges import Count, CountOr0, Layers, Length, Range, Rate, Seed, Several
 from metaopt.statistics import Interval, Score
-from metaopt.tasks.sources.text import data_directory
+from metaopt.tasks.sources.text import data_directory, python_help
 from metaopt.training.fingerprint import of_arrays
 from metaopt.training.progress import Progress
 
@@ -162,10 +162,8 @@ def open_streams(config: Config) -> dict[str, str]:
     there = {name: Path(path) for name, path in STREAMS.items() if Path(path).is_file()}
     if there:
         return {name: read_text(path) for name, path in there.items()}
-    from pydoc_data import topics  # late: half a megabyte
-
     log("note: no stream is there: the text is that of Python's help")
-    return {"Python's help": "\n".join(topics.topics[name] for name in sorted(topics.topics))}
+    return {"Python's help": python_help()}
 
 
 def cut(config: Config, found: Pretrained, name: str, text: str) -> tuple[np.ndarray, int]:

@@ -49,6 +49,7 @@ from metaopt.reporting.results import Published
 from metaopt.statistics import interval
 from metaopt.tasks.fresh import fresh_tasks
 from metaopt.tasks.missing import choose, hide, missing_tokens
+from metaopt.tasks.sources.text import python_help
 from metaopt.training.types import TrainFn
 from metaopt.types import Array, Batch, Key, MetaParams, TaskFamily
 
@@ -171,9 +172,7 @@ def read_characters(config: Config) -> tuple[np.ndarray, int, bool]:
         path = local_path(config.file or SHAKESPEARE)
         text, is_shakespeare = read_text(path), path.name == SHAKESPEARE.name
     else:
-        from pydoc_data import topics  # late: half a megabyte
-
-        text, is_shakespeare = "\n".join(topics.topics[n] for n in sorted(topics.topics)), False
+        text, is_shakespeare = python_help(), False
         log(f"note: {SHAKESPEARE} is not there: the text is that of Python's help")
     symbols = {character: i for i, character in enumerate(sorted(set(text)))}
     if len(text) < 40 * (config.length + 1) or len(symbols) < 2:

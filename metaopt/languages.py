@@ -45,7 +45,8 @@ PRIORS: dict[str, Prior] = {"markov": "rows", "markov-symmetric": "symmetric"}
 BASELINE = "joint pretraining"
 """The row that others are compared with; its meta-steps see the same tokens as theirs."""
 EQUAL_OPERATIONS = "joint pretraining, equal operations"
-"""Takes its place where it is run: as many counted operations as MAML, so many more tokens."""
+"""The baseline of a run that has it: it spends as many counted operations as MAML does, and so
+sees many more tokens."""
 LAST_STEP = "MAML, last step"
 """MAML judged in training by the query loss after the last step alone."""
 

@@ -68,6 +68,13 @@ def take(tree: PyTree, names: Sequence[str] | None) -> PyTree:
     return jax.tree.map_with_path(lambda path, x: x if entry(path) in names else None, tree)
 
 
+def put(tree: dict[str, Any], path: Sequence[str], leaf: Any) -> None:
+    """Puts a leaf into nested dicts, which are made on the way to it."""
+    for key in path[:-1]:
+        tree = tree.setdefault(key, {})
+    tree[path[-1]] = leaf
+
+
 def fill(tree: PyTree, taken: PyTree) -> PyTree:
     """The tree with the leaves of `taken` (see `take`) in place of its own."""
     return jax.tree.map(lambda own, new: own if new is None else new, tree, taken)

@@ -4,12 +4,13 @@ The others are frozen, see `metaopt.frozen`.
 """
 
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
 
 from metaopt.errors import UserError
+from metaopt.pytrees import put
 from metaopt.ranges import Checked, Layers, Range, Several
 from metaopt.types import Key, Params
 
@@ -67,7 +68,7 @@ def split(config: AdapterConfig, params: Params, key: Key) -> tuple[Params, Para
     fast, frozen = {}, {}
     for keys, leaf in jax.tree.leaves_with_path(params):
         path = tuple(str(key.key) for key in keys)
-        _put(fast if adapts(path) else frozen, path, leaf)
+        put(fast if adapts(path) else frozen, path, leaf)
     if not fast:
         raise UserError("the model has no head of its own to adapt: it is the embedding")
     return fast, frozen
@@ -103,9 +104,3 @@ def _products(config: AdapterConfig, params: Params, key: Key) -> Params:
 def _layers(params: Params) -> list[str]:
     numbers = sorted(int(n.removeprefix("layer_")) for n in params if n.startswith("layer_"))
     return [f"layer_{number}" for number in numbers]
-
-
-def _put(tree: dict[str, Any], path: tuple[str, ...], leaf: Any) -> None:
-    for key in path[:-1]:
-        tree = tree.setdefault(key, {})
-    tree[path[-1]] = leaf

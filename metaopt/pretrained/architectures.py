@@ -241,7 +241,7 @@ def from_gguf(found: Found, names: set[str]) -> TransformerConfig:
 
     Args:
       found: fields by name.
-      names: names of its tensors, of which the output is missing where the head is tied.
+      names: names of its tensors; a head that is the embedding has none of its own.
 
     Raises:
       UserError: see `from_huggingface`.

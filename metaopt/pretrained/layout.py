@@ -14,6 +14,7 @@ import numpy as np
 
 from metaopt.errors import UserError
 from metaopt.models import TransformerConfig, transformer
+from metaopt.pytrees import put
 from metaopt.types import Params
 
 DType = Literal["float32", "bfloat16"]
@@ -92,7 +93,7 @@ def to_params(
                 raise UserError(
                     f"tensor {name} is {list(shapes[name])}, and the config asks for {list(kept)}"
                 )
-        _put(params, each.path, jnp.asarray(_ours(config, each, read), dtype))
+        put(params, each.path, jnp.asarray(_ours(config, each, read), dtype))
     return params
 
 
@@ -149,12 +150,6 @@ def _leaf(tree: Params, path: tuple[str, ...]):
     for key in path:
         tree = tree[key]
     return tree
-
-
-def _put(tree: Params, path: tuple[str, ...], leaf: jax.Array) -> None:
-    for key in path[:-1]:
-        tree = tree.setdefault(key, {})
-    tree[path[-1]] = leaf
 
 
 def _several(what: str, names: list[str]) -> str:

@@ -21,7 +21,7 @@ from metaopt.errors import UserError
 from metaopt.ranges import Checked, Count, Length, Range, Seed
 from metaopt.tasks.codecs import BYTES, Codec, symbols
 from metaopt.tasks.fresh import fresh_tasks
-from metaopt.tasks.sources.text import folder_domains
+from metaopt.tasks.sources.text import folder_domains, python_help
 from metaopt.types import Array, Batch, Key, TaskFamily
 
 LETTERS = " abcdefghijklmnopqrstuvwxyz"
@@ -114,7 +114,7 @@ def read_books(config: CipherConfig) -> tuple[list[np.ndarray], ...]:
       UserError: see `ciphers`.
     """
     if config.folder is None:
-        whole = to_symbols(_embedded(), config.alphabet)
+        whole = to_symbols(python_help().encode(), config.alphabet)
         cuts = [len(whole) * 8 // 10, len(whole) * 9 // 10]
         return tuple([part] for part in np.split(whole, cuts))
     domains = folder_domains(Path(config.folder).expanduser())
@@ -194,12 +194,6 @@ def encrypt(config: CipherConfig, key: Key, plain: Array) -> Array:
             return jnp.where(jax.random.bernoulli(key), turned, plain)
         case "none":
             return plain
-
-
-def _embedded() -> bytes:
-    from pydoc_data import topics  # late: half a megabyte
-
-    return "\n".join(topics.topics[name] for name in sorted(topics.topics)).encode()
 
 
 def _books(texts: list[np.ndarray], config: CipherConfig) -> Books:

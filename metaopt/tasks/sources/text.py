@@ -176,6 +176,13 @@ def data_directory(given: str | None) -> Path:
     return Path(given or os.environ.get("METAOPT_DATA") or "data").expanduser()
 
 
+def python_help() -> str:
+    """The text of Python's own help, 465,000 characters of English that are on every machine."""
+    from pydoc_data import topics  # late: half a megabyte
+
+    return "\n".join(topics.topics[name] for name in sorted(topics.topics))
+
+
 def has_tfds() -> bool:
     """Whether tensorflow-datasets and the reader of its files are installed."""
     wanted = ("tensorflow_datasets", "array_record")
