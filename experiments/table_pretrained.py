@@ -29,7 +29,7 @@ from metaopt.errors import UserError
 from metaopt.files import local_path, read_text
 from metaopt.models.adapters import AdapterConfig
 from metaopt.pretrained import Pretrained, ReadingConfig, open_pretrained, read_along
-from metaopt.pretrained.packages import PACKAGES
+from metaopt.pretrained.packages import fetched
 from metaopt.pretrained.reading import Segments, gain, score_of
 from metaopt.ranges import Count, CountOr0, Layers, Length, Range, Rate, Seed, Several
 from metaopt.statistics import Interval, Score
@@ -187,24 +187,11 @@ def cut(config: Config, found: Pretrained, name: str, text: str) -> tuple[np.nda
     return np.concatenate([before, tokens]).astype(np.int32), longest
 
 
-def model_path(config: Config) -> Path:
-    """Where the model is.
-
-    Raises:
-      UserError: none is given, and none was fetched.
-    """
-    if config.model is not None:
-        return local_path(config.model)
-    path = data_directory(None) / "models" / Path(PACKAGES["smollm2"].file).name
-    if not path.is_file():
-        raise UserError(f"{path} is not there: run metaopt model smollm2, or give --model PATH")
-    return path
-
-
 def run(config: Config) -> None:
     """Reads the streams in every way, and writes the tables."""
     harness.begin()
-    rows, path, texts = make_rows(config), model_path(config), open_streams(config)
+    rows, texts = make_rows(config), open_streams(config)
+    path = config.model or fetched("smollm2", data_directory(None))
     log(f"loading {path}")
     found = open_pretrained(path)
     streams = {name: cut(config, found, name, text) for name, text in texts.items()}

@@ -12,7 +12,7 @@ import numpy as np
 
 from metaopt import eager
 from metaopt.checks import check_call, check_parts
-from metaopt.frozen import unbound
+from metaopt.frozen import prepared, unbound
 from metaopt.inner_loop import InnerLoop, adapt
 from metaopt.parallel import Device, default_devices, parallel_map
 from metaopt.ranges import Count, check_value
@@ -144,15 +144,16 @@ def make_curves(
         check_call(learner, meta_params, hparams, episode)
         loss_fn = bind(frozen)
         query_loss = bind_outer(frozen_outer) or loss_fn
+        query = prepared(query_loss, episode.query)
 
         def judge(params, _=None):
-            return measure(params, episode) if measure else query_loss(params, episode.query)
+            return measure(params, episode) if measure else query_loss(params, query)
 
         adapted = adapt(
             learner.inner_loss(meta_params, loss_fn),
             learner.inner_opt(meta_params, hparams),
             learner.start(meta_params),
-            episode.support,
+            prepared(loss_fn, episode.support),
             scanned,
             num_steps=num_steps,
             probe=judge,

@@ -24,7 +24,7 @@ from metaopt.eager import compile_once
 from metaopt.errors import UserError
 from metaopt.evaluate import make_curves
 from metaopt.files import check_directory
-from metaopt.frozen import unbound
+from metaopt.frozen import prepared, unbound
 from metaopt.inner_loop import InnerLoop
 from metaopt.meta_gradients import reverse
 from metaopt.optimizers.outer import OuterConfig, outer_optimizer
@@ -292,9 +292,17 @@ class _Parts(NamedTuple):
         if frozen is not None:
             losses = zip((loss_fn, outer_loss), frozen, strict=True)
             loss_fn, outer_loss = (unbound(loss)[0](arrays) for loss, arrays in losses)
-        if outer_loss is None:
-            return self.estimator(self.learner, loss_fn, inner)
-        return self.estimator(self.learner, loss_fn, inner, outer_loss=outer_loss)  # type: ignore
+        judges = {} if outer_loss is None else {"outer_loss": outer_loss}
+        estimate = self.estimator(self.learner, loss_fn, inner, **judges)
+
+        def of_episode(meta_params: MetaParams, hparams: Hparams, episode: Episode, key: Key):
+            episode = episode._replace(
+                support=prepared(loss_fn, episode.support),
+                query=prepared(outer_loss or loss_fn, episode.query),
+            )
+            return estimate(meta_params, hparams, episode, key)
+
+        return of_episode
 
     def step(self, axis_name: str | None) -> Callable:
         """``(state, episodes) -> (state, metrics)``, or ``(state, episodes, frozen)``."""

@@ -18,6 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 from metaopt.checks import check_adapt, scalar_loss
 from metaopt.eager import compile_once
 from metaopt.errors import UserError
+from metaopt.frozen import prepared, unbound
 from metaopt.pytrees import is_smooth
 from metaopt.ranges import Checked, InnerSteps
 from metaopt.rematerialization.scan import KeptDtype, KeptOn, planned_scan
@@ -159,11 +160,14 @@ def adapt(
     """
     steps = config.num_steps if num_steps is None else num_steps
     check_adapt(loss_fn, optimizer, params, support, steps)
-    run = functools.partial(_adapt, scalar_loss(loss_fn), optimizer, config, steps, grad_fn, probe)
-    return compile_once(run)(params, support, opt_state)
+    bind, frozen = unbound(loss_fn)
+    run = functools.partial(_adapt, bind, optimizer, config, steps, grad_fn, probe)
+    return compile_once(run)(params, support, opt_state, frozen)
 
 
-def _adapt(loss_fn, optimizer, config, steps, grad_fn, probe, params, support, opt_state):
+def _adapt(bind, optimizer, config, steps, grad_fn, probe, params, support, opt_state, frozen):
+    loss_fn = bind(frozen)
+    support, loss_fn = prepared(loss_fn, support), scalar_loss(loss_fn)
     value_and_grad = grad_fn(loss_fn)
     batches = split_batches(support, steps) if config.batching == "split" else None
 

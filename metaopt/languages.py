@@ -6,8 +6,11 @@ and rows of one's own are given as ``module:function``.
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Literal, get_args
+
+import numpy as np
 
 from metaopt import learners, meta_gradients, models
 from metaopt.comparison import ComparisonConfig, Row, check_settings, select
@@ -18,6 +21,8 @@ from metaopt.learners.maml import InnerOptimizer
 from metaopt.losses import next_token
 from metaopt.optimizers.inner import INNER_OPTIMIZERS, OptimizerName
 from metaopt.parts import load_part, make_part
+from metaopt.pretrained import Pretrained, open_pretrained
+from metaopt.pretrained.packages import fetched
 from metaopt.ranges import (
     Checked,
     Count,
@@ -34,12 +39,14 @@ from metaopt.tasks.ciphers import codec as cipher_codec
 from metaopt.tasks.ciphers import digest as cipher_digest
 from metaopt.tasks.codecs import Codec, letters
 from metaopt.tasks.markov import Concentration, MarkovConfig, Order, Prior, Symbols, markov
-from metaopt.tasks.text import TextConfig, text
+from metaopt.tasks.sources.text import data_directory
+from metaopt.tasks.text import OF_MODEL, TextConfig, text
 from metaopt.tasks.text import digest as text_digest
 from metaopt.tasks.text import make_codec as text_codec
+from metaopt.training.fingerprint import of_arrays
 from metaopt.types import Estimator, Learner, Model, TaskFamily
 
-ModelName = Literal["bigram", "rnn", "gru", "lstm", "transformer"]
+ModelName = Literal["bigram", "rnn", "gru", "lstm", "transformer", "pretrained"]
 PRIORS: dict[str, Prior] = {"markov": "rows", "markov-symmetric": "symmetric"}
 """The prior of the languages by the name of the tasks."""
 BASELINE = "joint pretraining"
@@ -49,6 +56,8 @@ EQUAL_OPERATIONS = "joint pretraining, equal operations"
 sees many more tokens."""
 LAST_STEP = "MAML, last step"
 """MAML judged in training by the query loss after the last step alone."""
+USUAL = "usual start"
+"""The untrained row of a pretrained model, whose inner rate alone is tuned."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,12 +68,16 @@ class LanguageConfig(Checked):
       tasks: markov, markov-symmetric, ciphers, text (with --folder), stdlib, tfds:NAME, or
         module:function of your own, which takes nothing and returns a `TaskFamily`.
       folder: Folder of text, one file a domain; for ciphers, of books.
-      model: bigram, rnn, gru, lstm, transformer, or module:function of your own, which takes
-        what it needs of vocab_size, width, num_layers and num_heads, and returns a `Model`.
+      model: bigram, rnn, gru, lstm, transformer, pretrained, or module:function of your own, which
+        takes what it needs of vocab_size, width, num_layers and num_heads, and returns a `Model`.
+      pretrained: Folder of Hugging Face or GGUF file of the model pretrained; the one of metaopt
+        model smollm2 if not given.
+      adapter: What of the pretrained model adapts; the rest is frozen.
       width: Width of the recurrent and transformer models.
       num_layers: Number of layers of the recurrent and transformer models.
       num_heads: Number of heads of the transformer.
-      compute_dtype: Dtype of the activations of the transformer.
+      compute_dtype: Dtype of the activations of the transformer, and of what is frozen of a
+        pretrained one.
       num_support: S, sequences to adapt on.
       num_query: Q, sequences to be judged on.
       length: L, tokens in a sequence.
@@ -83,7 +96,7 @@ class LanguageConfig(Checked):
       split_seed: Seed of the choice of held-out domains.
       skip_small: Leave out domains of text that are shorter than an episode.
       tokenizer: Tokens of text: bytes; bpe:SIZE, byte pair encoding trained on the training
-        domains; or a JSON file of the library tokenizers.
+        domains; or a JSON file of the library tokenizers. A pretrained model has its own.
       inner_optimizer: Optimiser of the inner loop, or module:function of your own, which takes
         the learning rate and returns an `optax.GradientTransformation`.
       inner: The inner loop.
@@ -95,6 +108,8 @@ class LanguageConfig(Checked):
     tasks: str = "markov"
     folder: str | None = None
     model: ModelName | str = "bigram"
+    pretrained: str | None = None
+    adapter: models.AdapterConfig = dataclasses.field(default_factory=models.AdapterConfig)
     width: Width = 64
     num_layers: Layers = 2
     num_heads: Heads = 2
@@ -137,6 +152,11 @@ def is_own(name: str) -> bool:
     return ":" in name and not name.startswith("tfds:")
 
 
+def is_pretrained(config: LanguageConfig) -> bool:
+    """Whether the model of a config was trained elsewhere, and a part of it adapts."""
+    return config.model == "pretrained"
+
+
 def is_markov(tasks: str) -> bool:
     """Whether tasks of this name are Markov languages."""
     return tasks in PRIORS
@@ -165,11 +185,18 @@ def make_family(config: LanguageConfig, fold: int = 0) -> TaskFamily:
         return ciphers(cipher_config(config))
     if is_own(config.tasks):
         return make_part("--tasks", config.tasks, TaskFamily)
-    return text(text_config(config, fold))
+    codec = make_codec(config) if is_pretrained(config) else None
+    return text(text_config(config, fold), codec)
 
 
 def _check_tasks(config: LanguageConfig) -> None:
     tasks = config.tasks
+    if is_pretrained(config) and not is_text(tasks):
+        raise UserError(f"--model pretrained reads text, not {tasks}: give --tasks text or stdlib")
+    if is_pretrained(config) and config.tokenizer != "bytes":
+        raise UserError("--model pretrained has a tokenizer of its own: leave --tokenizer out")
+    if config.pretrained is not None and not is_pretrained(config):
+        raise UserError(f"--pretrained is for --model pretrained, not {config.model}")
     if config.folder is not None and tasks not in ("text", "ciphers"):
         raise UserError(
             f"--folder is for --tasks text or ciphers, not {tasks}: leave one of them out"
@@ -186,18 +213,34 @@ def _check_tasks(config: LanguageConfig) -> None:
 def text_config(config: LanguageConfig, fold: int = 0) -> TextConfig:
     """The domains of text of a config, and of its fold if it has several."""
     source = config.folder if config.tasks == "text" else config.tasks
-    return TextConfig(source=str(source), fold=fold, **shared_fields(TextConfig, config))
+    found = TextConfig(source=str(source), fold=fold, **shared_fields(TextConfig, config))
+    return dataclasses.replace(found, tokenizer=OF_MODEL) if is_pretrained(config) else found
 
 
 def digest(config: LanguageConfig) -> str | None:
     """The digest of files that the tasks of a config are read from; None if there are none."""
     if is_cipher(config.tasks):
         return cipher_digest(cipher_config(config))
-    return text_digest(text_config(config)) if is_text(config.tasks) else None
+    if not is_text(config.tasks):
+        return None
+    found = text_digest(text_config(config))
+    if is_pretrained(config):
+        model = _open(config.pretrained, config.compute_dtype)
+        read = model.params, np.frombuffer(model.tokenizer.encode(), np.uint8)
+        found = f"{found or ''}-{of_arrays(read)[:16]}"
+    return found
+
+
+@functools.lru_cache(maxsize=1)
+def _open(path: str | None, dtype: Literal["float32", "bfloat16"]) -> Pretrained:
+    """The pretrained model, which is read once for all that asks for it."""
+    return open_pretrained(path or fetched("smollm2", data_directory(None)), dtype)
 
 
 def make_codec(config: LanguageConfig) -> Codec:
     """How the tokens of the tasks of a config are written as text."""
+    if is_pretrained(config):
+        return _open(config.pretrained, config.compute_dtype).codec
     if is_cipher(config.tasks):
         return cipher_codec(cipher_config(config))
     return text_codec(text_config(config)) if is_text(config.tasks) else letters(config.vocab_size)
@@ -209,6 +252,9 @@ def make_model(config: LanguageConfig) -> Model:
     Raises:
       UserError: there is no such model.
     """
+    if is_pretrained(config):
+        found = _open(config.pretrained, config.compute_dtype)
+        return models.adapting(found.config, config.adapter, found.params)
     vocab_size = make_codec(config).vocab_size
     if is_own(config.model):
         sizes = {name: getattr(config, name) for name in ("width", "num_layers", "num_heads")}
@@ -254,12 +300,12 @@ def _library_rows(config: LanguageConfig, model: Model, optimizer: InnerOptimize
     of_maml = row("MAML", maml, reverse)
     joint = row(BASELINE, maml, meta_gradients.joint)
     rows = [
-        row("random init", maml, None),
+        row(USUAL if is_pretrained(config) else "random init", maml, None),
         joint,
         joint._replace(name=EQUAL_OPERATIONS, spends_as=of_maml),
         row("Reptile", maml, meta_gradients.reptile),
         row("FOMAML", maml, meta_gradients.first_order),
-        row("ANIL", learners.anil(model, optimizer), reverse),
+        *([row("ANIL", learners.anil(model, optimizer), reverse)] if model.head else []),
         of_maml,
         of_maml._replace(
             name=LAST_STEP, inner=dataclasses.replace(config.inner, query_loss="last")

@@ -14,6 +14,7 @@ from metaopt.files import local_path, read_json, read_json_lines
 from metaopt.inner_loop import InnerLoop
 from metaopt.languages import LanguageConfig, make_codec, make_model, make_rows
 from metaopt.loaded import Loaded
+from metaopt.models import AdapterConfig
 from metaopt.ranges import field_types
 from metaopt.reporting.results import step_column
 from metaopt.training.checkpoint import Checkpoints
@@ -30,8 +31,8 @@ def load(run: Path | str, row: str | None = None, seed: int | None = None) -> Lo
     """Model, learner, meta-parameters and rates of a row of a finished run of `adapt_languages`.
 
     Only the directory of the run is read, wherever it lies, and nothing in it is changed. The
-    data that it was trained on need not be there. Parts of one's own that the run was given as
-    ``module:function`` are imported again.
+    data that it was trained on need not be there. A pretrained model that it adapted is opened
+    again, and parts of one's own that it was given as ``module:function`` are imported again.
 
     Args:
       run: directory of the run.
@@ -145,6 +146,8 @@ def _read_config(path: Path) -> tuple[dict[str, Any], LanguageConfig]:
         raise UserError(f"{path} is not the config of a run of adapt_languages")
     fields = fields_of(LanguageConfig, saved)
     fields["inner"] = InnerLoop(**fields_of(InnerLoop, saved["inner"]))
+    if "adapter" in fields:
+        fields["adapter"] = AdapterConfig(**fields_of(AdapterConfig, saved["adapter"]))
     if "tokenizer" in fields and fields["tokenizer"] != "bytes":
         fields["tokenizer"] = str(path.with_name(TOKENIZER))
     return saved, LanguageConfig(**fields)

@@ -12,6 +12,7 @@ from metaopt import losses
 from metaopt.adapted_file import read_about, read_adapted, save_adapted
 from metaopt.eager import compile_once
 from metaopt.errors import Diverged, UserError
+from metaopt.frozen import Bind, unbound
 from metaopt.indices import check_range
 from metaopt.inner_loop import InnerLoop, adapt
 from metaopt.languages import LanguageConfig
@@ -25,7 +26,7 @@ from metaopt.types import Array, Batch, Hparams, Learner, LossFn, MetaParams, Mo
 
 Text = str | bytes | np.ndarray | Array | Sequence[int]
 """Text, its bytes, or its tokens: integers ``[n]``."""
-SEGMENTS_AT_A_TIME = 64
+LOGITS_AT_A_TIME = 2**26
 MOST_STEPS = 10_000
 """Number of steps that a long text is adapted to with, if no other is asked for."""
 
@@ -208,7 +209,10 @@ class Loaded(NamedTuple):
         inputs = np.pad(tokens[:-1], (0, missing)).reshape(-1, length)
         targets = np.pad(tokens[1:], (0, missing), constant_values=losses.IGNORED)
         segments = inputs, targets.reshape(-1, length)
-        nats = np.asarray(compile_once(_segment_losses(self.loss_fn))(params, segments), np.float64)
+        bind, frozen = unbound(self.loss_fn)
+        together = max(1, LOGITS_AT_A_TIME // (length * self.codec.vocab_size))
+        losses_of = compile_once(_segment_losses(bind, together))
+        nats = np.asarray(losses_of(params, segments, frozen), np.float64)
         counts = (segments[1] != losses.IGNORED).sum(axis=1)
         unit, scale = "nats/token", 1.0
         if self.codec.is_text:
@@ -276,13 +280,13 @@ class Loaded(NamedTuple):
         return {"row": self.row, "seed": self.seed, "learned": of_arrays(self.meta_params)}
 
 
-def _segment_losses(loss_fn: LossFn):
-    """``(params, (inputs, targets) [N, L]) -> [N]``, the mean of each segment."""
+def _segment_losses(bind: Bind, together: int):
+    """``(params, (inputs, targets) [N, L], frozen) -> [N]``, the mean of each segment."""
 
-    def found(params, segments):
+    def found(params, segments, frozen):
         def one(segment):
-            return loss_fn(params, Batch(*(x[None] for x in segment)))
+            return bind(frozen)(params, Batch(*(x[None] for x in segment)))
 
-        return jax.lax.map(one, segments, batch_size=SEGMENTS_AT_A_TIME)
+        return jax.lax.map(one, segments, batch_size=together)
 
     return found

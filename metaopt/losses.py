@@ -9,6 +9,8 @@ if there are none. (If a batch is cut up, over steps, devices or microbatches, e
 has a mean of its own.) One that is no class is an error, never another class's score: a
 UserError where its value is known, and in a compiled function, where it is not, a loss and a
 gradient of NaN.
+
+Of a model that adapts in part the loss is a `metaopt.frozen.FrozenLoss` of what adapts.
 """
 
 import math
@@ -20,6 +22,7 @@ import jax.numpy as jnp
 import optax
 
 from metaopt.errors import UserError
+from metaopt.frozen import is_prepared, of_what_adapts
 from metaopt.indices import as_int32, as_tokens, check_range
 from metaopt.types import Array, Batch, LossFn, Model, Params
 
@@ -45,13 +48,17 @@ def next_token(model: Model, ignore_index: int | None = IGNORED) -> LossFn:
       raises UserError, when traced, if they differ in shape or are no integers.
     """
 
+    apply, trunk = model.apply, model.trunk
+
     def loss(params: Params, batch: Batch) -> Array:
         _require_batch(batch)
-        inputs = as_tokens("inputs", batch.inputs)
-        _require_shape("targets", batch.targets, inputs.shape)
-        return _cross_entropy(model.apply(params, inputs), batch.targets, ignore_index)
+        inputs = batch.inputs
+        if trunk is None or not is_prepared(inputs):
+            inputs = as_tokens("inputs", inputs)
+            _require_shape("targets", batch.targets, inputs.shape)
+        return _cross_entropy(apply(params, inputs), batch.targets, ignore_index)
 
-    return loss
+    return of_what_adapts(loss, model)
 
 
 def regression(model: Model) -> LossFn:
@@ -67,11 +74,12 @@ def regression(model: Model) -> LossFn:
 
     def loss(params: Params, batch: Batch) -> Array:
         _require_batch(batch)
-        predictions = _at_least_float32(model.apply(params, batch.inputs))
+        predictions = _at_least_float32(apply(params, batch.inputs))
         _require_shape("targets", batch.targets, predictions.shape)
         return jnp.mean((predictions - batch.targets) ** 2)
 
-    return loss
+    apply = model.apply
+    return of_what_adapts(loss, model)
 
 
 def classification(model: Model, ignore_index: int | None = IGNORED) -> LossFn:
@@ -88,9 +96,10 @@ def classification(model: Model, ignore_index: int | None = IGNORED) -> LossFn:
 
     def loss(params: Params, batch: Batch) -> Array:
         _require_batch(batch)
-        return _cross_entropy(model.apply(params, batch.inputs), batch.targets, ignore_index)
+        return _cross_entropy(apply(params, batch.inputs), batch.targets, ignore_index)
 
-    return loss
+    apply = model.apply
+    return of_what_adapts(loss, model)
 
 
 def accuracy(model: Model, ignore_index: int | None = IGNORED) -> LossFn:
@@ -102,12 +111,13 @@ def accuracy(model: Model, ignore_index: int | None = IGNORED) -> LossFn:
 
     def share_correct(params: Params, batch: Batch) -> Array:
         _require_batch(batch)
-        logits = model.apply(params, batch.inputs)
+        logits = apply(params, batch.inputs)
         labels = _labels(batch.targets, logits, ignore_index)
         correct = (logits.argmax(-1) == labels).astype(jnp.float32)
         return _mean_of_counted(correct, labels, logits.shape[-1], ignore_index)
 
-    return share_correct
+    apply = model.apply
+    return of_what_adapts(share_correct, model)
 
 
 def per_example(loss_fn: LossFn) -> Callable[[Params, Batch], Array]:

@@ -98,11 +98,17 @@ class Model(NamedTuple):
         ``inputs[:, :t + 1]`` only.
       head: the names of the top-level entries of ``params`` that are the head,
         which is what ANIL adapts. Empty where there is none (a tied head).
+      frozen: parameters that nothing moves, of a model that adapts in part; None of others. Then
+        ``init`` gives those that adapt, and ``apply`` takes all: `metaopt.frozen.whole`.
+      trunk: ``(frozen, inputs) -> floats``: what comes before all that adapts, to be computed once
+        and not in each step. ``apply`` takes the result in place of inputs. None if there is none.
     """
 
     init: Callable[[Key], Params]
     apply: Callable[[Params, Array], Array]
     head: tuple[str, ...] = ("head",)
+    frozen: Params | None = None
+    trunk: Callable[[Params, Array], Array] | None = None
 
 
 LossFn = Callable[[Params, Batch], Array]

@@ -14,9 +14,9 @@ OTHERS = [p for d in ("experiments", "benchmarks") for p in (ROOT.parent / d).rg
 ORDER = [
     {"console"},
     {"types", "errors"},
-    {"files", "ranges", "indices", "npz", "parts", "pytrees", "signals"},
+    {"files", "frozen", "ranges", "indices", "npz", "parts", "pytrees", "signals"},
     {"losses", "models", "measure", "parallel", "statistics"},
-    {"adapted_file", "checks", "eager", "frozen"},
+    {"adapted_file", "checks", "eager"},
     {"tasks", "rematerialization", "resources", "timing"},
     {"optimizers"},
     {"inner_loop"},

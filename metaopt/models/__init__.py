@@ -5,6 +5,7 @@ that returns a ``Model``; `as_model` makes one of a module of Linen, NNX or Equi
 of functions.
 """
 
+from metaopt.models.adapters import AdapterConfig, adapting
 from metaopt.models.bigram import bigram, ngram
 from metaopt.models.conv import conv
 from metaopt.models.mlp import mlp
@@ -14,7 +15,9 @@ from metaopt.models.recurrent import recurrent
 from metaopt.models.transformer import TransformerConfig, transformer
 
 __all__ = [
+    "AdapterConfig",
     "TransformerConfig",
+    "adapting",
     "as_model",
     "bigram",
     "conv",

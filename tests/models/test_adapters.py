@@ -1,16 +1,32 @@
 """What of a transformer adapts, and losses whose other parameters are arguments."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from metaopt import FitConfig, InnerLoop, Problem, evaluate, fit, learners, meta_gradients
+from metaopt import (
+    Batch,
+    FitConfig,
+    InnerLoop,
+    Problem,
+    adapt,
+    evaluate,
+    fit,
+    learners,
+    measure,
+    meta_gradients,
+)
 from metaopt.errors import UserError
-from metaopt.frozen import FrozenLoss, merge
+from metaopt.frozen import FrozenLoss, merge, prepared, whole
 from metaopt.losses import next_token
 from metaopt.models import TransformerConfig, transformer
-from metaopt.models.adapters import AdapterConfig, merged, split
+from metaopt.models.adapters import AdapterConfig, adapting, merged, split
+from metaopt.sequence import decoding
+from metaopt.streams.dynamic_evaluation import cut_segments, segment_loss
 from metaopt.tasks import MarkovConfig, markov
 
 CONFIG = TransformerConfig(
@@ -70,12 +86,90 @@ def test_what_the_model_has_not_cannot_adapt():
         split(AdapterConfig(matrices=("gate",)), params, jax.random.key(0))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_trunk_computed_ahead_changes_nothing(kind):
+    model = adapting(CONFIG, AdapterConfig(kind=kind, blocks=2, rank=2), PARAMS)
+    assert (model.trunk is not None) == (kind in ("blocks", "head", "low_rank"))
+    params = jax.tree.map(lambda x: x + 0.1, model.init(jax.random.key(1)))
+    tokens = np.arange(12).reshape(2, 6) % 5
+    segments = cut_segments(tokens.ravel(), 3, context=2)
+    for loss_fn, batch in (
+        (next_token(model), Batch(tokens[:, :-1], tokens[:, 1:])),
+        (segment_loss(model), Batch(segments.inputs, segments.targets)),
+    ):
+        ahead = prepared(loss_fn, batch)
+        assert (ahead is batch) == (model.trunk is None)
+        expected = loss_fn.loss_fn(merge(model.frozen, params), batch)
+        np.testing.assert_allclose(loss_fn(params, ahead), expected, rtol=1e-6)
+        np.testing.assert_allclose(loss_fn(params, batch), expected, rtol=1e-6)
+        assert prepared(loss_fn, ahead) is ahead
+
+
+def test_the_trunk_is_computed_once_and_not_differentiated():
+    model = adapting(CONFIG, AdapterConfig(kind="blocks", blocks=1), PARAMS)
+    loss_fn, params = next_token(model), model.init(jax.random.key(0))
+    tokens = jnp.zeros((1, 4), jnp.int32)
+    batch = Batch(tokens, tokens)
+    inner = InnerLoop(num_steps=3)
+
+    def cost(loss_fn):
+        def adapted(params):
+            return adapt(loss_fn, optax.sgd(0.1), params, batch, inner).params
+
+        return measure.count_flops(adapted, params).total
+
+    ahead = cost(loss_fn)
+    plain = cost(lambda p, batch: loss_fn.loss_fn(merge(model.frozen, p), batch))
+    below = measure.count_flops(lambda frozen: model.trunk(frozen, tokens), model.frozen).total
+    assert below and plain - ahead == 2 * below
+
+
+def test_the_start_is_the_model_and_its_key_draws_what_is_random():
+    for kind in KINDS:
+        model = adapting(CONFIG, AdapterConfig(kind=kind, blocks=2, rank=2), PARAMS)
+        starts = [model.init(jax.random.key(seed)) for seed in (0, 0, 1)]
+        alike = [jax.tree.map(np.array_equal, starts[0], other) for other in starts[1:]]
+        assert all(jax.tree.leaves(alike[0]))
+        assert all(jax.tree.leaves(alike[1])) == (kind != "low_rank")
+        tokens = np.arange(10).reshape(2, 5) % 5
+        found = model.apply(whole(model, starts[0]), tokens)
+        np.testing.assert_array_equal(found, MODEL.apply(PARAMS, tokens))
+        assert jax.tree.structure(starts[0]) == jax.tree.structure(made(kind)[0])
+
+
+def test_a_model_in_bfloat16_adapts_in_float32():
+    low = jax.tree.map(lambda x: x.astype(jnp.bfloat16), PARAMS)
+    config = dataclasses.replace(CONFIG, compute_dtype="bfloat16")
+    for kind in KINDS:
+        model = adapting(config, AdapterConfig(kind=kind, blocks=2, rank=2), low)
+        params = model.init(jax.random.key(0))
+        assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+        tokens = np.arange(10).reshape(2, 5) % 5
+        batch, inner = Batch(tokens[:, :-1], tokens[:, 1:]), InnerLoop(num_steps=3)
+        adapted = adapt(next_token(model), optax.sgd(0.1), params, batch, inner)
+        assert adapted.losses.dtype == np.float32 and adapted.losses[2] < adapted.losses[0]
+        full = adapting(CONFIG, AdapterConfig(kind=kind, blocks=2, rank=2), PARAMS)
+        same = adapt(next_token(full), optax.sgd(0.1), params, batch, inner)
+        np.testing.assert_allclose(adapted.losses, same.losses, rtol=0.02)
+
+
+def test_text_is_generated_from_what_has_adapted():
+    model = adapting(CONFIG, AdapterConfig(kind="head"), PARAMS)
+    key = jax.random.key(0)
+    found = decoding.generate(model, model.init(key), np.array([1, 2]), 5, key)
+    np.testing.assert_array_equal(found, decoding.generate(MODEL, PARAMS, np.array([1, 2]), 5, key))
+
+
 @pytest.mark.parametrize("num_devices", [1, 2])
 @pytest.mark.parametrize("steps_per_call", [1, 2])
 def test_a_training_is_that_of_a_closure(num_devices, steps_per_call):
     fast, frozen = made("low_rank")
-    plain = next_token(MODEL)
-    losses = FrozenLoss(plain, frozen), lambda p, batch: plain(merge(frozen, p), batch)
+    plain, ahead = next_token(MODEL), adapting(CONFIG, AdapterConfig(blocks=2, rank=2), PARAMS)
+    losses = (
+        next_token(ahead),
+        FrozenLoss(plain, frozen),
+        lambda p, batch: plain(merge(frozen, p), batch),
+    )
     config = FitConfig(
         num_steps=2, tasks_per_step=2, num_devices=num_devices, steps_per_call=steps_per_call
     )
@@ -89,7 +183,10 @@ def test_a_training_is_that_of_a_closure(num_devices, steps_per_call):
         )
         found.append((fitted.meta_params, judged.losses))
     assert jax.tree.structure(found[0][0]["params"]) == jax.tree.structure(fast)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), *found)
+    for other in found[1:]:
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found[0], other
+        )
 
 
 def test_the_program_of_a_step_does_not_hold_the_frozen_parameters():
