@@ -4,20 +4,24 @@ A pretrained model scores texts in segments of 256 tokens. A longer context help
 one step on each segment after it was scored (dynamic evaluation, Krause et al., 2018,
 arXiv:1709.07432); much of what adapting seems to gain is what context gains too. Here the two are
 told apart: all rows score the same tokens, and the second table has the gain of each adapting row
-on the model as it is *with the same context*, paired over segments.
+on the model as it is *with the same context*, paired over segments. The third has what the model
+has lost on general text when it has read a stream to its end, which steps back to the start may
+keep small.
 
     metaopt model smollm2                                 # 135 M parameters, once
-    python -m experiments.table_pretrained                # an hour and a half on two cores
+    python -m experiments.table_pretrained                # two hours on two cores
     python -m experiments.table_pretrained --model PATH --streams FILE FILE
     python -m experiments.table_pretrained --preset smoke --model PATH
 
 Without ``--streams`` they are WikiText-2, Hardy's *Tess*, a log, chess openings and Wikipedia in
 German from ``data/``, those that are there, or if none is the text of Python's help. Learning rates
-are not tuned, but the same for all streams.
+are not tuned, but the same for all streams. General text is the validation part of WikiText-2, or
+Python's help: the first half of it gives the scale of the optimizer RMS, the second is judged.
 """
 
 import dataclasses
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -27,11 +31,12 @@ from experiments import harness
 from metaopt.console import log
 from metaopt.errors import UserError
 from metaopt.files import local_path, read_text
+from metaopt.frozen import merge
 from metaopt.models.adapters import AdapterConfig
 from metaopt.pretrained import Pretrained, ReadingConfig, open_pretrained, read_along
 from metaopt.pretrained.packages import fetched
-from metaopt.pretrained.reading import Segments, gain, score_of
-from metaopt.ranges import Count, CountOr0, Layers, Length, Range, Rate, Seed, Several
+from metaopt.pretrained.reading import Read, Segments, gain, score_of, segment_losses, step_bytes
+from metaopt.ranges import Count, CountOr0, Layers, Length, Range, Rate, Seed, Several, Share
 from metaopt.statistics import Interval, Score
 from metaopt.tasks.sources.text import data_directory, python_help
 from metaopt.training.fingerprint import of_arrays
@@ -44,6 +49,7 @@ STREAMS = {
     "chess": "data/text_domains/chess_openings.txt",
     "German": "data/text_domains/wiki_qa_de.txt",
 }
+GENERAL = "data/wikitext2/valid.txt"
 Characters = Annotated[int, Range(0, 10**8)]
 
 
@@ -58,13 +64,18 @@ class Config(harness.RunConfig):
         context.
       characters: Characters that are read.
       length: Tokens of a segment.
-      contexts: Tokens carried before each segment; with each all rows are run.
+      contexts: Tokens carried before each segment; with the first all rows are run, with the others
+        those of Adam.
       static_contexts: More of them for the model as it is.
       blocks: Number of last blocks that adapt in the row of that name.
       rank: Rank of the products beside the matrices.
-      rate: Learning rate of all weights and of the last blocks, by Adam.
-      beside_rate: Learning rate of products of low rank, norms and biases, by Adam.
-      sgd_rate: Learning rate of all weights by SGD.
+      rate: Learning rate of all weights and of the last blocks, by Adam and RMS.
+      beside_rate: Learning rate of products of low rank, norms and biases, by Adam and RMS.
+      sgd_rate: Learning rate of all weights and of the last blocks by SGD.
+      beside_sgd_rate: Learning rate of products of low rank, norms and biases by SGD.
+      decay: Share of the way back to the start that each step goes in rows with decay.
+      general: Text that stands for what the model was trained on.
+      general_characters: Characters of it that are used.
       seed: Seed of the start of products of low rank.
       rows: Names of the rows to run; all if none.
     """
@@ -81,6 +92,10 @@ class Config(harness.RunConfig):
     rate: Rate = 1e-4
     beside_rate: Rate = 1e-3
     sgd_rate: Rate = 1e-2
+    beside_sgd_rate: Rate = 1e-1
+    decay: Share = 0.003
+    general: str | None = None
+    general_characters: Annotated[int, Range(100, 10**8)] = 32_000
     seed: Seed = 0
     rows: tuple[str, ...] = ()
 
@@ -90,6 +105,7 @@ def presets(preset: str = "cpu") -> Config:
     config = Config(preset=preset)  # type: ignore[arg-type]
     if preset == "smoke":
         small = {"first": 300, "characters": 200, "length": 8, "contexts": (0, 8), "blocks": 1}
+        small["general_characters"] = 200
         return dataclasses.replace(config, **small, static_contexts=(), rank=2)
     if preset == "gpu":
         return dataclasses.replace(config, characters=240_000)
@@ -129,26 +145,35 @@ def make_rows(config: Config) -> list[ReadingRow]:
         base = ReadingConfig(length=config.length, context=context, seed=config.seed)
         still = dataclasses.replace(base, optimizer="none")
         rows.append(ReadingRow(static_name(config, context), still))
-        if context not in config.contexts:
-            continue
-        blocks, rank = config.blocks, config.rank
-        for name, adapter, optimizer, rate in (
-            ("all, Adam", AdapterConfig(kind="all"), "adam", config.rate),
-            ("all, SGD", AdapterConfig(kind="all"), "sgd", config.sgd_rate),
-            (
-                f"last {blocks}, Adam",
-                AdapterConfig(kind="blocks", blocks=blocks),
-                "adam",
-                config.rate,
-            ),
-            ("low rank, Adam", AdapterConfig(rank=rank), "adam", config.beside_rate),
-            ("norms, Adam", AdapterConfig(kind="norms"), "adam", config.beside_rate),
-        ):
-            how = dataclasses.replace(
-                base, adapter=adapter, optimizer=optimizer, learning_rate=rate
-            )
-            rows.append(ReadingRow(f"adapting {name}, {context + config.length}", how))
+        if context in config.contexts:
+            for name, how in adapting_ways(config, base):
+                rows.append(ReadingRow(f"adapting {name}, {context + config.length}", how))
     return harness.select(rows, config.rows)
+
+
+def adapting_ways(config: Config, base: ReadingConfig) -> Iterator[tuple[str, ReadingConfig]]:
+    """The ways to adapt at a context, by their names."""
+    weights = {"adam": config.rate, "rms": config.rate, "sgd": config.sgd_rate}
+    beside = {"adam": config.beside_rate, "rms": config.beside_rate, "sgd": config.beside_sgd_rate}
+    last = AdapterConfig(kind="blocks", blocks=config.blocks)
+    for part, adapter, rates in (
+        ("all", AdapterConfig(kind="all"), weights),
+        (f"last {config.blocks}", last, weights),
+        ("low rank", AdapterConfig(rank=config.rank), beside),
+        ("norms", AdapterConfig(kind="norms"), beside),
+    ):
+        for name, optimizer, decay in (
+            ("Adam", "adam", 0.0),
+            ("Adam with decay", "adam", config.decay),
+            ("SGD", "sgd", 0.0),
+            ("RMS with decay", "rms", config.decay),
+        ):
+            if name != "Adam" and base.context != config.contexts[0]:
+                continue
+            if name == "Adam with decay" and part != "all":
+                continue
+            how = {"optimizer": optimizer, "learning_rate": rates[optimizer], "decay": decay}
+            yield f"{part}, {name}", dataclasses.replace(base, adapter=adapter, **how)
 
 
 def open_streams(config: Config) -> dict[str, str]:
@@ -164,6 +189,27 @@ def open_streams(config: Config) -> dict[str, str]:
         return {name: read_text(path) for name, path in there.items()}
     log("note: no stream is there: the text is that of Python's help")
     return {"Python's help": python_help()}
+
+
+def open_general(config: Config, found: Pretrained) -> tuple[np.ndarray, np.ndarray]:
+    """The tokens of general text: the half that gives a scale, and the half that is judged.
+
+    Raises:
+      UserError: the file is missing or no UTF-8, or too short.
+    """
+    if config.general is not None:
+        text = read_text(local_path(config.general))
+    else:
+        path = Path(GENERAL)
+        text = read_text(path) if path.is_file() else python_help()
+    tokens = found.codec.encode(text[: config.general_characters].encode())
+    if len(tokens) < 2 * (config.length + 1):
+        raise UserError(
+            f"{len(tokens)} tokens of general text, and {2 * (config.length + 1)} are needed: give "
+            "a longer text, or shorter segments"
+        )
+    half = len(tokens) // 2
+    return tokens[:half], tokens[half:]
 
 
 def cut(config: Config, found: Pretrained, name: str, text: str) -> tuple[np.ndarray, int]:
@@ -195,6 +241,8 @@ def run(config: Config) -> None:
     log(f"loading {path}")
     found = open_pretrained(path)
     streams = {name: cut(config, found, name, text) for name, text in texts.items()}
+    general = open_general(config, found)
+    tokens = [tokens for tokens, _ in streams.values()]
     table = harness.TableRun(
         "table_pretrained",
         config,
@@ -203,28 +251,66 @@ def run(config: Config) -> None:
         unit="bits/byte",
         rows=[row.name for row in rows],
         seeds=[config.seed],
-        data=of_arrays((found.params, [tokens for tokens, _ in streams.values()]))[:16],
+        data=of_arrays((found.params, tokens, general))[:16],
     )
     over = f"95 % intervals over segments of {config.length} tokens"
     for row in table.pending(rows):
-        began, read = time.monotonic(), 0
+        spent, count = 0.0, 0
         for name, (tokens, begin) in streams.items():
-            segments = read_stream(found, row, name, tokens[begin - row.how.context :])
-            read += int(segments.num_tokens.sum())
+            began = time.monotonic()
+            read = read_stream(found, row, name, tokens[begin - row.how.context :], general[0])
+            spent += time.monotonic() - began
+            segments = read.segments
+            count += int(segments.num_tokens.sum())
             table.add(row.name, name, as_interval(score_of(segments), segments), over=over)
             table.keep(f"{row.name}, {name}", **segments._asdict())
             if not row.is_static:
                 add_gain(table, config, row, name, segments, over)
-        seconds = Interval((time.monotonic() - began) / read, float("nan"), 1)
-        table.add(row.name, "seconds a token", seconds, unit="", over=over, limit=True)
-    table.finish(titles={"pretrained/gain": "What adapting gains at equal context"})
+                add_lost(table, row, name, found, read, general[1], over)
+        seconds, needed = spent / count, step_bytes(found, row.how) / 2**30
+        for column, value in (("seconds a token", seconds), ("GiB", needed)):
+            cost = Interval(value, float("nan"), 1)
+            table.add(row.name, column, cost, unit="", over=over, limit=True)
+    table.finish(
+        titles={
+            "pretrained/gain": "What adapting gains at equal context",
+            "pretrained/forgetting": "What has been lost on general text after reading",
+        }
+    )
 
 
-def read_stream(found: Pretrained, row: ReadingRow, name: str, tokens: np.ndarray) -> Segments:
-    """The losses of a stream, as a row reads it."""
+def read_stream(
+    found: Pretrained, row: ReadingRow, name: str, tokens: np.ndarray, general: np.ndarray
+) -> Read:
+    """A stream, as a row reads it."""
     total = (len(tokens) - 1 - row.how.context) // row.how.length
     with Progress(f"{row.name}: {name}", total=total, first="compiling") as shown:
-        return read_along(found, tokens, row.how, shown.update).segments
+        return read_along(found, tokens, row.how, shown.update, general)
+
+
+def add_lost(
+    table: harness.TableRun,
+    row: ReadingRow,
+    name: str,
+    found: Pretrained,
+    read: Read,
+    general: np.ndarray,
+    over: str,
+) -> None:
+    """What the loss on general text has risen by when a stream has been read to its end."""
+
+    def judged(row: str, model: Pretrained) -> Segments:
+        kept = table.remember(
+            f"{row}, general text",
+            lambda: segment_losses(model, general, length, 0)._asdict(),
+        )
+        return Segments(**kept)
+
+    length = row.how.length
+    adapted = found._replace(params=merge(read.frozen, read.fast))
+    before, after = judged("as it is", found), judged(f"{row.name}, {name}", adapted)
+    lost = as_interval(gain(after, before), before)
+    table.add(row.name, name, lost, table="pretrained/forgetting", over=over)
 
 
 def add_gain(

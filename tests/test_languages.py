@@ -76,7 +76,10 @@ def test_parts_of_ones_own():
         ),
         ({"rows": ("own_languages:none",)}, "no function none"),
         ({"tasks": "nothing"}, r"ciphers, text, stdlib, tfds:NAME or module:function"),
-        ({"model": "nothing"}, "bigram, rnn, gru, lstm, transformer, pretrained, or module:function"),
+        (
+            {"model": "nothing"},
+            "bigram, rnn, gru, lstm, transformer, pretrained, or module:function",
+        ),
         ({"inner_optimizer": "nothing"}, "--inner-optimizer takes one of sgd, momentum"),
     ],
 )

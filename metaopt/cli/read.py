@@ -19,6 +19,7 @@ import tyro
 from metaopt.cli.adapt import check_new
 from metaopt.cli.trained import open_model, read_tokens
 from metaopt.console import log
+from metaopt.errors import UserError
 from metaopt.pretrained import Pretrained, ReadingConfig, read_along, save_adapter
 from metaopt.pretrained.reading import Read, gain, score_of
 from metaopt.ranges import Checked
@@ -33,6 +34,7 @@ class Config(Checked):
       model: A folder of Hugging Face or a GGUF file.
       on: File to read.
       reading: What adapts, and how.
+      general: Text like that of the model's training, which the optimizer rms takes its scale from.
       save: New file for what has adapted; it is not kept if not given.
     """
 
@@ -41,7 +43,13 @@ class Config(Checked):
     reading: tyro.conf.OmitArgPrefixes[ReadingConfig] = dataclasses.field(
         default_factory=ReadingConfig
     )
+    general: Path | None = None
     save: Path | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        if (self.reading.optimizer == "rms") != (self.general is not None):
+            raise UserError("--general FILE is for --optimizer rms, which takes its scale from it")
 
 
 def run(config: Config) -> None:
@@ -56,7 +64,8 @@ def run(config: Config) -> None:
     tokens = read_tokens(found, config.on)
     still = _read(found, tokens, dataclasses.replace(config.reading, optimizer="none"), "as it is")
     print(f"as it is:  {score_of(still.segments)}")
-    read = _read(found, tokens, config.reading, "adapting")
+    general = None if config.general is None else read_tokens(found, config.general)
+    read = _read(found, tokens, config.reading, "adapting", general)
     print(f"adapting:  {score_of(read.segments)}")
     print(f"gain:      {gain(still.segments, read.segments)}")
     if config.save is None:
@@ -66,7 +75,13 @@ def run(config: Config) -> None:
         log(f"saved as {config.save}")
 
 
-def _read(found: Pretrained, tokens: np.ndarray, how: ReadingConfig, name: str) -> Read:
+def _read(
+    found: Pretrained,
+    tokens: np.ndarray,
+    how: ReadingConfig,
+    name: str,
+    general: np.ndarray | None = None,
+) -> Read:
     total = max(0, len(tokens) - 1 - how.context) // how.length
     with Progress(f"reading, {name}", total=total, first="compiling") as shown:
-        return read_along(found, tokens, how, shown.update)
+        return read_along(found, tokens, how, shown.update, general)

@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -13,13 +13,20 @@ import optax
 from metaopt.errors import Diverged, UserError
 from metaopt.frozen import FrozenLoss
 from metaopt.losses import NATS_TO_BITS
+from metaopt.measure import compiled_memory
 from metaopt.models import TransformerConfig, reader, transformer
 from metaopt.models.adapters import AdapterConfig, split
 from metaopt.models.reader import Cache
 from metaopt.pretrained.model import Pretrained
 from metaopt.ranges import Checked, CountOr0, Length, Rate, Seed, Share, check_value
 from metaopt.statistics import Score, t_interval
-from metaopt.streams.dynamic_evaluation import cut_segments, decay_towards, segment_loss
+from metaopt.streams.dynamic_evaluation import (
+    cut_segments,
+    decay_towards,
+    mean_squared_gradients,
+    rms_with_prior,
+    segment_loss,
+)
 from metaopt.types import Array, Batch, Params
 
 
@@ -133,16 +140,19 @@ class ReadingConfig(Checked):
 
     Attributes:
       adapter: what of it adapts.
-      optimizer: how it steps, once on each segment after scoring it; ``'none'`` scores alone.
+      optimizer: how it steps, once on each segment after scoring it; ``'rms'`` takes the scale of
+        the steps from general text, see `metaopt.streams.dynamic_evaluation.rms_with_prior`;
+        ``'none'`` scores alone.
       learning_rate: its learning rate.
-      decay: share of the way back to the start that each step goes as well.
+      decay: share of the way back to the start that each step goes as well; of ``'rms'`` that of a
+        parameter with the mean scale.
       length: tokens of a segment.
       context: tokens that are read before each segment and not scored again.
       seed: seed of the start of products of low rank.
     """
 
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
-    optimizer: Literal["adam", "sgd", "none"] = "adam"
+    optimizer: Literal["adam", "sgd", "rms", "none"] = "adam"
     learning_rate: Rate = 1e-3
     decay: Share = 0.0
     length: Length = 256
@@ -169,6 +179,7 @@ def read_along(
     tokens: np.ndarray,
     config: ReadingConfig,
     update: Callable[..., None] = lambda done, **numbers: None,
+    general: np.ndarray | None = None,
 ) -> Read:
     """Scores each whole segment of a text, then takes one step on it: dynamic evaluation.
 
@@ -180,9 +191,11 @@ def read_along(
       tokens: the text, integers ``[n]``.
       config: what adapts, and how.
       update: called with the number of segments done and their mean loss, ``nats``.
+      general: text like that of the model's training, integers ``[m]``, for the optimizer
+        ``'rms'``.
 
     Raises:
-      UserError: the text has no whole segment, or the model no such parameters.
+      UserError: a text has no whole segment or is not there, or the model no such parameters.
       Diverged: a loss is NaN or infinite.
 
     References:
@@ -190,12 +203,18 @@ def read_along(
     """
     cut = cut_segments(tokens, config.length, config.context)
     fast, frozen = split(config.adapter, found.params, jax.random.key(config.seed))
-    anchor = fast if config.decay else None
+    scale = None
+    if config.optimizer == "rms":
+        if general is None:
+            raise UserError("the optimizer rms takes its scale from general text: give one")
+        segments = cut_segments(general, config.length)
+        scale = _mean_squares(found.config, fast, frozen, segments)
+    anchor = fast if config.decay or scale is not None else None
     fast, nats = jax.tree.map(jnp.copy, fast), np.zeros(len(cut.targets))  # the copy is donated
-    opt_state = _optimizer(config, anchor).init(fast)
+    shared = _Shared(frozen, anchor, scale)
+    opt_state = _optimizer(config, shared).init(fast)
     for i in range(len(nats)):
         segment = Batch(cut.inputs[i : i + 1], cut.targets[i : i + 1])
-        shared = frozen, anchor
         fast, opt_state, loss = _step(found.config, config, fast, opt_state, shared, segment)
         nats[i] = float(loss)  # numpy's own conversion would hide an interrupt
         if not np.isfinite(nats[i]):
@@ -207,10 +226,56 @@ def read_along(
     return Read(Segments(nats * config.length, counted, num_bytes), fast, frozen)
 
 
-def _optimizer(config: ReadingConfig, anchor: Params | None) -> optax.GradientTransformation:
+def step_bytes(found: Pretrained, config: ReadingConfig) -> int:
+    """The bytes that a step of `read_along` takes, as the compiler plans it: the model with them.
+
+    Nothing is run.
+    """
+    key = jax.random.key(config.seed)
+    fast, frozen = jax.eval_shape(lambda p: split(config.adapter, p, key), found.params)
+    anchor = fast if config.decay or config.optimizer == "rms" else None
+    shared = _Shared(frozen, anchor, fast if config.optimizer == "rms" else None)
+    opt_state = jax.eval_shape(lambda f, s: _optimizer(config, s).init(f), fast, shared)
+    inputs, targets = (
+        cast(Array, jax.ShapeDtypeStruct((1, size), jnp.int32))
+        for size in (config.context + config.length, config.length)
+    )
+    step = _step.lower(found.config, config, fast, opt_state, shared, Batch(inputs, targets))
+    needed = compiled_memory(step.compile())
+    return needed.temp + needed.arguments
+
+
+class _Shared(NamedTuple):
+    """What all steps of a reading are given.
+
+    Attributes:
+      frozen: the parameters that do not adapt.
+      anchor: the start of those that do, if steps go back to it.
+      scale: mean squared gradients of general text, if steps are in that scale.
+    """
+
+    frozen: Params
+    anchor: Params | None
+    scale: Params | None
+
+
+def _optimizer(config: ReadingConfig, shared: _Shared) -> optax.GradientTransformation:
+    if shared.scale is not None:
+        assert shared.anchor is not None
+        return rms_with_prior(shared.anchor, config.learning_rate, config.decay, shared.scale)
     rule = {"adam": optax.adam, "sgd": optax.sgd}.get(config.optimizer, optax.sgd)
-    back = optax.identity() if anchor is None else decay_towards(anchor, config.decay)
+    back = optax.identity()
+    if shared.anchor is not None:
+        back = decay_towards(shared.anchor, config.decay)
     return optax.chain(rule(config.learning_rate), back)
+
+
+@functools.partial(jax.jit, static_argnames=("model",))
+def _mean_squares(
+    model: TransformerConfig, fast: Params, frozen: Params, segments: Batch
+) -> Params:
+    loss_fn = FrozenLoss(segment_loss(transformer(model)), frozen)
+    return mean_squared_gradients(loss_fn, fast, segments)
 
 
 @functools.partial(
@@ -221,14 +286,13 @@ def _step(
     config: ReadingConfig,
     fast: Params,
     opt_state: optax.OptState,
-    shared: tuple[Params, Params | None],
+    shared: _Shared,
     segment: Batch,
 ) -> tuple[Params, optax.OptState, Array]:
     """The loss on a segment, and a step on it; what is shared is no constant of the program."""
-    frozen, anchor = shared
-    loss_fn = FrozenLoss(segment_loss(transformer(model)), frozen)
+    loss_fn = FrozenLoss(segment_loss(transformer(model)), shared.frozen)
     if config.optimizer == "none":
         return fast, opt_state, loss_fn(fast, segment)
     loss, grads = jax.value_and_grad(loss_fn)(fast, segment)
-    updates, opt_state = _optimizer(config, anchor).update(grads, opt_state, fast)
+    updates, opt_state = _optimizer(config, shared).update(grads, opt_state, fast)
     return optax.apply_updates(fast, updates), opt_state, loss

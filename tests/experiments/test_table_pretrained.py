@@ -45,7 +45,10 @@ def test_all_rows_score_the_same_tokens_and_gains_are_at_equal_context(flags, tm
         rows[3]: pytest.approx(read[rows[1]] - read[rows[3]], abs=1e-6),
     }
     assert gains[rows[2]] > 0.1
-    assert {r["n"] for r in found if r["column"] == "play"} == {len(segments(directory, rows[0]))}
+    of_stream = [r for r in found if r["table"] != "pretrained/forgetting"]
+    assert {r["n"] for r in of_stream if r["column"] == "play"} == {
+        len(segments(directory, rows[0]))
+    }
     model = open_pretrained(tmp_path / "model")
     tokens = model.codec.encode(TEXT[300:500].encode())
     whole = 8 * ((len(tokens) - 1) // 8) + 1
@@ -53,6 +56,30 @@ def test_all_rows_score_the_same_tokens_and_gains_are_at_equal_context(flags, tm
     kept = [json.dumps(segments(directory, row)) for row in rows]
     assert len(set(kept)) == 1  # the bytes of the segments are the same
     assert "What adapting gains at equal context" in (directory / "table.md").read_text()
+
+
+def test_what_general_text_loses_is_judged_apart_from_what_gives_the_scale(flags, tmp_path):
+    general = "now is the winter of our discontent made glorious summer; " * 12
+    (tmp_path / "general.txt").write_text(general)
+    plain, decayed = "adapting all, Adam, 8", "adapting all, Adam with decay, 8"
+    by_rms = "adapting low rank, RMS with decay, 8"
+    sizes = ["--general", str(tmp_path / "general.txt"), "--rate", "0.01", "--decay", "0.2"]
+    main(*flags, *sizes, "--rows", plain, decayed, by_rms)
+    (directory,) = tmp_path.glob("runs/table_pretrained/*")
+    records = read_json_lines(directory / "results.jsonl")
+    lost = {r["row"]: r["value"] for r in records if r["table"] == "pretrained/forgetting"}
+    assert set(lost) == {plain, decayed, by_rms}
+    assert abs(lost[decayed]) < abs(lost[plain])
+    model = open_pretrained(tmp_path / "model")
+    tokens = model.codec.encode(general[:200].encode())
+    with np.load(directory / "rows" / f"{harness.slug('as it is, general text')}.npz") as kept:
+        judged = score(model, tokens[len(tokens) // 2 :], 8)
+        assert kept["num_tokens"].sum() == judged.num_tokens
+        assert kept["nats"].sum() / np.log(2) / kept["num_bytes"].sum() == pytest.approx(
+            judged.mean, rel=1e-5
+        )
+    cells = {(r["row"], r["column"]) for r in records}
+    assert {(plain, "GiB"), (plain, "seconds a token")} <= cells
 
 
 def segments(directory, row):
@@ -67,6 +94,7 @@ def segments(directory, row):
         (["--rows", "theirs"], "no row 'theirs'"),
         (["--characters", "100", "--length", "64"], "tokens to read, and"),
         (["--streams", "nowhere.txt"], "nowhere.txt"),
+        (["--general", "nowhere.txt"], "nowhere.txt"),
     ],
 )
 def test_wrong_input_is_one_line(flags, args, words, capsys, tmp_path):

@@ -22,8 +22,13 @@ from metaopt.pretrained import (
     save_adapter,
     score,
 )
-from metaopt.pretrained.reading import gain, score_of
-from metaopt.streams.dynamic_evaluation import cut_segments, walk
+from metaopt.pretrained.reading import gain, score_of, step_bytes
+from metaopt.streams.dynamic_evaluation import (
+    cut_segments,
+    mean_squared_gradients,
+    rms_with_prior,
+    walk,
+)
 
 ALL = ReadingConfig(adapter=AdapterConfig(kind="all"), length=8, learning_rate=0.01)
 
@@ -58,6 +63,45 @@ def test_it_is_dynamic_evaluation(folder, tokens, context, decay):
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), adapted, params
     )
     assert read.segments.num_bytes.sum() == len(found.codec.decode(cut.targets.ravel()))
+
+
+def test_rms_steps_in_the_scale_of_general_text_and_goes_back(folder, tokens):
+    found = open_pretrained(folder)
+    config = dataclasses.replace(ALL, optimizer="rms", decay=0.3, learning_rate=0.02)
+    general, loss = tokens[40:], next_token(found.model)
+    read = read_along(found, tokens[:33], config, general=general)
+    squares = mean_squared_gradients(loss, found.params, cut_segments(general, 8))
+    rule = rms_with_prior(found.params, 0.02, 0.3, squares)
+    expected = walk(loss, rule, found.params, cut_segments(tokens[:33], 8))
+    np.testing.assert_allclose(read.segments.nats / 8, expected.losses, rtol=1e-3)
+    without = dataclasses.replace(config, decay=0.0)
+    near, far = (
+        sum(
+            np.abs(a - b).sum()
+            for a, b in zip(*map(jax.tree.leaves, (fast, found.params)), strict=True)
+        )
+        for fast in (read.fast, read_along(found, tokens[:33], without, general=general).fast)
+    )
+    assert 0 < near < far
+    with pytest.raises(UserError, match="rms takes its scale from general text"):
+        read_along(found, tokens, config)
+
+
+def test_the_bytes_of_a_step_are_known_before_it(folder):
+    found = open_pretrained(folder)
+    size = sum(x.nbytes for x in jax.tree.leaves(found.params))
+    needed = {
+        name: step_bytes(found, dataclasses.replace(ALL, **fields))
+        for name, fields in {
+            "none": {"optimizer": "none"},
+            "sgd": {"optimizer": "sgd"},
+            "adam": {},
+            "rms": {"optimizer": "rms", "decay": 0.1},
+            "norms": {"adapter": AdapterConfig(kind="norms")},
+        }.items()
+    }
+    assert min(needed["adam"], needed["rms"]) - needed["sgd"] >= 2 * size  # two copies more
+    assert size < needed["none"] < needed["norms"] < needed["adam"]
 
 
 def test_without_steps_it_is_the_score_and_the_gain_is_paired(folder, tokens):
@@ -115,6 +159,7 @@ def test_the_command_reads_and_what_it_saves_is_used(folder, tmp_path, capsys):
     for args, words in (
         (["read", *flags, "--save", str(path)], "is there already"),
         (["read", *flags, "--context", "9999"], "holds no segment"),
+        (["read", *flags, "--optimizer", "rms"], "--general FILE is for --optimizer rms"),
         (["score", "run", "--on", "f", "--adapter", str(path)], "give --model PATH too"),
     ):
         with pytest.raises(SystemExit) as stop:
