@@ -1,6 +1,6 @@
 """What a row of a run learned, and its use: adapt to a text, score, generate, keep."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +27,8 @@ from metaopt.types import Array, Batch, Hparams, Learner, LossFn, MetaParams, Mo
 Text = str | bytes | np.ndarray | Array | Sequence[int]
 """Text, its bytes, or its tokens: integers ``[n]``."""
 LOGITS_AT_A_TIME = 2**26
+STEPS_A_CALL = 16
+"""Inner steps in a compiled call, between which a long adaptation says how far it is."""
 MOST_STEPS = 10_000
 """Number of steps that a long text is adapted to with, if no other is asked for."""
 
@@ -103,6 +105,7 @@ class Loaded(NamedTuple):
         sequences: int | None = None,
         learning_rate: float | None = None,
         seed: int = 0,
+        update: Callable[[int], None] = lambda done: None,
     ) -> Params:
         """The parameters after inner steps on a text, with the learner's optimiser and rate.
 
@@ -117,6 +120,7 @@ class Loaded(NamedTuple):
           learning_rate: inner rate; the one of `hparams` if not given. Rates that are learned are
             factors on it.
           seed: seed of the order of the sequences.
+          update: called with the number of steps that are done, now and then.
 
         Raises:
           UserError: the text is too short for one step, or not of the vocabulary, or a number is
@@ -130,16 +134,20 @@ class Loaded(NamedTuple):
         if learning_rate is not None:
             check_value("learning_rate", learning_rate, Rate)
             hparams["inner_learning_rate"] = jnp.float32(learning_rate)
-        adapted = adapt(
-            self.learner.inner_loss(self.meta_params, self.loss_fn),
-            self.learner.inner_opt(self.meta_params, hparams),
-            self.start,
-            support,
-            InnerLoop(num_steps=steps, batching="split", unroll=False),
-        )
-        if not all_finite(adapted.params):
-            raise Diverged("adaptation diverged: lower the rate, or take fewer steps")
-        return adapted.params
+        loss_fn = self.learner.inner_loss(self.meta_params, self.loss_fn)
+        optimizer = self.learner.inner_opt(self.meta_params, hparams)
+        params, opt_state = self.start, optimizer.init(self.start)
+        size = len(support.inputs) // steps
+        for begin in range(0, steps, STEPS_A_CALL):
+            end = min(begin + STEPS_A_CALL, steps)
+            batch = jax.tree.map(lambda x, i=begin, j=end: x[i * size : j * size], support)
+            inner = InnerLoop(num_steps=end - begin, batching="split", unroll=False)
+            adapted = adapt(loss_fn, optimizer, params, batch, inner, opt_state=opt_state)
+            params, opt_state = adapted.params, adapted.opt_state
+            if not all_finite(params):
+                raise Diverged("adaptation diverged: lower the rate, or take fewer steps")
+            update(end)
+        return params
 
     def steps_of(self, text: Text, sequences: int | None = None) -> int:
         """The number of steps that read a text once, and at least that of training.

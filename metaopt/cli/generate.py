@@ -33,6 +33,7 @@ from metaopt.loaded import Loaded
 from metaopt.pretrained import Pretrained
 from metaopt.ranges import Count, NotNegative, Seed
 from metaopt.sequence.decoding import stream
+from metaopt.training.progress import Progress
 from metaopt.types import Params
 
 
@@ -88,8 +89,10 @@ def run(config: Config) -> None:
 
 
 def _adapt(found: Loaded, tokens: np.ndarray, seed: int) -> Params:
-    log_adapting(found, found.steps_of(tokens), None, None)
-    return found.adapt(tokens, seed=seed)
+    steps = found.steps_of(tokens)
+    log_adapting(found, steps, None, None)
+    with Progress("adapting", total=steps, first="compiling") as shown:
+        return found.adapt(tokens, seed=seed, update=shown.update)
 
 
 def _prompt(encode: Callable[[bytes], np.ndarray], config: Config) -> np.ndarray:

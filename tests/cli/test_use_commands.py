@@ -125,7 +125,7 @@ REFUSED = [
     ("adapt RUN --row Meta-SGD --on FILE --save absent/a.npz", "there is no folder absent"),
     ("adapt RUN --row Meta-SGD --on FILE --steps 0", "--steps is 0"),
     ("generate RUN --row Meta-SGD --temperature -1", "--temperature is -1"),
-    ("adapt --on FILE", "Directory of a finished run"),
+    ("adapt --on FILE", "give the directory of a run, or --model PATH"),
 ]
 
 

@@ -1,5 +1,6 @@
 """Runs of adapt_languages whose model was trained elsewhere, and what is done with them."""
 
+import re
 import shlex
 import shutil
 
@@ -14,7 +15,7 @@ from metaopt.files import read_json_lines
 from metaopt.languages import LanguageConfig, digest, make_family, make_model, make_rows
 from metaopt.load import load
 from metaopt.losses import next_token
-from metaopt.pretrained import open_pretrained
+from metaopt.pretrained import lay_over, open_pretrained, score
 from metaopt.types import Batch
 
 SIZES = shlex.split(
@@ -75,6 +76,22 @@ def test_a_run_is_used_as_any_other(finished, tmp_path, capsys):
     cli.main(["generate", *use, "--prompt", "word", "--length", "3"])
     shown = capsys.readouterr().out
     assert "after " in shown and "bits/byte" in shown and "\nword" in shown
+
+
+def test_a_part_of_a_model_adapts_to_a_file_and_is_laid_over(shared_folder, tmp_path, capsys):
+    file, path = tmp_path / "text.txt", tmp_path / "adapter.npz"
+    file.write_text("word1 word5 " * 120, encoding="utf-8")
+    flags = ["--model", str(shared_folder), "--on", str(file), "--length", "8"]
+    cli.main(["adapt", *flags, "--kind", "norms", "--rate", "0.01", "--save", str(path)])
+    printed = capsys.readouterr()
+    before, after = re.findall(r"^(?:before|after .*): +(\d\.\d+)", printed.out, re.MULTILINE)
+    assert float(after) < float(before) - 0.1 and "adapting: 144/144" in printed.err
+    found = open_pretrained(shared_folder)
+    tokens = found.codec.encode(file.read_bytes())
+    assert score(lay_over(path, found), tokens, 8).mean < score(found, tokens, 8).mean - 0.1
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["adapt", *flags, "--adapter", str(path)])
+    assert stop.value.code == 2 and "leave --adapter out" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
