@@ -111,12 +111,17 @@ def _stream(config: Config, found: Pretrained) -> None:
     key = jax.random.key(config.seed)
     drawn = stream(found.config, found.params, prompt, config.length, key, config.temperature)
     text = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    print(printable(text.decode(found.codec.decode(prompt))), end="", flush=True)
+    _show(text.decode(found.codec.decode(prompt)))
     began = None
     for token in drawn:
         began = began or time.monotonic()  # when all is compiled and the prompt read
-        for part in re.split("(\n)", text.decode(found.codec.decode([token]))):
-            print(part if part == "\n" else printable(part), end="", flush=True)
+        _show(text.decode(found.codec.decode([token])))
     print(printable(text.decode(b"", final=True)))
     if began is not None and config.length > 1:
         log(f"{(config.length - 1) / (time.monotonic() - began):.1f} tokens/s")
+
+
+def _show(text: str) -> None:
+    """A part of a text, with line breaks as such, and without one at its end."""
+    for part in re.split("(\n)", text):
+        print(part if part == "\n" else printable(part), end="", flush=True)

@@ -193,7 +193,9 @@ def plan_for(
 
     Temporary memory is a straight line in the number of kept states from two on, but for how
     the compiler happens to pack its buffers. So two programs are compiled, with 2 and with
-    `FAR` states kept; one state is taken to be no dearer than two.
+    `FAR` states kept; one state is taken to be no dearer than two. Of a model that adapts in part
+    only what adapts is such a state; give what is frozen as one of the arguments
+    (`metaopt.frozen.unbound`), or each program holds it as constants.
 
     Args:
       function_of: ``kept_states -> function``, such as

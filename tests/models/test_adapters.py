@@ -21,10 +21,11 @@ from metaopt import (
     meta_gradients,
 )
 from metaopt.errors import UserError
-from metaopt.frozen import FrozenLoss, merge, prepared, whole
+from metaopt.frozen import FrozenLoss, merge, prepared, unbound, whole
 from metaopt.losses import next_token
 from metaopt.models import TransformerConfig, transformer
 from metaopt.models.adapters import AdapterConfig, adapting, merged, split
+from metaopt.rematerialization.plan import plan_for
 from metaopt.sequence import decoding
 from metaopt.streams.dynamic_evaluation import cut_segments, segment_loss
 from metaopt.tasks import MarkovConfig, markov
@@ -151,6 +152,31 @@ def test_a_model_in_bfloat16_adapts_in_float32():
         full = adapting(CONFIG, AdapterConfig(kind=kind, blocks=2, rank=2), PARAMS)
         same = adapt(next_token(full), optax.sgd(0.1), params, batch, inner)
         np.testing.assert_allclose(adapted.losses, same.losses, rtol=0.02)
+
+
+@pytest.mark.parametrize("kind", ["norms", "all"])
+def test_a_kept_state_of_the_memory_plan_is_what_adapts_alone(kind):
+    model = adapting(CONFIG, AdapterConfig(kind=kind), PARAMS)
+    learner, (bind, frozen) = learners.maml(), unbound(next_token(model))
+    episode = jax.tree.map(lambda x: x[0], FAMILY.train.sample(jax.random.key(0), 1))
+    meta_params = learner.init(model.init(jax.random.key(0)))
+    hparams, steps = {"inner_learning_rate": jnp.float32(0.1)}, 32
+
+    def function_of(kept):
+        inner = InnerLoop(num_steps=steps, unroll=False, kept_states=kept)
+
+        def estimate(meta_params, frozen):
+            made = meta_gradients.mixed_mode(learner, bind(frozen), inner)
+            return made(meta_params, hparams, episode, jax.random.key(0))[0]
+
+        return estimate
+
+    far, all_kept = (
+        plan_for(function_of, kept, (meta_params, frozen), 1e9).predicted_bytes
+        for kept in (10, steps)
+    )
+    size = sum(x.nbytes for x in jax.tree.leaves(meta_params))
+    assert (all_kept - far) / (steps - 10) == pytest.approx(size, rel=0.3)
 
 
 def test_text_is_generated_from_what_has_adapted():

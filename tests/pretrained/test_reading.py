@@ -57,13 +57,13 @@ def test_commands_take_a_pretrained_model(folder, file, capsys):
     cli.main(["score", *flags, "--on", str(file), "--length", "8", "--context", "8"])
     printed = capsys.readouterr()
     assert str(score(found, tokens, 8, 8)) in printed.out and "parameters" in printed.err
-    cli.main(["generate", *flags, "--prompt", "the quick", "--length", "12", "--seed", "1"])
+    cli.main(["generate", *flags, "--prompt", "the\nquick", "--length", "12", "--seed", "1"])
     printed = capsys.readouterr()
-    prompt = found.codec.encode(b"the quick")
+    prompt = found.codec.encode(b"the\nquick")
     drawn = list(stream(found.config, found.params, prompt, 12, jax.random.key(1), 0.7))
     shown = found.codec.show([*prompt, *drawn])
     assert printed.out.count("\n") == shown.count("\n") + 1
-    assert printed.out.startswith("the quick")
+    assert printed.out.startswith("the\nquick")
     assert re.search(r"[\d.]+ tokens/s", printed.err)
 
 
