@@ -237,6 +237,13 @@ def _open(path: str | None, dtype: Literal["float32", "bfloat16"]) -> Pretrained
     return open_pretrained(path or fetched("smollm2", data_directory(None)), dtype)
 
 
+def pretrained_config(config: LanguageConfig) -> models.TransformerConfig | None:
+    """The transformer of a config that was trained elsewhere; None for other models."""
+    if not is_pretrained(config):
+        return None
+    return _open(config.pretrained, config.compute_dtype).config
+
+
 def make_codec(config: LanguageConfig) -> Codec:
     """How the tokens of the tasks of a config are written as text."""
     if is_pretrained(config):

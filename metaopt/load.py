@@ -12,7 +12,13 @@ from metaopt.comparison import random_init
 from metaopt.errors import UserError
 from metaopt.files import local_path, read_json, read_json_lines
 from metaopt.inner_loop import InnerLoop
-from metaopt.languages import LanguageConfig, make_codec, make_model, make_rows
+from metaopt.languages import (
+    LanguageConfig,
+    make_codec,
+    make_model,
+    make_rows,
+    pretrained_config,
+)
 from metaopt.loaded import Loaded
 from metaopt.models import AdapterConfig
 from metaopt.ranges import field_types
@@ -82,6 +88,7 @@ def load(run: Path | str, row: str | None = None, seed: int | None = None) -> Lo
         hparams=hparams,
         config=config,
         codec=make_codec(config),
+        pretrained=pretrained_config(config),
     )
 
 

@@ -12,10 +12,11 @@ from metaopt import losses
 from metaopt.adapted_file import read_about, read_adapted, save_adapted
 from metaopt.eager import compile_once
 from metaopt.errors import Diverged, UserError
-from metaopt.frozen import Bind, unbound
+from metaopt.frozen import Bind, unbound, whole
 from metaopt.indices import check_range
 from metaopt.inner_loop import InnerLoop, adapt
 from metaopt.languages import LanguageConfig
+from metaopt.models import TransformerConfig
 from metaopt.pytrees import all_finite
 from metaopt.ranges import Count, InnerSteps, Rate, Seed, check_value
 from metaopt.sequence import decoding
@@ -48,6 +49,7 @@ class Loaded(NamedTuple):
         name for the trained number of inner steps.
       config: languages, model and inner loop of the run.
       codec: how text is written as tokens.
+      pretrained: the transformer that the model is part of, if it was trained elsewhere.
 
     Example:
       >>> found = metaopt.load("runs/adapt_languages/cpu-20260101-120000")
@@ -66,6 +68,7 @@ class Loaded(NamedTuple):
     hparams: Hparams
     config: LanguageConfig
     codec: Codec
+    pretrained: TransformerConfig | None = None
 
     @property
     def start(self) -> Params:
@@ -241,7 +244,8 @@ class Loaded(NamedTuple):
     ) -> str:
         """Text that a model of these parameters continues a prompt with, the prompt first.
 
-        The model sees the last L tokens, the number that it was trained on.
+        The model sees the last L tokens, the number that it was trained on; a pretrained one sees
+        all.
 
         Args:
           params: parameters of the model, adapted or not.
@@ -257,6 +261,10 @@ class Loaded(NamedTuple):
         tokens = self.tokens(prompt)
         start = jnp.asarray(tokens if len(tokens) else self.codec.encode(self.codec.opening))
         key, window = jax.random.key(seed), self.config.length
+        if self.pretrained is not None:
+            params = whole(self.model, params)
+            drawn = decoding.stream(self.pretrained, params, start, length, key, temperature)
+            return self.codec.show([*start.tolist(), *drawn])
         made = decoding.generate(self.model, params, start, length, key, temperature, window)
         return self.codec.show(made)
 

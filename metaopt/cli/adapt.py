@@ -141,6 +141,7 @@ def _as_row(config: Config, found: Pretrained) -> Loaded:
         hparams={"inner_learning_rate": jnp.float32(RATE)},
         config=LanguageConfig(num_support=1, num_query=1, length=config.length, inner=inner),
         codec=found.codec,
+        pretrained=found.config,
     )
 
 

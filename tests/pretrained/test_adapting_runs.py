@@ -10,12 +10,14 @@ import pytest
 
 from experiments import adapt_languages, harness
 from metaopt import cli
+from metaopt.console import printable
 from metaopt.errors import UserError
 from metaopt.files import read_json_lines
 from metaopt.languages import LanguageConfig, digest, make_family, make_model, make_rows
 from metaopt.load import load
 from metaopt.losses import next_token
 from metaopt.pretrained import lay_over, open_pretrained, score
+from metaopt.sequence import decoding
 from metaopt.types import Batch
 
 SIZES = shlex.split(
@@ -76,6 +78,10 @@ def test_a_run_is_used_as_any_other(finished, tmp_path, capsys):
     cli.main(["generate", *use, "--prompt", "word", "--length", "3"])
     shown = capsys.readouterr().out
     assert "after " in shown and "bits/byte" in shown and "\nword" in shown
+    found, key = load(finished, "MAML"), jax.random.key(0)
+    prompt = found.tokens("word")
+    again = decoding.generate(found.model, found.read(adapted), prompt, 3, key, 0.7)
+    assert shown.endswith(printable(found.codec.show(again)) + "\n")  # with and without what was read kept
 
 
 def test_a_part_of_a_model_adapts_to_a_file_and_is_laid_over(shared_folder, tmp_path, capsys):
