@@ -294,6 +294,8 @@ class _Parts(NamedTuple):
             loss_fn, outer_loss = (unbound(loss)[0](arrays) for loss, arrays in losses)
         judges = {} if outer_loss is None else {"outer_loss": outer_loss}
         estimate = self.estimator(self.learner, loss_fn, inner, **judges)
+        if self.frozen is None:
+            return estimate
 
         def of_episode(meta_params: MetaParams, hparams: Hparams, episode: Episode, key: Key):
             episode = episode._replace(
