@@ -47,12 +47,13 @@ from metaopt.comparison import (
 from metaopt.console import log
 from metaopt.diagnostics import feasible
 from metaopt.errors import UserError
-from metaopt.files import check_directory, write_bytes, write_json_lines
+from metaopt.files import check_directory, write_bytes, write_json_lines, write_text
 from metaopt.fit import Problem
 from metaopt.inner_loop import InnerLoop
 from metaopt.npz import read_npz
 from metaopt.ranges import Checked
 from metaopt.reporting import plots, tables
+from metaopt.reporting.page import PAGE, page
 from metaopt.reporting.results import Published, cell_maker, step_column
 from metaopt.self_improvement.builders import improving_train
 from metaopt.self_improvement.memory import Memory
@@ -432,6 +433,7 @@ class TableRun:
         write_json_lines(self._run.results, self.records)
         tables.write(self.directory, arranged, notes, titles)
         self._run.finish()
+        write_text(self.directory / PAGE, page(self.directory))
         console = Console()
         for table in arranged:
             console.print(*tables.to_rich(table, console.width), sep="\n")

@@ -32,6 +32,7 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "watch": Command("metaopt.cli.watch:run", "show trainings while they run"),
+    "report": Command("metaopt.cli.report:run", "a run as one page of HTML"),
     "adapt": Command("metaopt.cli.adapt:run", "adapt a trained row to a file", computes=True),
     "score": Command(
         "metaopt.cli.score:run", "score a file, with and without adaptation", computes=True

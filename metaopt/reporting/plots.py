@@ -294,6 +294,34 @@ def trajectories(
     _save_with_grids(figure, path)
 
 
+def course(lines: Mapping[str, np.ndarray], marks: Sequence[float], *, title: str) -> bytes:
+    """Losses of one training by step, as PNG.
+
+    Args:
+      lines: Points ``[n, 2]``, step and value, by the name in the legend; ``held out`` is black.
+      marks: Steps at which something was changed.
+      title: Title of the figure.
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    figure = new_figure(7.0, 2.8)
+    axes = figure.subplots()
+    for name, points in lines.items():
+        color = "#000000" if name == "held out" else "#56B4E9"
+        marker = "o" if len(points) < 30 else None
+        _draw(axes, *points.T, label=label(name), color=color, marker=marker, lw=1.2)
+    for mark in marks:
+        axes.axvline(mark, color="#D55E00", lw=0.8, ls=":")
+    axes.set(xlabel="step", ylabel="loss")
+    axes.set_title(label(title), fontsize=10)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.legend(fontsize=8, frameon=False)
+    axes.grid(alpha=0.25)
+    drawn = io.BytesIO()
+    figure.savefig(drawn)
+    return drawn.getvalue()
+
+
 def _draw(axes: "Axes", x: Any, y: Any, half: Any = None, **style: Any) -> None:
     """A line, with a band of half-width ``half``; NaN and inf are gaps."""
     axes.plot(x, _finite(y), **{"markersize": 4, **style})

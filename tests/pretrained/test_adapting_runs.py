@@ -81,7 +81,9 @@ def test_a_run_is_used_as_any_other(finished, tmp_path, capsys):
     found, key = load(finished, "MAML"), jax.random.key(0)
     prompt = found.tokens("word")
     again = decoding.generate(found.model, found.read(adapted), prompt, 3, key, 0.7)
-    assert shown.endswith(printable(found.codec.show(again)) + "\n")  # with and without what was read kept
+    assert shown.endswith(
+        printable(found.codec.show(again)) + "\n"
+    )  # with and without what was read kept
 
 
 def test_a_part_of_a_model_adapts_to_a_file_and_is_laid_over(shared_folder, tmp_path, capsys):
