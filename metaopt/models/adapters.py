@@ -96,7 +96,6 @@ def adapting(config: TransformerConfig, adapter: AdapterConfig, params: Params) 
     fast, frozen = split(adapter, params, jax.random.key(0))
     shapes = jax.eval_shape(lambda: params)
     first = _first_layer(config, adapter)
-    plain = transformer(config)
 
     def init(key: Key) -> Params:
         return _products(adapter, shapes, key) if adapter.kind == "low_rank" else fast
@@ -105,11 +104,10 @@ def adapting(config: TransformerConfig, adapter: AdapterConfig, params: Params) 
         return run_layers(config, frozen, embed(config, frozen, tokens_SxL), 0, first)
 
     def apply(params: Params, inputs: Array) -> Array:
-        if not (first and is_prepared(inputs)):
-            return plain.apply(params, inputs)
-        return read_out(config, params, run_layers(config, params, inputs, first))
+        x_SxLxD = inputs if first and is_prepared(inputs) else trunk(params, inputs)
+        return read_out(config, params, run_layers(config, params, x_SxLxD, first))
 
-    head = tuple(name for name in plain.head if name in fast)
+    head = tuple(name for name in transformer(config).head if name in fast)
     return Model(init, apply, head, frozen, trunk if first else None)
 
 

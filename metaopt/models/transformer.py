@@ -362,7 +362,9 @@ def run_layers(
 
     if config.remat:  # the body of a scan needs no guard against merging the recomputation
         layer = jax.checkpoint(layer, prevent_cse=not config.scan_layers)
-    of_layers = [params[f"layer_{i}"] for i in range(first, end or config.num_layers)]
+    of_layers = [
+        params[f"layer_{i}"] for i in range(first, config.num_layers if end is None else end)
+    ]
     if config.scan_layers and of_layers:
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *of_layers)
         return jax.lax.scan(layer, x_SxLxD, stacked)[0]

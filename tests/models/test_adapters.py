@@ -88,8 +88,10 @@ def test_what_the_model_has_not_cannot_adapt():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_trunk_computed_ahead_changes_nothing(kind):
-    model = adapting(CONFIG, AdapterConfig(kind=kind, blocks=2, rank=2), PARAMS)
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_a_trunk_computed_ahead_changes_nothing(kind, scan_layers):
+    config = dataclasses.replace(CONFIG, scan_layers=scan_layers)
+    model = adapting(config, AdapterConfig(kind=kind, blocks=2, rank=2), PARAMS)
     assert (model.trunk is not None) == (kind in ("blocks", "head", "low_rank"))
     params = jax.tree.map(lambda x: x + 0.1, model.init(jax.random.key(1)))
     tokens = np.arange(12).reshape(2, 6) % 5
