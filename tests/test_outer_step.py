@@ -149,6 +149,14 @@ def test_weight_decay_touches_the_parameters_only():
     np.testing.assert_array_equal(updates["log_rates"]["w"], [0.0])
 
 
+def test_rates_decay_pulls_back_what_is_learned_beside_the_parameters():
+    params = {"params": {"w": jnp.array([2.0])}, "log_rates": {"w": jnp.array([2.0])}}
+    zero = jax.tree.map(jnp.zeros_like, params)
+    (updates,) = apply_outer(OuterConfig(rates_learning_rate=0.1, rates_decay=0.5), [zero], params)
+    np.testing.assert_allclose(updates["log_rates"]["w"], [-0.1 * 0.5 * 2.0], rtol=1e-6)
+    np.testing.assert_array_equal(updates["params"]["w"], [0.0])
+
+
 def test_parameters_and_what_is_learned_beside_them_have_rates_of_their_own():
     one = {"params": {"w": jnp.ones(1)}, "log_rates": {"w": jnp.ones(1)}}
     config = OuterConfig(learning_rate=0.1, rates_learning_rate=0.3, clip_norm=jnp.inf)

@@ -28,6 +28,8 @@ class OuterConfig(Checked):
       rates_learning_rate: peak outer rate of all that is learned beside the
         parameters; ``hparams['rates_learning_rate']``.
       weight_decay: decoupled, on the parameters alone; ``hparams['weight_decay']``.
+      rates_decay: the same on all that is learned beside them, such as the logarithms of learned
+        rates, which it pulls back to the one rate that they started from.
       momentum: decay of momentum and lars; ``hparams['momentum']``.
       clip_norm: largest global norm of the meta-gradient, inf for any; ``hparams['clip_norm']``.
       warmup_steps: number of meta-steps, W, in which the rate rises linearly from
@@ -41,6 +43,7 @@ class OuterConfig(Checked):
     learning_rate: RateOr0 = 1e-3
     rates_learning_rate: RateOr0 = 1e-2
     weight_decay: RateOr0 = 0.0
+    rates_decay: RateOr0 = 0.0
     momentum: Annotated[float, Range(0, 0.9999)] = 0.9
     clip_norm: Annotated[float, Range(1e-12, math.inf)] = 1.0
     warmup_steps: Annotated[int, Range(0, 10**8)] = 0
@@ -90,11 +93,17 @@ def outer_optimizer(config: OuterConfig) -> OuterOpt:
     def on_params(meta_params: PyTree) -> PyTree:
         return {name: name == "params" for name in meta_params}
 
+    def beside_params(meta_params: PyTree) -> PyTree:
+        return {name: name != "params" for name in meta_params}
+
+    pull_back = optax.add_decayed_weights(config.rates_decay, mask=beside_params)
+
     def build(hparams: Hparams) -> optax.GradientTransformation:
         return optax.chain(
             optax.clip_by_global_norm(hparams["clip_norm"]),
             _direction(config.optimizer, hparams),
             optax.add_decayed_weights(hparams["weight_decay"], mask=on_params),
+            *([pull_back] if config.rates_decay else []),
             optax.scale_by_schedule(schedule),
             _descend_by_two_rates(hparams),
         )
