@@ -137,7 +137,7 @@ def _extremes(arranged: Sequence[tables.Table], metrics: Sequence[Mapping]) -> l
             count = min(EXTREMES, len(known) // 2)
             sides = (known[:count], known[len(known) - count :][::-1]) if count else (known, [])
             rows.append([_text(column), *("<br>".join(map(_domain, side)) for side in sides)])
-        found.append(_table(["", "best", "worst"], rows, text=True))
+        found.append(_table(["", "best", "worst"], rows, wraps=True))
     scores = {str(x.get("name", "")): x["scores"] for x in metrics if x.get("scores")}
     for name, of_training in scores.items():
         if isinstance(of_training, dict):
@@ -208,7 +208,7 @@ def _alarms(monitor: Sequence[Mapping], decisions: Sequence[Mapping]) -> list[st
         told = [name, step, kind, "raised" if alarm.get("raised") else "over"]
         rows.append([_text(x) for x in (*told, alarm.get("message", ""), said)])
     headings = ["training", "step", "alarm", "", "what was seen", "response"]
-    return [_table(headings, rows, text=True)] if rows else []
+    return [_table(headings, rows, wraps=True)] if rows else []
 
 
 def _decisions(decisions: Sequence[Mapping]) -> list[str]:
@@ -305,11 +305,11 @@ def _section(title: str, parts: Sequence[str]) -> list[str]:
     return [f"<h2>{title}</h2>", *parts] if parts else []
 
 
-def _table(headings: Sequence[str], rows: Iterable[Sequence[str]], *, text: bool = False) -> str:
+def _table(headings: Sequence[str], rows: Iterable[Sequence[str]], *, wraps: bool = False) -> str:
     """A table of cells that are HTML already."""
     head = "".join(f"<th>{cell}</th>" for cell in headings)
     body = "".join("<tr>" + "".join(f"<td>{c}</td>" for c in row) + "</tr>\n" for row in rows)
-    kind = ' class="text"' if text else ""
+    kind = ' class="text"' if wraps else ""
     return f'<div class="wide"><table{kind}><tr>{head}</tr>\n{body}</table></div>'
 
 
