@@ -27,7 +27,9 @@ from metaopt.types import Array, Batch, Hparams, Learner, LossFn, MetaParams, Mo
 
 Text = str | bytes | np.ndarray | Array | Sequence[int]
 """Text, its bytes, or its tokens: integers ``[n]``."""
+SEGMENTS_AT_A_TIME = 64
 LOGITS_AT_A_TIME = 2**26
+"""Fewer segments are scored together where the logits of a large vocabulary would be more."""
 STEPS_A_CALL = 16
 """Inner steps in a compiled call, between which a long adaptation says how far it is."""
 MOST_STEPS = 10_000
@@ -221,7 +223,8 @@ class Loaded(NamedTuple):
         targets = np.pad(tokens[1:], (0, missing), constant_values=losses.IGNORED)
         segments = inputs, targets.reshape(-1, length)
         bind, frozen = unbound(self.loss_fn)
-        together = max(1, LOGITS_AT_A_TIME // (length * self.codec.vocab_size))
+        fitting = max(1, LOGITS_AT_A_TIME // (length * self.codec.vocab_size))
+        together = min(SEGMENTS_AT_A_TIME, fitting)
         losses_of = compile_once(_segment_losses(bind, together))
         nats = np.asarray(losses_of(params, segments, frozen), np.float64)
         counts = (segments[1] != losses.IGNORED).sum(axis=1)

@@ -142,7 +142,7 @@ def test_another_model_is_other_data(shared_folder, texts, tmp_path):
         folder=str(texts),
         model="pretrained",
         pretrained=str(other),
-        compute_dtype="bfloat16",  # opened anew
+        compute_dtype="bfloat16",  # so that it is opened again
     )
     assert digest(changed) != found[other]
 
