@@ -235,6 +235,8 @@ def fit(
         fingerprint=fingerprint,
         evaluate=evaluate,
         steps_per_call=config.steps_per_call,
+        held_out=tasks.held_out if config.steps_per_call == 1 else None,
+        warmup_steps=outer.warmup_steps,
     )
     trained = train_fn(training, config, directory)
     return Fitted(trained.state, time.monotonic() - began, trained.from_checkpoint)
@@ -402,6 +404,12 @@ class _Tasks(NamedTuple):
     def draw(self, step: int) -> Episode:
         key = self.step_key(self.key, step)
         return self.family.train.sample(key, self.config.tasks_per_step)
+
+    def held_out(self, i: int) -> Episode:
+        """A batch of tasks of the validation split, ``[N, T, ...]``, the same for every i."""
+        key = jax.random.fold_in(jax.random.key(self.config.eval_seed), i)
+        drawn = self.family.valid.sample(key, self.config.tasks_per_step)
+        return parallel.split_over_devices(drawn, len(self.devices))
 
     def batches(self, first: Episode, start: int) -> Callable[[int], Any]:
         """``step -> batch``: episodes ``[N, T, ...]``, or the keys of a call's tasks ``[N, m]``.

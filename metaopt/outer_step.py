@@ -9,11 +9,22 @@ import optax
 from metaopt.checks import check_factory, check_meta_params
 from metaopt.errors import UserError
 from metaopt.optimizers.outer import OuterOpt
-from metaopt.types import Episode, Hparams, Key, Learner, MetaGradFn, MetaState, Metrics, Params
+from metaopt.types import (
+    Array,
+    Episode,
+    Hparams,
+    Key,
+    Learner,
+    MetaGradFn,
+    MetaState,
+    Metrics,
+    Params,
+)
 
 MetaStep = Callable[[MetaState, Episode], tuple[MetaState, Metrics]]
-RATES = ("inner_learning_rate", "outer_learning_rate", "rates_learning_rate", "weight_decay")
-"""The scalars of a state that a search may move by factors, where an update reads them.
+RATES = ("outer_learning_rate", "inner_learning_rate", "rates_learning_rate", "weight_decay")
+"""The scalars of a state that a search may move by factors, where an update reads them: first that
+which matters most.
 
 All others are set by whoever trains: limits such as ``clip_norm``, schedules such as
 ``query_annealing``, and those of a step of one's own unless it names them.
@@ -67,21 +78,25 @@ def make_meta_step(
     Returns:
       ``(state, episodes [T, ...]) -> (state, metrics)``. Metrics are float32 means over
       all tasks: ``loss``, ``inner_losses`` ``[K]``, and the norms ``grad_norm`` and
-      ``update_norm``.
+      ``update_norm``; beside them ``task_losses``, the losses of all tasks in their order.
     """
     check_factory(outer_opt, "outer")
 
     def step(state: MetaState, episodes: Episode) -> tuple[MetaState, Metrics]:
-        keys = _task_keys(state, episodes, axis_name)
+        indices, total = _indices(episodes, axis_name)
+        keys = _task_keys(state, indices)
         hparams = dict(state.hparams)
         if annealing_steps:
             # Of the step alone and not in the state, where a search would take it for a rate.
             hparams["query_annealing"] = jnp.minimum(1.0, state.step / annealing_steps)
-        grads, metrics = mean_over_tasks(
-            lambda episode, key: estimate(state.meta_params, hparams, episode, key),
-            (episodes, keys),
-            tasks_at_a_time,
-        )
+
+        def of_task(episode: Episode, key: Key, index: Array):
+            grads, metrics = estimate(state.meta_params, hparams, episode, key)
+            # Of vectors that are zero but for one task each, the mean is the losses of all.
+            alone = jnp.where(jnp.arange(total) == index, total * metrics["loss"], 0.0)
+            return grads, metrics | {"task_losses": alone}
+
+        grads, metrics = mean_over_tasks(of_task, (episodes, keys, indices), tasks_at_a_time)
         if axis_name is not None:
             grads, metrics = jax.lax.pmean((grads, metrics), axis_name)
         optimizer = outer_opt(state.hparams)
@@ -98,12 +113,19 @@ def make_meta_step(
     return step
 
 
-def _task_keys(state: MetaState, episodes: Episode, axis_name: str | None) -> Key:
-    """A key a task, by its index over all devices: N devices draw what one would."""
+def _indices(episodes: Episode, axis_name: str | None) -> tuple[Array, int]:
+    """The indices of a device's tasks among those of all devices, ``[T]``, and their number."""
     num_tasks = episodes.task.shape[0]
-    first = 0 if axis_name is None else jax.lax.axis_index(axis_name) * num_tasks
+    if axis_name is None:
+        return jnp.arange(num_tasks), num_tasks
+    first = jax.lax.axis_index(axis_name) * num_tasks
+    return first + jnp.arange(num_tasks), num_tasks * jax.lax.axis_size(axis_name)
+
+
+def _task_keys(state: MetaState, indices: Array) -> Key:
+    """A key a task, by its index over all devices: N devices draw what one would."""
     step_key = jax.random.fold_in(state.key, state.step)
-    return jax.vmap(lambda i: jax.random.fold_in(step_key, i))(first + jnp.arange(num_tasks))
+    return jax.vmap(lambda i: jax.random.fold_in(step_key, i))(indices)
 
 
 def mean_over_tasks(function: Callable, tasks, tasks_at_a_time: int = 0):

@@ -21,12 +21,24 @@ from metaopt.optimizers.outer import OuterConfig, outer_optimizer
 from metaopt.outer_step import RATES, init_state, make_meta_step
 from metaopt.self_improvement.loop import LoopConfig, run
 from metaopt.self_improvement.memory import Memory
+from metaopt.self_improvement.trials import TrialConfig
 from metaopt.self_improvement.workload import Scale, Setting, Settings, Space, Workload
 from metaopt.training.loop import StepFn, TrainConfig, Trained, Training
 from metaopt.types import Batch, Episode, Learner, LossFn, MetaGradFn, MetaState, Model, Params
 
 RATE = Scale(low=1e-7, high=1e3)
-HELD_OUT_BATCHES = 8
+LEAST_HELD_OUT, MOST_HELD_OUT = 12, 64
+"""The least and the largest number of held-out tasks that trials are judged by."""
+IMPROVING = LoopConfig(
+    phases=(0.0,),
+    shares=(0.25,),
+    margins=(0.002,),
+    trials=TrialConfig(examples=0.008, least_steps=3, probe=0.03),
+    assess_every=0.5,
+)
+"""The loop of `improving_train`: on a good start it costs 3 % of the run, on a bad one 30 %."""
+JUDGING_SHARE = 0.0025
+"""What an evaluation may cost, as a fraction of the run, beyond the least number of tasks."""
 
 
 def constant(_done: float) -> float:
@@ -197,11 +209,12 @@ def improving_train(
     """`train` under the closed loop: same arguments, and the scalars may change.
 
     A search multiplies the scalars of ``searched`` that are above 0 and that the updates read.
-    Trials are judged by ``training.evaluate``, whose cost counts in seconds. If there is none, or
-    it gives a single number, they are judged by the losses that steps report of batches from
-    after the end of the run (`reported_losses`), whose cost counts as examples of training. Only
-    ``num_steps`` of the config is used: ``loop`` has the schedule, and ``metrics.jsonl`` has one
-    line an assessment.
+    Trials are judged by the losses that steps report (`reported_losses`) of batches of validation
+    tasks, ``training.held_out``, whose cost counts as examples of training. If there are none,
+    they are judged by ``training.evaluate``, whose cost counts in seconds; and if there is none,
+    or it gives a single number, by batches from after the end of the run. Only ``num_steps`` of
+    the config is used: ``loop`` has the schedule, and ``metrics.jsonl`` has one line an
+    assessment. No search begins before the warm-up of the training is over.
 
     A state that has done steps already continues from there, as the second phase of a training
     does. It has a name of its own, such as ``"MAML++, from step 500"``.
@@ -211,7 +224,7 @@ def improving_train(
       config: its length.
       directory: directory of the run; a temporary one if not given.
       searched: names of ``state.hparams`` whose scalars a search may change.
-      loop: schedule of the loop; `LoopConfig` if not given.
+      loop: schedule of the loop; `IMPROVING` if not given.
       memory: past runs; those of the same name are the most similar.
 
     Raises:
@@ -235,10 +248,15 @@ def improving_train(
         return Trained(initial)
     name = f"{training.name}, from step {start}" if start else training.name
     evaluate, evaluation_examples = training.evaluate, 0.0
-    if evaluate is None or np.ndim(evaluate(state)) != 1:
-        held_out = functools.cache(lambda i: training.sample(config.num_steps + i))
-        evaluate = reported_losses(training.step_fn, held_out, HELD_OUT_BATCHES)
-        evaluation_examples = HELD_OUT_BATCHES * tasks_per_step * _share_of_loss(training, held_out)
+    if training.held_out or evaluate is None or np.ndim(evaluate(state)) != 1:
+        past_the_end = lambda i: training.sample(config.num_steps + i)  # noqa: E731
+        held_out = functools.cache(training.held_out or past_the_end)
+        cost = _share_of_loss(training, held_out)
+        least, most = (-(-tasks // tasks_per_step) for tasks in (LEAST_HELD_OUT, MOST_HELD_OUT))
+        allowed = JUDGING_SHARE * (config.num_steps - start) / cost
+        number = min(most, max(least, int(allowed)))
+        evaluate = reported_losses(training.step_fn, held_out, number)
+        evaluation_examples = number * tasks_per_step * cost
     workload = Workload(
         name=name,
         task={"name": name, "tasks_per_step": tasks_per_step},
@@ -249,14 +267,15 @@ def improving_train(
         evaluate=evaluate,  # type: ignore[arg-type]
         num_examples=(config.num_steps - start) * tasks_per_step,
         tokens_per_example=training.tokens_per_task,
-        space={key: RATE for key, value in hparams.items() if key in searched and value > 0},
+        space={key: RATE for key in searched if hparams.get(key, 0.0) > 0},
         evaluation_examples=evaluation_examples,
+        warmup_examples=max(0, training.warmup_steps - start) * tasks_per_step,
     )
     outcome = run(
         workload,
         hparams,
         directory=directory,
-        config=loop,
+        config=loop or IMPROVING,
         memory=memory,
         fingerprint=training.fingerprint,
     )
@@ -266,19 +285,26 @@ def improving_train(
 def reported_losses(
     step_fn: StepFn, batch: Callable[[int], Episode], number: int
 ) -> Callable[[MetaState], np.ndarray]:
-    """``state -> float64 [number]``: the losses that a step reports of batches, without an update.
+    """``state -> float64 [number * T]``: losses that a step reports of batches, without an update.
 
-    Only what the ``loss`` of the step depends on is computed: no meta-gradient. The step can be
+    They are those of each task if the step reports ``task_losses``, else one a batch. Only what
+    they depend on is computed: no meta-gradient. The step can be
     traced, as those of `jax.jit` and `jax.pmap` can, and makes one update: of several in one call
     it would make all but the last. ``batch`` gives the episodes of i, for i below ``number``.
     """
     loss = _loss_alone(step_fn)
     # One at a time: on several CPU devices none may be in flight behind another.
-    return lambda state: np.array([float(loss(state, batch(i))) for i in range(number)])
+    return lambda state: np.concatenate(
+        [np.atleast_1d(np.asarray(loss(state, batch(i)), np.float64)) for i in range(number)]
+    )
 
 
 def _loss_alone(step_fn: StepFn) -> Callable[[MetaState, Episode], jax.Array]:
-    return jax.jit(lambda state, episodes: step_fn(state, episodes)[1]["loss"])
+    def losses(state: MetaState, episodes: Episode) -> jax.Array:
+        metrics = step_fn(state, episodes)[1]
+        return metrics.get("task_losses", metrics["loss"])
+
+    return jax.jit(losses)
 
 
 def _share_of_loss(training: Training, batch: Callable[[int], Episode]) -> float:

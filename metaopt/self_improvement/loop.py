@@ -72,7 +72,8 @@ class LoopConfig(Checked):
     """When the loop does what; fractions are of the examples of the run.
 
     Attributes:
-      phases: Starts of the searches; none for a run that changes nothing.
+      phases: Starts of the searches, but none begins before a warm-up is over; none for a run that
+        changes nothing.
       shares: Budget of each phase for discarded trials, and for judging all trials if that
         counts (`Workload.evaluation_examples`).
       margins: Relative difference in the held-out loss below which it does not count, by phase.
@@ -354,7 +355,7 @@ class Loop:
         """Tries what is proposed for as long as something is and the budget allows it."""
         workload, config, decisions = self.workload, self.config, self.run_log.decisions
         done = snapshot.examples / workload.num_examples
-        phase = sum(done >= start for start in config.phases) - 1
+        phase = sum(snapshot.examples >= start for start in self._phase_starts) - 1
         if phase < 0:
             return snapshot
         within, share = workload._replace(space=self._searched(snapshot)), config.shares[phase]
@@ -363,6 +364,9 @@ class Loop:
         try:
             for state, decision in search.rounds(snapshot, self._propose, share, decisions):
                 self._take(state.snapshot, decision)
+                if decision.from_start:  # the steps up to here are others than those saved
+                    self.run_log.checkpoints.forget_after(int(snapshot.state.step) - 1)
+                    self._save(state.snapshot)
         except Interrupted:
             self._leave(state.snapshot if state else snapshot)
         except FloatingPointError:
@@ -378,6 +382,12 @@ class Loop:
                 f"takes more than the {share:.0%} that this search may cost, or than is left"
             )
         return snapshot
+
+    @property
+    def _phase_starts(self) -> list[int]:
+        """Examples at which the searches begin."""
+        total, least = self.workload.num_examples, self.workload.warmup_examples
+        return [max(least, round(phase * total)) for phase in self.config.phases]
 
     def _propose(self, now: Snapshot, past: Sequence[Decision], phase: int) -> list[Change]:
         """What is proposed, but for scalars that the updates from here do not read."""
@@ -485,7 +495,7 @@ class Loop:
 
     def _next_stop(self, snapshot: Snapshot) -> int:
         total, stops = self.workload.num_examples, [self._next_assessment(snapshot.examples)]
-        stops += [round(phase * total) for phase in self.config.phases]
+        stops += self._phase_starts
         stops += [examples for examples, _ in self.interventions[self.num_interventions :]]
         return min([stop for stop in stops if snapshot.examples < stop], default=total)
 

@@ -8,12 +8,22 @@ import math
 from collections.abc import Sequence, Set
 from typing import NamedTuple
 
-from metaopt.self_improvement.records import Decision
+from metaopt.self_improvement.records import Decision, TriedChange
 from metaopt.self_improvement.trials import Change, Proposer
-from metaopt.self_improvement.workload import Choice, Scale, Setting, Settings, Snapshot, Space
+from metaopt.self_improvement.workload import (
+    SCHEDULED,
+    Choice,
+    Scale,
+    Setting,
+    Settings,
+    Snapshot,
+    Space,
+)
 
 LEAST_FACTOR = 2.0
 """Factor below which the search along a setting ends."""
+EXPLODED = 2.0
+"""Ratio of losses beyond which a trial has exploded."""
 LATER_FACTOR = 2.0
 """First factor in all phases after the first."""
 
@@ -24,9 +34,13 @@ def pattern_search(space: Space) -> Proposer:
     After a success a setting is tried further in that direction alone; if neither direction is
     better, the factor becomes its square root, down to `LEAST_FACTOR`, and the smaller value
     comes first. If all is within the noise, the setting is left alone until the next phase
-    (Hooke and Jeeves, 1961, on a logarithmic scale, all settings side by side). If another
-    setting was changed in the same round, what was not better is judged again, in the smaller
-    direction (see `metaopt.self_improvement.trials` on the bias of short trials).
+    (Hooke and Jeeves, 1961, on a logarithmic scale, all settings side by side). If nothing at all
+    is better in the first round, the start is good, and no scale is tried further; but one whose
+    larger value exploded may itself be far too large. A scheduled rate for which that seems so, or
+    which the first round lowers, has a trial of the smaller value from the start of the run: what
+    a large one did to the state outlasts it. If another setting was changed in the same round,
+    what was not better is judged again, in the smaller direction (see
+    `metaopt.self_improvement.trials` on the bias of short trials).
 
     What is judged by its efficiency is only lowered when nothing judged by the loss is left to
     try, and what is judged by a clock is not refined. A choice has each of its values tried once
@@ -40,6 +54,8 @@ def pattern_search(space: Space) -> Proposer:
         past = [d for d in decisions if d.phase == phase and d.verdict != "rolled back"]
         changes, choices = [], []
         for name, axis in space.items():
+            if isinstance(axis, Scale) and snapshot.examples and phase == 0:
+                changes += _from_start(name, axis, snapshot.settings, past)
             if isinstance(axis, Choice):
                 choices += _choices(name, axis, snapshot.settings[name], past, int(name in late))
             else:
@@ -86,18 +102,55 @@ def _next_probe(
     probe = _Probe(factor, (1, -1), 0)
     if chosen and axis.score == "loss":  # it is about right, as the settings were
         past, probe = past[chosen[-1] + 1 :], _Probe(LATER_FACTOR, (-1, 1), 1)
-    for decision in past:
+    found = False  # something better along this setting
+    for number, decision in enumerate(past):
         tried = [trial for trial in decision.trials if trial.setting == name]
+        if any(trial.from_start for trial in tried):
+            good = decision.verdict == "accepted"
+            probe = probe._replace(factor=factor, directions=(-1,)) if good else probe
+            found = found or good
+            continue
+        if number == 0 and not chosen and decision.verdict == "kept":
+            probe = probe._replace(factor=1.0)
+            continue
         better = [t for t in tried if t.accepted] or [t for t in tried if t.verdict == "better"]
+        found = found or bool(better)
         if better:
             probe = probe._replace(directions=tuple(trial.direction for trial in better))
         elif tried and decision.verdict == "accepted":  # another changed, so this may now differ
             probe = probe._replace(directions=(-1,) if axis.score == "loss" else probe.directions)
-        elif tried and all(trial.verdict == "noise" for trial in tried):
+        elif tried and not found and all(trial.verdict == "noise" for trial in tried):
             return probe._replace(factor=1.0)
         elif tried:
             probe = probe.refined()
     return probe
+
+
+def _from_start(
+    name: str, axis: Scale, settings: Settings, past: Sequence[Decision]
+) -> list[Change]:
+    """A trial of a smaller rate from the start, if the first round says that it is too large."""
+    if name not in SCHEDULED or len(past) != 1:
+        return []
+    (first,), old = past, float(settings[name])
+    value = math.nan
+    if name in first.changes and float(first.changes[name][1]) < float(first.changes[name][0]):
+        value = old
+    elif first.verdict == "kept" and any(_exploded(t) for t in first.trials if t.setting == name):
+        value = axis.scaled(old, 1 / axis.factor)
+    if not value <= old:
+        return []
+    reason = f"{name} {value:.4g} from the start"
+    return [Change({name: value}, name, axis.score, reason, -1, rank=-1, from_start=True)]
+
+
+def _exploded(trial: TriedChange) -> bool:
+    """Whether more of a setting gave several times the loss of no change, or none at all."""
+    if trial.direction <= 0 or trial.score != "loss" or trial.error:
+        return False
+    if trial.loss is None or trial.difference is None:
+        return True
+    return trial.loss > EXPLODED * (trial.loss - trial.difference)
 
 
 def _scalings(

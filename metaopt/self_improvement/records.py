@@ -50,6 +50,7 @@ class TriedChange(NamedTuple):
       seconds: Time of its steps, without compiling.
       examples: Examples that it used, those to anneal among them.
       error: Why it could not be run; empty if it could.
+      from_start: Whether it began at the start of the run.
     """
 
     setting: str
@@ -64,6 +65,7 @@ class TriedChange(NamedTuple):
     seconds: float
     examples: int
     error: str = ""
+    from_start: bool = False
 
 
 class TimedOptions(NamedTuple):
@@ -111,6 +113,7 @@ class Decision(NamedTuple):
       left_out: Stretch of the data, ``(first, end)``, that is not trained on from now on.
       size: Examples of each trial, those to anneal aside.
       gained: Examples by which the run advances if it continues from the winner.
+      from_start: Whether the run continues from a trial that began at the start of the run.
     """
 
     kind: Literal["search", "execution options", "rollback"]
@@ -128,6 +131,7 @@ class Decision(NamedTuple):
     left_out: tuple[int, int] | None = None
     size: int = 0
     gained: int = 0
+    from_start: bool = False
 
 
 def differences(old: Settings, new: Settings) -> dict[str, tuple[Setting, Setting]]:

@@ -27,6 +27,7 @@ import numpy as np
 
 from metaopt.errors import UserError
 from metaopt.measure import compile_seconds
+from metaopt.pytrees import all_finite
 from metaopt.ranges import Checked, Range, Share, Steps
 from metaopt.self_improvement.records import Decision, TriedChange, differences
 from metaopt.self_improvement.workload import (
@@ -38,6 +39,7 @@ from metaopt.self_improvement.workload import (
     Snapshot,
     Workload,
     after_steps,
+    begin,
     changed,
     copied,
     one_behind,
@@ -73,6 +75,8 @@ class Change(NamedTuple):
       level: Level of refinement; 0 while the search is coarse.
       rank: Order: it waits for all of a lower rank that can be tried.
       parts: Changes that it is made of, if it is several together.
+      from_start: Whether its trial begins at the start of the run, and so repeats what was trained
+        up to now with the new settings: what a rate that is far too large has done outlasts it.
     """
 
     settings: dict[str, Setting]
@@ -83,6 +87,7 @@ class Change(NamedTuple):
     level: int = 0
     rank: int = 0
     parts: tuple["Change", ...] = ()
+    from_start: bool = False
 
 
 NO_CHANGE = Change({}, "", "loss", "no change")
@@ -102,12 +107,15 @@ class TrialConfig(Checked):
       anneal: Examples after those, as a fraction of them, over which the rates go to zero: a
         trial is judged by what the run would be if it ended there.
       least_steps: Least number of steps of a trial; a batch that would have fewer is not tried.
+      probe: What the first round of a search may cost at most, as a fraction of the run; if it
+        finds nothing, no scale is tried further.
     """
 
     examples: Annotated[float, Range(1e-9, 0.999)] = 0.01
     longer: Annotated[float, Range(1, 1000)] = 4.0
     anneal: Share = 0.33
     least_steps: Steps = 4
+    probe: Annotated[float, Range(0, 1000)] = 1000.0
 
     def size(self, workload: Workload, settings: Settings, level: int = 0) -> int:
         """Examples of a trial, without those to anneal."""
@@ -127,6 +135,7 @@ class Trial(NamedTuple):
     Attributes:
       change: What was tried.
       after: Snapshot at its end, before annealing.
+      start: Snapshot where the others began, if it began at the start of the run; else None.
       losses: Held-out losses, float64 ``[E]``; not finite if it diverged or could not be run.
       seconds: Time of its steps, without compiling.
       examples: Examples that it used, those to anneal among them.
@@ -147,6 +156,7 @@ class Trial(NamedTuple):
     verdict: Verdict = Verdict("noise", math.nan, math.nan, 0)
     rule: str = ""
     gain: tuple[float, ...] = ()
+    start: Snapshot | None = None
 
 
 @dataclasses.dataclass
@@ -169,17 +179,17 @@ class TrialRound:
         """Judges one more."""
         self.trials.append(self._judged(trial))
         best, after = self.best, self.unchanged.after
-        self.trials = [x if x is best else x._replace(after=after) for x in self.trials]
+        self.trials = [x if x is best else x._replace(after=after, start=None) for x in self.trials]
 
     def _judged(self, trial: Trial) -> Trial:
         """The trial with its verdict beside the one without a change, by the change's score.
 
         The verdict is on the held-out loss; for ``efficiency`` on the negative improvement a
-        second, or on the speed if that is about the same. If it refines, the smaller value wins a
-        tie (see the module). What is judged by the loss ranks before what is judged by a clock,
-        which can only be told once the loss falls as it should, unless that makes everything
-        after it much faster. It is given the time of no change, so that the winner does not
-        depend on the noise of clocks.
+        second, or on the speed if that is about the same. If it refines, or its trial began at the
+        start of the run, the smaller value wins a tie (see the module). What is judged by the loss
+        ranks before what is judged by a clock, which can only be told once the loss falls as it
+        should, unless that makes everything after it much faster. It is given the time of no
+        change, so that the winner does not depend on the noise of clocks.
         """
         change, before, unchanged = trial.change, self.before, self.unchanged
         if trial.error or not np.isfinite(trial.losses).all():
@@ -188,6 +198,8 @@ class TrialRound:
             rank, seconds = 1, unchanged.seconds
             limit = self.margin * abs(float(np.mean(unchanged.losses)))
             verdict = compare(unchanged.losses, trial.losses, margin=limit)
+            tied = change.direction < 0 and verdict.outcome == "noise"
+            tied &= change.from_start or change.level > 0
             rule = f"loss {verdict.difference:.3g} ± {verdict.ci95:.2g}"
             if verdict.outcome == "better":
                 rule += f" beyond the margin of {limit:.2g}"
@@ -195,7 +207,7 @@ class TrialRound:
                 rule += f", noise or within the margin of {limit:.2g}: the smaller wins"
         else:
             speed = unchanged.seconds / unchanged.examples / (trial.seconds / trial.examples)
-            rank, seconds = 2 * (speed > MUCH_FASTER), trial.seconds
+            rank, seconds, tied = 2 * (speed > MUCH_FASTER), trial.seconds, False
             rates = [(t.losses - before) / max(t.seconds, 1e-9) for t in (unchanged, trial)]
             limit = EFFICIENCY_MARGIN * abs(float(np.mean(rates[0])))
             verdict = compare(rates[0], rates[1], margin=limit)
@@ -205,8 +217,7 @@ class TrialRound:
                 rule += f", within noise, and examples {speed:.3g} times as fast, over {FASTER}"
             else:
                 rule += f" beyond {limit:.2g}"
-        tie = verdict.outcome == "noise" and change.level > 0 and change.direction < 0
-        if verdict.outcome != "better" and not tie:
+        if verdict.outcome != "better" and not tied:
             return trial._replace(verdict=verdict)
         gain = rank, float(((before - trial.losses) / max(seconds, 1e-9)).mean())
         return trial._replace(verdict=verdict, rule=rule, gain=gain)
@@ -277,6 +288,7 @@ class TrialRound:
                 seconds=trial.seconds,
                 examples=trial.examples,
                 error=trial.error,
+                from_start=change.from_start,
             )
             for trial in self.trials
             for change in [trial.change]
@@ -288,7 +300,7 @@ class SearchState(NamedTuple):
 
     Attributes:
       snapshot: Common start of all trials, with the settings found so far.
-      before: Held-out losses there, float64 ``[E]``.
+      before: Held-out losses there, float64 ``[E]``; a zero if nothing is judged by a clock.
       winner: Last winner, as the next round's trial without a change; None at first.
       size: Examples of its trials, those to anneal aside.
     """
@@ -322,8 +334,15 @@ class Search:
     margin: float = 0.0
     check: Callable[[], bool] = lambda: False
 
+    @property
+    def needs_start(self) -> bool:
+        """Whether the loss at the start is needed: improvements a second are compared."""
+        return any(axis.score == "efficiency" for axis in self.workload.space.values())
+
     def begin(self, snapshot: Snapshot) -> SearchState:
         """The state before the first round. Raises FloatingPointError if a loss is not finite."""
+        if not self.needs_start and all_finite(snapshot.state.meta_params):
+            return SearchState(snapshot, np.zeros(1))
         before = np.asarray(self.workload.evaluate(snapshot.state), np.float64)
         if not np.isfinite(before).all():
             raise FloatingPointError("the held-out loss is not finite")
@@ -349,9 +368,11 @@ class Search:
             if any(decision.examples < now.examples for decision in valid):
                 return
             last = valid[-1] if valid and valid[-1] is decisions[-1] else None
-            budget = share * self.workload.num_examples - sum(d.trial_examples for d in own)
+            allowed = share if own else min(share, self.config.probe)
+            budget = allowed * self.workload.num_examples - sum(d.trial_examples for d in own)
             proposed = proposer(now, decisions, self.phase)
-            changes, size = self.affordable(now, proposed, budget, last.size if last else 0)
+            size = last.size if last else 0
+            changes, size = self.affordable(now, proposed, budget, size, is_probe=not own)
             if not changes:
                 return
             state, decision = self.run_round(state or self.begin(snapshot), changes, size, last)
@@ -359,22 +380,35 @@ class Search:
             yield state, decision
 
     def affordable(
-        self, snapshot: Snapshot, changes: Sequence[Change], budget: float, size: int = 0
+        self,
+        snapshot: Snapshot,
+        changes: Sequence[Change],
+        budget: float,
+        size: int = 0,
+        *,
+        is_probe: bool = False,
     ) -> tuple[list[Change], int]:
         """The changes that can be tried now, and the examples of their trials.
 
         Nothing of a higher rank is tried while something of a lower one is possible, and nothing
         is refined while something coarse is left. What refines has trials of its full length; the
-        last one that the budget allows may have half of it. If it allows only trials of the last
-        size, they are believed against their bias alone: only what is smaller is tried.
+        last one that the budget allows may have half of it, and so may those of the first round.
+        If it allows only trials of the last size, they are believed against their bias alone: only
+        what is smaller is tried.
 
         Args:
           snapshot: where trials start.
           changes: in the order of their worth.
           budget: examples that discarded trials may cost.
           size: of the trials of the last round; they do not become shorter.
+          is_probe: whether this is the first round of a search.
         """
         workload, config, settings = self.workload, self.config, snapshot.settings
+        if again := [change for change in changes if change.from_start]:
+            cost = snapshot.examples + (1 + config.anneal) * size + workload.evaluation_examples
+            if size and cost <= budget:
+                return again, size
+            changes = [change for change in changes if not change.from_start]
         possible = [change for change in changes if config.judges(workload, settings, change)]
         rank, level = min(((change.rank, change.level) for change in possible), default=(0, 0))
         possible = [change for change in possible if change.rank == rank]
@@ -393,10 +427,14 @@ class Search:
 
         for number in range(len(found), 0, -1) if size != wanted else ():
             trials = 1 + count(found[:number])  # one is without a change
-            left = budget - (trials + 1) * evaluation  # one is of the start
+            left = budget - (trials + self.needs_start) * evaluation
             longer = min(wanted, room, left / (each * trials - 1))  # the best is kept
-            if longer >= max(size + 1, wanted / 2 if level and number == 1 else wanted):
-                return judged(found[:number], int(longer)), int(longer)
+            may_be_half = is_probe or (level and number == 1)
+            if longer >= max(size + 1, wanted / 2 if may_be_half else wanted):
+                step = workload.examples_per_step(settings) if is_probe else 1
+                longer = int(longer) // step * step or int(longer)
+                if not is_probe or judged(found[:number], longer):
+                    return judged(found[:number], longer), longer
         if not 0 < size <= room:
             return [], size
         if size != wanted and level:
@@ -435,7 +473,7 @@ class Search:
             trials.enter(self._tried(state, together, size))
         end, verdict, reason = state._replace(winner=unchanged, size=size), "kept", trials.reason()
         if best := trials.best:
-            found = changed(self.workload, start, best.change.settings)
+            found = best.start or changed(self.workload, start, best.change.settings)
             end, verdict = end._replace(snapshot=found, winner=best), "accepted"
         elif not np.isfinite(unchanged.losses).all():
             found, reason = self.mended(copied(start), unchanged.broken)
@@ -446,7 +484,8 @@ class Search:
         gained, held = end.reached.examples - start.examples, last.gained if last else 0
         again = 0 if last is not None and last.size == size else unchanged.examples - held
         # Of the start, of the trial without a change, and of all that could be run.
-        evaluations = (last is None) + (again > 0) + sum(not record.error for record in records)
+        first = last is None and self.needs_start
+        evaluations = first + (again > 0) + sum(not record.error for record in records)
         spent = sum(record.examples for record in records) + again - gained + held
         return end, Decision(
             kind="search",
@@ -462,6 +501,7 @@ class Search:
             left_out=next(iter(end.snapshot.left_out - start.left_out), None),
             size=size,
             gained=gained,
+            from_start=trials.best is not None and trials.best.change.from_start,
         )
 
     def trial(
@@ -476,14 +516,19 @@ class Search:
           total: those of all of the trial, if this is its end; ``size`` if 0.
         """
         workload, anneal = self.workload, round(self.config.anneal * (total or size))
-        start = changed(workload, copied(snapshot), change.settings)
+        start, again, before = changed(workload, copied(snapshot), change.settings), None, 0
+        if change.from_start:
+            first = begin(workload, start.settings)._replace(left_out=start.left_out)
+            start, _, _ = self._train(first, snapshot.examples)
+            again, before = copied(start), start.examples
         after, seconds, broken = self._train(start, start.examples + size)
         judged = after
         if anneal:
             ended = self._train(copied(after), after.examples + anneal, anneal=True)
             judged, seconds, broken = ended[0], seconds + ended[1], broken or ended[2]
         losses = np.asarray(workload.evaluate(judged.state), np.float64)
-        return Trial(change, after, losses, seconds, judged.examples - snapshot.examples, broken)
+        examples = judged.examples - snapshot.examples + before
+        return Trial(change, after, losses, seconds, examples, broken, start=again)
 
     def _train(
         self, snapshot: Snapshot, end: int, anneal: bool = False

@@ -160,6 +160,8 @@ class Workload(NamedTuple):
         beyond rounding: ``{"microbatch": (0, 8, 32), "tasks_at_a_time": (0, 1)}``, say.
       evaluation_examples: cost of an evaluation beside its seconds, in examples of training; it
         counts in the budget of a search and among the operations.
+      warmup_examples: examples at the start in which the rates are not yet what the settings say;
+        no search begins in them.
     """
 
     name: str
@@ -176,6 +178,7 @@ class Workload(NamedTuple):
     scores: Callable[[MetaState], Mapping[str, float]] | None = None
     execution_options: Mapping[str, Sequence[Setting]] = {}
     evaluation_examples: float = 0.0
+    warmup_examples: int = 0
 
 
 class Snapshot(NamedTuple):

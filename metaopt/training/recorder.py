@@ -91,7 +91,7 @@ class Recorder:
         before, self._seen = self._seen, step
         if is_due(before, step, self._config.log_every):
             self._measure_throughput(step)
-            logged = {key: value.tolist() for key, value in values.items()}
+            logged = {k: value.tolist() for k, value in values.items() if k != "task_losses"}
             self._write(step, logged | self._throughput)
         elif self._mark is None:  # not before the first step, which is the one that compiles
             self._mark = (step, time.monotonic())

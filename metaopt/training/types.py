@@ -56,6 +56,9 @@ class Training(NamedTuple):
       fingerprint: what decides the states; a checkpoint of another is refused.
       evaluate: loss that the best checkpoint is chosen by; it must not donate the state.
       steps_per_call: meta-updates in one call.
+      held_out: ``i -> batch`` of tasks of the validation split for one meta-update, for whoever
+        compares states by the losses that a step reports of them; None if there is none.
+      warmup_steps: meta-updates at the start in which the outer rate is not yet its own.
     """
 
     name: str
@@ -67,6 +70,8 @@ class Training(NamedTuple):
     fingerprint: Fingerprint
     evaluate: Evaluate | None = None
     steps_per_call: int = 1
+    held_out: Callable[[int], Any] | None = None
+    warmup_steps: int = 0
 
 
 class Trained(NamedTuple):

@@ -12,7 +12,7 @@ from noisy_quadratic import SETTINGS, as_bytes, workload
 from metaopt.errors import UserError
 from metaopt.files import read_json_lines
 from metaopt.measure import count_flops
-from metaopt.self_improvement.builders import HELD_OUT_BATCHES, improving_train, reported_losses
+from metaopt.self_improvement.builders import improving_train, reported_losses
 from metaopt.self_improvement.loop import LoopConfig, run
 from metaopt.self_improvement.monitor import MonitorConfig
 from metaopt.self_improvement.trials import TrialConfig
@@ -100,7 +100,7 @@ def test_what_it_costs_to_judge_by_steps_counts_as_examples_of_training(tmp_path
     share /= count_flops(quadratic.update, state, examples).total
     assert 0 < share < 0.7
     free = workload(800)
-    costly = free._replace(evaluation_examples=HELD_OUT_BATCHES * SIZE * share)
+    costly = free._replace(evaluation_examples=8 * SIZE * share)
     settings, outcomes = SETTINGS | {"outer_learning_rate": 0.02}, []
     for name, problem in (("free", free), ("costly", costly)):
         config = dataclasses.replace(LOOP, shares=(50.0,))  # both try all that there is
@@ -110,7 +110,7 @@ def test_what_it_costs_to_judge_by_steps_counts_as_examples_of_training(tmp_path
     evaluations = 0
     for first, (a, b) in enumerate(zip(plain.decisions, counted.decisions, strict=True)):
         longer = a.size != plain.decisions[max(0, first - 1)].size
-        number = len(a.trials) + (2 if first == 0 else int(longer))
+        number = len(a.trials) + (1 if first == 0 else int(longer))
         assert b.trial_examples - a.trial_examples == math.ceil(number * costly.evaluation_examples)
         evaluations += number
     assert evaluations >= 4

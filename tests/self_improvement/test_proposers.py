@@ -52,11 +52,13 @@ DIVERGED = NEITHER._replace(verdict="rolled back")
         ([UP], 16.0, [256.0]),  # on in the direction that helped
         ([UP], 100.0, [1e3]),  # no farther than the bound
         ([UP], 500.0, [125.0, 1e3]),  # to which it is not worth the while: refined
-        ([NEITHER], 1.0, [0.25, 4.0]),  # the smaller one first
-        ([MIXED], 1.0, [0.25, 4.0]),
-        ([UP, NEITHER], 16.0, [4.0, 64.0]),
-        ([NEITHER] * 2, 1.0, [0.5, 2.0]),
-        ([NEITHER] * 3, 1.0, []),  # the root of 2 is no change worth a trial
+        ([NEITHER], 1.0, []),  # the start is good
+        ([MIXED], 1.0, []),
+        ([UP, NEITHER], 16.0, [4.0, 64.0]),  # the smaller one first
+        ([UP, MIXED], 16.0, [4.0, 64.0]),
+        ([UP, NOISE], 16.0, [4.0, 64.0]),
+        ([UP, NEITHER, NEITHER], 16.0, [8.0, 32.0]),
+        ([UP] + [NEITHER] * 3, 16.0, []),  # the root of 2 is no change worth a trial
         ([NOISE], 1.0, []),
         ([ALMOST], 1.0, [1 / 16]),  # better, but not the best
         ([BEATEN], 1.0, [1 / 16]),  # another was changed, and this one may now differ
