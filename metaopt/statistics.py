@@ -330,8 +330,9 @@ def classification(targets: np.ndarray, predictions: np.ndarray) -> Classificati
         right, support = int(np.sum(true & said)), int(np.sum(true))
         per_class[str(name)] = ClassScore(*_scores(right, int(np.sum(said)), support), support)
     accuracy = float(np.mean(targets == predictions))
-    macro = np.mean([score[:3] for score in per_class.values()], axis=0).tolist()
-    return Classification(accuracy, *macro, per_class)
+    table = np.array([score[:3] for score in per_class.values()])
+    precision, recall, f1 = table.mean(axis=0).tolist()
+    return Classification(accuracy, precision, recall, f1, per_class)
 
 
 def _scores(right: int, said: int, support: int) -> tuple[float, float, float]:
