@@ -121,6 +121,7 @@ def plain_training(
     held_out: Batch,
     space: Space,
     examples_at_a_time: int = 1,
+    groups: Sequence[str] = (),
     seed: int = 0,
     num_devices: int = 0,
     **fields: Any,
@@ -138,12 +139,14 @@ def plain_training(
       draw: ``(position, number) -> examples [number, ...]``, a pure function, on the host.
       held_out: examples ``[E, ...]`` that changes are judged by.
       examples_at_a_time: held-out examples of one loss; there are E / this many losses.
+      groups: domain or class of each of these losses, see `Workload`; empty for none.
       seed: seed of the initial parameters.
       num_devices: number of devices; 0 for all.
       **fields: others of `Workload`; ``schedule`` is `cosine` if not given.
 
     Raises:
-      UserError: the held-out examples do not divide by ``examples_at_a_time``.
+      UserError: the held-out examples do not divide by ``examples_at_a_time``, or the groups are
+        not one for each loss.
     """
     learner, devices = maml(), parallel.default_devices(num_devices)
     if isinstance(axis := space.get("batch_size"), Scale):
@@ -152,7 +155,9 @@ def plain_training(
     number, each = len(jax.tree.leaves(held_out)[0]), examples_at_a_time
     if number % each:
         raise UserError(f"{number} held-out examples do not divide by examples_at_a_time={each}")
-    groups = jax.tree.map(lambda x: np.asarray(x).reshape(-1, each, *x.shape[1:]), held_out)
+    if len(groups) not in (0, number // each):
+        raise UserError(f"groups has {len(groups)} names for {number // each} held-out losses")
+    judged = jax.tree.map(lambda x: np.asarray(x).reshape(-1, each, *x.shape[1:]), held_out)
     losses_of = parallel.parallel_map(
         lambda params, batches: jax.lax.map(lambda x: loss_fn(params, x), batches, batch_size=64),
         devices,
@@ -176,9 +181,10 @@ def plain_training(
         learner=learner,
         estimate=lambda settings: joint(learner, loss_fn),
         sample=sample,
-        evaluate=lambda state: losses_of(state.meta_params["params"], groups),
+        evaluate=lambda state: losses_of(state.meta_params["params"], judged),
         examples_per_step=lambda settings: int(settings["batch_size"]),
         space=space,
+        groups=groups,
         seed=seed,
         num_devices=num_devices,
         **fields,
@@ -234,10 +240,10 @@ def improving_train(
     if start >= config.num_steps:
         return Trained(initial)
     name = f"{training.name}, from step {start}" if start else training.name
-    evaluate, evaluation_examples = training.evaluate, 0.0
+    evaluate, evaluation_examples, groups = training.evaluate, 0.0, training.groups
     if evaluate is None or np.ndim(evaluate(state)) != 1:
         held_out = functools.cache(lambda i: training.sample(config.num_steps + i))
-        evaluate = reported_losses(training.step_fn, held_out, HELD_OUT_BATCHES)
+        evaluate, groups = reported_losses(training.step_fn, held_out, HELD_OUT_BATCHES), ()
         evaluation_examples = HELD_OUT_BATCHES * tasks_per_step * _share_of_loss(training, held_out)
     workload = Workload(
         name=name,
@@ -251,6 +257,7 @@ def improving_train(
         tokens_per_example=training.tokens_per_task,
         space={key: RATE for key, value in hparams.items() if key in searched and value > 0},
         evaluation_examples=evaluation_examples,
+        groups=groups,
     )
     outcome = run(
         workload,

@@ -56,6 +56,7 @@ class Training(NamedTuple):
       fingerprint: what decides the states; a checkpoint of another is refused.
       evaluate: loss that the best checkpoint is chosen by; it must not donate the state.
       steps_per_call: meta-updates in one call.
+      groups: name of the task of each loss that ``evaluate`` gives; empty if they have none.
     """
 
     name: str
@@ -67,6 +68,7 @@ class Training(NamedTuple):
     fingerprint: Fingerprint
     evaluate: Evaluate | None = None
     steps_per_call: int = 1
+    groups: tuple[str, ...] = ()
 
 
 class Trained(NamedTuple):
