@@ -30,7 +30,7 @@ from metaopt.self_improvement.workload import Choice, Scale, Setting, Space, Wor
 from metaopt.tasks.markov import MarkovConfig, bayes_loss, markov
 from metaopt.tasks.sources import text as text_sources
 from metaopt.tasks.sources.text_checks import check_text
-from metaopt.types import Batch, LossFn, MetaState, Model
+from metaopt.types import Array, Batch, LossFn, MetaState, Model
 
 RATE = Scale(low=1e-6, high=100.0)
 DECAY = Scale(low=1e-6, high=100.0)
@@ -237,9 +237,7 @@ def read_mnist(config: Config) -> tuple[dict[str, Any], dict[str, Any]]:
     return images, {split: labels[split].astype(np.int32) for split in SPLITS}
 
 
-def logits_of(
-    model: Model, inputs: np.ndarray, at_a_time: int
-) -> Callable[[MetaState], np.ndarray]:
+def logits_of(model: Model, inputs: Array, at_a_time: int) -> Callable[[MetaState], np.ndarray]:
     """``state -> logits [E, C]`` of inputs ``[E, ...]``, computed some at a time."""
     groups = inputs.reshape(-1, at_a_time, *inputs.shape[1:])
     apply = jax.jit(lambda params: jax.lax.map(lambda x: model.apply(params, x), groups))
