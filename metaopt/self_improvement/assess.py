@@ -242,9 +242,9 @@ def strengths_and_weaknesses(
 def difference(values: np.ndarray, others: np.ndarray) -> Interval:
     """The mean of ``[n]`` values less that of ``[m]`` others, none of which are paired.
 
-    The interval is Welch's, ``se² = s²/n + s'²/m``. If one side is a single value, both are taken
-    to spread alike, as far as the other side shows: the interval of a domain with one loss says
-    whether that is one more of the losses of the others. It is NaN if nothing shows a spread.
+    The interval is Welch's, ``se² = s²/n + s'²/m``. If one side is a single value, it is taken to
+    spread as the other side does: a domain with one loss is judged as if it were one more of the
+    others. The interval is NaN if neither side has two values.
 
     References:
       Welch, 1947, "The Generalization of 'Student's' Problem when Several Different Population
