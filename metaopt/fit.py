@@ -223,8 +223,10 @@ def fit(
         scalars = {name: jnp.float32(value) for name, value in (hparams or {}).items()}
         start = jax.tree.map(jnp.copy, state._replace(hparams=state.hparams | scalars, key=used))
     fingerprint = parts.fingerprint(start, first, valid)
+    groups = ()
     if valid is not None and evaluate is None:
         evaluate = parts.evaluate(valid, devices)
+        groups = task_groups(problem.family, valid)
     training = Training(
         name=name,
         state=parallel.replicate(start, devices),
@@ -237,6 +239,8 @@ def fit(
         steps_per_call=config.steps_per_call,
         held_out=tasks.held_out if config.steps_per_call == 1 else None,
         warmup_steps=outer.warmup_steps,
+        groups=groups,
+        task_names=problem.family.valid.task_names,
     )
     trained = train_fn(training, config, directory)
     return Fitted(trained.state, time.monotonic() - began, trained.from_checkpoint)
@@ -259,6 +263,16 @@ def check_devices(
 def validation_episodes(family: TaskFamily, eval_seed: int, number: int) -> Episode:
     """The episodes that rates and checkpoints are chosen on, ``[number, ...]``."""
     return family.valid.sample(jax.random.split(jax.random.key(eval_seed))[0], number)
+
+
+def task_groups(family: TaskFamily, valid: Episode) -> tuple[str, ...]:
+    """The names of the tasks of validation episodes, in the order of `task_means`.
+
+    Empty if the family has no names, or not for these episodes.
+    """
+    names, tasks = family.valid.task_names, np.unique(np.asarray(valid.task))
+    known = tasks.size and tasks[0] >= 0 and tasks[-1] < len(names)
+    return tuple(names[task] for task in tasks) if known else ()
 
 
 def tokens_per_task(episodes: Episode) -> int:

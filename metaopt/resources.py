@@ -2,6 +2,7 @@
 
 import functools
 import os
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -46,6 +47,25 @@ def memory_use(devices: Sequence[Any] | None = None) -> MemoryUse:
     shares = [(s["bytes_in_use"], s["bytes_limit"]) for s in found if s.get("bytes_limit")]
     fullest = max(shares, key=lambda s: s[0] / s[1], default=(None, None))
     return MemoryUse(host, host_limit(), *fullest)
+
+
+def peak_memory(devices: Sequence[Any] | None = None) -> int:
+    """The most bytes in use since the process began: of a device if they tell, else of the host.
+
+    ``devices`` are those of this process if not given; the one that used the most counts. The
+    host's peak is that of all that the process did, also before this run.
+    """
+    devices = _own_devices() if devices is None else devices
+    found = [stats for device in devices if (stats := device.memory_stats())]
+    if peaks := [stats["peak_bytes_in_use"] for stats in found if "peak_bytes_in_use" in stats]:
+        return max(peaks)
+    now = _process(os.getpid()).memory_info()
+    try:
+        import resource
+    except ImportError:  # Windows, whose memory_info has the peak
+        return getattr(now, "peak_wset", now.rss)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return max(now.rss, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
 
 
 @functools.cache

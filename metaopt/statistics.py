@@ -2,12 +2,10 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, cast
+from typing import Literal, NamedTuple
 
 import numpy as np
 from scipy import special
-
-from metaopt.errors import UserError
 
 
 class Interval(NamedTuple):
@@ -270,21 +268,44 @@ def _ordered(curve: Curve) -> tuple[np.ndarray, np.ndarray]:
     return points[:, 0], np.where(np.isfinite(points[:, 1]), points[:, 1], np.inf)
 
 
+class Threshold(NamedTuple):
+    """One class against the rest, told apart by a threshold on its probability.
+
+    Attributes:
+      threshold: least probability that is taken for the class; NaN if the class never occurs.
+      precision, recall, f1: those at this threshold.
+    """
+
+    threshold: float
+    precision: float
+    recall: float
+    f1: float
+
+
+class ClassScore(NamedTuple):
+    """How well one class is told from the others; ``best`` is None without probabilities."""
+
+    precision: float
+    recall: float
+    f1: float
+    support: int
+    best: Threshold | None = None
+
+
 class Classification(NamedTuple):
     """How well classes are told apart; all numbers in [0, 1].
 
     Attributes:
       accuracy: share of examples that are classified right.
       precision, recall, f1: means over classes, each class alike (macro).
-      per_class: class to its precision, recall, F1 and number of true examples
-        (``'support'``).
+      per_class: class to its precision, recall, F1 and number of true examples.
     """
 
     accuracy: float
     precision: float
     recall: float
     f1: float
-    per_class: dict[str, dict[str, float]]
+    per_class: dict[str, ClassScore]
 
 
 def classification(targets: np.ndarray, predictions: np.ndarray) -> Classification:
@@ -298,29 +319,62 @@ def classification(targets: np.ndarray, predictions: np.ndarray) -> Classificati
       predictions: the predicted ones, of the same shape.
 
     Raises:
-      UserError: scikit-learn is not installed.
       ValueError: shapes differ or there is nothing to judge.
     """
-    try:
-        from sklearn.metrics import accuracy_score, precision_recall_fscore_support
-    except ImportError as error:
-        raise UserError(
-            "precision and recall need scikit-learn: pip install 'metaopt[improve]'"
-        ) from error
     targets, predictions = np.asarray(targets), np.asarray(predictions)
     if targets.shape != predictions.shape or not targets.size:
         raise ValueError(f"need classes of one shape, got {targets.shape}, {predictions.shape}")
-    targets, predictions = targets.ravel(), predictions.ravel()
-    classes = np.unique(np.concatenate([targets, predictions]))
-    scores: Any = precision_recall_fscore_support(
-        targets, predictions, labels=classes, average=None, zero_division=cast(Any, 0.0)
-    )
-    table = np.stack(scores, axis=1).astype(float)  # [classes, 4]
-    names = ("precision", "recall", "f1", "support")
-    per_class: dict[str, dict[str, float]] = {
-        str(name): dict(zip(names, row, strict=True))
-        for name, row in zip(classes, table.tolist(), strict=True)
-    }
-    accuracy = float(accuracy_score(targets, predictions))
-    precision, recall, f1 = table[:, :3].mean(axis=0).tolist()
+    per_class = {}
+    for name in np.unique(np.concatenate([targets.ravel(), predictions.ravel()])):
+        true, said = targets == name, predictions == name
+        right, support = int(np.sum(true & said)), int(np.sum(true))
+        per_class[str(name)] = ClassScore(*_scores(right, int(np.sum(said)), support), support)
+    accuracy = float(np.mean(targets == predictions))
+    table = np.array([score[:3] for score in per_class.values()])
+    precision, recall, f1 = table.mean(axis=0).tolist()
     return Classification(accuracy, precision, recall, f1, per_class)
+
+
+def _scores(right: int, said: int, support: int) -> tuple[float, float, float]:
+    """Precision, recall and F1 of a class; 0 instead of 0 / 0."""
+    return right / max(said, 1), right / max(support, 1), 2 * right / max(said + support, 1)
+
+
+def classification_of(probabilities: np.ndarray, labels: np.ndarray) -> Classification:
+    """`classification` by the most probable class, and each class at its best threshold.
+
+    Args:
+      probabilities: ``[N, C]``, or any scores that order examples by class.
+      labels: the true classes, integers ``[N]`` in ``[0, C)``.
+
+    Raises:
+      ValueError: the shapes do not fit, or a label is none of the classes.
+    """
+    probabilities, labels = np.asarray(probabilities), np.asarray(labels)
+    if probabilities.ndim != 2 or labels.shape != probabilities.shape[:1] or not labels.size:
+        raise ValueError(
+            f"need [N, C] probabilities and [N] labels, got {probabilities.shape}, {labels.shape}"
+        )
+    if labels.min() < 0 or labels.max() >= probabilities.shape[1]:
+        raise ValueError(f"labels from {labels.min()} to {labels.max()} are not all classes")
+    found = classification(labels, probabilities.argmax(axis=1))
+    per_class = {
+        name: score._replace(best=best_threshold(probabilities[:, int(name)], labels == int(name)))
+        for name, score in found.per_class.items()
+    }
+    return found._replace(per_class=per_class)
+
+
+def best_threshold(scores: np.ndarray, is_class: np.ndarray) -> Threshold:
+    """The threshold on scores ``[N]`` that gives the highest F1; of equal ones the highest.
+
+    It is chosen on the examples that it is judged by: its scores are too good rather than too bad.
+    """
+    support = int(np.sum(is_class))
+    if not support:
+        return Threshold(math.nan, 0.0, 0.0, 0.0)
+    order = np.argsort(-scores, kind="stable")
+    ordered, right = scores[order], np.cumsum(is_class[order])
+    ends = np.flatnonzero(np.append(ordered[1:] != ordered[:-1], True))  # equal scores go together
+    end = int(ends[np.argmax(2 * right[ends] / (ends + 1 + support))])
+    return Threshold(float(ordered[end]), *_scores(int(right[end]), end + 1, support))

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from scipy import special
 
 from experiments.table_self_improvement.config import Config, LanguageModel
 from metaopt import learners, losses, meta_gradients, models, parallel
@@ -29,7 +30,7 @@ from metaopt.self_improvement.workload import Choice, Scale, Setting, Space, Wor
 from metaopt.tasks.markov import MarkovConfig, bayes_loss, markov
 from metaopt.tasks.sources import text as text_sources
 from metaopt.tasks.sources.text_checks import check_text
-from metaopt.types import Batch, LossFn, MetaState, Model
+from metaopt.types import Array, Batch, LossFn, MetaState, Model
 
 RATE = Scale(low=1e-6, high=100.0)
 DECAY = Scale(low=1e-6, high=100.0)
@@ -85,9 +86,9 @@ class Text:
 
     def draw(self, part: tuple[float, float], key: int, number: int) -> Batch:
         """Sequences from between two fractions of each domain, int32 ``[number, L]``."""
-        rng = np.random.default_rng((self.seed, key))
+        indices, rng = self._chosen(key, number)
         drawn = []
-        for index in rng.integers(len(self.domains), size=number):
+        for index in indices:
             domain = self.domains[index]
             low, high = (int(fraction * domain.size) for fraction in part)
             drawn.append(
@@ -95,6 +96,15 @@ class Text:
             )
         tokens = np.stack(drawn).astype(np.int32)
         return Batch(tokens[:, :-1], tokens[:, 1:])  # type: ignore[arg-type]
+
+    def names(self, key: int, number: int) -> list[str]:
+        """The domain of each sequence that `draw` gives."""
+        return [self.domains[index].name for index in self._chosen(key, number)[0]]
+
+    def _chosen(self, key: int, number: int) -> tuple[np.ndarray, np.random.Generator]:
+        """Which domains the sequences are of, and what draws their places."""
+        rng = np.random.default_rng((self.seed, key))
+        return rng.integers(len(self.domains), size=number), rng
 
 
 def transformer(lm: LanguageModel, **how) -> Model:
@@ -128,6 +138,7 @@ def language_model(
         loss_fn=loss_fn,
         draw=lambda position, number: text.draw((0.0, 0.9), 3 + position, number),
         held_out=held_out,
+        groups=text.names(1, lm.num_held_out),
         num_examples=num_examples or lm.num_examples,
         tokens_per_example=lm.length,
         space=space,
@@ -226,6 +237,18 @@ def read_mnist(config: Config) -> tuple[dict[str, Any], dict[str, Any]]:
     return images, {split: labels[split].astype(np.int32) for split in SPLITS}
 
 
+def logits_of(model: Model, inputs: Array, at_a_time: int) -> Callable[[MetaState], np.ndarray]:
+    """``state -> logits [E, C]`` of inputs ``[E, ...]``, computed some at a time."""
+    groups = inputs.reshape(-1, at_a_time, *inputs.shape[1:])
+    apply = jax.jit(lambda params: jax.lax.map(lambda x: model.apply(params, x), groups))
+
+    def logits(state: MetaState) -> np.ndarray:
+        found = np.asarray(apply(state.meta_params["params"]))
+        return found.reshape(len(inputs), -1)
+
+    return logits
+
+
 class Digits(NamedTuple):
     """MNIST: the training, and what its accuracy is measured on."""
 
@@ -271,16 +294,18 @@ def mnist(config: Config, schedule: str) -> Digits:
         num_devices=1,
     )
     settings = default_settings(optimizer="sgd", batch_size=sizes.batch_size, microbatch=0)
-    groups = test.inputs.reshape(-1, 100, *test.inputs.shape[1:])
-    apply = jax.jit(lambda params: jax.lax.map(lambda x: model.apply(params, x), groups))
+    test_logits, logits = (logits_of(model, x.inputs, n) for x, n in ((test, 100), (held_out, 50)))
 
     def predict(state: MetaState) -> np.ndarray:
-        return np.asarray(apply(state.meta_params["params"])).argmax(-1).reshape(-1)
+        return test_logits(state).argmax(-1)
+
+    def predictions(state: MetaState) -> tuple[np.ndarray, np.ndarray]:
+        return special.softmax(logits(state), axis=-1), labels["train"][-NUM_HELD_OUT:]
 
     def scores(state: MetaState) -> dict[str, float]:
         return {"test_accuracy": float(np.mean(predict(state) == labels["test"]))}
 
-    workload = workload._replace(scores=scores)
+    workload = workload._replace(scores=scores, predictions=predictions)
     problem = Problem(workload, settings, per_example(loss_fn, test, 100), loss_fn)
     return Digits(problem, predict, labels["test"])
 

@@ -31,6 +31,7 @@ from metaopt.console import printable
 from metaopt.errors import UserError
 from metaopt.files import matches
 from metaopt.ranges import Checked, Range
+from metaopt.reporting import assessed
 
 BARS = "▁▂▃▄▅▆▇█"
 CURVE = 24  # characters
@@ -70,7 +71,7 @@ def sparkline(values: Sequence[float], width: int = CURVE) -> str:
 
 
 def view(runs: Sequence[RunView], width: int = PLAIN_WIDTH) -> Group:
-    """What is shown of each run: a table of its trainings, active alarms, the last decisions."""
+    """What is shown of each run: trainings, their assessments, active alarms, last decisions."""
     parts = []
     for run in runs:
         directory, trainings = run.directory.resolve(), run.trainings
@@ -82,6 +83,9 @@ def view(runs: Sequence[RunView], width: int = PLAIN_WIDTH) -> Group:
         for name, training in trainings.items():
             table.add_row(*row(name, training, run.total, min(CURVE, max(4, width - 96))))
         parts += [table if trainings else title]
+        parts += [
+            note for name, training in trainings.items() for note in assessment(name, training)
+        ]
         parts += [note for name, training in trainings.items() for note in alarms(name, training)]
         parts += [decision_note(decision) for decision in run.decisions]
     return Group(*parts)
@@ -126,6 +130,12 @@ def alarms(name: str, training: Training) -> list[Text]:
     active = training.values.get("active") or ()
     notes = [training.alarms[kind] for kind in active if kind in training.alarms]
     return [Text(printable(f"! {name}, {message}"), style="red") for message in notes]
+
+
+def assessment(name: str, training: Training) -> list[Text]:
+    """The latest assessment of a training under the loop, in a line; none of another training."""
+    said = assessed.in_words(training.values)
+    return [Text(printable(f"= {name}: {said}"))] if said else []
 
 
 def decision_note(decision: dict[str, Any]) -> Text:

@@ -31,6 +31,11 @@ class Shown(typing.TypedDict, total=False):
     active: list[str]
     kind: str
     alarm: dict[str, Any]
+    cost: float
+    strengths: list[str]
+    weaknesses: list[str]
+    classes: dict[str, Any]
+    rank: dict[str, Any]
 
 
 SHOWN = typing.get_type_hints(Shown)

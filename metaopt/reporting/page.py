@@ -17,7 +17,7 @@ import numpy as np
 from metaopt.console import printable
 from metaopt.errors import UserError
 from metaopt.files import matches, parse_record, read_json
-from metaopt.reporting import plots, tables
+from metaopt.reporting import assessed, plots, tables
 
 PAGE = "report.html"
 """File of a run with its page."""
@@ -124,7 +124,7 @@ def _results(arranged: Sequence[tables.Table]) -> list[str]:
 
 
 def _extremes(arranged: Sequence[tables.Table], metrics: Sequence[Mapping]) -> list[str]:
-    """The domains that are best and worst by each column, and the latest scores of classes."""
+    """The domains that are best and worst by each column, and the assessments."""
     found = []
     for table in (t for t in arranged if t.name.endswith("/domains")):
         rows = []
@@ -138,11 +138,24 @@ def _extremes(arranged: Sequence[tables.Table], metrics: Sequence[Mapping]) -> l
             sides = (known[:count], known[len(known) - count :][::-1]) if count else (known, [])
             rows.append([_text(column), *("<br>".join(map(_domain, side)) for side in sides)])
         found.append(_table(["", "best", "worst"], rows, wraps=True))
-    scores = {str(x.get("name", "")): x["scores"] for x in metrics if x.get("scores")}
-    for name, of_training in scores.items():
-        if isinstance(of_training, dict):
+    return [*found, *_assessments(metrics)]
+
+
+def _assessments(metrics: Sequence[Mapping]) -> list[str]:
+    """Of each training, its latest assessment and its latest scores."""
+    scores = {
+        str(x.get("name", "")): x["scores"] for x in metrics if isinstance(x.get("scores"), dict)
+    }
+    latest, found = assessed.latest(metrics), []
+    for name in latest | scores:
+        found.append(f"<h3>{_text(name)}</h3>")
+        if line := latest.get(name):
+            for headings, *rows in filter(None, (assessed.groups(line), assessed.classes(line))):
+                found.append(_table(headings, [[_text(cell) for cell in row] for row in rows]))
+            found.append(f'<p class="note">{_text(assessed.in_words(line))}</p>')
+        if of_training := scores.get(name):
             rows = [[_text(key), _number(value)] for key, value in of_training.items()]
-            found += [f"<h3>{_text(name)}</h3>", _table(["", "latest"], rows)]
+            found.append(_table(["", "latest"], rows))
     return found
 
 

@@ -3,6 +3,7 @@
 Each part is a module of its own, usable alone; what a notebook wants of them is here.
 """
 
+from metaopt.self_improvement.assess import Assessment, CostConfig
 from metaopt.self_improvement.builders import (
     default_settings,
     improving_train,
@@ -18,8 +19,10 @@ from metaopt.self_improvement.workload import Choice, Scale, Snapshot, Workload
 
 __all__ = [
     "Alarm",
+    "Assessment",
     "Change",
     "Choice",
+    "CostConfig",
     "Decision",
     "Ledger",
     "LoopConfig",

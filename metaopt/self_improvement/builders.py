@@ -34,7 +34,8 @@ IMPROVING = LoopConfig(
     shares=(0.25,),
     margins=(0.002,),
     trials=TrialConfig(examples=0.008, least_steps=3, probe=0.03),
-    assess_every=0.5,
+    assess_every=0.25,
+    assessment_share=0.01,
 )
 """The loop of `improving_train`: on a good start it costs 3 % of the run, on a bad one 30 %."""
 JUDGING_SHARE = 0.0025
@@ -133,6 +134,7 @@ def plain_training(
     held_out: Batch,
     space: Space,
     examples_at_a_time: int = 1,
+    groups: Sequence[str] = (),
     seed: int = 0,
     num_devices: int = 0,
     **fields: Any,
@@ -150,12 +152,14 @@ def plain_training(
       draw: ``(position, number) -> examples [number, ...]``, a pure function, on the host.
       held_out: examples ``[E, ...]`` that changes are judged by.
       examples_at_a_time: held-out examples of one loss; there are E / this many losses.
+      groups: domain or class of each of these losses, see `Workload`; empty for none.
       seed: seed of the initial parameters.
       num_devices: number of devices; 0 for all.
       **fields: others of `Workload`; ``schedule`` is `cosine` if not given.
 
     Raises:
-      UserError: the held-out examples do not divide by ``examples_at_a_time``.
+      UserError: the held-out examples do not divide by ``examples_at_a_time``, or the groups are
+        not one for each loss.
     """
     learner, devices = maml(), parallel.default_devices(num_devices)
     if isinstance(axis := space.get("batch_size"), Scale):
@@ -164,7 +168,9 @@ def plain_training(
     number, each = len(jax.tree.leaves(held_out)[0]), examples_at_a_time
     if number % each:
         raise UserError(f"{number} held-out examples do not divide by examples_at_a_time={each}")
-    groups = jax.tree.map(lambda x: np.asarray(x).reshape(-1, each, *x.shape[1:]), held_out)
+    if len(groups) not in (0, number // each):
+        raise UserError(f"groups has {len(groups)} names for {number // each} held-out losses")
+    judged = jax.tree.map(lambda x: np.asarray(x).reshape(-1, each, *x.shape[1:]), held_out)
     losses_of = parallel.parallel_map(
         lambda params, batches: jax.lax.map(lambda x: loss_fn(params, x), batches, batch_size=64),
         devices,
@@ -188,9 +194,10 @@ def plain_training(
         learner=learner,
         estimate=lambda settings: joint(learner, loss_fn),
         sample=sample,
-        evaluate=lambda state: losses_of(state.meta_params["params"], groups),
+        evaluate=lambda state: losses_of(state.meta_params["params"], judged),
         examples_per_step=lambda settings: int(settings["batch_size"]),
         space=space,
+        groups=groups,
         seed=seed,
         num_devices=num_devices,
         **fields,
@@ -247,7 +254,7 @@ def improving_train(
     if start >= config.num_steps:
         return Trained(initial)
     name = f"{training.name}, from step {start}" if start else training.name
-    evaluate, evaluation_examples = training.evaluate, 0.0
+    evaluate, evaluation_examples, groups = training.evaluate, 0.0, training.groups
     if training.held_out or evaluate is None or np.ndim(evaluate(state)) != 1:
         past_the_end = lambda i: training.sample(config.num_steps + i)  # noqa: E731
         held_out = functools.cache(training.held_out or past_the_end)
@@ -256,6 +263,7 @@ def improving_train(
         allowed = JUDGING_SHARE * (config.num_steps - start) / cost
         number = min(most, max(least, int(allowed)))
         evaluate = reported_losses(training.step_fn, held_out, number)
+        groups = _groups(training, held_out, number)
         evaluation_examples = number * tasks_per_step * cost
     workload = Workload(
         name=name,
@@ -270,6 +278,7 @@ def improving_train(
         space={key: RATE for key in searched if hparams.get(key, 0.0) > 0},
         evaluation_examples=evaluation_examples,
         warmup_examples=max(0, training.warmup_steps - start) * tasks_per_step,
+        groups=groups,
     )
     outcome = run(
         workload,
@@ -280,6 +289,21 @@ def improving_train(
         fingerprint=training.fingerprint,
     )
     return Trained(outcome.snapshot.state, outcome.from_checkpoint)
+
+
+def _groups(training: Training, held_out: Callable[[int], Episode], number: int) -> tuple[str, ...]:
+    """The name of the task of each loss that steps report of held-out batches, if they have names.
+
+    A step that reports no loss of each task gives one a batch, which is of no task.
+    """
+    if training.held_out is None or not training.task_names:
+        return ()
+    metrics = jax.eval_shape(training.step_fn, training.state, held_out(0))[1]
+    if "task_losses" not in metrics:
+        return ()
+    names = training.task_names
+    tasks = np.concatenate([np.ravel(held_out(i).task) for i in range(number)])
+    return tuple(names[task] for task in tasks) if tasks.max() < len(names) else ()
 
 
 def reported_losses(

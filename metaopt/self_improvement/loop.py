@@ -7,6 +7,7 @@ runs, if there is one, gives the start and is given the end.
 """
 
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -22,7 +23,7 @@ from metaopt.files import as_record
 from metaopt.measure import count_flops
 from metaopt.ranges import Checked, Range, Seconds, Steps, StepsOr0
 from metaopt.resources import MemoryUse, memory_use, peak_flops
-from metaopt.self_improvement.assess import Assessment
+from metaopt.self_improvement.assess import Assessment, CostConfig, curve_of, rank_in_words
 from metaopt.self_improvement.autotune import tune_options
 from metaopt.self_improvement.memory import Memory, RunRecord
 from metaopt.self_improvement.monitor import CONSECUTIVE_CHECKS, Alarm, Monitor, MonitorConfig
@@ -58,6 +59,8 @@ from metaopt.training.loop import checkpoint_directory
 from metaopt.training.progress import Progress
 from metaopt.training.runs import lock_directory
 
+REPORTED = ("count_flops", "cost")
+"""Fields of `LoopConfig` that a resumed run may change: they decide nothing."""
 DAMAGE = ("nan", "divergence")
 """Alarms after which the state is discarded."""
 STEPS_UNTIL_GOOD = max(CONSECUTIVE_CHECKS[kind] for kind in DAMAGE)
@@ -84,6 +87,10 @@ class LoopConfig(Checked):
         included: at the start, and after a search that changed the batch, if there are phases.
       memory_budget: Bytes a device that a step may take; up to 1, a fraction of what it has.
       assess_every: Fraction of the run between two held-out evaluations, each with a checkpoint.
+      assessment_share: Most that these may cost, as a fraction of the examples of the run, for a
+        workload whose evaluations count as examples (`Workload.evaluation_examples`). They are
+        farther apart if needed; those at the start and at the end always take place.
+      cost: Weights of the cost that assessments report; it decides nothing.
       keep_every: Rollback snapshot interval, in steps.
       max_roll_backs: Number of rollbacks in a row, without a decision or an assessment between
         them, after which the run has `Diverged`.
@@ -100,6 +107,8 @@ class LoopConfig(Checked):
     options_seconds: Seconds = 60.0
     memory_budget: Annotated[float, Range(1e-6, 1e15)] = 0.8
     assess_every: Annotated[float, Range(1e-6, 1)] = 0.1
+    assessment_share: Annotated[float, Range(1e-6, 1)] = 0.05
+    cost: CostConfig = dataclasses.field(default_factory=CostConfig)
     keep_every: Steps = 20
     max_roll_backs: StepsOr0 = 5
     count_flops: bool = True
@@ -113,6 +122,12 @@ class LoopConfig(Checked):
                 f"phases {self.phases} must ascend and need a share each, not {self.shares}, and a "
                 f"margin each, not {self.margins}"
             )
+
+
+def assessment_interval(config: LoopConfig, workload: Workload) -> float:
+    """Examples between two assessments; it depends on nothing that a run does."""
+    least = workload.evaluation_examples / config.assessment_share
+    return max(config.assess_every * workload.num_examples, least)
 
 
 class Outcome(NamedTuple):
@@ -192,10 +207,11 @@ def run(
             "num_examples": workload.num_examples,
             "space": dict(workload.space),
             "settings": dict(settings),
-            "loop": {name: value for name, value in vars(config).items() if name != "count_flops"},
+            "loop": {name: x for name, x in vars(config).items() if name not in REPORTED},
             "interventions": interventions,
         }
-        run_log = RunLog(workload, directory, checkpoints, identity, flops)
+        rank = None if memory is None else functools.partial(memory.rank, workload.task)
+        run_log = RunLog(workload, directory, checkpoints, identity, flops, config.cost, rank)
         loop = Loop(workload, config, run_log, stop, proposer, interventions, flops)
         snapshot = loop.start(first, memory)
         is_new, step = snapshot.examples < workload.num_examples, int(snapshot.state.step)
@@ -214,6 +230,8 @@ def run(
         with progress as loop.progress, monitor as loop.monitor:
             loop.mark_good(snapshot)
             outcome = loop.run(snapshot)
+    if is_new and (rank := outcome.curve[-1].rank) is not None:
+        log(f"{workload.name}: {rank_in_words(rank)}")
     if memory is not None and is_new:
         memory.remember(record_of(workload, outcome))
     return outcome if is_new else outcome._replace(from_checkpoint=step)
@@ -250,7 +268,7 @@ def record_of(workload: Workload, outcome: Outcome) -> RunRecord:
         loss=outcome.curve[-1].loss.mean,
         tokens=outcome.snapshot.examples * workload.tokens_per_example,
         seconds=outcome.ledger.seconds,
-        curve=[(point.tokens, point.loss.mean) for point in outcome.curve],
+        curve=curve_of(outcome.curve),
         decisions=as_record([*outcome.earlier, *outcome.decisions]),
     )
 
@@ -342,8 +360,8 @@ class Loop:
         return snapshot
 
     def _next_assessment(self, examples: int) -> int:
-        """The next multiple of `assess_every` after some examples, or the end of the run."""
-        every = self.config.assess_every * self.workload.num_examples
+        """The next multiple of the interval after some examples, or the end of the run."""
+        every = assessment_interval(self.config, self.workload)
         multiple = math.floor(examples / every + 1e-9) + 1
         return min(self.workload.num_examples, math.ceil(multiple * every - 1e-6))
 

@@ -26,7 +26,7 @@ from metaopt.errors import UserError
 from metaopt.files import as_record, local_path
 from metaopt.self_improvement.records import past_search
 from metaopt.self_improvement.workload import Settings
-from metaopt.statistics import Curve
+from metaopt.statistics import Curve, RankAmongRuns, rank_among_runs
 from metaopt.training.runs import versions
 
 Task = Mapping[str, Any]  # descriptors of a task: sizes and counts as numbers, kinds as strings
@@ -261,6 +261,16 @@ class Memory:
     def propose(self, task: Task, within: float = MAX_DISTANCE) -> Proposal | None:
         """The start of a new run, see `choose`; None if there is no similar run."""
         return choose(self.records(), as_record(task), within)
+
+    def rank(self, task: Task, curve: Curve) -> RankAmongRuns | None:
+        """The rank of a run among past ones of the same task, up to `TIE_DISTANCE`.
+
+        They are compared by their held-out losses at the tokens of its last point, see
+        `rank_among_runs`; None if no run can be compared.
+        """
+        here = as_record(task)
+        similar = [r for r in self.records() if distance(here, r.task) <= TIE_DISTANCE]
+        return rank_among_runs(curve, [run.curve for run in similar])
 
     def _add(self, text: str) -> None:
         """Adds a row, or leaves all as it was."""

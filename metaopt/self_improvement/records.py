@@ -19,7 +19,8 @@ from metaopt import files, parallel
 from metaopt.console import is_first_process, log
 from metaopt.errors import UserError
 from metaopt.measure import compile_seconds
-from metaopt.self_improvement.assess import Assessment, assess
+from metaopt.resources import peak_memory
+from metaopt.self_improvement.assess import Assessment, CostConfig, assess, curve_of
 from metaopt.self_improvement.monitor import Alarm
 from metaopt.self_improvement.workload import (
     Score,
@@ -30,6 +31,7 @@ from metaopt.self_improvement.workload import (
     changed,
     check_settings,
 )
+from metaopt.statistics import Curve, RankAmongRuns
 from metaopt.training import runs
 from metaopt.training.checkpoint import Checkpoints
 
@@ -233,6 +235,7 @@ class RunLog:
       workload, directory, checkpoints: The training, and where it writes.
       identity: What the run is; checkpoints of another are refused.
       flops_per_example: Operations, for the efficiency; None if not known.
+      cost, rank: Weights of the cost; rank of a curve among past runs, None without a memory.
       decisions, curve, alarms: What there was up to now; the curve is of assessments.
     """
 
@@ -241,6 +244,8 @@ class RunLog:
     checkpoints: Checkpoints
     identity: Mapping[str, Any]
     flops_per_example: float | None = None
+    cost: CostConfig = dataclasses.field(default_factory=CostConfig)
+    rank: Callable[[Curve], RankAmongRuns | None] | None = None
     decisions: list[Decision] = dataclasses.field(default_factory=list)
     curve: list[Assessment] = dataclasses.field(default_factory=list)
     alarms: list[Alarm] = dataclasses.field(default_factory=list)
@@ -344,23 +349,31 @@ class RunLog:
 
     def assessed(self, snapshot: Snapshot, losses: np.ndarray) -> None:
         """Notes how good the run is, by its held-out losses, float64 ``[E]``."""
+        workload = self.workload
+        predictions = workload.predictions and workload.predictions(snapshot.state)
         ledger = self.ledger(snapshot)
         examples = ledger.examples + ledger.trial_examples + ledger.assessment_examples
         found = assess(
             losses,
             (self.curve[-1], np.array(self._losses)) if self.curve else None,
             step=int(snapshot.state.step),
-            tokens=snapshot.examples * self.workload.tokens_per_example,
+            tokens=snapshot.examples * workload.tokens_per_example,
             seconds=ledger.seconds,
             flops=None if self.flops_per_example is None else self.flops_per_example * examples,
             resources=len(parallel.default_devices()),
+            groups=workload.groups,
+            gib=peak_memory() / 2**30,
+            cost=self.cost,
+            predictions=predictions,
         )
+        if self.rank is not None and snapshot.examples >= workload.num_examples:
+            found = found._replace(rank=self.rank(curve_of([*self.curve, found])))
         self.curve.append(found)
         self._losses = losses.tolist()
         line: dict[str, Any] = {"valid_loss": found.loss.mean, **found._asdict()}
-        if self.workload.scores is not None:  # whose time is not the run's
+        if workload.scores is not None:  # whose time is not the run's
             began, compiled = time.perf_counter(), compile_seconds()
-            line["scores"] = dict(self.workload.scores(snapshot.state))
+            line["scores"] = dict(workload.scores(snapshot.state))
             self._began += time.perf_counter() - began
             self._compiled += compile_seconds() - compiled
         self._write("metrics.jsonl", line)

@@ -159,7 +159,12 @@ class Workload(NamedTuple):
       execution_options: values of settings that change how a step is computed, but not its result
         beyond rounding: ``{"microbatch": (0, 8, 32), "tasks_at_a_time": (0, 1)}``, say.
       evaluation_examples: cost of an evaluation beside its seconds, in examples of training; it
-        counts in the budget of a search and among the operations.
+        counts in the budget of a search and among the operations, and bounds how often the run is
+        assessed (`LoopConfig.assessment_share`).
+      groups: group of each of the E losses of ``evaluate``, a domain or a class, by which the
+        strengths and weaknesses of the run are found; empty for none.
+      predictions: ``state -> (probabilities [N, C], labels [N])`` on held-out examples, for the
+        accuracy, precision and recall of a classifier; None for none.
       warmup_examples: examples at the start in which the rates are not yet what the settings say;
         no search begins in them.
     """
@@ -179,6 +184,8 @@ class Workload(NamedTuple):
     execution_options: Mapping[str, Sequence[Setting]] = {}
     evaluation_examples: float = 0.0
     warmup_examples: int = 0
+    groups: Sequence[str] = ()
+    predictions: Callable[[MetaState], tuple[np.ndarray, np.ndarray]] | None = None
 
 
 class Snapshot(NamedTuple):

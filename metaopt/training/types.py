@@ -59,6 +59,8 @@ class Training(NamedTuple):
       held_out: ``i -> batch`` of tasks of the validation split for one meta-update, for whoever
         compares states by the losses that a step reports of them; None if there is none.
       warmup_steps: meta-updates at the start in which the outer rate is not yet its own.
+      groups: name of the task of each loss that ``evaluate`` gives; empty if they have none.
+      task_names: names of the tasks of ``held_out`` by their number, `Episode.task`; likewise.
     """
 
     name: str
@@ -72,6 +74,8 @@ class Training(NamedTuple):
     steps_per_call: int = 1
     held_out: Callable[[int], Any] | None = None
     warmup_steps: int = 0
+    groups: tuple[str, ...] = ()
+    task_names: tuple[str, ...] = ()
 
 
 class Trained(NamedTuple):

@@ -67,6 +67,19 @@ def test_a_view_of_trainings_with_and_without_a_monitor(run):
     assert "learning_rate 0.1 -> 0.01, optimizer sgd -> adam (better by 0.1 ± 0.02)" in decision
 
 
+def test_an_assessment_is_a_line(run):
+    line = {"name": "loop", "step": 45, "valid_loss": 2.5, "cost": 2.5, "strengths": ["a"]}
+    line |= {"weaknesses": ["b", "c", "d", "e"], "classes": {"accuracy": 0.75, "f1": 0.5}}
+    line |= {"rank": {"rank": 1, "n": 2}, "groups": []}
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write(json.dumps({"name": "other", "step": 1, "cost": "x", "strengths": 3}) + "\n")
+    append_json_line(run / "metrics.jsonl", line)
+    text = shown(watch.Config(runs=(run,)))
+    said = line_with(text, "= loop: cost 2.5; strengths a; weaknesses b, c, d and 1 more")
+    assert "accuracy 0.75; macro F1 0.5; rank 1 of 3 runs" in said
+    assert "= MAML" not in text and "= other" not in text
+
+
 def test_several_runs_and_a_finished_one(run, tmp_path):
     other = tmp_path / "adapt" / "cpu-2"
     other.mkdir()

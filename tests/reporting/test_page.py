@@ -85,6 +85,48 @@ def test_it_shows_results_course_alarms_with_responses_and_evidence(run):
     assert '"width": 32' in text and found.count("data:image/png") == 1
 
 
+ASSESSMENT = {
+    **{"name": "MAML", "step": 5, "valid_loss": 1.0, "cost": 1.25},
+    "groups": [
+        {"group": name, "loss": {"mean": loss, "ci95": 0.5, "n": 4}, "improvement": None}
+        | {"difference": {"mean": loss - 3.5, "ci95": None, "n": 12}}
+        for name, loss in (("c", 6.0), (EVIL, 1.0), *((f"d{i}", 2.0 + i / 10) for i in range(12)))
+    ],
+    "strengths": [EVIL],
+    "weaknesses": ["c"],
+    "classes": {"accuracy": 0.75, "precision": 0.7, "recall": 0.6, "f1": 0.65}
+    | {
+        "per_class": {
+            "cat": {"precision": 0.5, "recall": 0.25, "f1": 0.375, "support": 8}
+            | {"best": {"threshold": 0.4, "precision": 0.6, "recall": 0.8, "f1": 0.7}}
+        }
+    },
+    "rank": {"rank": 2, "n": 4},
+}
+
+
+def test_it_shows_what_a_training_says_of_itself(run):
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({**ASSESSMENT, "step": 4, "cost": 9.0, "rank": None}) + "\n")
+        file.write(json.dumps(ASSESSMENT) + "\n")
+    found = page(run)
+    text = " ".join(text_of(found).split())
+    assert "c 6 ± 0.5 – 2.5 weakness" in text and "strength" in text and "<script" not in found
+    assert text.index("d0 2 ± 0.5") < text.index("c 6 ± 0.5")
+    assert "d3 2.3" in text and "d4 2.4" not in text and "d5 2.5" not in text and "d11" in text
+    assert "cat 0.5 0.25 0.375 8 0.4 0.6 0.8 0.7" in text and "mean 0.7 0.6 0.65" in text
+    assert "cost 1.25; strengths" in text and "weaknesses c; accuracy 0.75" in text
+    assert "rank 2 of 5 runs" in text and "class 3 0.25" in text
+
+
+@pytest.mark.parametrize("key", ["groups", "strengths", "weaknesses", "classes", "rank", "cost"])
+@pytest.mark.parametrize("bad", [3, "x", [4], [{"loss": 3}], {"per_class": {"a": [], "b": {}}}])
+def test_an_assessment_that_is_damaged_stops_no_page(run, key, bad):
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({**ASSESSMENT, key: bad}) + "\n")
+    assert "MAML" in page(run)
+
+
 def test_past_runs_of_the_experiment_are_beside_it(run):
     assert "old 2.50 ± 0.10 9.00" in (text := " ".join(text_of(page(run)).split()))
     assert "new 1.50 ± 0.10 9.00" in text and "t, 5 steps" in text

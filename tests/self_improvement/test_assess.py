@@ -5,9 +5,21 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from metaopt.files import as_record
-from metaopt.self_improvement.assess import assess
-from metaopt.statistics import compare
+from metaopt.errors import UserError
+from metaopt.files import as_record, parsed, what_is_wrong
+from metaopt.ranges import OutOfRange
+from metaopt.self_improvement.assess import (
+    Assessment,
+    CostConfig,
+    GroupLoss,
+    assess,
+    by_group,
+    difference,
+    rank_in_words,
+    strengths_and_weaknesses,
+    total_cost,
+)
+from metaopt.statistics import Interval, compare, rank_among_runs
 
 
 def losses(seed, size=50):
@@ -132,7 +144,7 @@ def test_an_assessment_divides_the_fall_of_the_loss_by_what_was_spent():
     from_zero = assess(late, (begun._replace(flops=0.0), early), **now)
     assert from_zero.per_flop == pytest.approx(0.5 / 3e9)
     nothing = begun._replace(seconds=14.0, flops=None)
-    assert assess(late, (nothing, early), **now)[6:] == (None, None, None)
+    assert assess(late, (nothing, early), **now)[6:9] == (None, None, None)
 
 
 def test_an_assessment_is_strict_json_also_where_it_diverged():
@@ -145,3 +157,119 @@ def test_an_assessment_is_strict_json_also_where_it_diverged():
     assert record["per_cost"] == 1.0
     nested = {"array": np.array([1.0, np.nan], np.float32), "flag": np.bool_(True), 3: (1, "a")}
     assert as_record(nested) == {"array": [1.0, None], "flag": True, "3": [1, "a"]}
+
+
+NOW = {"step": 1, "tokens": 64, "seconds": 2.0}
+GROUPS = ["easy", "hard", "easy", "hard", "hard", "easy", "hard"]
+LOSSES = np.array([1.0, 4.0, 2.0, 6.0, 8.0, 3.0, 10.0])
+
+
+def test_two_groups_differ_by_hand():
+    """Means 2 and 7, se² = 1/3 + (20/3)/4 = 2, and 2² / ((1/3)²/2 + (5/3)²/3) = 216/53."""
+    found = difference(LOSSES[[0, 2, 5]], LOSSES[[1, 3, 4, 6]])
+    assert found.mean == -5.0 and found.n == 7
+    assert found.ci95 == pytest.approx(stats.t.ppf(0.975, 216 / 53) * math.sqrt(2), rel=1e-9)
+    test = stats.ttest_ind(LOSSES[[0, 2, 5]], LOSSES[[1, 3, 4, 6]], equal_var=False)
+    low, high = test.confidence_interval(0.95)
+    assert (found.mean - found.ci95, found.mean + found.ci95) == pytest.approx((low, high))
+
+
+def test_a_single_loss_is_taken_to_spread_as_the_others_do():
+    """s = 2 of 4, 6, 8: the error is 2 √(1 + 1/3), with two degrees of freedom."""
+    found = difference(np.array([1.0]), np.array([4.0, 6.0, 8.0]))
+    assert found.mean == -5.0
+    assert found.ci95 == pytest.approx(4.302653 * 2 * math.sqrt(4 / 3), rel=1e-6)
+    other_way = difference(np.array([4.0, 6.0, 8.0]), np.array([1.0]))
+    assert (other_way.mean, other_way.ci95) == (5.0, found.ci95)
+    assert math.isnan(difference(np.array([1.0]), np.array([2.0])).ci95)
+
+
+def test_groups_without_any_spread_differ_by_what_they_differ():
+    assert difference(np.array([1.0, 1.0]), np.array([2.0, 2.0]))[:2] == (-1.0, 0.0)
+
+
+def test_each_group_has_its_loss_its_fall_and_its_difference_from_the_others():
+    fall = np.array([0.5, 0.0, 0.5, 1.0, -1.0, 0.5, 0.0])
+    easy, hard = by_group(LOSSES, GROUPS, LOSSES + fall)
+    assert (easy.group, hard.group) == ("easy", "hard")
+    assert (easy.loss.mean, easy.loss.n, hard.loss.mean, hard.loss.n) == (2.0, 3, 7.0, 4)
+    assert easy.loss.ci95 == pytest.approx(4.302653 / math.sqrt(3), rel=1e-6)
+    assert easy.improvement is not None and hard.improvement is not None
+    assert easy.improvement[:2] == (0.5, 0.0) and hard.improvement.mean == 0.0
+    assert hard.improvement.ci95 > 0  # a gain and a loss
+    assert easy.difference is not None and hard.difference is not None
+    assert easy.difference.mean == -hard.difference.mean == -5.0
+    assert by_group(LOSSES, GROUPS)[0].improvement is None
+    (alone,) = by_group(LOSSES, ["all"] * 7)
+    assert alone.difference is None and by_group(LOSSES, ()) == ()
+    with pytest.raises(UserError, match="names 6 losses, but evaluate gives 7"):
+        by_group(LOSSES, GROUPS[:-1])
+
+
+def test_strengths_and_weaknesses_are_beyond_the_interval_and_extreme_ones_first():
+    def group(name, mean, ci95):
+        return GroupLoss(name, Interval(0.0, 0.0, 2), None, Interval(mean, ci95, 2))
+
+    found = [
+        *(group("a bit better", -1.0, 0.5), group("noise", -3.0, 3.5), group("best", -2.0, 1.9)),
+        *(group("worse", 1.0, 0.9), group("unknown", 9.0, math.nan), group("worst", 2.0, 0.1)),
+        GroupLoss("alone", Interval(0.0, 0.0, 2), None, None),
+    ]
+    assert strengths_and_weaknesses(found) == (("best", "a bit better"), ("worst", "worse"))
+    assert strengths_and_weaknesses([]) == ((), ())
+    assessed = assess(LOSSES, groups=GROUPS, **NOW)
+    assert (assessed.strengths, assessed.weaknesses) == (("easy",), ("hard",))
+
+
+def test_groups_that_do_not_differ_are_named_in_one_case_of_twenty():
+    rng, groups = np.random.default_rng(0), np.repeat(["a", "b", "c"], 8).tolist()
+    named = [
+        len(sum(strengths_and_weaknesses(by_group(rng.normal(size=24), groups)), ()))
+        for _ in range(1000)
+    ]
+    assert 0.03 < np.mean(named) / 3 < 0.07
+
+
+def test_the_cost_is_the_weighted_sum():
+    """2 · 0.5 + 0.1 · 30 + 4 · 1.5 = 1 + 3 + 6."""
+    weights = CostConfig(loss=2.0, seconds=0.1, gib=4.0)
+    assert total_cost(weights, loss=0.5, seconds=30.0, gib=1.5) == pytest.approx(10.0)
+    assert total_cost(weights, loss=0.5, seconds=30.0, gib=None) is None
+    assert total_cost(CostConfig(), loss=0.5, seconds=math.inf, gib=None) == 0.5
+    with pytest.raises(OutOfRange, match="seconds"):
+        CostConfig(seconds=-1.0)
+    first = assess(LOSSES, gib=3.0, cost=weights, **NOW)
+    assert first.cost == pytest.approx(2 * LOSSES.mean() + 0.2 + 12)
+    after = assess(LOSSES, (first, LOSSES), gib=1.0, **NOW)
+    assert after.gib == 3.0  # the peak of a process that was killed counts
+    assert after.cost == pytest.approx(LOSSES.mean())
+
+
+def test_a_line_is_read_back_as_it_was_and_an_old_one_too():
+    probabilities = np.array([[0.9, 0.1], [0.4, 0.6], [0.3, 0.7]])
+    rank = rank_among_runs([(10, 1.0)], [[(10, 2.0)], [(10, 0.5)]])
+    found = assess(
+        LOSSES,
+        (assess(LOSSES + 1, **NOW), LOSSES + 1),
+        groups=GROUPS,
+        gib=1.0,
+        predictions=(probabilities, np.array([0, 1, 0])),
+        **NOW,
+    )._replace(rank=rank)
+    line = json.loads(json.dumps(as_record(found)))
+    assert what_is_wrong(line, Assessment) is None
+    assert parsed(line, Assessment) == found
+    new = ("cost", "gib", "groups", "strengths", "weaknesses", "classes", "rank")
+    old = {name: value for name, value in line.items() if name not in new}
+    assert what_is_wrong(old, Assessment) is None
+    assert parsed(old, Assessment) == Assessment(*found[:9])
+    wrong = line | {"groups": [{"group": 3, "loss": None}]}
+    assert "'groups' is" in (what_is_wrong(wrong, Assessment) or "")
+
+
+def test_a_rank_in_words():
+    rank = rank_among_runs([(10, 1.0)], [[(10, 2.0)], [(10, 0.75)]])
+    assert rank is not None
+    assert "loss 1, rank 2 of 3 runs" in (said := rank_in_words(rank)) and "0.25 above" in said
+    assert "1 below" in rank_in_words(rank._replace(to_best=-1.0))
+    assert "equal to the best" in rank_in_words(rank._replace(to_best=0.0))

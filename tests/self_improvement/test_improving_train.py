@@ -122,8 +122,8 @@ def test_what_it_costs_to_judge_by_steps_counts_as_examples_of_training(tmp_path
 
 
 def test_a_search_that_evaluations_would_take_past_its_budget_tries_nothing(tmp_path, capfd):
-    train(tmp_path / "1", loop=dataclasses.replace(LOOP, shares=(0.25,)))
-    said = "drop-in: nothing is tried from 0% of the run on: a trial takes more than the 25% that"
+    train(tmp_path / "1", loop=dataclasses.replace(LOOP, shares=(0.1,)))
+    said = "drop-in: nothing is tried from 0% of the run on: a trial takes more than the 10% that"
     assert capfd.readouterr().err.count(said) == 1
     train(tmp_path / "2", loop=LOOP)
     assert "nothing is tried" not in capfd.readouterr().err
