@@ -4,7 +4,7 @@ A table is a config with presets, a list of rows and a function from a row to nu
 `experiments.table_linear` is the example to read. The rest is here:
 
     def run(config: Config) -> None:
-        train_fn = harness.begin(improve=config.improve)
+        train_fn = harness.begin(config)
         rows = harness.select(make_rows(config), config.rows)
         table = harness.TableRun("table_linear", config, presets, table="linear", unit="nats")
         for row in table.pending(rows):  # those that an earlier run of this config has not finished
@@ -21,6 +21,7 @@ import dataclasses
 import functools
 import inspect
 import io
+import itertools
 import operator
 import os
 import shlex
@@ -55,7 +56,7 @@ from metaopt.ranges import Checked
 from metaopt.reporting import plots, tables
 from metaopt.reporting.page import PAGE, page
 from metaopt.reporting.results import Published, cell_maker, step_column
-from metaopt.self_improvement.builders import improving_train
+from metaopt.self_improvement.builders import IMPROVING, improving_train
 from metaopt.self_improvement.memory import Memory
 from metaopt.statistics import Interval, interval
 from metaopt.training.loop import train
@@ -100,17 +101,45 @@ class RunConfig(Checked):
     run_dir: str | None = None
 
 
+Improve = Literal["off", "on", "report"]
+BARE = "--improve"
+"""A flag that may stand alone, for ``on``."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainedConfig(RunConfig):
+class ImprovedConfig(RunConfig):
+    """What the config of a table has that trains.
+
+    Attributes:
+      improve: Train under the closed loop, which changes rates if that helps; --improve alone is
+        on. With report it says what it would change, and why, and changes nothing.
+      memory: File of the memory of past runs, for the closed loop; the file or the URL in
+        $METAOPT_MEMORY if not given.
+    """
+
+    improve: Improve = "off"
+    memory: str | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.memory is not None and "://" in self.memory:
+            raise UserError(
+                "--memory takes a file: flags are written down, and the URL of a database may "
+                "hold a password; give it in $METAOPT_MEMORY"
+            )
+        if self.memory is not None and self.improve == "off":
+            raise UserError("--memory is of the closed loop: give --improve too")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainedConfig(ImprovedConfig):
     """What the config of a table has whose rows are trained.
 
     Attributes:
       rows: Names of the rows to run; all if none.
-      improve: Train under the closed loop, which changes rates if that helps.
     """
 
     rows: tuple[str, ...] = ()
-    improve: bool = False
 
 
 AnyConfig = TypeVar("AnyConfig", bound=RunConfig)
@@ -143,11 +172,21 @@ def main(
       description: Text of ``--help``.
       args: Command line; that of the process by default.
     """
-    args = sys.argv[1:] if args is None else list(args)
+    args = _spelled_out(sys.argv[1:] if args is None else args)
     with command_line.one_line_exits(args, resumes=True):
         config = parse(module, presets, description, args)
         check_directory(config.root if config.run_dir is None else config.run_dir)
         run(config)
+
+
+def _spelled_out(args: Sequence[str]) -> list[str]:
+    """The arguments, with a value for a flag that may stand alone."""
+    found = []
+    for arg, following in itertools.zip_longest(args, args[1:], fillvalue="--"):
+        found.append(arg)
+        if arg == BARE and following.startswith("-"):
+            found.append("on")
+    return found
 
 
 def parse(
@@ -163,6 +202,7 @@ def parse(
     Raises:
       UserError: a flag is unknown, or its value is not one of its type.
     """
+    args = _spelled_out(args)
     choosing = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in inspect.signature(presets).parameters:
         choosing.add_argument(f"--{name}", nargs="?")
@@ -196,6 +236,8 @@ def _changed_flags(config: Any, default: Any, prefix: str = "") -> Iterator[str]
             yield from _changed_flags(value, usual, f"{prefix}{name}.")
         elif isinstance(value, bool) and value != usual:
             yield f"--{prefix}{'' if value else 'no-'}{name}"
+        elif f"--{prefix}{name}" == BARE and value == "on":
+            yield BARE
         elif value != usual:
             yield f"--{prefix}{name} {_as_argument(value)}"
 
@@ -208,23 +250,22 @@ def _as_argument(value: Any) -> str:
 
 def as_saved(config: RunConfig) -> dict[str, Any]:
     """What decides the results: everything but where the run is written."""
-    return {k: v for k, v in as_json(config).items() if k not in ("root", "run_dir")}
+    return {k: v for k, v in as_json(config).items() if k not in ("root", "run_dir", "memory")}
 
 
-def begin(*, improve: bool = False) -> TrainFn:
-    """Sets up the devices, and gives what trains rows: `train`, or the closed loop.
-
-    The loop uses the `Memory` whose path or URL is in ``$METAOPT_MEMORY``, if it is set.
+def begin(config: RunConfig | None = None) -> TrainFn:
+    """Sets up the devices, and gives what trains rows: `train`, or the closed loop if it asks so.
 
     Raises:
       UserError: the memory of the closed loop cannot be used.
     """
     parallel.set_up_backend()
     log("preparing: data, models and their sizes")
-    if not improve:
+    if not isinstance(config, ImprovedConfig) or config.improve == "off":
         return train
-    where = os.environ.get("METAOPT_MEMORY")
-    return functools.partial(improving_train, memory=Memory(where) if where else None)
+    where = config.memory or os.environ.get("METAOPT_MEMORY")
+    loop = dataclasses.replace(IMPROVING, report_only=config.improve == "report")
+    return functools.partial(improving_train, loop=loop, memory=Memory(where) if where else None)
 
 
 def check_rows(

@@ -103,7 +103,7 @@ class GroupConfig(Checked):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(harness.RunConfig):
+class Config(harness.ImprovedConfig):
     """The distance of learners to the exact Bayes limits on Markov languages.
 
     The bigram table is the example of a model that cannot represent the language: it runs with
@@ -119,7 +119,6 @@ class Config(harness.RunConfig):
       num_layers: Number of layers of the networks.
       num_heads: Number of heads of the transformer.
       inner: Inner loop.
-      improve: Train under the closed loop, which changes rates if that helps.
     """
 
     models: Annotated[tuple[ModelName, ...], Several(different=True)] = MODELS
@@ -157,7 +156,6 @@ class Config(harness.RunConfig):
     num_layers: Layers = 1
     num_heads: Heads = 2
     inner: InnerLoop = dataclasses.field(default_factory=lambda: InnerLoop(unroll=False))
-    improve: bool = False
 
     def group(self, model: str) -> GroupConfig:
         """The training of the learners of a model."""
@@ -327,7 +325,7 @@ def make_study(config: Config, name: str, factors: Factors, train_fn: TrainFn) -
 
 def run(config: Config) -> None:
     """Trains and evaluates the learners of every model on every setting; writes the tables."""
-    studies = make_studies(config, harness.begin(improve=config.improve))
+    studies = make_studies(config, harness.begin(config))
     table = harness.TableRun(
         "table_bayes_gap",
         config,

@@ -81,7 +81,7 @@ COMPARISON = ComparisonConfig(
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(harness.RunConfig):
+class Config(harness.ImprovedConfig):
     """Inner optimisers compared, for several learners.
 
     Attributes:
@@ -101,7 +101,6 @@ class Config(harness.RunConfig):
       inner: Inner loop; the table is the loss after its number of steps.
       outer: Outer optimiser, of the joint pretraining too.
       comparison: Length of training, its sizes and the evaluation.
-      improve: Train under the closed loop, which changes rates if that helps.
     """
 
     tasks: str = "stdlib"
@@ -122,7 +121,6 @@ class Config(harness.RunConfig):
     inner: InnerLoop = INNER
     outer: OuterConfig = OUTER
     comparison: ComparisonConfig = COMPARISON
-    improve: bool = False
 
 
 def presets(preset: Literal["smoke", "cpu", "gpu"] = "cpu") -> Config:
@@ -228,7 +226,7 @@ def run(config: Config, problem: Problem | None = None) -> None:
       config: Config of the run.
       problem: Tasks, model and loss in place of those of the config.
     """
-    train_fn, cells = harness.begin(improve=config.improve), make_cells(config)
+    train_fn, cells = harness.begin(config), make_cells(config)
     problem = problem or make_problem(config, cells)
     comparison = Comparison(problem, config.inner, config.outer, config.comparison, train_fn)
     loss, gain = f"inner_optimizers/{config.tasks}", f"inner_optimizers_against_gd/{config.tasks}"

@@ -77,7 +77,7 @@ def make_rows(config: Config) -> list[Row]:
 
 def run(config: Config) -> None:
     """Trains and tests the rows, and writes the table and the figure."""
-    train_fn, rows = harness.begin(improve=config.improve), make_rows(config)
+    train_fn, rows = harness.begin(config), make_rows(config)
     model = models.mlp(config.tasks.dim, 1, hidden=())
     problem = Problem(linear(config.tasks), model, losses.regression(model))
     harness.check_rows(rows, problem, config.inner, config.comparison)

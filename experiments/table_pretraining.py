@@ -275,7 +275,7 @@ def train_row(
 
 def run(config: Config) -> None:
     """Trains the rows, and writes the table and the figure."""
-    train_fn = harness.begin(improve=config.improve)
+    train_fn = harness.begin(config)
     characters, vocab_size, is_shakespeare = read_characters(config)
     train, valid = np.split(characters, [len(characters) * 9 // 10])
     rows, family_of_next = make_rows(config, vocab_size), make_family(config, train, valid)

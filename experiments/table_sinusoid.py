@@ -455,7 +455,7 @@ def draw(table: harness.TableRun, config: Config, rows: Sequence[SinusoidRow]) -
 
 def run(config: Config) -> None:
     """Trains and tests the rows with every seed, and writes the table."""
-    train_fn = harness.begin(improve=config.improve)
+    train_fn = harness.begin(config)
     rows = make_rows(config)
     check(config, rows)
     table = harness.TableRun(

@@ -307,13 +307,13 @@ def parts(config: Config) -> list[Config]:
     comparison = dataclasses.replace(
         other.comparison, seed=config.comparison.seed, num_devices=config.comparison.num_devices
     )
-    shared = {name: getattr(config, name) for name in ("root", "improve", "seeds")}
+    shared = {name: getattr(config, name) for name in ("root", "improve", "memory", "seeds")}
     return [config, dataclasses.replace(other, run_dir=here, comparison=comparison, **shared)]
 
 
 def run(config: Config) -> None:
     """Trains and evaluates the rows of each part, and writes table, figure and samples."""
-    train_fn = harness.begin(improve=config.improve)
+    train_fn = harness.begin(config)
     runs = [prepare(part, train_fn) for part in parts(config)]
     for one in runs:
         one()

@@ -224,7 +224,7 @@ def run(config: Config, model: Model | None = None) -> None:
 
     The model over bytes is a transformer if none is given.
     """
-    train_fn = harness.begin(improve=config.improve)
+    train_fn = harness.begin(config)
     model = model or models.transformer(config.transformer())
     rows = harness.select(ROWS, config.rows)
     check(config, model)

@@ -235,7 +235,7 @@ def notes(config: Config, records: Sequence[tables.Record]) -> list[str]:
 
 def run(config: Config, network: Network = models.conv) -> None:
     """Trains and tests the rows in every column, and writes the table."""
-    train_fn = harness.begin(improve=config.improve)
+    train_fn = harness.begin(config)
     columns = [make_column(config, FewShot.parse(name), network) for name in config.settings]
     cells = [
         Cell(column, row)

@@ -98,6 +98,8 @@ class LoopConfig(Checked):
         FLOP/s and their share of the peak, measured once a process. Those of an example are taken
         to be the same whatever is changed later.
       monitor: Thresholds of the alarms.
+      report_only: Whether the run only says what it would change, and why, at the cost of trying
+        it. Nothing is changed then, and damage that would be rolled back ends the run.
     """
 
     phases: tuple[Annotated[float, Range(0, 0.999)], ...] = (0.0, 0.35)
@@ -113,6 +115,7 @@ class LoopConfig(Checked):
     max_roll_backs: StepsOr0 = 5
     count_flops: bool = True
     monitor: MonitorConfig = dataclasses.field(default_factory=MonitorConfig)
+    report_only: bool = False
 
     def __post_init__(self):
         super().__post_init__()
@@ -374,14 +377,16 @@ class Loop:
         workload, config, decisions = self.workload, self.config, self.run_log.decisions
         done = snapshot.examples / workload.num_examples
         phase = sum(snapshot.examples >= start for start in self._phase_starts) - 1
-        if phase < 0:
+        if phase < 0 or (config.report_only and any(d.phase == phase for d in decisions)):
             return snapshot
         within, share = workload._replace(space=self._searched(snapshot)), config.shares[phase]
         search = Search(within, config.trials, phase, config.margins[phase], self._is_stopped)
         state = None
         try:
             for state, decision in search.rounds(snapshot, self._propose, share, decisions):
-                self._take(state.snapshot, decision)
+                self._take(snapshot if config.report_only else state.snapshot, decision)
+                if config.report_only:
+                    continue
                 if decision.from_start:  # the steps up to here are others than those saved
                     self.run_log.checkpoints.forget_after(int(snapshot.state.step) - 1)
                     self._save(state.snapshot)
@@ -390,14 +395,17 @@ class Loop:
         except FloatingPointError:
             return self._not_finite(snapshot)
         decided = [d for d in decisions if (d.phase, d.examples) == (phase, snapshot.examples)]
+        if decided and config.report_only:
+            return snapshot
         if decided:
             return self._end_search(state.reached if state else snapshot, decided)
         is_first = phase not in self._said_nothing | {decision.phase for decision in decisions}
         self._said_nothing.add(phase)
         if is_first and self._propose(snapshot, decisions, phase):
+            share = min(share, config.trials.probe)
             log(
-                f"{workload.name}: nothing is tried from {done:.0%} of the run on: a trial "
-                f"takes more than the {share:.0%} that this search may cost, or than is left"
+                f"{workload.name}: nothing is tried from {done:.0%} of the run on: a round "
+                f"takes more than the {share:.0%} that it may cost, or than is left"
             )
         return snapshot
 
@@ -484,13 +492,17 @@ class Loop:
             timings=found.timings,
             seconds=time.perf_counter() - began,
         )
+        after = snapshot if config.report_only else after
         self._take(after, decision)
         return after
 
     def _take(self, snapshot: Snapshot, decision: Decision) -> None:
         """Notes a decision; its snapshot is good, since its losses were finite."""
+        if self.config.report_only and decision.verdict == "accepted":
+            reason = f"would be changed: {decision.reason}"
+            decision = decision._replace(verdict="reported", reason=reason)
         self.run_log.decided(decision)
-        if decision.verdict == "accepted":
+        if decision.verdict in ("accepted", "reported"):
             log(f"{self.workload.name}, step {decision.step}: {decision.reason}")
         if decision.verdict != "rolled back":
             self.num_roll_backs = 0
@@ -590,6 +602,11 @@ class Loop:
         ``stretch`` is the data of the step at which the alarm was raised, ``(first, end)``.
         """
         self.num_roll_backs += 1
+        if self.config.report_only:
+            raise Diverged(
+                f"{self.workload.name}: {alarm.message}; it would be rolled back, but nothing is "
+                "to be changed: give --improve, or smaller rates"
+            )
         if self.num_roll_backs > self.config.max_roll_backs:
             raise Diverged(
                 f"{self.workload.name}: {alarm.message}, and going back did not help; look at "

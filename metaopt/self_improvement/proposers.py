@@ -106,7 +106,7 @@ def _next_probe(
     for number, decision in enumerate(past):
         tried = [trial for trial in decision.trials if trial.setting == name]
         if any(trial.from_start for trial in tried):
-            good = decision.verdict == "accepted"
+            good = decision.verdict != "kept"
             probe = probe._replace(factor=factor, directions=(-1,)) if good else probe
             found = found or good
             continue
@@ -117,7 +117,7 @@ def _next_probe(
         found = found or bool(better)
         if better:
             probe = probe._replace(directions=tuple(trial.direction for trial in better))
-        elif tried and decision.verdict == "accepted":  # another changed, so this may now differ
+        elif tried and decision.verdict != "kept":  # another changed, so this may now differ
             probe = probe._replace(directions=(-1,) if axis.score == "loss" else probe.directions)
         elif tried and not found and all(trial.verdict == "noise" for trial in tried):
             return probe._replace(factor=1.0)

@@ -104,7 +104,8 @@ class Decision(NamedTuple):
         step, ``rollback`` for the response to an alarm.
       step: Number of updates of the state when it was taken.
       examples: Examples gone through by then.
-      verdict: ``accepted``, ``kept`` (nothing was better) or ``rolled back``.
+      verdict: ``accepted``, ``kept`` (nothing was better), ``rolled back``, or ``reported``: it
+        would have been accepted, but nothing was to be changed.
       changes: Settings that changed, ``{name: (old, new)}``.
       reason: The rule and the threshold that decided, in words.
       seconds: Time that it took.
@@ -121,7 +122,7 @@ class Decision(NamedTuple):
     kind: Literal["search", "execution options", "rollback"]
     step: int
     examples: int
-    verdict: Literal["accepted", "kept", "rolled back"]
+    verdict: Literal["accepted", "kept", "rolled back", "reported"]
     changes: dict[str, tuple[Setting, Setting]]
     reason: str
     seconds: float
@@ -304,11 +305,12 @@ class RunLog:
                 decision = decision_of(line)
                 if decision.kind != "search" or decision.examples != snapshot.examples:
                     break
-                now = snapshot.settings
+                now, is_said = snapshot.settings, decision.verdict == "reported"
                 for name, (old, _) in decision.changes.items():
-                    if now.get(name) != old:
+                    if now.get(name) != old and not is_said:
                         raise ValueError(f"{name!r} was {now.get(name)}, not {old}")
                 new = {name: value for name, (_, value) in decision.changes.items()}
+                new = {} if is_said else new
                 check_settings({name: space[name] for name in new if name in space}, now | new)
             except (ValueError, UserError) as error:
                 log(f"{self.directory}/decisions.jsonl:{at} is left out ({error}), decided again")

@@ -94,7 +94,7 @@ def test_a_memory_that_cannot_be_is_refused_before_a_run_is_made(tmp_path, monke
     monkeypatch.setenv("METAOPT_MEMORY", str(tmp_path))
     module = importlib.import_module(f"experiments.{name}")
     config = module.presets("smoke")
-    config = dataclasses.replace(config, improve=True, root=str(tmp_path / "runs"))
+    config = dataclasses.replace(config, improve="on", root=str(tmp_path / "runs"))
     with pytest.raises(UserError, match=r"is a folder; give the path of a file in it"):
         module.run(config)
     assert not list(tmp_path.iterdir())

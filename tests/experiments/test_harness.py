@@ -252,7 +252,8 @@ def test_a_recorded_command_gives_its_config_and_is_the_shortest_that_does(comma
     assert harness.command(name, config, module.presets) == command
     now, saved = as_json(config), json.loads((RESULTS / place / "config.json").read_text("utf-8"))
     flat, recorded = dict(leaves(now)), dict(leaves(saved))
-    shared = flat.keys() & recorded.keys() - {"preset"}  # cpu was once called reference
+    # The preset cpu was once called reference, and improve was true or false.
+    shared = flat.keys() & recorded.keys() - {"preset", "improve"}
     assert len(shared) > 5
     assert {key: flat[key] for key in shared} == {key: recorded[key] for key in shared}
 
@@ -267,8 +268,20 @@ def leaves(tree, prefix=""):
 def test_the_closed_loop_remembers_where_the_environment_says(monkeypatch):
     assert harness.begin() is train
     monkeypatch.delenv("METAOPT_MEMORY", raising=False)
-    chosen: Any = harness.begin(improve=True)
-    assert chosen.func is improving_train and chosen.keywords == {"memory": None}
+    config = harness.TrainedConfig(improve="on")
+    chosen: Any = harness.begin(config)
+    assert chosen.func is improving_train and chosen.keywords["memory"] is None
+    assert not chosen.keywords["loop"].report_only
     monkeypatch.setenv("METAOPT_MEMORY", "runs/memory.sqlite")
-    chosen = harness.begin(improve=True)
+    chosen = harness.begin(config)
     assert chosen.keywords["memory"].where.endswith("memory.sqlite")
+    chosen = harness.begin(harness.TrainedConfig(improve="report", memory="runs/mine.sqlite"))
+    assert chosen.keywords["memory"].where.endswith("mine.sqlite")
+    assert chosen.keywords["loop"].report_only
+
+
+def test_the_flag_of_a_memory_is_a_file_and_needs_the_loop():
+    with pytest.raises(UserError, match=r"give it in .METAOPT_MEMORY"):
+        harness.TrainedConfig(improve="on", memory="postgresql://me:secret@host/runs")
+    with pytest.raises(UserError, match="give --improve too"):
+        harness.TrainedConfig(memory="runs/memory.sqlite")

@@ -36,6 +36,7 @@ SMALL = {
     "table_peers": "--preset smoke --peers",
     "table_self_improvement": "--preset smoke --folder text",
     "table_pretraining": "--preset smoke --file text/a",
+    "table_improve": "--preset smoke --tasks text --folder text",
     "table_linear": "--preset smoke",
     "table_pretrained": "--preset smoke --model text --streams text/a",
     "table_sinusoid": "--preset smoke --rows MAML",

@@ -123,7 +123,7 @@ def test_what_it_costs_to_judge_by_steps_counts_as_examples_of_training(tmp_path
 
 def test_a_search_that_evaluations_would_take_past_its_budget_tries_nothing(tmp_path, capfd):
     train(tmp_path / "1", loop=dataclasses.replace(LOOP, shares=(0.1,)))
-    said = "drop-in: nothing is tried from 0% of the run on: a trial takes more than the 10% that"
+    said = "drop-in: nothing is tried from 0% of the run on: a round takes more than the 10% that"
     assert capfd.readouterr().err.count(said) == 1
     train(tmp_path / "2", loop=LOOP)
     assert "nothing is tried" not in capfd.readouterr().err
@@ -185,3 +185,40 @@ def test_a_run_that_is_judged_by_steps_and_stopped_goes_on_as_if_it_were_not(tmp
         train(tmp_path / "2", sample=stopping)
     assert as_bytes(train(tmp_path / "2")) == as_bytes(straight)
     assert timeless(tmp_path / "2") == timeless(tmp_path / "1") != []
+
+
+def test_a_report_says_what_would_change_and_changes_nothing(tmp_path):
+    plain = train(tmp_path / "plain", loop=PLAIN)
+    told = train(tmp_path / "told", loop=dataclasses.replace(LOOP, report_only=True))
+    assert as_bytes(plain) == as_bytes(told)
+    decisions = read_json_lines(tmp_path / "told" / "decisions.jsonl")
+    reported = [d for d in decisions if d["verdict"] == "reported"]
+    assert reported and reported[0]["changes"] and "would be changed" in reported[0]["reason"]
+    changed = train(tmp_path / "changed")
+    assert as_bytes(changed) != as_bytes(plain)
+
+
+def test_a_rate_that_wrecks_the_warm_up_is_tried_again_from_the_start(tmp_path):
+    """Nothing is tried before the warm-up is over."""
+    loop = dataclasses.replace(LOOP, shares=(3.0,))
+    state = quadratic.initial_state()
+    scalars = {"outer_learning_rate": 8.0, "weight_decay": 0.0}
+    state = state._replace(hparams={k: jnp.float32(v) for k, v in scalars.items()})
+    training = Training(
+        name="wrecked",
+        state=state,
+        step_fn=jax.jit(quadratic.update, donate_argnums=0),
+        sample=sample,
+        tasks_per_step=SIZE,
+        tokens_per_task=2,
+        fingerprint=Fingerprint({}),
+        warmup_steps=6,
+    )
+    found = improving_train(training, TrainConfig(num_steps=60), tmp_path, loop=loop).state
+    decisions = read_json_lines(tmp_path / "decisions.jsonl")
+    searches = [d for d in decisions if d["kind"] == "search"]
+    assert {d["examples"] for d in searches} == {6 * SIZE}
+    (again,) = [d for d in searches if d["from_start"]]
+    assert again["verdict"] == "accepted" and again["trial_examples"] >= 6 * SIZE
+    assert float(found.hparams["outer_learning_rate"]) < 8.0 and int(found.step) == 60
+    assert float(jnp.abs(found.meta_params["params"]).max()) < 10
