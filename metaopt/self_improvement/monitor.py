@@ -12,10 +12,10 @@ import math
 import statistics
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 
@@ -56,6 +56,8 @@ class MonitorConfig(Checked):
       memory_share: limit of the share of the host's or a device's memory in use.
       starved_share: limit of the share of the step time spent waiting for data.
       idle_utilisation: least median share of the peak FLOP/s.
+      least_step_seconds: time of a step below which the alarms about speed are silent: dispatching
+        and the noise of the machine are then most of it.
       seconds_between_lines: time over which a line of ``monitor.jsonl`` and the points in
         TensorBoard are means; 0 writes a line a step.
     """
@@ -67,6 +69,7 @@ class MonitorConfig(Checked):
     memory_share: Share = 0.9
     starved_share: Share = 0.5
     idle_utilisation: Share = 0.01
+    least_step_seconds: Seconds = 0.02
     seconds_between_lines: Seconds = 1.0
 
 
@@ -145,6 +148,15 @@ class History:
         """The newest values, newest first; fewer if there are fewer."""
         return [value for _, value in itertools.islice(reversed(self.values), count)]
 
+    def noted(self) -> dict[str, Any]:
+        """All of it as JSON, for a checkpoint; `restore` reads it."""
+        return {"values": list(self.values), "summaries": list(self.summaries)}
+
+    def restore(self, noted: Mapping[str, Any]) -> None:
+        """Becomes what `noted` said."""
+        self.values.extend((step, value) for step, value in noted["values"])
+        self.summaries.extend(Summary(*summary) for summary in noted["summaries"])
+
     def discard_after(self, step: int) -> None:
         """Brings back what there was after this step."""
         while self.values and self.values[-1][0] > step:
@@ -199,6 +211,14 @@ class Latch:
             self.raised_at, self._in_a_row = (None if raised else step), 0
             return True
         return False
+
+    def noted(self) -> list[int | None]:
+        """All of it as JSON, for a checkpoint; `restore` reads it."""
+        return [self.raised_at, self._in_a_row]
+
+    def restore(self, noted: Sequence[Any]) -> None:
+        """Becomes what `noted` said."""
+        self.raised_at, self._in_a_row = noted
 
     def discard_after(self, step: int) -> None:
         """Clears an alarm that was raised after this step."""
@@ -284,6 +304,24 @@ class Monitor(contextlib.AbstractContextManager):
         for kind in SPEED:
             self._latches[kind].discard_after(-1)
 
+    def noted(self) -> dict[str, Any]:
+        """What is normal and which alarms are raised, as JSON, for a checkpoint."""
+        latches = {kind: latch.noted() for kind, latch in self._latches.items()}
+        histories = [part.noted() for part in (self._loss, self._time, self._utilisation)]
+        read_at = self._memory_step if self._memory_step > -math.inf else None
+        return {"latches": latches, "histories": histories, "memory_step": read_at}
+
+    def restore(self, noted: Mapping[str, Any]) -> None:
+        """What `noted` said, in a new monitor of a resumed run: its alarms are then the same."""
+        for part, found in zip(
+            (self._loss, self._time, self._utilisation), noted["histories"], strict=True
+        ):
+            part.restore(found)
+        for kind, found in noted["latches"].items():
+            self._latches[kind].restore(found)
+        if noted["memory_step"] is not None:
+            self._memory_step = noted["memory_step"]
+
     def discard_after(self, step: int) -> None:
         """After a rollback to ``step``: what is normal is again what it was then.
 
@@ -348,21 +386,30 @@ class Monitor(contextlib.AbstractContextManager):
             limit = config.memory_share
             message = f"{share:.0%} of the memory is in use (limit {limit:.0%})"
             yield "memory", Reading(share / limit, share, limit, message)
-        if not self._time.is_young and {"data_seconds", "step_seconds"} <= values.keys():
+        timed = {"data_seconds", "step_seconds"} <= values.keys()
+        if not self._time.is_young and timed and not self._is_short(values["step_seconds"]):
             share = min(1.0, values["data_seconds"] / max(values["step_seconds"], 1e-12))
             limit = config.starved_share
             odds = share / max(1 - share, 1e-12)
             message = f"{share:.0%} of the step is spent waiting for data (limit {limit:.0%})"
             yield "starved", Reading(odds * (1 - limit) / limit, share, limit, message)
-        if self._time.push(step, values.get("seconds_per_token", math.nan)):
-            now, factor = self._time.summaries[-1].median, config.slow_factor
+        has_time = self._time.push(step, values.get("seconds_per_token", math.nan))
+        last = self._time.summaries[-1].median if self._time.summaries else math.inf
+        is_short = self._is_short(last * self._tokens_per_step)
+        if has_time and not is_short:
+            now, factor = last, config.slow_factor
             limit = factor * self._time.best.median
             message = f"{now:.3g} s a token; the limit of {limit:.3g} is {factor:g}x the best"
             yield "slow", Reading(now / max(limit, 1e-30), now, limit, message)
-        if self._utilisation.push(step, values.get("utilisation", math.nan)):
+        is_silent = is_short or "starved" in self.active  # who waits for data is idle, too
+        if self._utilisation.push(step, values.get("utilisation", math.nan)) and not is_silent:
             now, limit = self._utilisation.summaries[-1].median, config.idle_utilisation
             message = f"the devices reach {now:.2%} of their peak FLOP/s (limit {limit:.2%})"
             yield "idle", Reading(limit / max(now, 1e-30), now, limit, message)
+
+    def _is_short(self, seconds: float) -> bool:
+        """Whether a step of this time is too short for alarms about speed."""
+        return seconds < self._config.least_step_seconds
 
     def _rates(self, values: Mapping[str, float]) -> dict[str, float]:
         """What follows from the time of a step."""

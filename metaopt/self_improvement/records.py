@@ -76,7 +76,8 @@ class TimedOptions(NamedTuple):
     Attributes:
       settings: Values of all options.
       verdict: ``kept`` or ``replaced`` (the current options), ``adopted``, ``slower``, ``noise``,
-        ``not timed``, ``refused``, ``over memory`` or ``no time``.
+        ``not timed``, ``refused``, ``over memory``, ``more memory`` (than those adopted for how
+        little they take) or ``no time``.
       reason: Why it was not run; empty if it was.
       bytes: Memory a device, as planned by the compiler; None if it was not compiled.
       compile_seconds: Time to compile; None if it was not compiled.
@@ -101,16 +102,19 @@ class Decision(NamedTuple):
 
     Attributes:
       kind: ``search`` for a trial round, ``execution options`` for the fastest way to compute a
-        step, ``rollback`` for the response to an alarm.
+        step, ``rollback`` for the response to an alarm that the state is damaged, ``response`` for
+        that to any other alarm (`metaopt.self_improvement.responses`).
       step: Number of updates of the state when it was taken.
       examples: Examples gone through by then.
-      verdict: ``accepted``, ``kept`` (nothing was better), ``rolled back``, or ``reported``: it
-        would have been accepted, but nothing was to be changed.
-      changes: Settings that changed, ``{name: (old, new)}``.
+      verdict: ``accepted``, ``kept`` (nothing was better, or nothing could be done), ``rolled
+        back``, ``stopped`` (the run ends here), or ``reported``: it would have been accepted, but
+        nothing was to be changed.
+      changes: Settings that changed, ``{name: (old, new)}``; of a response also ``workers``, the
+        number of threads that draw the data.
       reason: The rule and the threshold that decided, in words.
-      seconds: Time that it took.
+      seconds: Time that it took; a search that begins in response notes its own.
       phase: Number of the search; None outside of one.
-      trials, timings, alarm: Evidence of a search, for the options, or for a rollback.
+      trials, timings, alarm: Evidence of a search, for the options, or for a rollback or response.
       trial_examples: Examples spent on discarded trials, if this decision is the last of its
         search, and on evaluations (`Workload.evaluation_examples`).
       left_out: Stretch of the data, ``(first, end)``, that is not trained on from now on.
@@ -119,10 +123,10 @@ class Decision(NamedTuple):
       from_start: Whether the run continues from a trial that began at the start of the run.
     """
 
-    kind: Literal["search", "execution options", "rollback"]
+    kind: Literal["search", "execution options", "rollback", "response"]
     step: int
     examples: int
-    verdict: Literal["accepted", "kept", "rolled back", "reported"]
+    verdict: Literal["accepted", "kept", "rolled back", "stopped", "reported"]
     changes: dict[str, tuple[Setting, Setting]]
     reason: str
     seconds: float
@@ -159,6 +163,10 @@ def decision_of(line: Any) -> Decision:
     left_out, phase = decision.left_out, decision.phase
     if left_out and not 0 <= left_out[0] < left_out[1]:
         raise ValueError(f"'left_out' is {left_out}, no stretch of examples")
+    if (decision.verdict == "stopped") > (decision.kind == "response"):
+        raise ValueError("'verdict' is 'stopped', and it is no response")
+    if decision.kind == "response" and (decision.alarm is None or not decision.alarm.raised):
+        raise ValueError("'alarm' is none that was raised, and it is a response to one")
     if decision.kind != "search":
         return decision
     if phase is None or phase < 0:

@@ -145,7 +145,10 @@ class Workload(NamedTuple):
       start: ``settings -> state``, the state before the first step.
       step: ``settings -> step_fn``, which donates its state; the same function for settings
         that differ in scalars of the state alone.
-      sample: ``(settings, position) -> episodes``; the position counts the examples before.
+      sample: ``(settings, position) -> episodes``; the position counts the examples before. A pure
+        function, and thread-safe: if the steps wait for data, it is called from several threads
+        at once (`Loop.workers`). So are all samplers here: they draw from generators of their own,
+        and share only what is read-only or a `functools.cache`.
       examples_per_step: of settings.
       evaluate: ``state -> float [E]``, the losses of the same held-out examples or tasks each
         time, lower is better.
@@ -210,7 +213,7 @@ class Step(NamedTuple):
       snapshot: snapshot after it; its state is donated to the next step.
       position: that of the batch in the data.
       metrics: on the device, not waited for.
-      began: time at which its data was asked for, by `time.perf_counter`.
+      began: time at which its data was asked for, by the clock.
       data_seconds: seconds that it waited for them.
     """
 
@@ -270,6 +273,8 @@ def steps(
     *,
     anneal: bool = False,
     check: Callable[[], bool] = lambda: False,
+    workers: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> Iterator[Step]:
     """Steps until ``end`` examples are done, the state of the snapshot donated to the first.
 
@@ -280,6 +285,8 @@ def steps(
       end: number of examples at the end; the last step may pass it.
       anneal: whether to lower the scheduled rates to zero over these steps.
       check: called after every step; if it gives true, that was the last one.
+      workers: number of threads that draw the data, twice as many batches ahead.
+      clock: gives the time, in seconds.
     """
     settings, step_fn = snapshot.settings, workload.step(snapshot.settings)
     size = workload.examples_per_step(settings)
@@ -289,12 +296,14 @@ def steps(
         if not any(first < position + size and position < last for first, last in snapshot.left_out)
     ]
     state, level = snapshot.state, None
-    sampled = prefetch(lambda position: workload.sample(settings, position), positions)
+    sampled = prefetch(
+        lambda position: workload.sample(settings, position), positions, 2 * workers, workers
+    )
     with contextlib.closing(sampled) as batches:
         for position in positions:
-            began = time.perf_counter()
+            began = clock()
             batch = next(batches)
-            waited = time.perf_counter() - began
+            waited = clock() - began
             factor = workload.schedule(min(1.0, position / workload.num_examples))
             if anneal:
                 factor *= (end - position) / (end - snapshot.examples)

@@ -116,12 +116,21 @@ def _train(
     return Trained(state, from_checkpoint=step)
 
 
-def prefetch(sample: Callable[[int], Any], steps: Iterable[int], depth: int = 2) -> Generator:
-    """``sample(step)`` for each step in order, computed up to ``depth`` ahead in one thread.
+def prefetch(
+    sample: Callable[[int], Any], steps: Iterable[int], depth: int = 2, workers: int = 1
+) -> Generator:
+    """``sample(step)`` for each step in order, computed ahead in other threads.
 
-    What ``sample`` raises is raised where its result would have been yielded.
+    The results and their order do not depend on the number of threads, if ``sample`` is a pure
+    function. What it raises is raised where its result would have been yielded.
+
+    Args:
+      sample: function of a step; with several workers it is called from several threads at once.
+      steps: what it is called with.
+      depth: number of results that are computed ahead.
+      workers: number of threads.
     """
-    pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="sample")
+    pool = ThreadPoolExecutor(max_workers=workers, thread_name_prefix="sample")
     remaining = iter(steps)
     try:
         pending = deque(pool.submit(sample, step) for step in itertools.islice(remaining, depth))

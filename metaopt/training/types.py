@@ -49,8 +49,9 @@ class Training(NamedTuple):
       step_fn: compiled call that donates the state. Its metrics hold at least ``loss``,
         ``grad_norm`` (scalars) and ``inner_losses`` ([K]).
       sample: ``step -> batch`` for the call that begins after that many meta-updates, placed
-        where ``step_fn`` wants it; a pure function. It is called from another thread, so it must
-        not talk to other processes. From the end of the training on, the batch is of one update.
+        where ``step_fn`` wants it; a pure function. It is called from other threads, under the
+        closed loop from several at once, so it must be thread-safe (as all samplers here are)
+        and not talk to other processes. From the end of the training on, the batch is of one update.
       tasks_per_step: tasks of a meta-update, on all devices together.
       tokens_per_task: tokens of support and query together.
       fingerprint: what decides the states; a checkpoint of another is refused.
