@@ -61,14 +61,11 @@ def tune_options(
     if missing := [name for name in space if name not in start]:
         raise UserError(f"{', '.join(missing)}: may be varied, but has no value to start from")
     budget = memory_budget * device_bytes() if memory_budget <= 1 else memory_budget
-    start, longest, comparing = dict(start), 0.0, 0.0
+    longest, comparing = 0.0, 0.0
     ends = time.perf_counter() + seconds_budget
-    grid = (start | dict(zip(space, x, strict=True)) for x in itertools.product(*space.values()))
-    others = [settings for settings in grid if settings != start]
-    others.sort(key=lambda settings: sum(settings[name] != start[name] for name in space))
     records: dict[str, TimedOptions] = {}
     programs: dict[str, Callable[[], Any]] = {}
-    for number, settings in enumerate([start, *others]):
+    for number, settings in enumerate(_candidates(space, start)):
         began, name = time.perf_counter(), str(number)
         if programs and began + longest + comparing > ends:
             records[name] = TimedOptions(settings, "no time")
@@ -90,20 +87,77 @@ def tune_options(
     return TuningResult(records[found.winner].settings, tuple(records.values()))
 
 
-def _prepared(
-    build: Build, settings: dict[str, Setting], budget: float
-) -> tuple[TimedOptions, Callable[[], Any] | None, float]:
-    """The record, the program if it can be run, and the seconds of its first call."""
+def leanest_options(
+    build: Build, space: Mapping[str, Sequence[Setting]], start: Settings, *, seconds_budget: float
+) -> TuningResult:
+    """Compiles combinations of options, the nearest to the start first; the least memory wins.
+
+    Nothing is run. Of several that take as little, the nearest to the start wins.
+
+    Args:
+      build, space, start: as for `tune_options`.
+      seconds_budget: for all; what has begun is finished.
+
+    Raises:
+      UserError: what the start takes is not known.
+    """
+    ends, longest = time.perf_counter() + seconds_budget, 0.0
+    records: list[TimedOptions] = []
+    for settings in _candidates(space, start):
+        began = time.perf_counter()
+        if records and began + longest > ends:
+            records.append(TimedOptions(settings, "no time"))
+            continue
+        records.append(_compiled(build, settings)[0])
+        longest = max(longest, time.perf_counter() - began)
+    if records[0].bytes is None:
+        raise UserError(f"it is not known what the step takes: {records[0].reason}")
+    least = min((r for r in records if r.bytes is not None), key=lambda r: r.bytes or 0)
+    for i, record in enumerate(records):
+        if record is least:
+            records[i] = record._replace(verdict="adopted" if i else "kept")
+        elif record.bytes is not None:
+            records[i] = record._replace(verdict="more memory" if i else "replaced")
+    return TuningResult(least.settings, tuple(records))
+
+
+def _candidates(
+    space: Mapping[str, Sequence[Setting]], start: Settings
+) -> list[dict[str, Setting]]:
+    """The start and all combinations of options, the nearest to it first."""
+    start = dict(start)
+    grid = (start | dict(zip(space, x, strict=True)) for x in itertools.product(*space.values()))
+    others = [settings for settings in grid if settings != start]
+    others.sort(key=lambda settings: sum(settings[name] != start[name] for name in space))
+    return [start, *others]
+
+
+def _compiled(
+    build: Build, settings: dict[str, Setting]
+) -> tuple[TimedOptions, tuple[jax.stages.Compiled, Sequence[Any]] | None]:
+    """The record, with the bytes that are planned, and the program with its arguments."""
     began, record = time.perf_counter(), TimedOptions(settings, "refused")
     try:
         function, args = build(settings)
         compiled = compile_for(function, *args)
-        called, taken = time.perf_counter(), program_bytes(compiled)
-        record = record._replace(bytes=taken, compile_seconds=called - began)
-        if taken > budget:
-            reason = f"it takes {human_bytes(taken)} of a budget of {human_bytes(budget)}"
-            return record._replace(verdict="over memory", reason=reason), None, 0.0
-        program = _caller(compiled, args)
+        seconds, taken = time.perf_counter() - began, program_bytes(compiled)
+    except (UserError, jax.errors.JaxRuntimeError) as error:
+        return record._replace(reason=str(error).partition("\n")[0]), None
+    return record._replace(bytes=taken, compile_seconds=seconds), (compiled, args)
+
+
+def _prepared(
+    build: Build, settings: dict[str, Setting], budget: float
+) -> tuple[TimedOptions, Callable[[], Any] | None, float]:
+    """The record, the program if it can be run, and the seconds of its first call."""
+    record, found = _compiled(build, settings)
+    if found is None:
+        return record, None, 0.0
+    if (taken := record.bytes or 0) > budget:
+        reason = f"it takes {human_bytes(taken)} of a budget of {human_bytes(budget)}"
+        return record._replace(verdict="over memory", reason=reason), None, 0.0
+    called, program = time.perf_counter(), _caller(*found)
+    try:
         jax.block_until_ready(program())
     except (UserError, jax.errors.JaxRuntimeError) as error:
         return record._replace(reason=str(error).partition("\n")[0]), None, 0.0

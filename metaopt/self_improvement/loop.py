@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, NoReturn
 
@@ -23,12 +23,20 @@ from metaopt.files import as_record
 from metaopt.measure import count_flops
 from metaopt.ranges import Checked, Range, Seconds, Steps, StepsOr0
 from metaopt.resources import MemoryUse, memory_use, peak_flops
+from metaopt.self_improvement import responses
 from metaopt.self_improvement.assess import Assessment, CostConfig, curve_of, rank_in_words
-from metaopt.self_improvement.autotune import tune_options
+from metaopt.self_improvement.autotune import leanest_options, tune_options
 from metaopt.self_improvement.memory import Memory, RunRecord
 from metaopt.self_improvement.monitor import CONSECUTIVE_CHECKS, Alarm, Monitor, MonitorConfig
 from metaopt.self_improvement.proposers import pattern_search
-from metaopt.self_improvement.records import Decision, Ledger, RunLog, differences, past_search
+from metaopt.self_improvement.records import (
+    Decision,
+    Ledger,
+    RunLog,
+    TimedOptions,
+    differences,
+    past_search,
+)
 from metaopt.self_improvement.trials import (
     LOWERED,
     Change,
@@ -76,7 +84,7 @@ class LoopConfig(Checked):
 
     Attributes:
       phases: Starts of the searches, but none begins before a warm-up is over; none for a run that
-        changes nothing.
+        is not searched.
       shares: Budget of each phase for discarded trials, and for judging all trials if that
         counts (`Workload.evaluation_examples`).
       margins: Relative difference in the held-out loss below which it does not count, by phase.
@@ -84,7 +92,8 @@ class LoopConfig(Checked):
         model and 16 % of a classifier's, and cost some in the end): little is changed then.
       trials: How changes are tried.
       options_seconds: Time for the search through a workload's execution options, compiling
-        included: at the start, and after a search that changed the batch, if there are phases.
+        included: at the start, and after a search that changed the batch, if there are phases; and
+        in response to an alarm.
       memory_budget: Bytes a device that a step may take; up to 1, a fraction of what it has.
       assess_every: Fraction of the run between two held-out evaluations, each with a checkpoint.
       assessment_share: Most that these may cost, as a fraction of the examples of the run, for a
@@ -98,6 +107,10 @@ class LoopConfig(Checked):
         FLOP/s and their share of the peak, measured once a process. Those of an example are taken
         to be the same whatever is changed later.
       monitor: Thresholds of the alarms.
+      max_responses: Number of responses to each kind of alarm; 0 for a run that only says what
+        it was alarmed by. Damage to the state is rolled back in any case.
+      alarm_share: Budget of a search in response to a plateau, as for `shares`.
+      stop_on_plateau: Whether a plateau ends the run instead.
       report_only: Whether the run only says what it would change, and why, at the cost of trying
         it. Nothing is changed then, and damage that would be rolled back ends the run.
     """
@@ -115,6 +128,9 @@ class LoopConfig(Checked):
     max_roll_backs: StepsOr0 = 5
     count_flops: bool = True
     monitor: MonitorConfig = dataclasses.field(default_factory=MonitorConfig)
+    max_responses: StepsOr0 = 2
+    alarm_share: Annotated[float, Range(0, 1000)] = 0.03
+    stop_on_plateau: bool = False
     report_only: bool = False
 
     def __post_init__(self):
@@ -166,6 +182,7 @@ def run(
     interventions: Sequence[Intervention] = (),
     fingerprint: Fingerprint | None = None,
     read_memory: Callable[[], MemoryUse] = memory_use,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> Outcome:
     """Trains to the end, from the latest checkpoint if there is one, improving on the way.
 
@@ -184,6 +201,7 @@ def run(
       fingerprint: what decides the states beside the settings; a checkpoint of another is refused.
         If not given, it is `of_step` of the first settings.
       read_memory: gives the memory in use and its limits.
+      clock: gives the time in seconds, for the alarms about speed.
 
     Raises:
       UserError: a setting is missing or out of bounds; the checkpoints are of another run;
@@ -215,9 +233,9 @@ def run(
         }
         rank = None if memory is None else functools.partial(memory.rank, workload.task)
         run_log = RunLog(workload, directory, checkpoints, identity, flops, config.cost, rank)
-        loop = Loop(workload, config, run_log, stop, proposer, interventions, flops)
+        loop = Loop(workload, config, run_log, stop, proposer, interventions, flops, clock)
         snapshot = loop.start(first, memory)
-        is_new, step = snapshot.examples < workload.num_examples, int(snapshot.state.step)
+        is_new, step = not loop.is_over(snapshot), int(snapshot.state.step)
         done = min(snapshot.examples, workload.num_examples)
         monitor = Monitor(
             config.monitor,
@@ -231,6 +249,7 @@ def run(
         )
         progress = Progress(workload.name, total=workload.num_examples, start=done)
         with progress as loop.progress, monitor as loop.monitor:
+            loop.monitor.restore(loop.monitored)
             loop.mark_good(snapshot)
             outcome = loop.run(snapshot)
     if is_new and (rank := outcome.curve[-1].rank) is not None:
@@ -288,6 +307,9 @@ class Loop:
       run_log: What is written down and resumed from.
       stop: Whether Ctrl-C or SIGTERM was received.
       flops_per_example: Operations an example; None if not known.
+      clock: The time in seconds, of steps.
+      pending: Alarms that are to be responded to, once the step in flight is done.
+      monitored: What the monitor knew at the checkpoint from which the run resumed.
       num_interventions: Number of those that were made.
       num_roll_backs: Number of rollbacks since the last decision or assessment.
       earlier: Decisions of past runs, whose search this one continues.
@@ -301,6 +323,9 @@ class Loop:
     proposer: Proposer | None
     interventions: Sequence[Intervention]
     flops_per_example: float | None
+    clock: Callable[[], float] = time.perf_counter
+    pending: list[Alarm] = dataclasses.field(default_factory=list)
+    monitored: Mapping[str, Any] | None = None
     num_interventions: int = 0
     num_roll_backs: int = 0
     earlier: list[Decision] = dataclasses.field(default_factory=list)
@@ -315,7 +340,7 @@ class Loop:
         """Optimises, trains under the monitor and assesses in turns until the end."""
         if not self.run_log.curve:
             snapshot = self.assess(self.choose_options(snapshot))
-        while snapshot.examples < self.workload.num_examples:
+        while not self.is_over(snapshot := self.respond(snapshot)):
             snapshot = self.intervene(self.optimise(snapshot))
             snapshot = self.train(snapshot, self._next_stop(snapshot))
             if snapshot.examples >= self._next_assessment(self.run_log.assessed_at):
@@ -332,7 +357,8 @@ class Loop:
         """
         workload, (snapshot, notes) = self.workload, self.run_log.resume(first)
         if notes:
-            self.num_interventions = notes["intervened"]
+            self.num_interventions, self.monitored = notes["intervened"], notes.get("monitor")
+            self.pending = [Alarm(*alarm) for alarm in notes.get("pending", ())]
             self.earlier = past_search(notes["earlier"]) or []
             log(f"{workload.name}: resumed after {snapshot.examples} examples")
             return snapshot
@@ -369,8 +395,13 @@ class Loop:
         return min(self.workload.num_examples, math.ceil(multiple * every - 1e-6))
 
     def _save(self, snapshot: Snapshot) -> None:
-        earlier, intervened = as_record(self.earlier), self.num_interventions
-        self.run_log.save(snapshot, intervened=intervened, earlier=earlier)
+        self.run_log.save(
+            snapshot,
+            intervened=self.num_interventions,
+            earlier=as_record(self.earlier),
+            monitor=self.monitor.noted(),
+            pending=self.pending,
+        )
 
     def optimise(self, snapshot: Snapshot) -> Snapshot:
         """Tries what is proposed for as long as something is and the budget allows it."""
@@ -381,9 +412,25 @@ class Loop:
             return snapshot
         within, share = workload._replace(space=self._searched(snapshot)), config.shares[phase]
         search = Search(within, config.trials, phase, config.margins[phase], self._is_stopped)
-        state = None
+        if reached := self._searched_from(snapshot, search, self._propose, share):
+            return reached
+        is_first = phase not in self._said_nothing | {decision.phase for decision in decisions}
+        self._said_nothing.add(phase)
+        if is_first and self._propose(snapshot, decisions, phase):
+            share = min(share, config.trials.probe)
+            log(
+                f"{workload.name}: nothing is tried from {done:.0%} of the run on: a round "
+                f"takes more than the {share:.0%} that it may cost, or than is left"
+            )
+        return snapshot
+
+    def _searched_from(
+        self, snapshot: Snapshot, search: Search, propose: Proposer, share: float
+    ) -> Snapshot | None:
+        """Where the run continues after the rounds of a search; None if there were none."""
+        config, decisions, state = self.config, self.run_log.decisions, None
         try:
-            for state, decision in search.rounds(snapshot, self._propose, share, decisions):
+            for state, decision in search.rounds(snapshot, propose, share, decisions):
                 self._take(snapshot if config.report_only else state.snapshot, decision)
                 if config.report_only:
                     continue
@@ -394,20 +441,11 @@ class Loop:
             self._leave(state.snapshot if state else snapshot)
         except FloatingPointError:
             return self._not_finite(snapshot)
-        decided = [d for d in decisions if (d.phase, d.examples) == (phase, snapshot.examples)]
-        if decided and config.report_only:
-            return snapshot
-        if decided:
-            return self._end_search(state.reached if state else snapshot, decided)
-        is_first = phase not in self._said_nothing | {decision.phase for decision in decisions}
-        self._said_nothing.add(phase)
-        if is_first and self._propose(snapshot, decisions, phase):
-            share = min(share, config.trials.probe)
-            log(
-                f"{workload.name}: nothing is tried from {done:.0%} of the run on: a round "
-                f"takes more than the {share:.0%} that it may cost, or than is left"
-            )
-        return snapshot
+        place = search.phase, snapshot.examples
+        decided = [d for d in decisions if (d.phase, d.examples) == place]
+        if not decided or config.report_only:
+            return snapshot if decided else None
+        return self._end_search(state.reached if state else snapshot, decided)
 
     @property
     def _phase_starts(self) -> list[int]:
@@ -462,39 +500,150 @@ class Loop:
         Steps are timed on one batch again and again (`tune_options`), and their results are
         discarded, so this costs seconds and no examples.
         """
-        workload, config, began = self.workload, self.config, time.perf_counter()
-        options = workload.execution_options
-        if not (options and config.phases and config.options_seconds):
+        config, began = self.config, time.perf_counter()
+        if not (self.workload.execution_options and config.phases and config.options_seconds):
             return snapshot
-
-        def build(values: Settings):
-            settings = {**snapshot.settings, **values}
-            batch = workload.sample(settings, snapshot.examples)
-            return workload.step(settings), (snapshot.state, batch)
-
-        found = tune_options(
-            build,
-            options,
-            {name: snapshot.settings[name] for name in options},
-            memory_budget=config.memory_budget,
-            seconds_budget=config.options_seconds,
-        )
-        after = changed(workload, snapshot, found.settings)
+        after, timings = self._other_options(snapshot)
         changes = differences(snapshot.settings, after.settings)
-        chosen = ", ".join(f"{name} {old} to {new}" for name, (old, new) in changes.items())
         decision = Decision(
             kind="execution options",
             step=int(snapshot.state.step),
             examples=snapshot.examples,
             verdict="accepted" if changes else "kept",
             changes=changes,
-            reason=f"steps are faster: {chosen}" if changes else "no execution options are faster",
-            timings=found.timings,
+            reason=responses.said_of_options(changes),
+            timings=timings,
             seconds=time.perf_counter() - began,
         )
         after = snapshot if config.report_only else after
         self._take(after, decision)
         return after
+
+    def _other_options(
+        self, snapshot: Snapshot, *, least_memory: bool = False
+    ) -> tuple[Snapshot, Sequence[TimedOptions]]:
+        """The snapshot with the fastest execution options or the leanest, and the evidence."""
+        workload, config, options = self.workload, self.config, self.workload.execution_options
+
+        def build(values: Settings):
+            settings = {**snapshot.settings, **values}
+            batch = workload.sample(settings, snapshot.examples)
+            return workload.step(settings), (snapshot.state, batch)
+
+        start = {name: snapshot.settings[name] for name in options}
+        if least_memory:
+            found = leanest_options(build, options, start, seconds_budget=config.options_seconds)
+        else:
+            found = tune_options(
+                build,
+                options,
+                start,
+                memory_budget=config.memory_budget,
+                seconds_budget=config.options_seconds,
+            )
+        return changed(workload, snapshot, found.settings), found.timings
+
+    def respond(self, snapshot: Snapshot) -> Snapshot:
+        """Does what the pending alarms ask for, and saves what was done.
+
+        So a resumed run either has the response in its checkpoint, or raises the alarm again
+        (`Monitor.restore`). A search that began in response is continued, as one of a phase is.
+        """
+        run_log, num_decided = self.run_log, len(self.run_log.decisions)
+        if self.pending and snapshot.examples < self.workload.num_examples:
+            step = int(snapshot.state.step)
+            while self.pending:
+                snapshot = self._answered(self.pending.pop(0), snapshot, step)
+            run_log.checkpoints.forget_after(step - 1)
+            if self.is_over(snapshot) and run_log.assessed_at < snapshot.examples:
+                return self.assess(snapshot)
+            try:
+                self._save(snapshot)
+            except FloatingPointError:
+                return self._not_finite(snapshot)
+            self.mark_good(snapshot)
+            if any(decision.changes for decision in run_log.decisions[num_decided:]):
+                self.monitor.reset_speed(**self.work_of_step(snapshot))
+        begun = responses.searches_of(run_log.decisions)
+        is_begun = bool(begun) and begun[-1].examples == snapshot.examples
+        return self.search_for(len(begun), snapshot) if is_begun else snapshot
+
+    def is_over(self, snapshot: Snapshot) -> bool:
+        """Whether the run is at its end, or a response has ended it."""
+        decisions = self.run_log.decisions
+        is_stopped = bool(decisions) and decisions[-1].verdict == "stopped"
+        return is_stopped or snapshot.examples >= self.workload.num_examples
+
+    def search_for(self, number: int, snapshot: Snapshot) -> Snapshot:
+        """The search of the learning rates in response to an alarm, the one of this number."""
+        config, space = self.config, responses.rates_of(self._searched(snapshot))
+        within, phase = self.workload._replace(space=space), max(1, len(config.phases)) + number - 1
+        search = Search(within, config.trials, phase, responses.MARGIN, self._is_stopped)
+        propose = self.proposer or responses.rate_search(space)
+        return self._searched_from(snapshot, search, propose, config.alarm_share) or snapshot
+
+    def _response_to(self, alarm: Alarm, settings: Settings) -> responses.Response:
+        return responses.choose(
+            alarm,
+            self.workload,
+            settings,
+            self.run_log.decisions,
+            max_responses=self.config.max_responses,
+            stop_on_plateau=self.config.stop_on_plateau,
+            active=self.monitor.active,
+            num_processes=jax.process_count(),
+        )
+
+    def _answered(self, alarm: Alarm, snapshot: Snapshot, step: int) -> Snapshot:
+        """The snapshot after the response to an alarm, which is noted as taken at a step."""
+        began, response = time.perf_counter(), self._response_to(alarm, snapshot.settings)
+        after, said = self._carried_out(response, snapshot)
+        reason = f"{alarm.kind}: {alarm.message}; {said.pop('reason')}"
+        log(f"{self.workload.name}, step {alarm.step}: {reason}")
+        self.run_log.decided(
+            Decision(
+                kind="response",
+                step=step,
+                examples=snapshot.examples,
+                reason=reason,
+                alarm=alarm,
+                seconds=time.perf_counter() - began,
+                **said,
+            )
+        )
+        return after
+
+    def _carried_out(
+        self, response: responses.Response, snapshot: Snapshot
+    ) -> tuple[Snapshot, dict[str, Any]]:
+        """The snapshot after a response, and the fields of the decision that say what was done."""
+        said: dict[str, Any] = {"reason": response.reason, "verdict": "accepted", "changes": {}}
+        if response.action == "nothing":
+            return snapshot, said | {"verdict": "kept"}
+        if self.config.report_only:
+            return snapshot, said | {
+                "verdict": "reported",
+                "reason": f"would be done: {response.reason}",
+            }
+        if response.action == "stop":
+            return snapshot, said | {"verdict": "stopped"}
+        if response.action == "search":
+            return snapshot, said
+        if response.action == "add workers":
+            before = responses.workers_of(self.run_log.decisions)
+            return snapshot, said | {"changes": {"workers": (before, response.workers)}}
+        is_lean = response.action == "save memory"
+        try:
+            after, timings = self._other_options(snapshot, least_memory=is_lean)
+        except UserError as error:
+            return snapshot, said | {"verdict": "kept", "reason": f"no response: {error}"}
+        changes = differences(snapshot.settings, after.settings)
+        return after, {
+            "reason": responses.said_of_options(changes, timings if is_lean else ()),
+            "verdict": "accepted" if changes else "kept",
+            "changes": changes,
+            "timings": timings,
+        }
 
     def _take(self, snapshot: Snapshot, decision: Decision) -> None:
         """Notes a decision; its snapshot is good, since its losses were finite."""
@@ -518,9 +667,11 @@ class Loop:
         for examples, settings in self.interventions[self.num_interventions :]:
             if examples > snapshot.examples:
                 break
-            snapshot = changed(self.workload, snapshot, settings)
+            before, snapshot = snapshot, changed(self.workload, snapshot, settings)
             self.num_interventions += 1
-            self.monitor.reset_speed(**self.work_of_step(snapshot))
+            work = self.work_of_step(snapshot)
+            if work != self.work_of_step(before):  # what else makes it slower is worth an alarm
+                self.monitor.reset_speed(**work)
         return snapshot
 
     def _next_stop(self, snapshot: Snapshot) -> int:
@@ -530,14 +681,22 @@ class Loop:
         return min([stop for stop in stops if snapshot.examples < stop], default=total)
 
     def train(self, snapshot: Snapshot, end: int) -> Snapshot:
-        """Trains until ``end``, or until an alarm restores the last good snapshot."""
+        """Trains until ``end``, until there is an alarm to respond to, or to roll back."""
         number, size = int(snapshot.state.step), self.workload.examples_per_step(snapshot.settings)
         examples = after_steps(snapshot.examples, end, size)
-        for step, after in one_behind(steps(self.workload, snapshot, end, check=self._is_stopped)):
+        taken = steps(
+            self.workload,
+            snapshot,
+            end,
+            check=lambda: self._is_stopped() or bool(self.pending),
+            workers=responses.workers_of(self.run_log.decisions),
+            clock=self.clock,
+        )
+        for step, after in one_behind(taken):
             snapshot = after.snapshot if after else snapshot
             if step:
                 number += 1
-                now = after.began if after else time.perf_counter()
+                now = after.began if after else self.clock()
                 if alarm := self._observe(number, step, now - step.began):
                     break
             if after and (number + 1) % self.config.keep_every == 0 and self._candidate is None:
@@ -545,7 +704,8 @@ class Loop:
         else:
             if self._is_stopped():
                 self._leave(snapshot)
-            return snapshot._replace(examples=examples)
+            return snapshot if self.pending else snapshot._replace(examples=examples)
+        self.pending.clear()
         return self.roll_back(snapshot, alarm, (step.position, step.snapshot.examples))
 
     def _observe(self, number: int, step: Step, seconds: float) -> Alarm | None:
@@ -557,9 +717,15 @@ class Loop:
         values |= {"step_seconds": seconds, "data_seconds": step.data_seconds}
         raised = [alarm for alarm in self.monitor.observe(number, values) if alarm.raised]
         for alarm in raised:
-            if alarm.kind not in {before.kind for before in self.run_log.alarms}:
-                log(f"{self.workload.name}, step {number}: {alarm.kind}: {alarm.message}")
+            is_new = alarm.kind not in {before.kind for before in self.run_log.alarms}
             self.run_log.alarms.append(alarm)
+            if alarm.kind not in DAMAGE and self.config.max_responses > 0:
+                if self._response_to(alarm, step.snapshot.settings).action == "nothing":
+                    self._answered(alarm, step.snapshot, number)
+                else:
+                    self.pending.append(alarm)
+            elif is_new:
+                log(f"{self.workload.name}, step {number}: {alarm.kind}: {alarm.message}")
         damage = next((alarm for alarm in raised if alarm.kind in DAMAGE), None)
         if not damage and self._candidate and number >= self._candidate[0] + STEPS_UNTIL_GOOD:
             self.last_good, self._candidate = self._candidate[1], None
@@ -570,6 +736,8 @@ class Loop:
         try:
             self._save(snapshot)
         except FloatingPointError:
+            self.pending.clear()
+            self.monitor.discard_after(int(self.last_good.state.step))
             self._save(self.last_good)
         self.run_log.checkpoints.wait()
         total = self.workload.num_examples // self.workload.examples_per_step(snapshot.settings)

@@ -311,8 +311,10 @@ class Monitor(contextlib.AbstractContextManager):
         read_at = self._memory_step if self._memory_step > -math.inf else None
         return {"latches": latches, "histories": histories, "memory_step": read_at}
 
-    def restore(self, noted: Mapping[str, Any]) -> None:
-        """What `noted` said, in a new monitor of a resumed run: its alarms are then the same."""
+    def restore(self, noted: Mapping[str, Any] | None) -> None:
+        """What `noted` said, if anything, in the monitor of a resumed run: its alarms are the same."""
+        if noted is None:
+            return
         for part, found in zip(
             (self._loss, self._time, self._utilisation), noted["histories"], strict=True
         ):

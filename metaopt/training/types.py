@@ -51,7 +51,8 @@ class Training(NamedTuple):
       sample: ``step -> batch`` for the call that begins after that many meta-updates, placed
         where ``step_fn`` wants it; a pure function. It is called from other threads, under the
         closed loop from several at once, so it must be thread-safe (as all samplers here are)
-        and not talk to other processes. From the end of the training on, the batch is of one update.
+        and not talk to other processes. From the end of the training on, the batch is of one
+        update.
       tasks_per_step: tasks of a meta-update, on all devices together.
       tokens_per_task: tokens of support and query together.
       fingerprint: what decides the states; a checkpoint of another is refused.
