@@ -550,8 +550,9 @@ class Loop:
         (`Monitor.restore`). A search that began in response is continued, as one of a phase is.
         """
         run_log, num_decided = self.run_log, len(self.run_log.decisions)
-        if self.pending and snapshot.examples < self.workload.num_examples:
-            step = int(snapshot.state.step)
+        step = int(snapshot.state.step)
+        is_due = any(alarm.step < step for alarm in self.pending)  # one step later, as in flight
+        if is_due and snapshot.examples < self.workload.num_examples:
             while self.pending:
                 snapshot = self._answered(self.pending.pop(0), snapshot, step)
             run_log.checkpoints.forget_after(step - 1)
@@ -758,6 +759,7 @@ class Loop:
         message, step = "the held-out loss is not finite", int(snapshot.state.step)
         alarm = Alarm("nan", step, True, math.nan, math.inf, message)
         self.run_log.alarms.append(alarm)
+        self.pending.clear()
         return self.roll_back(snapshot, alarm)
 
     def roll_back(

@@ -312,7 +312,7 @@ class Monitor(contextlib.AbstractContextManager):
         return {"latches": latches, "histories": histories, "memory_step": read_at}
 
     def restore(self, noted: Mapping[str, Any] | None) -> None:
-        """What `noted` said, if anything, in the monitor of a resumed run: its alarms are the same."""
+        """What `noted` said, if anything, so that a resumed run raises the same alarms."""
         if noted is None:
             return
         for part, found in zip(

@@ -5,6 +5,7 @@ alarm `choose` says what to do, from the alarm, the workload, the settings and w
 before, or why nothing can be done. The loop does it, and notes it as a decision.
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
@@ -25,6 +26,8 @@ from metaopt.self_improvement.workload import (
 
 MARGIN = 0.01
 """Relative difference in the held-out loss below which it does not count, in such a search."""
+STALLED = 1.5
+"""Power of the factors by which such a search changes rates: 23 for a factor of 8."""
 MOST_WORKERS = 8
 """The most threads that draw data."""
 LEARNING_RATES = (*SCHEDULED, "inner_learning_rate")
@@ -166,11 +169,16 @@ def said_of_options(
 
 
 def rate_search(space: Space) -> Proposer:
-    """`pattern_search` by the large factors of a first phase, whatever the number of the phase.
+    """`pattern_search` as in a first phase, by factors to the power of `STALLED`.
 
     What makes a run stall is far off; what is not is left to the phases of the run.
     """
-    propose = pattern_search(space)
+    wide = {
+        name: dataclasses.replace(axis, factor=axis.factor**STALLED)
+        for name, axis in space.items()
+        if isinstance(axis, Scale)
+    }
+    propose = pattern_search(wide)
 
     def first(snapshot: Snapshot, decisions: Sequence[Decision], phase: int) -> list[Change]:
         own = [decision._replace(phase=0) for decision in decisions if decision.phase == phase]
