@@ -23,6 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
+import jax
 import numpy as np
 import optuna
 
@@ -208,6 +209,7 @@ class Study:
         place = self.directory / slug(f"{start.learner} {start.steps} {name} {seed}")
         if place.exists():
             shutil.rmtree(place)  # of a run that was stopped: its time would not be its own
+        jax.clear_caches()  # the programs of a hundred trainings would exhaust what LLVM may map
         spent: list[float] = []
 
         def timed(*args, **options):
