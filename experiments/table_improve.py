@@ -261,7 +261,8 @@ class Study:
                 return float("inf")
             return float(self.losses(start.learner, found.fitted, self.episodes.valid).mean())
 
-        total, done = self.config.num_trials, len(study.trials)
+        total = self.config.num_trials
+        done = sum(trial.state.is_finished() for trial in study.trials)
         with Progress(f"tuning the rate of {name}", total=total, start=done) as shown:
             for number in range(done, total):
                 study.optimize(objective, n_trials=1)
