@@ -98,6 +98,23 @@ class Mnist(Checked):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Faults(Checked):
+    """Runs that something makes slow, wait, too large or stall.
+
+    Attributes:
+      batch_size: Sequences of a step of the language model: its time must be worth an alarm.
+      num_steps: Steps of a run of it; a quarter of them come before the fault.
+      stalled_batch: Sequences of a step of the run that stalls, a bigram table of bytes.
+      stalled_steps: Steps of that run.
+    """
+
+    batch_size: Count = 256
+    num_steps: Steps = 200
+    stalled_batch: Count = 32
+    stalled_steps: Steps = 1500
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(harness.RunConfig):
     """Runs with bad starts under the closed loop, against tuned and untreated ones.
 
@@ -109,6 +126,7 @@ class Config(harness.RunConfig):
       lm: The language model.
       markov: The meta-learning problem.
       mnist: The image classifier.
+      faults: Disturbed runs.
       loop: The closed loop.
       second_runs: Lengths of a run that remembers a first one, as shares of its length. The
         first of them that reaches its loss is reported.
@@ -124,6 +142,7 @@ class Config(harness.RunConfig):
     lm: LanguageModel = dataclasses.field(default_factory=LanguageModel)
     markov: Markov = dataclasses.field(default_factory=Markov)
     mnist: Mnist = dataclasses.field(default_factory=Mnist)
+    faults: Faults = dataclasses.field(default_factory=Faults)
     loop: LoopConfig = dataclasses.field(default_factory=LoopConfig)
     second_runs: Annotated[tuple[PartOfRun, ...], Several()] = (0.6, 0.7, 0.8, 0.9, 1.0)
     population: Count = 4
@@ -156,6 +175,7 @@ def presets(preset: str = "cpu") -> Config:
             ),
             markov=Markov(num_examples=64, tasks_per_step=8, num_held_out=16, num_test=32),
             mnist=Mnist(filters=2, num_epochs=1, num_train=640, num_seeds=1, rates=(0.1,)),
+            faults=Faults(batch_size=8, num_steps=16, stalled_batch=8, stalled_steps=16),
             loop=LoopConfig(phases=(0.0,), shares=(0.3,), assess_every=0.5),
             second_runs=(0.7, 1.0),
             population=2,

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import optuna
 
-from experiments.table_self_improvement import tuning
+from experiments.table_self_improvement import recovery, tuning
 from experiments.table_self_improvement.config import Config
 from experiments.table_self_improvement.faults import FAULTS
 from experiments.table_self_improvement.mnist import mnist_row
@@ -198,10 +198,10 @@ def memory_row(study: Study) -> Iterator[Cell]:
 
 
 def fault_row(study: Study, name: str, inject: Callable) -> Iterator[Cell]:
-    """A well-tuned run with a fault in its middle, against the same without."""
+    """A well-tuned run with a fault in its middle that is rolled back, against one without."""
     problem, settings, _ = study.lm()
     calm = study.config.loop
-    calm = dataclasses.replace(calm, phases=(), shares=())
+    calm = dataclasses.replace(calm, phases=(), shares=(), max_responses=0)
     undisturbed = tuning.plain(
         problem, settings, study.directory / "undisturbed", assess_every=calm.assess_every
     )
@@ -263,6 +263,12 @@ def make_rows(study: Study) -> dict[str, Callable[[], Iterator[Cell]]]:
     rows |= {
         name: functools.partial(fault_row, study, name, inject) for name, inject in FAULTS.items()
     }
+    reference = functools.cache(lambda: recovery.reference(study))
+    rows |= {
+        name: functools.partial(recovery.row, study, name, reference, inject)
+        for name, inject in recovery.FAULTS.items()
+    }
+    rows["fault: plateau"] = functools.partial(recovery.plateau_row, study)
     return rows
 
 

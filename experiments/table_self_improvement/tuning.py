@@ -21,7 +21,7 @@ from metaopt.training.recorder import Diverged
 from metaopt.training.runs import slug
 from metaopt.types import MetaState
 
-PLAIN = LoopConfig(phases=(), shares=(), assess_every=1.0)
+PLAIN = LoopConfig(phases=(), shares=(), assess_every=1.0, max_responses=0)
 """A run that changes nothing and is evaluated at its end."""
 Suggest = Callable[[optuna.Trial], dict[str, Setting]]
 

@@ -579,7 +579,9 @@ class Loop:
         """The search of the learning rates in response to an alarm, the one of this number."""
         config, space = self.config, responses.rates_of(self._searched(snapshot))
         within, phase = self.workload._replace(space=space), max(1, len(config.phases)) + number - 1
-        search = Search(within, config.trials, phase, responses.MARGIN, self._is_stopped)
+        trials = config.trials
+        trials = dataclasses.replace(trials, examples=responses.SHORTER * trials.examples)
+        search = Search(within, trials, phase, responses.MARGIN, self._is_stopped)
         propose = self.proposer or responses.rate_search(space)
         return self._searched_from(snapshot, search, propose, config.alarm_share) or snapshot
 

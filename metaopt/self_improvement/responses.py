@@ -5,13 +5,12 @@ alarm `choose` says what to do, from the alarm, the workload, the settings and w
 before, or why nothing can be done. The loop does it, and notes it as a decision.
 """
 
-import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
 from metaopt.measure import human_bytes
 from metaopt.self_improvement.monitor import Alarm
-from metaopt.self_improvement.proposers import pattern_search
 from metaopt.self_improvement.records import Decision, TimedOptions
 from metaopt.self_improvement.trials import Change, Proposer
 from metaopt.self_improvement.workload import (
@@ -26,8 +25,11 @@ from metaopt.self_improvement.workload import (
 
 MARGIN = 0.01
 """Relative difference in the held-out loss below which it does not count, in such a search."""
-STALLED = 1.5
-"""Power of the factors by which such a search changes rates: 23 for a factor of 8."""
+FACTORS = (64.0, 512.0, 8.0, 4096.0, 0.125)
+"""Factors on a rate in such a search, those that are tried first coming first. What stalls for
+hundreds of steps is far off, if the rate is the reason."""
+SHORTER = 0.25
+"""Factor on the length of its trials: many short ones, since so far off a few steps tell."""
 MOST_WORKERS = 8
 """The most threads that draw data."""
 LEARNING_RATES = (*SCHEDULED, "inner_learning_rate")
@@ -169,24 +171,25 @@ def said_of_options(
 
 
 def rate_search(space: Space) -> Proposer:
-    """`pattern_search` as in a first phase, by factors to the power of `STALLED`.
+    """One round that multiplies each rate of a space by each of `FACTORS`.
 
     What makes a run stall is far off; what is not is left to the phases of the run.
     """
-    wide = {
-        name: dataclasses.replace(axis, factor=axis.factor**STALLED)
-        for name, axis in space.items()
-        if isinstance(axis, Scale)
-    }
-    propose = pattern_search(wide)
 
-    def first(snapshot: Snapshot, decisions: Sequence[Decision], phase: int) -> list[Change]:
-        own = [decision._replace(phase=0) for decision in decisions if decision.phase == phase]
-        return list(propose(snapshot, own, 0))
+    def propose(snapshot: Snapshot, decisions: Sequence[Decision], phase: int) -> list[Change]:
+        changes: dict[tuple[str, float], Change] = {}
+        if any(decision.phase == phase for decision in decisions):
+            return []
+        for factor, (name, axis) in itertools.product(FACTORS, rates_of(space).items()):
+            old = float(snapshot.settings[name])
+            if (new := axis.scaled(old, factor)) != old:
+                reason, direction = f"{name} {old:.4g} to {new:.4g}", 1 if new > old else -1
+                changes[name, new] = Change({name: new}, name, axis.score, reason, direction)
+        return list(changes.values())
 
-    return first
+    return propose
 
 
-def rates_of(space: Space) -> Space:
+def rates_of(space: Space) -> dict[str, Scale]:
     """The part of a space that a search in response to a plateau changes."""
     return {k: axis for k, axis in space.items() if k in LEARNING_RATES and isinstance(axis, Scale)}

@@ -163,6 +163,11 @@ def test_a_view_starts_anew_with_its_files_and_is_bounded(tmp_path):
         ({"step": 3, "settings": {"rate": 0.1}}, "step 3: decided, rate 0.1"),
         ({"verdict": "rolled back", "reason": "nan"}, "step -: rolled back (nan)"),
         ({"changes": "odd"}, "decided"),
+        (
+            {"kind": "response", "step": 8, "verdict": "accepted", "changes": {"workers": [1, 2]}}
+            | {"reason": "starved: it waits; 2 threads draw data"},
+            "step 8: accepted, workers 1 -> 2 (starved: it waits; 2 threads draw data)",
+        ),
     ],
 )
 def test_a_decision_in_words(decision, text):

@@ -63,6 +63,8 @@ def run(tmp_path):
         | {"reason": "examples 3 to 4 are left out", "seconds": 0.5},
         {"name": "MAML", "kind": "search", "step": 0, "verdict": "accepted", "trials": [trial]}
         | {"changes": {"rate": [0.01, 0.1]}, "reason": "better beyond noise", "seconds": 3.0},
+        {"name": "MAML", "kind": "response", "step": 5, "verdict": "accepted", "alarm": slow}
+        | {"changes": {"workers": [1, 2]}, "reason": "2 threads draw data", "seconds": 0.25},
     )
     (directory / "finished").touch()
     return directory
@@ -80,6 +82,8 @@ def test_it_shows_results_course_alarms_with_responses_and_evidence(run):
     assert "gain d5 5.00 ± 0.10 d4 4.00 ± 0.10 d3 3.00 ± 0.10 d0 0.00 ± 0.10" in text
     assert "class 3 0.25" in text
     assert "nan raised loss is nan rolled back: examples 3 to 4 are left out" in text
+    assert f"slow raised it is {EVIL} accepted: 2 threads draw data" in text
+    assert "response, accepted: workers 1 to 2 2 threads draw data" in text
     assert "search, accepted: rate 0.01 to 0.1 better beyond noise" in text
     assert "rate 0.1 loss 1.25 -0.5 ± 0.125 better 2" in text and "cost: 3 s" in text
     assert '"width": 32' in text and found.count("data:image/png") == 1
@@ -150,7 +154,7 @@ def test_what_was_rolled_back_is_not_in_the_course(run, monkeypatch):
     lines, marks = seen["MAML"]
     np.testing.assert_array_equal(lines["loss"], [[2, 2.0], [3, 1.0]])
     np.testing.assert_array_equal(lines["held out"], [[1, 4], [2, 2], [3, 4 / 3], [4, 1]])
-    assert marks == [3, 0]
+    assert marks == [3, 0, 5]  # a response, too
 
 
 def test_damaged_and_missing_files_do_not_stop_it(run, capsys):

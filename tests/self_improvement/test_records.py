@@ -6,10 +6,11 @@ import pytest
 from noisy_quadratic import SETTINGS, as_bytes, workload
 
 from metaopt.errors import UserError
-from metaopt.files import read_json_lines, write_json_lines
+from metaopt.files import as_record, read_json_lines, write_json_lines
 from metaopt.self_improvement.loop import LoopConfig, run
 from metaopt.self_improvement.memory import Memory, RunRecord
-from metaopt.self_improvement.records import past_search
+from metaopt.self_improvement.monitor import Alarm
+from metaopt.self_improvement.records import Decision, decision_of, past_search
 from metaopt.self_improvement.trials import TrialConfig
 from metaopt.self_improvement.workload import Choice, Scale, known_settings
 
@@ -152,3 +153,19 @@ def test_what_a_memory_holds_is_used_only_where_it_is_sound(tmp_path, straight, 
     space = {"a": Scale(low=0.1, high=2.0), "b": Choice(values=("x", "y"))}
     for wrong in (True, 10**400, float("nan"), float("inf"), -1.0, "1", None):
         assert known_settings(space, {"a": wrong, "b": wrong}) == {}
+
+
+def test_a_response_is_one_to_an_alarm_that_was_raised():
+    alarm = Alarm("starved", 7, True, 0.9, 0.5, "it waits")
+    fields = {"changes": {"workers": (1, 2)}, "reason": "", "seconds": 0.1, "alarm": alarm}
+    sound = Decision("response", 8, 32, "accepted", **fields)
+    assert decision_of(as_record(sound)) == sound
+    for wrong in (
+        sound._replace(alarm=None),
+        sound._replace(alarm=alarm._replace(raised=False)),
+        sound._replace(kind="rollback", verdict="stopped"),
+        sound._replace(kind="answer"),
+        sound._replace(seconds=-1.0),
+    ):
+        with pytest.raises(ValueError):
+            decision_of(as_record(wrong))

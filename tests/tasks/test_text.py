@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -401,3 +402,17 @@ def test_wrong_folds_and_kin_are_refused(tmp_path):
         split_domains(names, TextConfig(kin=str(tmp_path / "kin")))
     with pytest.raises(UserError, match="nowhere"):
         split_domains(names, TextConfig(kin="nowhere"))
+
+
+@pytest.mark.parametrize("stored", [True, False])
+def test_tasks_are_drawn_by_several_threads_at_once(config, monkeypatch, stored):
+    """As a training that waits for data does; blocks of a stored text are in a common cache."""
+    if not stored:
+        monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
+    train = text(config).train
+    alone = [train.sample(jax.random.key(seed), 3) for seed in range(40)]
+    again = text(config).train  # with an empty cache
+    with ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(lambda seed: again.sample(jax.random.key(seed), 3), range(40)))
+    for one, other in zip(alone, together, strict=True):
+        jax.tree.map(np.testing.assert_array_equal, one, other)

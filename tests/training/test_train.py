@@ -275,6 +275,41 @@ def test_prefetch_keeps_the_order_and_looks_ahead_in_one_other_thread():
     assert len(threads) == 1 and threading.current_thread() not in threads
 
 
+@pytest.mark.parametrize("workers", [1, 2, 8])
+def test_prefetch_gives_the_same_from_any_number_of_threads(workers):
+    def sample(step):
+        time.sleep(0.01 * (step % 3))  # later ones are done first
+        if step == 20:
+            raise OSError("disk gone")
+        return np.random.default_rng(step).normal(size=4)
+
+    stream, found = prefetch(sample, range(30), 2 * workers, workers), []
+    with pytest.raises(OSError, match="disk gone"):
+        found.extend(stream)
+    del found[20:]
+    for batch in prefetch(sample, range(20), 2 * workers, workers):
+        found.append(batch)
+    expected = np.stack([sample(step) for step in range(20)])
+    assert np.stack(found[-20:]).tobytes() == expected.tobytes()
+
+
+def test_prefetch_raises_in_its_place():
+    def sample(step):
+        if step == 3:
+            raise OSError("disk gone")
+        return step
+
+    stream = prefetch(sample, range(30), 16, 8)
+    assert [next(stream) for _ in range(3)] == [0, 1, 2]
+    with pytest.raises(OSError, match="disk gone"):
+        next(stream)
+
+
+def test_prefetch_draws_in_parallel():
+    meet = threading.Barrier(4, timeout=10)
+    assert list(prefetch(lambda step: (meet.wait(), step)[1], range(8), 8, 4)) == list(range(8))
+
+
 @pytest.mark.parametrize("field", ["num_steps", "log_every", "checkpoint_every", "keep_last"])
 def test_a_config_that_makes_no_sense_is_refused(field):
     with pytest.raises(UserError, match=f"{field} is 0"):
