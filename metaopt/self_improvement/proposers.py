@@ -22,7 +22,7 @@ from metaopt.self_improvement.workload import (
 
 LEAST_FACTOR = 2.0
 """Factor below which the search along a setting ends."""
-EXPLODED = 2.0
+EXPLODED = 1.5
 """Ratio of losses beyond which a trial has exploded."""
 LATER_FACTOR = 2.0
 """First factor in all phases after the first."""
