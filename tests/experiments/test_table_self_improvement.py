@@ -252,8 +252,8 @@ def test_what_a_fault_costs_is_measured_before_and_after_its_response(tmp_path):
     assert 0 <= found["steps to the alarm"].found.mean <= 3
     times = found["recovered"].more["step_seconds"]
     assert times["before"] < times["lost"] > times["after"]
-    assert found["recovered"].found.mean > 50
-    assert [d["kind"] for d in found["recovered"].more["decisions"]][0] == "response"
+    assert 0 < found["recovered"].found.mean <= 100
+    assert {d["kind"] for d in found["recovered"].more["decisions"]} == {"response"}
 
 
 def test_short_runs_with_faults_have_a_dash(tmp_path):
