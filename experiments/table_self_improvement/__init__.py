@@ -3,7 +3,7 @@
 A language model whose learning rate is 30 times too small or too large, with absurd weight
 decay, with a sixteenth of the batch, or with all of these at once; MAML with both rates wrong;
 MNIST by SGD; a step computed in the worst way; a second run that remembers the first; and
-faults that are put in.
+faults that are put in, each of which rings an alarm that has a response.
 Each is compared with a run tuned by Optuna (TPE, 32 whole runs) and with the untreated one. A
 second table spends as much in other ways: search, population-based training (Jaderberg et
 al., 2017), hypergradients (Baydin et al., 2018; Sharifnassab et al., 2024).
@@ -41,10 +41,10 @@ def check(config: Config) -> set[str]:
     rows = [*make_rows(Study(config, Path())), BASELINE_ROW]
     if unknown := set(config.rows) - set(rows):
         raise UserError(f"no row {sorted(unknown)[0]!r}; there are {', '.join(rows)}")
-    lm, markov = config.lm, config.markov
+    lm, markov, faults = config.lm, config.markov, config.faults
     model = transformer(lm)
     batch, nothing = feasible.tokens(1, lm.length), feasible.tokens(0, 1)
-    most = max(*lm.batches, lm.num_held_out, lm.num_test)
+    most = max(*lm.batches, lm.num_held_out, lm.num_test, faults.batch_size, faults.stalled_batch)
     feasible.check([], model.init, losses.next_token(model), batch, nothing, most)
     episodes = max(markov.num_held_out, markov.num_test, markov.tasks_per_step)
     for name, needed, there in (
@@ -57,7 +57,7 @@ def check(config: Config) -> set[str]:
     languages = (feasible.tokens(n, 32) for n in (4, 8))
     size = feasible.num_bytes(episodes, *languages)
     feasible.check_bytes(size, f"to hold {episodes:,} episodes", "lower their number")
-    Text(config.folder, lm.length, config.seed)
+    Text(config.folder, max(lm.length, faults.length), config.seed)
     if config.mnist.path is not None:
         mnist(config, "fixed")
     return set(config.rows or rows)

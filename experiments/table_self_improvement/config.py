@@ -99,15 +99,17 @@ class Mnist(Checked):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Faults(Checked):
-    """Runs that something makes slow, wait, too large or stall.
+    """Runs of a bigram table of bytes that something makes slow, wait, too large or stall.
 
     Attributes:
-      batch_size: Sequences of a step of the language model: its time must be worth an alarm.
-      num_steps: Steps of a run of it; a quarter of them come before the fault.
-      stalled_batch: Sequences of a step of the run that stalls, a bigram table of bytes.
+      length: Bytes in a sequence of a step whose time is worth an alarm.
+      batch_size: Sequences of such a step.
+      num_steps: Steps of a run of these; a quarter of them come before the fault.
+      stalled_batch: Sequences of a step of the run that stalls.
       stalled_steps: Steps of that run.
     """
 
+    length: Length = 256
     batch_size: Count = 256
     num_steps: Steps = 200
     stalled_batch: Count = 32
@@ -175,7 +177,7 @@ def presets(preset: str = "cpu") -> Config:
             ),
             markov=Markov(num_examples=64, tasks_per_step=8, num_held_out=16, num_test=32),
             mnist=Mnist(filters=2, num_epochs=1, num_train=640, num_seeds=1, rates=(0.1,)),
-            faults=Faults(batch_size=8, num_steps=16, stalled_batch=8, stalled_steps=16),
+            faults=Faults(length=8, batch_size=8, num_steps=16, stalled_batch=8, stalled_steps=16),
             loop=LoopConfig(phases=(0.0,), shares=(0.3,), assess_every=0.5),
             second_runs=(0.7, 1.0),
             population=2,

@@ -158,10 +158,10 @@ def language_model(
     )
 
 
-def bigram_table(config: Config) -> Problem:
+def bigram_table(config: Config, batch_size: int, length: int, num_steps: int) -> Problem:
     """A table of the next byte given the last, which learns all that it can in some 60 steps."""
-    lm, sizes, model = config.lm, config.faults, models.bigram(256)
-    text, loss_fn = Text(config.folder, lm.length, config.seed), losses.next_token(model)
+    lm, model = config.lm, models.bigram(256)
+    text, loss_fn = Text(config.folder, length, config.seed), losses.next_token(model)
     workload = plain_training(
         "bigram table",
         task={"kind": "bigram", "data": config.folder or "stdlib"},
@@ -169,15 +169,14 @@ def bigram_table(config: Config) -> Problem:
         loss_fn=loss_fn,
         draw=lambda position, number: text.draw((0.0, 0.9), 3 + position, number),
         held_out=text.draw((0.9, 0.95), 1, lm.num_held_out),
-        num_examples=sizes.stalled_batch * sizes.stalled_steps,
-        tokens_per_example=lm.length,
+        num_examples=batch_size * num_steps,
+        tokens_per_example=length,
         space={"outer_learning_rate": RATE},
+        schedule=constant,
         seed=config.seed,
         num_devices=1,
     )
-    settings = default_settings(
-        batch_size=sizes.stalled_batch, microbatch=0, outer_learning_rate=0.1
-    )
+    settings = default_settings(batch_size=batch_size, microbatch=0, outer_learning_rate=0.1)
     test = per_example(loss_fn, text.draw((0.95, 1.0), 2, lm.num_test))
     return Problem(workload, settings, test, loss_fn)
 

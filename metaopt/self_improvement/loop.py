@@ -697,6 +697,8 @@ class Loop:
         )
         for step, after in one_behind(taken):
             snapshot = after.snapshot if after else snapshot
+            if after and not step:  # or it would take as long as it is to dispatch it
+                jax.block_until_ready(after.metrics)
             if step:
                 number += 1
                 now = after.began if after else self.clock()

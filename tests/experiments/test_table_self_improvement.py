@@ -1,15 +1,22 @@
 import dataclasses
+import time
 import types
 
 import numpy as np
 import pytest
 
-from experiments.table_self_improvement import run, tuning
-from experiments.table_self_improvement.config import Config, LanguageModel, Mnist, presets
+from experiments.table_self_improvement import recovery, run, tuning
+from experiments.table_self_improvement.config import Config, Faults, LanguageModel, Mnist, presets
 from experiments.table_self_improvement.mnist import SHOWN, mnist_row
 from experiments.table_self_improvement.rows import make_rows
 from experiments.table_self_improvement.study import Study, in_turns, ratio
-from experiments.table_self_improvement.workloads import Problem, Text, language_model, mnist
+from experiments.table_self_improvement.workloads import (
+    Problem,
+    Text,
+    bigram_table,
+    language_model,
+    mnist,
+)
 from metaopt.errors import UserError
 from metaopt.files import read_json_lines
 from metaopt.self_improvement.loop import Ledger
@@ -35,7 +42,8 @@ ROWS = [
 def test_the_rows_are_those_of_the_table(tmp_path):
     rows = make_rows(Study(SMOKE, tmp_path))
     assert list(rows)[: len(ROWS)] == ROWS
-    assert sum(name.startswith("fault: ") for name in rows) == 4
+    kinds = ("NaN batch", "rate times 1000", "slow", "idle", "starved", "memory", "plateau")
+    assert [name for name in rows if name.startswith("fault: ")] == [f"fault: {k}" for k in kinds]
 
 
 def test_the_ratio_of_means_has_the_interval_of_the_difference():
@@ -219,3 +227,40 @@ def test_the_row_mnist_compares_a_seed_with_its_own_tuned_run(tmp_path):
         assert 0 <= last["scores"]["test_accuracy"] <= 1
     improved = read_json_lines(tmp_path / "improved mnist" / "metrics.jsonl")
     assert improved[-1]["scores"]["test_accuracy"] == more["accuracies"][0]
+
+
+def test_what_a_fault_costs_is_measured_before_and_after_its_response(tmp_path):
+    """A step takes 25 ms; from the 20th on the loader takes three times as long."""
+    faults = Faults(length=8, batch_size=8, num_steps=80)
+    study = Study(dataclasses.replace(SMOKE, faults=faults), tmp_path)
+    problem = bigram_table(study.config, 8, 8, 80)
+    reference = recovery.Reference(problem, {}, {}, 0.025, 0.0)
+
+    def inject(found, at):
+        fault = recovery.starved(found, at)
+
+        def step_of(settings):
+            def step(state, batch):
+                time.sleep(0.025)
+                return problem.workload.step(settings)(state, batch)
+
+            return step
+
+        return fault._replace(workload=fault.workload._replace(step=step_of))
+
+    found = {x.column: x for x in recovery.row(study, "fault: x", lambda: reference, inject)}
+    assert 0 <= found["steps to the alarm"].found.mean <= 3
+    times = found["recovered"].more["step_seconds"]
+    assert times["before"] < times["lost"] > times["after"]
+    assert 0 < found["recovered"].found.mean <= 100
+    assert {d["kind"] for d in found["recovered"].more["decisions"]} == {"response"}
+
+
+def test_short_runs_with_faults_have_a_dash(tmp_path):
+    """The whole of it, in runs that end before any alarm."""
+    rows = tuple(f"fault: {kind}" for kind in ("slow", "memory", "plateau"))
+    run(dataclasses.replace(SMOKE, rows=rows, root=str(tmp_path)))
+    (place,) = (tmp_path / "table_self_improvement").iterdir()
+    cells = {(x["row"], x["column"]): x for x in read_json_lines(place / "results.jsonl")}
+    assert {row for row, _ in cells} == set(rows)
+    assert all(cells[row, "recovered"]["value"] is None for row in ("fault: slow", rows[2]))
