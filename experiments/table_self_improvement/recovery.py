@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
+from jax.core import Tracer
 
 from experiments.table_self_improvement.study import Cell, Study, single
 from experiments.table_self_improvement.workloads import Problem, bigram_table
@@ -185,7 +185,7 @@ class _Swapping:
         self._step, self._before, self.lower = step, before, step.lower
 
     def __call__(self, state: Any, batch: Any) -> Any:
-        if not isinstance(state.step, jax.core.Tracer):
+        if not isinstance(state.step, Tracer):
             self._before()
         return self._step(state, batch)
 

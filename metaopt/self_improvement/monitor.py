@@ -34,8 +34,9 @@ MEMORY_INTERVAL = 2  # steps between two readings of the memory
 
 CONSECUTIVE_CHECKS = dict(nan=1, divergence=2, plateau=2, slow=3, memory=1, starved=2, idle=2)
 """Checks in a row that raise an alarm; plateau, slow and idle are checked each `MIN_HISTORY`."""
-IMMEDIATE, IMMEDIATE_FACTOR = ("divergence", "starved"), 10.0
-"""Alarms that one score above the factor raises; the limit of divergence in its first steps."""
+IMMEDIATE, IMMEDIATE_FACTOR = ("divergence",), 10.0
+"""Alarms that one score above the factor raises; the limit of divergence in its first steps. One
+batch that is waited for, on a busy machine, is not worth a response."""
 CLEAR_SHARE, CLEAR_CHECKS = 0.8, 5  # score below which, so often in a row, an alarm is cleared
 SPEED = ("slow", "starved", "idle")  # alarms about the time of a step
 TINY = 1e-6  # rise of a loss that is always allowed: at 0, rounding is infinitely much more
