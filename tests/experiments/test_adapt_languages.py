@@ -115,12 +115,12 @@ def test_each_phase_is_announced_before_it_begins(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_a_run_under_the_closed_loop_ends_in_the_same_files_and_says_what_it_tried(tmp_path):
-    args = [*MARKOV, "--rows", "MAML", "--comparison.meta-steps", "120", "--improve"]
+    args = [*MARKOV, "--rows", "MAML", "--comparison.meta-steps", "1000", "--improve"]
     directory = run_in(tmp_path, [*args, "--comparison.tasks-per-step", "2"])
     assert ("MAML", "2 steps") in cells(directory)
     decisions = read_json_lines(directory / "decisions.jsonl")
     tried = {entry["setting"] for line in decisions for entry in line["trials"]}
-    assert "inner_learning_rate" in tried and {line["name"] for line in decisions} == {"MAML"}
+    assert "outer_learning_rate" in tried and {line["name"] for line in decisions} == {"MAML"}
 
 
 def test_the_limits_come_last_and_no_row_is_below_its_own(markov_run):
