@@ -322,7 +322,10 @@ def test_less_memory_is_taken_if_there_is_too_little(tmp_path):
 
 STALLED = SETTINGS | {"outer_learning_rate": 5e-5}
 TRIALS = TrialConfig(examples=0.03, least_steps=4)
-LONG = dataclasses.replace(CONFIG, assess_every=0.1, trials=TRIALS, alarm_share=0.2)
+NO_CLOCK = MonitorConfig(least_step_seconds=1e3)  # that of a busy machine decides nothing
+LONG = dataclasses.replace(
+    CONFIG, assess_every=0.1, trials=TRIALS, alarm_share=0.2, monitor=NO_CLOCK
+)
 
 
 def stalled(directory, at=lambda state: None, config=LONG):
