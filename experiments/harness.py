@@ -172,7 +172,7 @@ def main(
       description: Text of ``--help``.
       args: Command line; that of the process by default.
     """
-    args = _spelled_out(sys.argv[1:] if args is None else args)
+    args = sys.argv[1:] if args is None else list(args)
     with command_line.one_line_exits(args, resumes=True):
         config = parse(module, presets, description, args)
         check_directory(config.root if config.run_dir is None else config.run_dir)
@@ -249,7 +249,7 @@ def _as_argument(value: Any) -> str:
 
 
 def as_saved(config: RunConfig) -> dict[str, Any]:
-    """What decides the results: everything but where the run is written."""
+    """What decides the results: all but where the run and the memory of past runs are."""
     return {k: v for k, v in as_json(config).items() if k not in ("root", "run_dir", "memory")}
 
 

@@ -29,7 +29,7 @@ import optuna
 
 from experiments import harness
 from metaopt import learners, losses, meta_gradients
-from metaopt.comparison import Comparison, ComparisonConfig, Row, check_settings
+from metaopt.comparison import Comparison, ComparisonConfig, Row
 from metaopt.console import log
 from metaopt.errors import UserError
 from metaopt.evaluate import make_curves
@@ -186,10 +186,9 @@ class Study:
         compared = [Row(name, learners.maml(), estimator) for name, estimator in LEARNERS.items()]
         check(config, settings, compared, model)
         self.problem = Problem(make_family(config), model, losses.next_token(model))
-        devices = check_settings(inner, settings)
         self.episodes = Comparison(self.problem, inner, OuterConfig(), settings)
         self._curves = make_curves(
-            learners.maml(), self.problem.loss_fn, inner, inner.num_steps, devices, 1
+            learners.maml(), self.problem.loss_fn, inner, inner.num_steps, self.episodes.devices, 1
         )
 
     def losses(self, learner: str, fitted: Fitted, episodes: Episode) -> np.ndarray:

@@ -25,6 +25,7 @@ from metaopt.errors import UserError
 from metaopt.evaluate import make_curves
 from metaopt.files import check_directory
 from metaopt.frozen import prepared, unbound
+from metaopt.indices import names_of
 from metaopt.inner_loop import InnerLoop
 from metaopt.meta_gradients import reverse
 from metaopt.optimizers.outer import OuterConfig, outer_optimizer
@@ -226,7 +227,7 @@ def fit(
     groups = ()
     if valid is not None and evaluate is None:
         evaluate = parts.evaluate(valid, devices)
-        groups = task_groups(problem.family, valid)
+        groups = names_of(np.unique(np.asarray(valid.task)), problem.family.valid.task_names)
     training = Training(
         name=name,
         state=parallel.replicate(start, devices),
@@ -263,16 +264,6 @@ def check_devices(
 def validation_episodes(family: TaskFamily, eval_seed: int, number: int) -> Episode:
     """The episodes that rates and checkpoints are chosen on, ``[number, ...]``."""
     return family.valid.sample(jax.random.split(jax.random.key(eval_seed))[0], number)
-
-
-def task_groups(family: TaskFamily, valid: Episode) -> tuple[str, ...]:
-    """The names of the tasks of validation episodes, in the order of `task_means`.
-
-    Empty if the family has no names, or not for these episodes.
-    """
-    names, tasks = family.valid.task_names, np.unique(np.asarray(valid.task))
-    known = tasks.size and tasks[0] >= 0 and tasks[-1] < len(names)
-    return tuple(names[task] for task in tasks) if known else ()
 
 
 def tokens_per_task(episodes: Episode) -> int:

@@ -5,6 +5,7 @@ dtype, in which ``200 + 100`` is 44 for uint8. Whatever takes tokens or classes 
 int32 here first. What it is to index is then told apart from what indexes nothing.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -74,3 +75,9 @@ def check_range(name: str, x: Any, size: int | None, ignored: int | None = None)
             + ("" if ignored is None else f" (or {ignored}, which is not counted)")
             + f", and {outside.size} of {values.size} are not, such as {outside[0]}"
         )
+
+
+def names_of(indices: np.ndarray, names: Sequence[str]) -> tuple[str, ...]:
+    """The name of each of ``indices [E]``; empty if there are none, or one of them has no name."""
+    known = indices.size and indices.min() >= 0 and indices.max() < len(names)
+    return tuple(names[int(index)] for index in indices) if known else ()

@@ -181,7 +181,7 @@ def total_cost(
     """The cost of a run, in the unit of its loss if that has weight 1.
 
     Args:
-      weights: of the three parts. What has no weight has no part, whatever it is.
+      weights: of the three parts; one whose weight is 0 may be unknown, NaN or inf.
       loss: mean held-out loss.
       seconds: training time.
       gib: peak of the memory; None if it is not known.

@@ -14,6 +14,7 @@ import numpy as np
 
 from metaopt import parallel
 from metaopt.errors import UserError
+from metaopt.indices import names_of
 from metaopt.learners import maml
 from metaopt.measure import count_flops
 from metaopt.meta_gradients import joint
@@ -301,9 +302,8 @@ def _groups(training: Training, held_out: Callable[[int], Episode], number: int)
     metrics = jax.eval_shape(training.step_fn, training.state, held_out(0))[1]
     if "task_losses" not in metrics:
         return ()
-    names = training.task_names
     tasks = np.concatenate([np.ravel(held_out(i).task) for i in range(number)])
-    return tuple(names[task] for task in tasks) if tasks.max() < len(names) else ()
+    return names_of(tasks, training.task_names)
 
 
 def reported_losses(

@@ -141,7 +141,7 @@ def _from_start(
     if not value <= old:
         return []
     reason = f"{name} {value:.4g} from the start"
-    return [Change({name: value}, name, axis.score, reason, -1, rank=-1, from_start=True)]
+    return [Change({name: value}, name, axis.score, reason, -1, from_start=True)]
 
 
 def _exploded(trial: TriedChange) -> bool:

@@ -147,8 +147,8 @@ class Workload(NamedTuple):
         that differ in scalars of the state alone.
       sample: ``(settings, position) -> episodes``; the position counts the examples before. A pure
         function, and thread-safe: if the steps wait for data, it is called from several threads
-        at once (`Loop.workers`). So are all samplers here: they draw from generators of their own,
-        and share only what is read-only or a `functools.cache`.
+        at once (`metaopt.self_improvement.responses`). So are all samplers here: they draw from
+        generators of their own, and share only what is read-only or a `functools.cache`.
       examples_per_step: of settings.
       evaluate: ``state -> float [E]``, the losses of the same held-out examples or tasks each
         time, lower is better.

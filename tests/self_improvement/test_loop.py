@@ -45,7 +45,7 @@ def improved(directory, num_examples=800, settings=SETTINGS, config=IMPROVING, *
 
 
 def lines(directory, file):
-    """Without the times and the memory, of which the checksum is too."""
+    """Without the times, the memory and the checksum, which is of these too."""
 
     def timeless(value):
         if isinstance(value, dict):
