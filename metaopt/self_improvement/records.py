@@ -305,13 +305,16 @@ class RunLog:
     def _replayed(self, snapshot: Snapshot) -> Snapshot:
         """The snapshot after what was decided since in a search from it, which is taken up.
 
-        From a damaged decision on, or one that cannot have been taken there, it is decided again.
+        From a damaged decision on, or one that cannot have been taken there, or one after which the
+        run has another state than its settings tell, it is decided again.
         """
         space = self.workload.space
         for at, line in self._lines("decisions.jsonl")[len(self.decisions) :]:
             try:
                 decision = decision_of(line)
                 if decision.kind != "search" or decision.examples != snapshot.examples:
+                    break
+                if decision.from_start:  # its state was not saved, and is not this one
                     break
                 now, is_said = snapshot.settings, decision.verdict == "reported"
                 for name, (old, _) in decision.changes.items():

@@ -1,4 +1,6 @@
 import dataclasses
+import itertools
+import json
 import math
 import signal
 
@@ -198,9 +200,8 @@ def test_a_report_says_what_would_change_and_changes_nothing(tmp_path):
     assert as_bytes(changed) != as_bytes(plain)
 
 
-def test_a_rate_that_wrecks_the_warm_up_is_tried_again_from_the_start(tmp_path):
-    """Nothing is tried before the warm-up is over."""
-    loop = dataclasses.replace(LOOP, shares=(3.0,))
+def wrecked(directory, sample=sample):
+    """A training whose rate is far too large, with an assessment at the end of its warm-up."""
     state = quadratic.initial_state()
     scalars = {"outer_learning_rate": 8.0, "weight_decay": 0.0}
     state = state._replace(hparams={k: jnp.float32(v) for k, v in scalars.items()})
@@ -214,7 +215,13 @@ def test_a_rate_that_wrecks_the_warm_up_is_tried_again_from_the_start(tmp_path):
         fingerprint=Fingerprint({}),
         warmup_steps=6,
     )
-    found = improving_train(training, TrainConfig(num_steps=60), tmp_path, loop=loop).state
+    loop = dataclasses.replace(LOOP, shares=(3.0,), assess_every=0.1)
+    return improving_train(training, TrainConfig(num_steps=60), directory, loop=loop).state
+
+
+def test_a_rate_that_wrecks_the_warm_up_is_tried_again_from_the_start(tmp_path):
+    """Nothing is tried before the warm-up is over."""
+    found = wrecked(tmp_path)
     decisions = read_json_lines(tmp_path / "decisions.jsonl")
     searches = [d for d in decisions if d["kind"] == "search"]
     assert {d["examples"] for d in searches} == {6 * SIZE}
@@ -222,3 +229,21 @@ def test_a_rate_that_wrecks_the_warm_up_is_tried_again_from_the_start(tmp_path):
     assert again["verdict"] == "accepted" and again["trial_examples"] >= 6 * SIZE
     assert float(found.hparams["outer_learning_rate"]) < 8.0 and int(found.step) == 60
     assert float(jnp.abs(found.meta_params["params"]).max()) < 10
+
+
+def test_a_trial_from_the_start_that_was_not_saved_is_made_again(tmp_path):
+    """Its decision was written, and then the process was killed: the state is not that one."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    expected = wrecked(whole)
+
+    def stopping(i, calls=itertools.count()):  # noqa: B008
+        if 6 <= i < 60 and next(calls) == 0:  # the first trial
+            signal.raise_signal(signal.SIGTERM)
+        return sample(i)
+
+    with pytest.raises(Interrupted):
+        wrecked(cut, stopping)
+    lines = (whole / "decisions.jsonl").read_text("utf-8").splitlines(keepends=True)
+    number = next(i for i, line in enumerate(lines) if json.loads(line)["from_start"]) + 1
+    (cut / "decisions.jsonl").write_text("".join(lines[:number]), "utf-8")
+    assert as_bytes(wrecked(cut)) == as_bytes(expected)
