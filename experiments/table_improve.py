@@ -28,6 +28,7 @@ import numpy as np
 import optuna
 
 from experiments import harness
+from experiments.optuna_search import best_params
 from metaopt import learners, losses, meta_gradients
 from metaopt.comparison import Comparison, ComparisonConfig, Row
 from metaopt.console import log
@@ -52,7 +53,6 @@ from metaopt.self_improvement.builders import improving_train
 from metaopt.statistics import Interval, interval, t_interval
 from metaopt.tasks.text import short_summary
 from metaopt.training.loop import Diverged, train
-from metaopt.training.progress import Progress
 from metaopt.training.runs import slug
 from metaopt.training.types import TrainFn
 from metaopt.types import Episode, Estimator
@@ -242,15 +242,7 @@ class Study:
 
     def tuned_rate(self, start: Start) -> float:
         """The outer rate that Optuna finds for a length, by validation loss; resumed if stopped."""
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
-        self.directory.mkdir(exist_ok=True)
         name, (low, high) = f"{start.learner}, {start.steps} steps", self.config.rates
-        study = optuna.create_study(
-            storage=f"sqlite:///{self.directory / 'tuning.sqlite'}",
-            study_name=slug(name),
-            sampler=optuna.samplers.TPESampler(seed=0),
-            load_if_exists=True,
-        )
 
         def objective(trial: optuna.Trial) -> float:
             rate = trial.suggest_float("rate", low, high, log=True)
@@ -260,13 +252,9 @@ class Study:
                 return float("inf")
             return float(self.losses(start.learner, found.fitted, self.episodes.valid).mean())
 
-        total = self.config.num_trials
-        done = sum(trial.state.is_finished() for trial in study.trials)
-        with Progress(f"tuning the rate of {name}", total=total, start=done) as shown:
-            for number in range(done, total):
-                study.optimize(objective, n_trials=1)
-                shown.update(number + 1, best=study.best_value)
-        return float(study.best_params["rate"])
+        number = self.config.num_trials
+        best = best_params(objective, self.directory, name, num_trials=number, seed=0)
+        return float(best["rate"])
 
 
 def ratio(found: Sequence[np.ndarray], reference: Sequence[np.ndarray], tasks: np.ndarray):
@@ -317,7 +305,7 @@ def add_row(table: harness.TableRun, study: Study, row: Start, tasks: np.ndarray
         ends.append({k: float(v) for k, v in improved.fitted.hparams.items()})
     more = {"tuned_rate": rate, "start_rate": rate * row.times, "settings": ends}
     table.add(row.name, "ratio to tuned", ratio(found, reference, tasks), **more)
-    over = "those of times and trials over seeds"
+    over = "those of times and trials over seeds"  # the others are over domains
     for column, values, unit in (
         ("time ratio", times, "ratio of seconds without compiling"),
         ("trials", tried, "% of the run"),

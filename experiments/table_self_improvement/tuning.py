@@ -11,14 +11,13 @@ import numpy as np
 import optax
 import optuna
 
+from experiments.optuna_search import best_params
 from experiments.table_self_improvement.workloads import Problem
 from metaopt.optimizers.self_tuned import self_tuned
 from metaopt.self_improvement.loop import LoopConfig, Outcome, run
 from metaopt.self_improvement.workload import Setting, Settings, Workload, begin, steps
 from metaopt.training.population import initial_population, train_population
-from metaopt.training.progress import Progress
 from metaopt.training.recorder import Diverged
-from metaopt.training.runs import slug
 from metaopt.types import MetaState
 
 PLAIN = LoopConfig(phases=(), shares=(), assess_every=1.0, max_responses=0)
@@ -47,25 +46,14 @@ def tuned(
     problem: Problem, suggest: Suggest, num_trials: int, seed: int, directory: Path
 ) -> dict[str, Setting]:
     """The best settings of several plain runs, by Optuna's TPE; resumed where it was stopped."""
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    directory.mkdir(parents=True, exist_ok=True)
-    study = optuna.create_study(
-        storage=f"sqlite:///{directory / 'tuning.sqlite'}",
-        study_name=slug(problem.workload.name),
-        sampler=optuna.samplers.TPESampler(seed=seed),
-        load_if_exists=True,
-    )
 
     def objective(trial: optuna.Trial) -> float:
         settings = problem.settings | suggest(trial)
         return final_loss(problem, settings, directory / "trial")
 
-    finished = sum(trial.state.is_finished() for trial in study.trials)
-    with Progress(f"tuning {problem.workload.name}", total=num_trials, start=finished) as progress:
-        for done in range(finished, num_trials):
-            study.optimize(objective, n_trials=1)
-            progress.update(done + 1, best=study.best_value)
-    return problem.settings | suggest(optuna.trial.FixedTrial(study.best_params))  # type: ignore[arg-type]
+    name = problem.workload.name
+    best = best_params(objective, directory, name, num_trials=num_trials, seed=seed)
+    return problem.settings | suggest(optuna.trial.FixedTrial(best))  # type: ignore[arg-type]
 
 
 def searched(
