@@ -255,17 +255,7 @@ def improving_train(
     if start >= config.num_steps:
         return Trained(initial)
     name = f"{training.name}, from step {start}" if start else training.name
-    evaluate, evaluation_examples, groups = training.evaluate, 0.0, training.groups
-    if training.held_out or evaluate is None or np.ndim(evaluate(state)) != 1:
-        past_the_end = lambda i: training.sample(config.num_steps + i)  # noqa: E731
-        held_out = functools.cache(training.held_out or past_the_end)
-        cost = _share_of_loss(training, held_out)
-        least, most = (-(-tasks // tasks_per_step) for tasks in (LEAST_HELD_OUT, MOST_HELD_OUT))
-        allowed = JUDGING_SHARE * (config.num_steps - start) / cost
-        number = min(most, max(least, int(allowed)))
-        evaluate = reported_losses(training.step_fn, held_out, number)
-        groups = _groups(training, held_out, number)
-        evaluation_examples = number * tasks_per_step * cost
+    evaluate, evaluation_examples, groups = _judge(training, start, config.num_steps)
     workload = Workload(
         name=name,
         task={"name": name, "tasks_per_step": tasks_per_step},
@@ -273,7 +263,7 @@ def improving_train(
         step=lambda settings: training.step_fn,
         sample=lambda settings, position: training.sample(start + position // tasks_per_step),
         examples_per_step=lambda settings: tasks_per_step * training.steps_per_call,
-        evaluate=evaluate,  # type: ignore[arg-type]
+        evaluate=evaluate,
         num_examples=(config.num_steps - start) * tasks_per_step,
         tokens_per_example=training.tokens_per_task,
         space={key: RATE for key in searched if hparams.get(key, 0.0) > 0},
@@ -290,6 +280,22 @@ def improving_train(
         fingerprint=training.fingerprint,
     )
     return Trained(outcome.snapshot.state, outcome.from_checkpoint)
+
+
+def _judge(
+    training: Training, start: int, num_steps: int
+) -> tuple[Callable[[MetaState], np.ndarray], float, tuple[str, ...]]:
+    """What trials are judged by, its cost in examples, and the group of each of its losses."""
+    evaluate = training.evaluate
+    if not training.held_out and evaluate and np.ndim(evaluate(training.state)) == 1:
+        return evaluate, 0.0, training.groups  # type: ignore[return-value]
+    past_the_end = lambda i: training.sample(num_steps + i)  # noqa: E731
+    held_out = functools.cache(training.held_out or past_the_end)
+    cost, each = _share_of_loss(training, held_out), training.tasks_per_step
+    least, most = (-(-tasks // each) for tasks in (LEAST_HELD_OUT, MOST_HELD_OUT))
+    number = min(most, max(least, int(JUDGING_SHARE * (num_steps - start) / cost)))
+    losses = reported_losses(training.step_fn, held_out, number)
+    return losses, number * each * cost, _groups(training, held_out, number)
 
 
 def _groups(training: Training, held_out: Callable[[int], Episode], number: int) -> tuple[str, ...]:
