@@ -56,7 +56,7 @@ from metaopt.ranges import Checked
 from metaopt.reporting import plots, tables
 from metaopt.reporting.page import PAGE, page
 from metaopt.reporting.results import Published, cell_maker, step_column
-from metaopt.self_improvement.builders import IMPROVING, improving_train
+from metaopt.self_improvement.improving import IMPROVING, Searched, improving_train
 from metaopt.self_improvement.memory import Memory
 from metaopt.statistics import Interval, interval
 from metaopt.training.loop import train
@@ -253,8 +253,12 @@ def as_saved(config: RunConfig) -> dict[str, Any]:
     return {k: v for k, v in as_json(config).items() if k not in ("root", "run_dir", "memory")}
 
 
-def begin(config: RunConfig | None = None) -> TrainFn:
+def begin(config: RunConfig | None = None, searched: Searched = Searched()) -> TrainFn:  # noqa: B008
     """Sets up the devices, and gives what trains rows: `train`, or the closed loop if it asks so.
+
+    Args:
+      config: of the table.
+      searched: what the closed loop may change.
 
     Raises:
       UserError: the memory of the closed loop cannot be used.
@@ -265,7 +269,8 @@ def begin(config: RunConfig | None = None) -> TrainFn:
         return train
     where = config.memory or os.environ.get("METAOPT_MEMORY")
     loop = dataclasses.replace(IMPROVING, report_only=config.improve == "report")
-    return functools.partial(improving_train, loop=loop, memory=Memory(where) if where else None)
+    memory = Memory(where) if where else None
+    return functools.partial(improving_train, searched=searched, loop=loop, memory=memory)
 
 
 def check_rows(

@@ -49,7 +49,7 @@ from metaopt.languages import (
 from metaopt.measure import compile_seconds
 from metaopt.optimizers.outer import OuterConfig
 from metaopt.ranges import Count, Range, Rate, Seed, Several, Steps
-from metaopt.self_improvement.builders import improving_train
+from metaopt.self_improvement.improving import improving_train
 from metaopt.statistics import Interval, interval, t_interval
 from metaopt.tasks.text import short_summary
 from metaopt.training.loop import Diverged, train

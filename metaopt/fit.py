@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,14 +28,23 @@ from metaopt.frozen import prepared, unbound
 from metaopt.indices import names_of
 from metaopt.inner_loop import InnerLoop
 from metaopt.meta_gradients import reverse
-from metaopt.optimizers.outer import OuterConfig, outer_optimizer
+from metaopt.optimizers.outer import OuterConfig, at_update, outer_optimizer
 from metaopt.outer_step import MetaStep, check_groups, init_state, make_meta_step
 from metaopt.ranges import Count, CountOr0, Seed, Steps, StepsOr0
 from metaopt.statistics import task_means
 from metaopt.training.fingerprint import Fingerprint, of_arrays, of_program
 from metaopt.training.host_leaves import is_key
 from metaopt.training.loop import train
-from metaopt.training.types import Evaluate, StepFn, TrainConfig, TrainFn, Training
+from metaopt.training.types import (
+    Evaluate,
+    Setting,
+    StepFn,
+    TrainConfig,
+    TrainFn,
+    Training,
+    Variant,
+    Variants,
+)
 from metaopt.types import (
     Array,
     Episode,
@@ -242,6 +251,7 @@ def fit(
         warmup_steps=outer.warmup_steps,
         groups=groups,
         task_names=problem.family.valid.task_names,
+        variants=_variants(parts, tasks, start, first),
     )
     trained = train_fn(training, config, directory)
     return Fitted(trained.state, time.monotonic() - began, trained.from_checkpoint)
@@ -472,6 +482,82 @@ class _Tasks(NamedTuple):
             return state, jax.tree.map(lambda x: x.mean(0), metrics)
 
         return call
+
+
+PRECISION = "default"
+"""What leaves `jax.default_matmul_precision` as it is."""
+
+
+def _variants(parts: _Parts, tasks: _Tasks, start: MetaState, first: Episode) -> Variants:
+    """What a training could be changed in, but for what it rules out."""
+    config, inner = parts.config, parts.inner
+    settings: dict[str, Setting] = {"optimizer": parts.outer.optimizer}
+    if tasks.devices[0].platform != "cpu":  # which has one precision
+        settings["precision"] = PRECISION
+    if config.steps_per_call == 1 and not parts.annealing_steps:
+        settings["tasks_per_step"] = config.tasks_per_step
+    if parts.frozen is None:  # what is timed or weighed takes a state and a batch alone
+        settings["tasks_at_a_time"] = config.tasks_at_a_time
+        if not (inner.is_planned or inner.save_gradients):
+            settings["remat"] = inner.remat
+
+    def make(chosen: Mapping[str, Setting]) -> Variant:
+        return _variant(parts, tasks, start, first, settings | dict(chosen))
+
+    return Variants(settings, make, len(tasks.devices) * max(1, config.tasks_at_a_time))
+
+
+def _variant(
+    parts: _Parts, tasks: _Tasks, start: MetaState, first: Episode, settings: Mapping[str, Setting]
+) -> Variant:
+    """A training with other settings, which goes on from any point of the one that it varies.
+
+    Raises:
+      UserError: they do not fit one another, the devices or the memory.
+    """
+    before, devices = parts.config, tasks.devices
+    size = int(settings.get("tasks_per_step", before.tasks_per_step))
+    together = int(settings.get("tasks_at_a_time", before.tasks_at_a_time))
+    check_devices(len(devices), size, together)
+    config = dataclasses.replace(before, tasks_per_step=size, tasks_at_a_time=together)
+    inner = parts.inner
+    if "remat" in settings:
+        inner = dataclasses.replace(inner, remat=bool(settings["remat"]))
+    longer = before.tasks_per_step / size  # in updates, which are of fewer tasks
+    outer = parts.outer.varied(str(settings["optimizer"]), longer)
+    parts, others = parts._replace(config=config, inner=inner, outer=outer), tasks
+    if size != before.tasks_per_step:
+        parts.check_memory(start.meta_params.get("params"), first, 0)
+        key = jax.random.fold_in(tasks.key, size)  # other tasks than those of the steps before
+        others = tasks._replace(config=config, key=key)
+
+    def carry(state: MetaState, done: int, is_fresh: bool) -> MetaState:
+        opt_state = state.opt_state
+        if is_fresh:
+            hparams = {k: v for k, v in outer.hparams().items() if k not in state.hparams}
+            state = state._replace(hparams=state.hparams | parallel.replicate(hparams, devices))
+            opt_state = outer_optimizer(outer)(state.hparams).init(state.meta_params)
+        opt_state = at_update(opt_state, round(longer * int(start.step) + done / size))
+        return state._replace(opt_state=parallel.replicate(opt_state, devices))
+
+    step = _at_precision(parts.step(tasks.axis_name), str(settings.get("precision", PRECISION)))
+    return Variant(
+        step_fn=others.compile(step, parts.frozen),
+        sample=lambda done: others.batches(first, -1)(int(start.step) + done // size),
+        carry=carry,
+    )
+
+
+def _at_precision(step: Callable, precision: str) -> Callable:
+    if precision == PRECISION:
+        return step
+
+    @functools.wraps(step)
+    def at_precision(*args):
+        with jax.default_matmul_precision(precision):
+            return step(*args)
+
+    return at_precision
 
 
 def _one(batched: Any) -> Any:

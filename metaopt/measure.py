@@ -200,8 +200,13 @@ def compile_for(function: Callable, *args: Any) -> jax.stages.Compiled:
 
     One that is under `jax.jit` or `jax.pmap` already is compiled as it is.
     """
+    return lower_for(function, *args).compile()
+
+
+def lower_for(function: Callable, *args: Any) -> jax.stages.Lowered:
+    """The program that `compile_for` compiles."""
     traced = function if hasattr(function, "lower") else jax.jit(function)
-    return traced.lower(*args).compile()
+    return traced.lower(*args)
 
 
 def compiled_memory(compiled: jax.stages.Compiled) -> Memory:

@@ -156,6 +156,7 @@ def parallel_step(step: Callable, devices: Sequence[Device], shared: Any = None)
         jax.block_until_ready(jax.tree.leaves(out)[-1:])  # all that a program gives is done at once
         return out
 
+    finished.lower = compiled.lower  # type: ignore[attr-defined]
     return finished
 
 

@@ -14,7 +14,7 @@ from metaopt.files import read_json_lines
 from metaopt.fit import FitConfig, Problem, fit
 from metaopt.inner_loop import InnerLoop
 from metaopt.optimizers.outer import OuterConfig
-from metaopt.self_improvement.builders import improving_train
+from metaopt.self_improvement.improving import improving_train
 from metaopt.self_improvement.loop import LoopConfig
 from metaopt.tasks.fresh import fresh_tasks
 from metaopt.training.types import Trained

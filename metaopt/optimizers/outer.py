@@ -62,6 +62,17 @@ class OuterConfig(Checked):
         decay_steps = self.decay_steps or max(num_steps, self.warmup_steps + 1)
         return dataclasses.replace(self, decay_steps=decay_steps)
 
+    def varied(self, optimizer: str, longer: float) -> "OuterConfig":
+        """The same with another optimiser, and a schedule of ``longer`` times as many steps."""
+        warmup_steps = round(longer * self.warmup_steps)
+        decay_steps = self.decay_steps and max(round(longer * self.decay_steps), warmup_steps + 1)
+        return dataclasses.replace(
+            self,
+            optimizer=optimizer,  # type: ignore[arg-type]
+            warmup_steps=warmup_steps,
+            decay_steps=decay_steps,
+        )
+
     def hparams(self) -> dict[str, jax.Array]:
         """The scalars of the outer loop that may change during a run."""
         values = {
@@ -109,6 +120,18 @@ def outer_optimizer(config: OuterConfig) -> OuterOpt:
         )
 
     return build
+
+
+def at_update(opt_state: optax.OptState, count: int) -> optax.OptState:
+    """The state of an outer optimiser with its schedule where it is before that update."""
+
+    def moved(part):
+        if not isinstance(part, optax.ScaleByScheduleState):
+            return part
+        return part._replace(count=jnp.asarray(count, jnp.int32))
+
+    is_schedule = lambda part: isinstance(part, optax.ScaleByScheduleState)  # noqa: E731
+    return jax.tree.map(moved, opt_state, is_leaf=is_schedule)
 
 
 def _direction(optimizer: Optimizer, hparams: Hparams) -> optax.GradientTransformation:

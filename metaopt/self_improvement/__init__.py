@@ -6,10 +6,10 @@ Each part is a module of its own, usable alone; what a notebook wants of them is
 from metaopt.self_improvement.assess import Assessment, CostConfig
 from metaopt.self_improvement.builders import (
     default_settings,
-    improving_train,
     meta_training,
     plain_training,
 )
+from metaopt.self_improvement.improving import Searched, improving_train
 from metaopt.self_improvement.loop import Ledger, LoopConfig, Outcome, run
 from metaopt.self_improvement.memory import Memory
 from metaopt.self_improvement.monitor import Alarm, Monitor, MonitorConfig
@@ -31,6 +31,7 @@ __all__ = [
     "MonitorConfig",
     "Outcome",
     "Scale",
+    "Searched",
     "Snapshot",
     "TrialConfig",
     "Workload",

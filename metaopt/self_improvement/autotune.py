@@ -4,6 +4,7 @@ Memory is what the compiler plans, so nothing is found out by crashing; seconds 
 `metaopt.timing.fastest`.
 """
 
+import hashlib
 import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from metaopt.errors import UserError
-from metaopt.measure import compile_for, device_bytes, human_bytes, program_bytes
+from metaopt.measure import device_bytes, human_bytes, lower_for, program_bytes
 from metaopt.self_improvement.records import TimedOptions
 from metaopt.self_improvement.workload import Setting, Settings
 from metaopt.timing import SAMPLE_SECONDS, fastest
@@ -65,12 +66,13 @@ def tune_options(
     ends = time.perf_counter() + seconds_budget
     records: dict[str, TimedOptions] = {}
     programs: dict[str, Callable[[], Any]] = {}
+    seen: set[str] = set()
     for number, settings in enumerate(_candidates(space, start)):
         began, name = time.perf_counter(), str(number)
         if programs and began + longest + comparing > ends:
             records[name] = TimedOptions(settings, "no time")
             continue
-        records[name], program, seconds = _prepared(build, settings, budget)
+        records[name], program, seconds = _prepared(build, settings, budget, seen)
         longest = max(longest, time.perf_counter() - began)
         if program is not None:
             programs[name], comparing = program, comparing + CALLS_TO_COMPARE * seconds
@@ -103,12 +105,13 @@ def leanest_options(
     """
     ends, longest = time.perf_counter() + seconds_budget, 0.0
     records: list[TimedOptions] = []
+    seen: set[str] = set()
     for settings in _candidates(space, start):
         began = time.perf_counter()
         if records and began + longest > ends:
             records.append(TimedOptions(settings, "no time"))
             continue
-        records.append(_compiled(build, settings)[0])
+        records.append(_compiled(build, settings, seen)[0])
         longest = max(longest, time.perf_counter() - began)
     if records[0].bytes is None:
         raise UserError(f"it is not known what the step takes: {records[0].reason}")
@@ -133,13 +136,21 @@ def _candidates(
 
 
 def _compiled(
-    build: Build, settings: dict[str, Setting]
+    build: Build, settings: dict[str, Setting], seen: set[str]
 ) -> tuple[TimedOptions, tuple[jax.stages.Compiled, Sequence[Any]] | None]:
-    """The record, with the bytes that are planned, and the program with its arguments."""
+    """The record, with the bytes that are planned, and the program with its arguments.
+
+    One that is the same as an earlier one, whose digests are ``seen``, is not compiled.
+    """
     began, record = time.perf_counter(), TimedOptions(settings, "refused")
     try:
         function, args = build(settings)
-        compiled = compile_for(function, *args)
+        lowered = lower_for(function, *args)
+        digest = hashlib.sha256(lowered.as_text().encode()).hexdigest()
+        if digest in seen:
+            return record._replace(verdict="same program"), None
+        seen.add(digest)
+        compiled = lowered.compile()
         seconds, taken = time.perf_counter() - began, program_bytes(compiled)
     except (UserError, jax.errors.JaxRuntimeError) as error:
         return record._replace(reason=str(error).partition("\n")[0]), None
@@ -147,10 +158,10 @@ def _compiled(
 
 
 def _prepared(
-    build: Build, settings: dict[str, Setting], budget: float
+    build: Build, settings: dict[str, Setting], budget: float, seen: set[str]
 ) -> tuple[TimedOptions, Callable[[], Any] | None, float]:
     """The record, the program if it can be run, and the seconds of its first call."""
-    record, found = _compiled(build, settings)
+    record, found = _compiled(build, settings, seen)
     if found is None:
         return record, None, 0.0
     if (taken := record.bytes or 0) > budget:

@@ -1,11 +1,9 @@
-"""Workloads of a meta-training and a plain training, and the loop in place of `train`."""
+"""Workloads of a meta-training and a plain training."""
 
 import dataclasses
 import functools
 import math
-import tempfile
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,33 +12,13 @@ import numpy as np
 
 from metaopt import parallel
 from metaopt.errors import UserError
-from metaopt.indices import names_of
 from metaopt.learners import maml
-from metaopt.measure import count_flops
 from metaopt.meta_gradients import joint
 from metaopt.optimizers.outer import OuterConfig, outer_optimizer
-from metaopt.outer_step import RATES, init_state, make_meta_step
-from metaopt.self_improvement.loop import LoopConfig, run
-from metaopt.self_improvement.memory import Memory
-from metaopt.self_improvement.trials import TrialConfig
+from metaopt.outer_step import init_state, make_meta_step
 from metaopt.self_improvement.workload import Scale, Setting, Settings, Space, Workload
-from metaopt.training.loop import StepFn, TrainConfig, Trained, Training
+from metaopt.training.loop import StepFn
 from metaopt.types import Batch, Episode, Learner, LossFn, MetaGradFn, MetaState, Model, Params
-
-RATE = Scale(low=1e-7, high=1e3)
-LEAST_HELD_OUT, MOST_HELD_OUT = 12, 64
-"""The least and the largest number of held-out tasks that trials are judged by."""
-IMPROVING = LoopConfig(
-    phases=(0.0,),
-    shares=(0.25,),
-    margins=(0.002,),
-    trials=TrialConfig(examples=0.008, least_steps=3, probe=0.03),
-    assess_every=0.25,
-    assessment_share=0.01,
-)
-"""The loop of `improving_train`: on a good start it costs 3 % of the run, on a bad one 30 %."""
-JUDGING_SHARE = 0.0025
-"""What an evaluation may cost, as a fraction of the run, beyond the least number of tasks."""
 
 
 def constant(_done: float) -> float:
@@ -203,150 +181,3 @@ def plain_training(
         num_devices=num_devices,
         **fields,
     )
-
-
-def improving_train(
-    training: Training,
-    config: TrainConfig,
-    directory: Path | str | None = None,
-    *,
-    searched: Sequence[str] = RATES,
-    loop: LoopConfig | None = None,
-    memory: Memory | None = None,
-) -> Trained:
-    """`train` under the closed loop: same arguments, and the scalars may change.
-
-    A search multiplies the scalars of ``searched`` that are above 0 and that the updates read.
-    Trials are judged by the losses that steps report (`reported_losses`) of batches of validation
-    tasks, ``training.held_out``, whose cost counts as examples of training. If there are none,
-    they are judged by ``training.evaluate``, whose cost counts in seconds; and if there is none,
-    or it gives a single number, by batches from after the end of the run. Only ``num_steps`` of
-    the config is used: ``loop`` has the schedule, and ``metrics.jsonl`` has one line an
-    assessment. No search begins before the warm-up of the training is over.
-
-    A state that has done steps already continues from there, as the second phase of a training
-    does. It has a name of its own, such as ``"MAML++, from step 500"``.
-
-    Args:
-      training: what is trained. Its state is copied.
-      config: its length.
-      directory: directory of the run; a temporary one if not given.
-      searched: names of ``state.hparams`` whose scalars a search may change.
-      loop: schedule of the loop; `IMPROVING` if not given.
-      memory: past runs; those of the same name are the most similar.
-
-    Raises:
-      UserError: ``searched`` names a scalar that is none of `RATES` and not in the state; the
-        step cannot be traced, and there are no losses to judge by; and as for `loop.run`.
-      Diverged, Interrupted: as for `loop.run`.
-    """
-    if directory is None:
-        with tempfile.TemporaryDirectory() as directory:
-            options = {"searched": searched, "loop": loop, "memory": memory}
-            return improving_train(training, config, directory, **options)
-    state, tasks_per_step = training.state, training.tasks_per_step
-    hparams = {key: float(value) for key, value in state.hparams.items()}
-    if unknown := sorted(set(searched) - {*hparams, *RATES}):
-        raise UserError(
-            f"{unknown[0]!r} is to be searched, but the state has no such scalar; it has "
-            f"{', '.join(hparams)}"
-        )
-    start, initial = int(state.step), jax.tree.map(jnp.copy, state)
-    if start >= config.num_steps:
-        return Trained(initial)
-    name = f"{training.name}, from step {start}" if start else training.name
-    evaluate, evaluation_examples, groups = _judge(training, start, config.num_steps)
-    workload = Workload(
-        name=name,
-        task={"name": name, "tasks_per_step": tasks_per_step},
-        start=lambda settings: jax.tree.map(jnp.copy, initial),
-        step=lambda settings: training.step_fn,
-        sample=lambda settings, position: training.sample(start + position // tasks_per_step),
-        examples_per_step=lambda settings: tasks_per_step * training.steps_per_call,
-        evaluate=evaluate,
-        num_examples=(config.num_steps - start) * tasks_per_step,
-        tokens_per_example=training.tokens_per_task,
-        space={key: RATE for key in searched if hparams.get(key, 0.0) > 0},
-        evaluation_examples=evaluation_examples,
-        warmup_examples=max(0, training.warmup_steps - start) * tasks_per_step,
-        groups=groups,
-    )
-    outcome = run(
-        workload,
-        hparams,
-        directory=directory,
-        config=loop or IMPROVING,
-        memory=memory,
-        fingerprint=training.fingerprint,
-    )
-    return Trained(outcome.snapshot.state, outcome.from_checkpoint)
-
-
-def _judge(
-    training: Training, start: int, num_steps: int
-) -> tuple[Callable[[MetaState], np.ndarray], float, tuple[str, ...]]:
-    """What trials are judged by, its cost in examples, and the group of each of its losses."""
-    evaluate = training.evaluate
-    if not training.held_out and evaluate and np.ndim(evaluate(training.state)) == 1:
-        return evaluate, 0.0, training.groups  # type: ignore[return-value]
-    past_the_end = lambda i: training.sample(num_steps + i)  # noqa: E731
-    held_out = functools.cache(training.held_out or past_the_end)
-    cost, each = _share_of_loss(training, held_out), training.tasks_per_step
-    least, most = (-(-tasks // each) for tasks in (LEAST_HELD_OUT, MOST_HELD_OUT))
-    number = min(most, max(least, int(JUDGING_SHARE * (num_steps - start) / cost)))
-    losses = reported_losses(training.step_fn, held_out, number)
-    return losses, number * each * cost, _groups(training, held_out, number)
-
-
-def _groups(training: Training, held_out: Callable[[int], Episode], number: int) -> tuple[str, ...]:
-    """The name of the task of each loss that steps report of held-out batches, if they have names.
-
-    A step that reports no loss of each task gives one a batch, which is of no task.
-    """
-    if training.held_out is None or not training.task_names:
-        return ()
-    metrics = jax.eval_shape(training.step_fn, training.state, held_out(0))[1]
-    if "task_losses" not in metrics:
-        return ()
-    tasks = np.concatenate([np.ravel(held_out(i).task) for i in range(number)])
-    return names_of(tasks, training.task_names)
-
-
-def reported_losses(
-    step_fn: StepFn, batch: Callable[[int], Episode], number: int
-) -> Callable[[MetaState], np.ndarray]:
-    """``state -> float64 [number * T]``: losses that a step reports of batches, without an update.
-
-    They are those of each task if the step reports ``task_losses``, else one a batch. Only what
-    they depend on is computed: no meta-gradient. The step can be
-    traced, as those of `jax.jit` and `jax.pmap` can, and makes one update: of several in one call
-    it would make all but the last. ``batch`` gives the episodes of i, for i below ``number``.
-    """
-    loss = _loss_alone(step_fn)
-    # One at a time: on several CPU devices none may be in flight behind another.
-    return lambda state: np.concatenate(
-        [np.atleast_1d(np.asarray(loss(state, batch(i)), np.float64)) for i in range(number)]
-    )
-
-
-def _loss_alone(step_fn: StepFn) -> Callable[[MetaState, Episode], jax.Array]:
-    def losses(state: MetaState, episodes: Episode) -> jax.Array:
-        metrics = step_fn(state, episodes)[1]
-        return metrics.get("task_losses", metrics["loss"])
-
-    return jax.jit(losses)
-
-
-def _share_of_loss(training: Training, batch: Callable[[int], Episode]) -> float:
-    """Share of its loss in the operations of a step; 1 if they cannot be counted."""
-    step, loss = training.step_fn, _loss_alone(training.step_fn)
-    try:
-        alone, all_of_it = (count_flops(f, training.state, batch(0)).total for f in (loss, step))
-        return min(1.0, alone / all_of_it)
-    except (UserError, ZeroDivisionError):
-        return 1.0
-    except jax.errors.JAXTypeError as error:
-        raise UserError(
-            f"the step of {training.name!r} cannot be traced, so its loss cannot be computed "
-            "without an update; give evaluate, the held-out losses of a state"
-        ) from error

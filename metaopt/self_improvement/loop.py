@@ -94,6 +94,9 @@ class LoopConfig(Checked):
       options_seconds: Time for the search through a workload's execution options, compiling
         included: at the start, and after a search that changed the batch, if there are phases; and
         in response to an alarm.
+      options_share: Part of the seconds left that this may take. Below 1 it waits for the first
+        assessment after the start, which tells how long steps and compiling take, and is left out
+        if two of them cannot be compiled in that time.
       memory_budget: Bytes a device that a step may take; up to 1, a fraction of what it has.
       assess_every: Fraction of the run between two held-out evaluations, each with a checkpoint.
       assessment_share: Most that these may cost, as a fraction of the examples of the run, for a
@@ -120,6 +123,7 @@ class LoopConfig(Checked):
     margins: tuple[Margin, ...] = (0.002, 0.1)
     trials: TrialConfig = dataclasses.field(default_factory=TrialConfig)
     options_seconds: Seconds = 60.0
+    options_share: Annotated[float, Range(0, 1)] = 1.0
     memory_budget: Annotated[float, Range(1e-6, 1e15)] = 0.8
     assess_every: Annotated[float, Range(1e-6, 1)] = 0.1
     assessment_share: Annotated[float, Range(1e-6, 1)] = 0.05
@@ -339,8 +343,11 @@ class Loop:
     def run(self, snapshot: Snapshot) -> Outcome:
         """Optimises, trains under the monitor and assesses in turns until the end."""
         if not self.run_log.curve:
-            snapshot = self.assess(self.choose_options(snapshot))
+            is_known = self.config.options_share == 1
+            snapshot = self.assess(self.choose_options(snapshot) if is_known else snapshot)
         while not self.is_over(snapshot := self.respond(snapshot)):
+            if self._are_options_due(snapshot):
+                snapshot = self.choose_options(snapshot)
             snapshot = self.intervene(self.optimise(snapshot))
             snapshot = self.train(snapshot, self._next_stop(snapshot))
             if snapshot.examples >= self._next_assessment(self.run_log.assessed_at):
@@ -494,6 +501,25 @@ class Loop:
         self.mark_good(reached)
         return reached
 
+    def _are_options_due(self, snapshot: Snapshot) -> bool:
+        """Whether it is time to choose execution options, and there is enough of it."""
+        config, now, found = self.config, snapshot.examples, self.run_log
+        is_first = len(found.curve) == 2 and found.assessed_at == now
+        if config.options_share == 1 or not is_first or not self.workload.execution_options:
+            return False
+        if any(d.kind == "execution options" and d.examples == now for d in found.decisions):
+            return False
+        return self._seconds_for_options(snapshot) > 2 * found.ledger(snapshot).compile_seconds
+
+    def _seconds_for_options(self, snapshot: Snapshot) -> float:
+        """What choosing them may take."""
+        config = self.config
+        if config.options_share == 1:
+            return config.options_seconds
+        left = self.workload.num_examples / snapshot.examples - 1
+        left *= self.run_log.ledger(snapshot).seconds
+        return min(config.options_seconds, config.options_share * left)
+
     def choose_options(self, snapshot: Snapshot) -> Snapshot:
         """The snapshot with the fastest execution options, if the workload has several.
 
@@ -503,7 +529,7 @@ class Loop:
         config, began = self.config, time.perf_counter()
         if not (self.workload.execution_options and config.phases and config.options_seconds):
             return snapshot
-        after, timings = self._other_options(snapshot)
+        after, timings = self._other_options(snapshot, self._seconds_for_options(snapshot))
         changes = differences(snapshot.settings, after.settings)
         decision = Decision(
             kind="execution options",
@@ -520,7 +546,7 @@ class Loop:
         return after
 
     def _other_options(
-        self, snapshot: Snapshot, *, least_memory: bool = False
+        self, snapshot: Snapshot, seconds: float, *, least_memory: bool = False
     ) -> tuple[Snapshot, Sequence[TimedOptions]]:
         """The snapshot with the fastest execution options or the leanest, and the evidence."""
         workload, config, options = self.workload, self.config, self.workload.execution_options
@@ -532,14 +558,14 @@ class Loop:
 
         start = {name: snapshot.settings[name] for name in options}
         if least_memory:
-            found = leanest_options(build, options, start, seconds_budget=config.options_seconds)
+            found = leanest_options(build, options, start, seconds_budget=seconds)
         else:
             found = tune_options(
                 build,
                 options,
                 start,
                 memory_budget=config.memory_budget,
-                seconds_budget=config.options_seconds,
+                seconds_budget=seconds,
             )
         return changed(workload, snapshot, found.settings), found.timings
 
@@ -637,7 +663,8 @@ class Loop:
             return snapshot, said | {"changes": {"workers": (before, response.workers)}}
         is_lean = response.action == "save memory"
         try:
-            after, timings = self._other_options(snapshot, least_memory=is_lean)
+            seconds = self.config.options_seconds
+            after, timings = self._other_options(snapshot, seconds, least_memory=is_lean)
         except UserError as error:
             return snapshot, said | {"verdict": "kept", "reason": f"no response: {error}"}
         changes = differences(snapshot.settings, after.settings)

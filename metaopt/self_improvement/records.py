@@ -76,8 +76,8 @@ class TimedOptions(NamedTuple):
     Attributes:
       settings: Values of all options.
       verdict: ``kept`` or ``replaced`` (the current options), ``adopted``, ``slower``, ``noise``,
-        ``not timed``, ``refused``, ``over memory``, ``more memory`` (than those adopted for how
-        little they take) or ``no time``.
+        ``not timed``, ``refused``, ``same program`` (as an earlier one), ``over memory``, ``more
+        memory`` (than those adopted for how little they take) or ``no time``.
       reason: Why it was not run; empty if it was.
       bytes: Memory a device, as planned by the compiler; None if it was not compiled.
       compile_seconds: Time to compile; None if it was not compiled.

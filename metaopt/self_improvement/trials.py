@@ -107,8 +107,7 @@ class TrialConfig(Checked):
       anneal: Examples after those, as a fraction of them, over which the rates go to zero: a
         trial is judged by what the run would be if it ended there.
       least_steps: Least number of steps of a trial; a batch that would have fewer is not tried.
-      probe: What the first round of a search may cost at most, as a fraction of the run; if it
-        finds nothing, no scale is tried further.
+      probe: What a search may cost at most that has found nothing yet, as a fraction of the run.
     """
 
     examples: Annotated[float, Range(1e-9, 0.999)] = 0.01
@@ -368,9 +367,11 @@ class Search:
             if any(decision.examples < now.examples for decision in valid):
                 return
             last = valid[-1] if valid and valid[-1] is decisions[-1] else None
-            allowed = share if own else min(share, self.config.probe)
-            budget = allowed * self.workload.num_examples - sum(d.trial_examples for d in own)
             proposed = proposer(now, decisions, self.phase)
+            is_good = all(decision.verdict == "kept" for decision in own)
+            is_good &= not any(change.from_start for change in proposed)
+            allowed = min(share, self.config.probe) if is_good else share
+            budget = allowed * self.workload.num_examples - sum(d.trial_examples for d in own)
             size = last.size if last else 0
             changes, size = self.affordable(now, proposed, budget, size, is_probe=not own)
             if not changes:

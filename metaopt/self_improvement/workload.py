@@ -23,9 +23,9 @@ from jax.interpreters import partial_eval
 
 from metaopt.errors import UserError
 from metaopt.training.loop import StepFn, prefetch
+from metaopt.training.types import Setting
 from metaopt.types import Episode, MetaState, Metrics
 
-Setting = float | int | str | bool
 Settings = Mapping[str, Setting]
 Score = Literal["loss", "efficiency"]
 
@@ -170,6 +170,9 @@ class Workload(NamedTuple):
         accuracy, precision and recall of a classifier; None for none.
       warmup_examples: examples at the start in which the rates are not yet what the settings say;
         no search begins in them.
+      carry: ``(snapshot, settings) -> state``: the state that goes on from the snapshot with other
+        settings, before its scalars are set. If not given, another ``optimizer`` begins anew, and
+        nothing else matters.
     """
 
     name: str
@@ -189,6 +192,7 @@ class Workload(NamedTuple):
     warmup_examples: int = 0
     groups: Sequence[str] = ()
     predictions: Callable[[MetaState], tuple[np.ndarray, np.ndarray]] | None = None
+    carry: Callable[["Snapshot", Settings], MetaState] | None = None
 
 
 class Snapshot(NamedTuple):
@@ -244,7 +248,9 @@ def changed(workload: Workload, snapshot: Snapshot, changes: Settings) -> Snapsh
     If the settings choose another optimiser, its state is a new one.
     """
     settings, state = snapshot.settings | dict(changes), snapshot.state
-    if settings.get("optimizer") != snapshot.settings.get("optimizer"):
+    if workload.carry is not None:
+        state = workload.carry(snapshot, settings)
+    elif settings.get("optimizer") != snapshot.settings.get("optimizer"):
         fresh = workload.start(settings)
         state = state._replace(opt_state=fresh.opt_state, hparams=fresh.hparams)
     return snapshot._replace(state=with_scalars(state, settings), settings=settings)

@@ -1,7 +1,7 @@
 """What a training is: the arguments of `metaopt.training.loop.train` and its substitutes."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -16,6 +16,10 @@ StepFn = Callable[[MetaState, Any], tuple[MetaState, Metrics]]
 """``(state, batch) -> (state, metrics)``: one call, of one meta-update or several."""
 Evaluate = Callable[[MetaState], float | np.ndarray]
 """``state -> loss`` on held-out tasks, lower is better; or the losses of all of them, ``[E]``."""
+
+
+Setting = float | int | str | bool
+"""What a training can be changed in: a number, a word, a switch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +42,39 @@ class TrainConfig(Checked):
     checkpoint_every: Steps = 100
     keep_last: Count = 3
     divergence_factor: Annotated[float, Range(1.001, math.inf)] = 5.0
+
+
+class Variant(NamedTuple):
+    """A training as other settings make it; the settings are those of `Variants`.
+
+    Attributes:
+      step_fn: as for `Training`.
+      sample: ``tasks before -> batch``, as for `Training` but that it counts tasks.
+      carry: ``(state of another variant, tasks before, whether its optimiser is another one) ->
+        state`` of this one: where the schedule of the optimiser is at that point of the training,
+        and of another optimiser from the start but for that.
+    """
+
+    step_fn: StepFn
+    sample: Callable[[int], Any]
+    carry: Callable[[MetaState, int, bool], MetaState]
+
+
+class Variants(NamedTuple):
+    """What a training could be changed in, beside the scalars of its state.
+
+    Attributes:
+      settings: ``optimizer`` (a name of `metaopt.optimizers.outer.Optimizer`), ``tasks_per_step``,
+        ``precision`` (of `jax.default_matmul_precision`; ``default`` leaves it), and what changes
+        how a step is computed, ``tasks_at_a_time`` and ``remat``, as they are. One that may not be
+        changed is not there.
+      make: settings, all of them, to the variant. It raises UserError if they do not fit one
+        another, the devices or the memory.
+    """
+
+    settings: Mapping[str, Setting]
+    make: Callable[[Mapping[str, Setting]], Variant]
+    multiple: int = 1
 
 
 class Training(NamedTuple):
@@ -63,6 +100,7 @@ class Training(NamedTuple):
       warmup_steps: meta-updates at the start in which the outer rate is not yet its own.
       groups: name of the task of each loss that ``evaluate`` gives; empty if they have none.
       task_names: names of the tasks of ``held_out`` by their number, `Episode.task`; likewise.
+      variants: what else could be changed, for whoever improves it; None for nothing.
     """
 
     name: str
@@ -78,6 +116,7 @@ class Training(NamedTuple):
     warmup_steps: int = 0
     groups: tuple[str, ...] = ()
     task_names: tuple[str, ...] = ()
+    variants: Variants | None = None
 
 
 class Trained(NamedTuple):

@@ -16,7 +16,7 @@ from metaopt.errors import Diverged, UserError
 from metaopt.files import read_json_lines
 from metaopt.ranges import Checked, Positive
 from metaopt.reporting.results import Published
-from metaopt.self_improvement.builders import improving_train
+from metaopt.self_improvement.improving import improving_train
 from metaopt.statistics import Interval
 from metaopt.training.loop import train
 from metaopt.training.runs import as_json

@@ -26,7 +26,8 @@ MIB = 2**20
 class Machine:
     """Programs that take known times on a clock of their own, and note what is done to them."""
 
-    def __init__(self, seconds, memory=lambda settings: MIB, compiling=1.0, seed=0):
+    def __init__(self, seconds, memory=lambda settings: MIB, compiling=1.0, seed=0, text=str):
+        self.text = text
         self.seconds, self.memory, self.compiling = seconds, memory, compiling
         self.now, self.rng = 0.0, np.random.default_rng(seed)
         self.compiled, self.ran = [], []
@@ -36,7 +37,8 @@ class Machine:
             raise UserError("16 does not divide by 3")
 
         def lower():
-            return SimpleNamespace(compile=lambda: self.compile(settings))
+            text = self.text(settings)
+            return SimpleNamespace(compile=lambda: self.compile(settings), as_text=lambda: text)
 
         return SimpleNamespace(lower=lower), ()
 
@@ -113,6 +115,14 @@ def test_the_best_of_the_space_is_found_and_nothing_is_compiled_twice(use):
         assert best.bytes == MIB and best.compile_seconds == 1.0
         assert found.timings[0].settings == START and found.timings[0].verdict == "replaced"
         assert {e.verdict for e in found.timings[1:]} <= {"adopted", "slower"}
+
+
+def test_what_gives_the_same_program_is_not_compiled_again():
+    machine = Machine(lambda settings: 1.0, text=lambda settings: f"remat {settings['remat']}")
+    found = machine.tune({"remat": [0, 1], "unread": [0, 1]}, {"remat": 0, "unread": 0})
+    assert len(machine.compiled) == 2
+    verdicts = {str(t.settings): t.verdict for t in found.timings}
+    assert [v for k, v in verdicts.items() if "'unread': 1" in k] == ["same program"] * 2
 
 
 def test_what_is_over_the_memory_is_never_run(use):

@@ -18,10 +18,10 @@ from metaopt.self_improvement.builders import (
     constant,
     cosine,
     default_settings,
-    improving_train,
     meta_training,
     plain_training,
 )
+from metaopt.self_improvement.improving import improving_train
 from metaopt.self_improvement.loop import LoopConfig, run
 from metaopt.self_improvement.trials import TrialConfig
 from metaopt.self_improvement.workload import Choice, Scale, begin, steps
