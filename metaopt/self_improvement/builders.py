@@ -19,6 +19,7 @@ from metaopt.learners import maml
 from metaopt.measure import count_flops
 from metaopt.meta_gradients import joint
 from metaopt.optimizers.outer import OuterConfig, outer_optimizer
+from metaopt.optimizers.schedule_free import at_average
 from metaopt.outer_step import RATES, init_state, make_meta_step
 from metaopt.self_improvement.loop import LoopConfig, run
 from metaopt.self_improvement.memory import Memory
@@ -317,10 +318,11 @@ def reported_losses(
 ) -> Callable[[MetaState], np.ndarray]:
     """``state -> float64 [number * T]``: losses that a step reports of batches, without an update.
 
-    They are those of each task if the step reports ``task_losses``, else one a batch. Only what
-    they depend on is computed: no meta-gradient. The step can be
-    traced, as those of `jax.jit` and `jax.pmap` can, and makes one update: of several in one call
-    it would make all but the last. ``batch`` gives the episodes of i, for i below ``number``.
+    They are those of each task if the step reports ``task_losses``, else one a batch, and those of
+    ``state.meta_params`` whatever the optimiser. Only what they depend on is computed: no
+    meta-gradient. The step can be traced, as those of `jax.jit` and `jax.pmap` can, and makes one
+    update: of several in one call it would make all but the last. ``batch`` gives the episodes of
+    i, for i below ``number``.
     """
     loss = _loss_alone(step_fn)
     # One at a time: on several CPU devices none may be in flight behind another.
@@ -331,7 +333,8 @@ def reported_losses(
 
 def _loss_alone(step_fn: StepFn) -> Callable[[MetaState, Episode], jax.Array]:
     def losses(state: MetaState, episodes: Episode) -> jax.Array:
-        metrics = step_fn(state, episodes)[1]
+        opt_state = at_average(state.opt_state, state.meta_params)
+        metrics = step_fn(state._replace(opt_state=opt_state), episodes)[1]
         return metrics.get("task_losses", metrics["loss"])
 
     return jax.jit(losses)
