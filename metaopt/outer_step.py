@@ -9,6 +9,7 @@ import optax
 from metaopt.checks import check_factory, check_meta_params
 from metaopt.errors import UserError
 from metaopt.optimizers.outer import OuterOpt
+from metaopt.optimizers.schedule_free import gradient_point
 from metaopt.types import (
     Array,
     Episode,
@@ -79,6 +80,8 @@ def make_meta_step(
       ``(state, episodes [T, ...]) -> (state, metrics)``. Metrics are float32 means over
       all tasks: ``loss``, ``inner_losses`` ``[K]``, and the norms ``grad_norm`` and
       ``update_norm``; beside them ``task_losses``, the losses of all tasks in their order.
+      Gradients and losses are at `gradient_point`: ``state.meta_params``, unless the optimiser
+      is schedule_free.
     """
     check_factory(outer_opt, "outer")
 
@@ -90,8 +93,10 @@ def make_meta_step(
             # Of the step alone and not in the state, where a search would take it for a rate.
             hparams["query_annealing"] = jnp.minimum(1.0, state.step / annealing_steps)
 
+        point = gradient_point(state.opt_state, state.meta_params)
+
         def of_task(episode: Episode, key: Key, index: Array):
-            grads, metrics = estimate(state.meta_params, hparams, episode, key)
+            grads, metrics = estimate(point, hparams, episode, key)
             # Of vectors that are zero but for one task each, the mean is the losses of all.
             alone = jnp.where(jnp.arange(total) == index, total * metrics["loss"], 0.0)
             return grads, metrics | {"task_losses": alone}

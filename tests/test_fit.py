@@ -92,6 +92,23 @@ def test_a_training_that_is_resumed_or_split_is_bitwise_the_straight_one(straigh
     assert resumed.from_checkpoint is None
 
 
+def test_schedule_free_trains_and_resumes_and_its_average_is_what_is_judged(tmp_path):
+    outer = OuterConfig(optimizer="schedule_free", learning_rate=0.05)
+    options = {"outer": outer, "changes": {"eval_every": 4}}
+    fitted = run(tmp_path / "straight", **options)
+    run(tmp_path / "resumed", outer=outer, changes={"num_steps": 4, "eval_every": 4})
+    assert as_bytes(run(tmp_path / "resumed", **options)) == as_bytes(fitted)
+    training = captured(**options)
+    z = fitted.state.opt_state.z
+    assert np.abs(z["params"]["head"] - fitted.meta_params["params"]["head"]).max() > 1e-3
+    found = training.evaluate(fitted.state)
+    assert found.mean() < training.evaluate(training.state).mean()
+    junk = fitted.state.opt_state._replace(z=jax.tree.map(lambda x: x + 1.0, z))
+    np.testing.assert_array_equal(training.evaluate(fitted.state._replace(opt_state=junk)), found)
+    (*_, last) = read_json_lines(tmp_path / "straight" / "metrics.jsonl")
+    np.testing.assert_allclose(last["valid_loss"], found.mean(), rtol=1e-6)
+
+
 def test_a_result_from_a_checkpoint_is_said_to_be_one(straight, capsys):
     fitted, directory = straight
     lines = (directory / "metrics.jsonl").read_text()

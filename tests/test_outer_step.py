@@ -11,6 +11,7 @@ from metaopt.inner_loop import InnerLoop
 from metaopt.learners import maml, meta_sgd
 from metaopt.meta_gradients import reverse
 from metaopt.optimizers.outer import Optimizer, OuterConfig, outer_optimizer
+from metaopt.optimizers.schedule_free import gradient_point
 from metaopt.outer_step import init_state, make_meta_step, mean_over_tasks
 from metaopt.parallel import AXIS, parallel_step, replicate, split_over_devices
 
@@ -222,8 +223,9 @@ def test_each_optimiser_descends_a_quadratic(optimizer):
     opt = outer_optimizer(config)(config.hparams())
     meta_params = {"params": jnp.array([3.0, -2.0])}
     state = opt.init(meta_params)
-    for _ in range(60):  # the gradient of half the square is the parameters themselves
-        updates, state = opt.update(meta_params, state, meta_params)
+    for _ in range(60):  # the gradient of half the square is the point itself
+        gradient = gradient_point(state, meta_params)
+        updates, state = opt.update(gradient, state, meta_params)
         meta_params = jax.tree.map(jnp.add, meta_params, updates)
     assert float(jnp.linalg.norm(meta_params["params"])) < 0.75 * 13**0.5
 

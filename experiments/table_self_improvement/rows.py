@@ -16,6 +16,7 @@ from experiments.table_self_improvement.faults import FAULTS
 from experiments.table_self_improvement.mnist import mnist_row
 from experiments.table_self_improvement.study import Cell, Study, described, in_turns, ratio, single
 from experiments.table_self_improvement.workloads import (
+    Problem,
     language_model,
     markov_languages,
     transformer,
@@ -26,6 +27,7 @@ from metaopt.measure import compile_for, interleaved
 from metaopt.optimizers.outer import OuterConfig, outer_optimizer
 from metaopt.outer_step import init_state, make_meta_step
 from metaopt.self_improvement.autotune import tune_options
+from metaopt.self_improvement.builders import constant
 from metaopt.self_improvement.loop import Outcome, record_of, run
 from metaopt.self_improvement.memory import Memory
 from metaopt.self_improvement.workload import Setting, Settings
@@ -283,8 +285,13 @@ def baselines(study: Study) -> dict[str, Callable[[], Cell]]:
         reference = problem.test(best.snapshot.state)
         return Cell("ratio to tuned", ratio(problem.test(state), reference))
 
-    def whole_run(chosen: Callable[[], Settings]) -> Cell:
-        return cell(tuning.plain(problem, chosen(), study.directory / "trial").snapshot.state)
+    def whole_run(chosen: Callable[[], Settings], of: Problem = problem) -> Cell:
+        return cell(tuning.plain(of, chosen(), study.directory / "trial").snapshot.state)
+
+    def schedule_free(rate: float) -> Cell:
+        steady = problem._replace(workload=problem.workload._replace(schedule=constant))
+        chosen = {**settings, "optimizer": "schedule_free", "outer_learning_rate": rate}
+        return whole_run(lambda: chosen, steady)
 
     def at(factor: float) -> dict[str, Setting]:
         return {**settings, "outer_learning_rate": rate * factor}
@@ -298,6 +305,8 @@ def baselines(study: Study) -> dict[str, Callable[[], Cell]]:
         "TPE, then a whole run": lambda: whole_run(lambda: search(num_parts=8, prune=False)),
         "Hyperband, then a whole run": lambda: whole_run(lambda: search(num_parts=4, prune=True)),
         "cosine at the default rate": lambda: whole_run(lambda: at(1e-3 / rate)),
+        "Schedule-Free AdamW, default rate": lambda: schedule_free(1e-3),
+        "Schedule-Free AdamW, rate 0.0025": lambda: schedule_free(2.5e-3),
     }
     for start, factor in (("too small", 1 / 30), ("too large", 30.0)):
         found[f"hypergradient, rate {start}"] = functools.partial(

@@ -11,10 +11,13 @@ import optax
 
 from metaopt.errors import UserError
 from metaopt.optimizers.muon import scale_by_muon
+from metaopt.optimizers.schedule_free import ScheduleFreeState, schedule_free
 from metaopt.ranges import Checked, Range, RateOr0, Share, StepsOr0
-from metaopt.types import Hparams, PyTree
+from metaopt.types import Array, Hparams, PyTree
 
-Optimizer = Literal["adam", "sgd", "momentum", "rmsprop", "adagrad", "lars", "lion", "muon"]
+Optimizer = Literal[
+    "adam", "sgd", "momentum", "rmsprop", "adagrad", "lars", "lion", "muon", "schedule_free"
+]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,7 +26,9 @@ class OuterConfig(Checked):
 
     Attributes:
       optimizer: adam, sgd, momentum, rmsprop, adagrad, lars, lion or muon, with optax's settings
-        (`metaopt.optimizers.muon`).
+        (`metaopt.optimizers.muon`); or schedule_free, AdamW whose parameters are an average
+        in place of a decay of the rate (`metaopt.optimizers.schedule_free`), for which larger
+        rates than AdamW's are usual.
       learning_rate: peak outer rate of the parameters; ``hparams['outer_learning_rate']``.
       rates_learning_rate: peak outer rate of all that is learned beside the
         parameters; ``hparams['rates_learning_rate']``.
@@ -58,14 +63,23 @@ class OuterConfig(Checked):
             )
 
     def ending_at(self, num_steps: int) -> "OuterConfig":
-        """The same with a cosine to the end of ``num_steps``, unless ``decay_steps`` is set."""
+        """The same with a cosine to the end of ``num_steps``, unless ``decay_steps`` is set.
+
+        schedule_free gets no cosine: its average does what a decay would do.
+        """
+        if self.optimizer == "schedule_free":
+            return self
         decay_steps = self.decay_steps or max(num_steps, self.warmup_steps + 1)
         return dataclasses.replace(self, decay_steps=decay_steps)
 
     def varied(self, optimizer: str, longer: float) -> "OuterConfig":
-        """The same with another optimiser, and a schedule of ``longer`` times as many steps."""
+        """The same with another optimiser, and a schedule of ``longer`` times as many steps.
+
+        schedule_free has no cosine, as in `ending_at`.
+        """
         warmup_steps = round(longer * self.warmup_steps)
         decay_steps = self.decay_steps and max(round(longer * self.decay_steps), warmup_steps + 1)
+        decay_steps = 0 if optimizer == "schedule_free" else decay_steps
         return dataclasses.replace(
             self,
             optimizer=optimizer,  # type: ignore[arg-type]
@@ -109,7 +123,7 @@ def outer_optimizer(config: OuterConfig) -> OuterOpt:
 
     pull_back = optax.add_decayed_weights(config.rates_decay, mask=beside_params)
 
-    def build(hparams: Hparams) -> optax.GradientTransformation:
+    def chain(hparams: Hparams) -> optax.GradientTransformation:
         return optax.chain(
             optax.clip_by_global_norm(hparams["clip_norm"]),
             _direction(config.optimizer, hparams),
@@ -119,19 +133,31 @@ def outer_optimizer(config: OuterConfig) -> OuterOpt:
             _descend_by_two_rates(hparams),
         )
 
-    return build
+    def averaged(hparams: Hparams) -> optax.GradientTransformation:
+        def rates_of(count: Array, meta_params: PyTree) -> PyTree:
+            level = schedule(count)
+            return {name: level * rate for name, rate in _two_rates(hparams, meta_params).items()}
+
+        return schedule_free(chain(hparams), rates_of)
+
+    return averaged if config.optimizer == "schedule_free" else chain
 
 
-def at_update(opt_state: optax.OptState, count: int) -> optax.OptState:
+def at_update(opt_state: optax.OptState, number: int) -> optax.OptState:
     """The state of an outer optimiser with its schedule where it is before that update."""
 
-    def moved(part):
-        if not isinstance(part, optax.ScaleByScheduleState):
-            return part
-        return part._replace(count=jnp.asarray(count, jnp.int32))
+    parts, count = (optax.ScaleByScheduleState, ScheduleFreeState), jnp.asarray(number, jnp.int32)
 
-    is_schedule = lambda part: isinstance(part, optax.ScaleByScheduleState)  # noqa: E731
-    return jax.tree.map(moved, opt_state, is_leaf=is_schedule)
+    def is_part(part) -> bool:
+        return isinstance(part, parts)
+
+    def moved(part):
+        if isinstance(part, ScheduleFreeState):
+            base_state = jax.tree.map(moved, part.base_state, is_leaf=is_part)
+            return part._replace(count=count, base_state=base_state)
+        return part._replace(count=count) if is_part(part) else part
+
+    return jax.tree.map(moved, opt_state, is_leaf=is_part)
 
 
 def _direction(optimizer: Optimizer, hparams: Hparams) -> optax.GradientTransformation:
@@ -149,6 +175,8 @@ def _direction(optimizer: Optimizer, hparams: Hparams) -> optax.GradientTransfor
         return optax.chain(optax.scale_by_trust_ratio(), momentum)
     if optimizer == "muon":
         return scale_by_muon()
+    if optimizer == "schedule_free":  # Adam without its first moment
+        return optax.scale_by_rms(0.999, 1e-8, eps_in_sqrt=False, bias_correction=True)
     return optax.scale_by_lion() if optimizer == "lion" else optax.scale_by_adam()
 
 
@@ -167,12 +195,17 @@ def _schedule(config: OuterConfig) -> optax.Schedule:
     return schedule
 
 
+def _two_rates(hparams: Hparams, meta_params: PyTree) -> dict[str, Array]:
+    """Peak rates by name: one of the parameters, one of all that is beside them."""
+    names = {True: "outer_learning_rate", False: "rates_learning_rate"}
+    return {name: hparams[names[name == "params"]] for name in meta_params}
+
+
 def _descend_by_two_rates(hparams: Hparams) -> optax.GradientTransformation:
-    """Steps against the updates: one rate for the parameters, one for all that is beside them."""
+    """Steps against the updates by `_two_rates`."""
 
     def update(updates: PyTree, _) -> PyTree:
-        rates = {name: hparams["rates_learning_rate"] for name in updates}
-        rates["params"] = hparams["outer_learning_rate"]
+        rates = _two_rates(hparams, updates)
         return {
             name: jax.tree.map(lambda u, rate=rates[name]: -rate * u, updates[name])
             for name in updates

@@ -15,6 +15,7 @@ from metaopt.errors import UserError
 from metaopt.indices import names_of
 from metaopt.measure import count_flops
 from metaopt.optimizers.outer import Optimizer
+from metaopt.optimizers.schedule_free import at_average
 from metaopt.outer_step import RATES
 from metaopt.self_improvement.loop import LoopConfig, run
 from metaopt.self_improvement.memory import Memory
@@ -310,7 +311,8 @@ def reported_losses(
 
 def _loss_alone(step_fn: StepFn) -> Callable[[MetaState, Episode], jax.Array]:
     def losses(state: MetaState, episodes: Episode) -> jax.Array:
-        metrics = step_fn(state, episodes)[1]
+        opt_state = at_average(state.opt_state, state.meta_params)
+        metrics = step_fn(state._replace(opt_state=opt_state), episodes)[1]
         return metrics.get("task_losses", metrics["loss"])
 
     return jax.jit(losses)

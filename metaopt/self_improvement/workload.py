@@ -22,6 +22,7 @@ import numpy as np
 from jax.interpreters import partial_eval
 
 from metaopt.errors import UserError
+from metaopt.optimizers.schedule_free import at_average
 from metaopt.training.loop import StepFn, prefetch
 from metaopt.training.types import Setting
 from metaopt.types import Episode, MetaState, Metrics
@@ -245,14 +246,15 @@ def copied(snapshot: Snapshot) -> Snapshot:
 def changed(workload: Workload, snapshot: Snapshot, changes: Settings) -> Snapshot:
     """The snapshot with other settings; its arrays are those of ``snapshot``.
 
-    If the settings choose another optimiser, its state is a new one.
+    If the settings choose another optimiser, its state is a new one, for the present parameters.
     """
     settings, state = snapshot.settings | dict(changes), snapshot.state
     if workload.carry is not None:
         state = workload.carry(snapshot, settings)
     elif settings.get("optimizer") != snapshot.settings.get("optimizer"):
         fresh = workload.start(settings)
-        state = state._replace(opt_state=fresh.opt_state, hparams=fresh.hparams)
+        opt_state = at_average(fresh.opt_state, state.meta_params)
+        state = state._replace(opt_state=opt_state, hparams=fresh.hparams)
     return snapshot._replace(state=with_scalars(state, settings), settings=settings)
 
 

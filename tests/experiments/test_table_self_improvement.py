@@ -8,7 +8,7 @@ import pytest
 from experiments.table_self_improvement import recovery, run, tuning
 from experiments.table_self_improvement.config import Config, Faults, LanguageModel, Mnist, presets
 from experiments.table_self_improvement.mnist import SHOWN, mnist_row
-from experiments.table_self_improvement.rows import make_rows
+from experiments.table_self_improvement.rows import baselines, make_rows
 from experiments.table_self_improvement.study import Study, in_turns, ratio
 from experiments.table_self_improvement.workloads import (
     Problem,
@@ -198,6 +198,24 @@ def test_a_hypergradient_run_learns():
     before = problem.test(problem.workload.start(settings)).mean()
     state = tuning.by_hypergradient(problem, settings)
     assert problem.test(state).mean() < before
+
+
+def test_schedule_free_is_a_whole_run_without_a_schedule(tmp_path, monkeypatch):
+    plain, seen = tuning.plain, []
+
+    def noted(problem, settings, place, **changes):
+        seen.append((problem, settings))
+        return plain(problem, settings, place, **changes)
+
+    monkeypatch.setattr(tuning, "plain", noted)
+    others = baselines(Study(dataclasses.replace(SMOKE, num_trials=1), tmp_path))
+    for name, rate in (("default rate", 1e-3), ("rate 0.0025", 2.5e-3)):
+        (_, tuned), cell = seen[-1], others[f"Schedule-Free AdamW, {name}"]()
+        problem, settings = seen[-1]
+        changes = {"optimizer": "schedule_free", "outer_learning_rate": rate}
+        assert settings == {**tuned, **changes}
+        assert {problem.workload.schedule(done) for done in (0.0, 0.5, 1.0)} == {1.0}
+        assert cell.column == "ratio to tuned" and cell.found.mean == pytest.approx(1.0, abs=0.3)
 
 
 def test_the_row_mnist_compares_a_seed_with_its_own_tuned_run(tmp_path):

@@ -24,7 +24,7 @@ from metaopt.self_improvement.builders import (
 from metaopt.self_improvement.improving import improving_train
 from metaopt.self_improvement.loop import LoopConfig, run
 from metaopt.self_improvement.trials import TrialConfig
-from metaopt.self_improvement.workload import Choice, Scale, begin, steps
+from metaopt.self_improvement.workload import Choice, Scale, begin, changed, steps
 from metaopt.training.fingerprint import Fingerprint
 from metaopt.training.loop import Interrupted, TrainConfig, Training, train
 from metaopt.types import Batch, Episode, Model
@@ -243,6 +243,50 @@ def test_meta_training_anneals_the_query_loss(annealing_steps):
     expected = jax.jit(plain)(state, episodes(0))[0].meta_params["params"]["head"]
     np.testing.assert_allclose(ends[1], expected, rtol=1e-5)
     assert not np.allclose(ends[0], ends[1], rtol=1e-3, atol=0)
+
+
+def halfway(workload, settings):
+    """The snapshot in the middle of a run of 160 examples."""
+    snapshot = begin(workload, settings)
+    for step in steps(workload, snapshot, 80):
+        snapshot = step.snapshot
+    return snapshot
+
+
+def test_schedule_free_starts_from_the_present_parameters():
+    """Its state holds parameters, and those of a new state would be the initial ones."""
+    workload = least_squares()
+    snapshot = halfway(workload, SETTINGS)
+    other = changed(workload, snapshot, {"optimizer": "schedule_free"})
+    before, opt_state = snapshot.state.meta_params["params"]["head"], other.state.opt_state
+    np.testing.assert_array_equal(opt_state.z["params"]["head"], before)
+    assert float(opt_state.weight_sum["params"]) == 0.0
+    loss = workload.evaluate(other.state).mean()
+    for step in steps(workload, other, 160):  # noqa: B007  # it donates z and x
+        pass
+    assert workload.evaluate(step.snapshot.state).mean() < loss
+
+
+def test_what_follows_schedule_free_starts_from_its_average():
+    workload = least_squares()
+    snapshot = halfway(workload, SETTINGS | {"optimizer": "schedule_free"})
+    other = changed(workload, snapshot, {"optimizer": "sgd"})
+    assert jax.tree.structure(other.state) == jax.tree.structure(workload.start(SETTINGS))
+    assert workload.evaluate(other.state).tolist() == workload.evaluate(snapshot.state).tolist()
+
+
+def test_a_run_may_change_to_schedule_free_and_back(tmp_path):
+    """And it is resumed from its checkpoints, which hold states of either."""
+    space = {"optimizer": Choice(values=("sgd", "schedule_free"))}
+    loop = LoopConfig(
+        phases=(0.0, 0.4), shares=(1.0, 1.0), assess_every=0.25, trials=TrialConfig(examples=0.1)
+    )
+    workload = least_squares(320, space)
+    outcome = run(workload, SETTINGS, directory=tmp_path, config=loop)
+    tried = {e.settings["optimizer"] for d in outcome.decisions for e in d.trials if e.settings}
+    assert "schedule_free" in tried and np.isfinite(outcome.curve[-1].loss.mean)
+    again = run(workload, SETTINGS, directory=tmp_path, config=loop)
+    assert as_bytes(again.snapshot.state) == as_bytes(outcome.snapshot.state)
 
 
 compiled, traces = [], []
