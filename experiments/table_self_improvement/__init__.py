@@ -3,7 +3,8 @@
 A language model whose learning rate is 30 times too small or too large, with absurd weight
 decay, with a sixteenth of the batch, or with all of these at once; MAML with both rates wrong;
 MNIST by SGD; a step computed in the worst way; a second run that remembers the first; and
-faults that are put in, each of which rings an alarm that has a response.
+faults that are put in, each of which rings an alarm that has a response; and a text whose domains
+have unequal parts of the data.
 Each is compared with a run tuned by Optuna (TPE, 32 whole runs) and with the untreated one. A
 second table spends as much in other ways: search, population-based training (Jaderberg et
 al., 2017), hypergradients (Baydin et al., 2018; Sharifnassab et al., 2024).
@@ -44,11 +45,14 @@ def check(config: Config) -> set[str]:
     lm, markov, faults = config.lm, config.markov, config.faults
     model = transformer(lm)
     batch, nothing = feasible.tokens(1, lm.length), feasible.tokens(0, 1)
+    text, domains = Text(config.folder, max(lm.length, faults.length), config.seed), config.domains
     most = max(*lm.batches, lm.num_held_out, lm.num_test, faults.batch_size, faults.stalled_batch)
+    most = max(most, len(text.domains) * max(domains.num_held_out, domains.num_test))
     feasible.check([], model.init, losses.next_token(model), batch, nothing, most)
     episodes = max(markov.num_held_out, markov.num_test, markov.tasks_per_step)
     for name, needed, there in (
         ("lm.batches", max(lm.batches), lm.num_examples),
+        ("lm.batches", max(lm.batches), domains.num_examples),
         ("markov.tasks_per_step", markov.tasks_per_step, markov.num_examples),
         ("mnist.batch_size", config.mnist.batch_size, config.mnist.num_train),
     ):
@@ -57,7 +61,6 @@ def check(config: Config) -> set[str]:
     languages = (feasible.tokens(n, 32) for n in (4, 8))
     size = feasible.num_bytes(episodes, *languages)
     feasible.check_bytes(size, f"to hold {episodes:,} episodes", "lower their number")
-    Text(config.folder, max(lm.length, faults.length), config.seed)
     if config.mnist.path is not None:
         mnist(config, "fixed")
     return set(config.rows or rows)

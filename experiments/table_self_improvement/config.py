@@ -117,6 +117,21 @@ class Faults(Checked):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Domains(Checked):
+    """The language model on domains with unequal parts of the data.
+
+    Attributes:
+      num_examples: Sequences in a run.
+      num_held_out: Sequences of each domain that changes are judged by.
+      num_test: Sequences of each domain that are reported on.
+    """
+
+    num_examples: Steps = 24_000
+    num_held_out: Count = 16
+    num_test: Count = 25
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(harness.RunConfig):
     """Runs with bad starts under the closed loop, against tuned and untreated ones.
 
@@ -129,6 +144,7 @@ class Config(harness.RunConfig):
       markov: The meta-learning problem.
       mnist: The image classifier.
       faults: Disturbed runs.
+      domains: Domains with unequal parts.
       loop: The closed loop.
       second_runs: Lengths of a run that remembers a first one, as shares of its length. The
         first of them that reaches its loss is reported.
@@ -145,6 +161,7 @@ class Config(harness.RunConfig):
     markov: Markov = dataclasses.field(default_factory=Markov)
     mnist: Mnist = dataclasses.field(default_factory=Mnist)
     faults: Faults = dataclasses.field(default_factory=Faults)
+    domains: Domains = dataclasses.field(default_factory=Domains)
     loop: LoopConfig = dataclasses.field(default_factory=LoopConfig)
     second_runs: Annotated[tuple[PartOfRun, ...], Several()] = (0.6, 0.7, 0.8, 0.9, 1.0)
     population: Count = 4
@@ -167,6 +184,7 @@ def presets(preset: str = "cpu") -> Config:
             ),
             markov=Markov(num_examples=320_000, tasks_per_step=64),
             mnist=Mnist(filters=64, num_epochs=10, num_train=55_000),
+            domains=Domains(num_examples=1_000_000),
         )
     if preset == "smoke":
         return Config(
@@ -178,6 +196,7 @@ def presets(preset: str = "cpu") -> Config:
             markov=Markov(num_examples=64, tasks_per_step=8, num_held_out=16, num_test=32),
             mnist=Mnist(filters=2, num_epochs=1, num_train=640, num_seeds=1, rates=(0.1,)),
             faults=Faults(length=8, batch_size=8, num_steps=16, stalled_batch=8, stalled_steps=16),
+            domains=Domains(num_examples=640, num_held_out=2, num_test=2),
             loop=LoopConfig(phases=(0.0,), shares=(0.3,), assess_every=0.5),
             second_runs=(0.7, 1.0),
             population=2,

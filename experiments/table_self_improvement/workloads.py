@@ -84,9 +84,24 @@ class Text:
                 "a twentieth of it is held out; remove it or lower lm.length"
             )
 
-    def draw(self, part: tuple[float, float], key: int, number: int) -> Batch:
-        """Sequences from between two fractions of each domain, int32 ``[number, L]``."""
-        indices, rng = self._chosen(key, number)
+    def draw(
+        self, part: tuple[float, float], key: int, number: int, chances: np.ndarray | None = None
+    ) -> Batch:
+        """Sequences from between two fractions of each domain, int32 ``[number, L]``.
+
+        The chances of the domains are float64 ``[D]``; equal ones if not given.
+        """
+        indices, rng = self._chosen(key, number, chances)
+        return self._windows(part, indices, rng)
+
+    def of_each(self, part: tuple[float, float], key: int, number: int) -> Batch:
+        """As `draw`, a number of sequences of each domain in turn, int32 ``[D * number, L]``."""
+        indices = np.repeat(np.arange(len(self.domains)), number)
+        return self._windows(part, indices, np.random.default_rng((self.seed, key)))
+
+    def _windows(
+        self, part: tuple[float, float], indices: np.ndarray, rng: np.random.Generator
+    ) -> Batch:
         drawn = []
         for index in indices:
             domain = self.domains[index]
@@ -101,9 +116,13 @@ class Text:
         """The domain of each sequence that `draw` gives."""
         return [self.domains[index].name for index in self._chosen(key, number)[0]]
 
-    def _chosen(self, key: int, number: int) -> tuple[np.ndarray, np.random.Generator]:
+    def _chosen(
+        self, key: int, number: int, chances: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.random.Generator]:
         """Which domains the sequences are of, and what draws their places."""
         rng = np.random.default_rng((self.seed, key))
+        if chances is not None:
+            return rng.choice(len(self.domains), size=number, p=chances), rng
         return rng.integers(len(self.domains), size=number), rng
 
 

@@ -16,7 +16,15 @@ from metaopt.learners import maml
 from metaopt.meta_gradients import joint
 from metaopt.optimizers.outer import OuterConfig, outer_optimizer
 from metaopt.outer_step import init_state, make_meta_step
-from metaopt.self_improvement.workload import Scale, Setting, Settings, Space, Workload
+from metaopt.self_improvement.workload import (
+    Scale,
+    Setting,
+    Settings,
+    Space,
+    Workload,
+    is_share,
+    share_of,
+)
 from metaopt.training.loop import StepFn
 from metaopt.types import Batch, Episode, Learner, LossFn, MetaGradFn, MetaState, Model, Params
 
@@ -94,7 +102,7 @@ def meta_training(
         name=name,
         start=start,
         step=lambda settings: compiled(
-            tuple(sorted((k, v) for k, v in settings.items() if k not in scalars))
+            tuple(sorted(x for x in settings.items() if x[0] not in scalars and not is_share(x[0])))
         ),
         sample=lambda settings, position: parallel.split_over_devices(
             sample(settings, position), len(devices)
@@ -109,11 +117,12 @@ def plain_training(
     *,
     model: Model,
     loss_fn: LossFn,
-    draw: Callable[[int, int], Batch],
+    draw: Callable[..., Batch],
     held_out: Batch,
     space: Space,
     examples_at_a_time: int = 1,
     groups: Sequence[str] = (),
+    domains: Sequence[str] = (),
     seed: int = 0,
     num_devices: int = 0,
     **fields: Any,
@@ -128,10 +137,12 @@ def plain_training(
       name, space: as for `Workload`.
       model: the model.
       loss_fn: its loss.
-      draw: ``(position, number) -> examples [number, ...]``, a pure function, on the host.
+      draw: ``(position, number) -> examples [number, ...]``, a pure function, on the host. If there
+        are domains, ``(position, number, shares)``, with the weight of each, float64 ``[D]``.
       held_out: examples ``[E, ...]`` that changes are judged by.
       examples_at_a_time: held-out examples of one loss; there are E / this many losses.
       groups: domain or class of each of these losses, see `Workload`; empty for none.
+      domains: those whose part of the data may be changed, see `Workload`; empty for none.
       seed: seed of the initial parameters.
       num_devices: number of devices; 0 for all.
       **fields: others of `Workload`; ``schedule`` is `cosine` if not given.
@@ -161,7 +172,8 @@ def plain_training(
         micro = int(settings.get("microbatch", 0)) or size // len(devices)
         if size % micro:
             raise UserError(f"a batch of {size} cannot be divided into microbatches of {micro}")
-        drawn = draw(position, size)
+        weights = np.array([float(settings.get(share_of(name), 1.0)) for name in domains])
+        drawn = draw(position, size, weights) if domains else draw(position, size)
         batch = jax.tree.map(lambda x: np.asarray(x).reshape(-1, micro, *x.shape[1:]), drawn)
         # All of the batch is support: there is no inner loop to judge.
         nothing = jax.tree.map(lambda x: x[:, :0], batch)
@@ -177,6 +189,7 @@ def plain_training(
         examples_per_step=lambda settings: int(settings["batch_size"]),
         space=space,
         groups=groups,
+        domains=domains,
         seed=seed,
         num_devices=num_devices,
         **fields,

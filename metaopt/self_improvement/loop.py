@@ -28,7 +28,7 @@ from metaopt.self_improvement.assess import Assessment, CostConfig, curve_of, ra
 from metaopt.self_improvement.autotune import leanest_options, tune_options
 from metaopt.self_improvement.memory import Memory, RunRecord
 from metaopt.self_improvement.monitor import CONSECUTIVE_CHECKS, Alarm, Monitor, MonitorConfig
-from metaopt.self_improvement.proposers import pattern_search
+from metaopt.self_improvement.proposers import data_shares, pattern_search
 from metaopt.self_improvement.records import (
     Decision,
     Ledger,
@@ -55,6 +55,7 @@ from metaopt.self_improvement.workload import (
     begin,
     changed,
     copied,
+    is_share,
     known_settings,
     one_behind,
     scalars_read,
@@ -230,7 +231,7 @@ def run(
         identity = {
             "task": dict(workload.task),
             "num_examples": workload.num_examples,
-            "space": dict(workload.space),
+            "space": dict(workload.all_axes),
             "settings": dict(settings),
             "loop": {name: x for name, x in vars(config).items() if name not in REPORTED},
             "interventions": interventions,
@@ -374,7 +375,7 @@ class Loop:
             return first
         log(f"{workload.name}: {proposal.reason}")
         space = self._searched(first)
-        known = known_settings(space, proposal.settings)
+        known = known_settings(self.workload._replace(space=space).all_axes, proposal.settings)
         # What it decided holds if all is as it was there, but for what decides no state.
         here, there = as_record(first.settings | known), as_record(proposal.settings)
         of_no_account = workload.execution_options.keys() | (workload.space.keys() - space.keys())
@@ -461,12 +462,18 @@ class Loop:
         return [max(least, round(phase * total)) for phase in self.config.phases]
 
     def _propose(self, now: Snapshot, past: Sequence[Decision], phase: int) -> list[Change]:
-        """What is proposed, but for scalars that the updates from here do not read."""
-        space = self._searched(now)
+        """What is proposed, but for scalars that the updates from here do not read.
+
+        If nothing is left of that, the shares of the domains that the latest assessment found weak.
+        """
+        space, past = self._searched(now), [*self.earlier, *past]
         propose = self.proposer or pattern_search(space)
         unread = self.workload.space.keys() - space.keys()
-        changes = propose(now, [*self.earlier, *past], phase)
-        return [change for change in changes if change.setting not in unread]
+        changes = [x for x in propose(now, past, phase) if x.setting not in unread]
+        if changes or not self.run_log.curve:
+            return changes
+        domains, assessment = self.workload.domains, self.run_log.curve[-1]
+        return data_shares(domains, assessment, now.settings, past, phase)
 
     def _searched(self, snapshot: Snapshot) -> Space:
         """The space without scalars that updates from here do not read; all if it is not known.
@@ -474,7 +481,8 @@ class Loop:
         It is looked at once for all settings that have the same step.
         """
         workload, scalars = self.workload, snapshot.state.hparams.keys()
-        chosen = frozenset((k, v) for k, v in snapshot.settings.items() if k not in scalars)
+        names = [k for k in snapshot.settings if k not in scalars and not is_share(k)]
+        chosen = frozenset((name, snapshot.settings[name]) for name in names)
         if chosen not in self._spaces:
             unread = scalars & workload.space.keys()
             try:

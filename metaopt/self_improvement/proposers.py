@@ -8,16 +8,20 @@ import math
 from collections.abc import Sequence, Set
 from typing import NamedTuple
 
+from metaopt.self_improvement.assess import Assessment
 from metaopt.self_improvement.records import Decision, TriedChange
 from metaopt.self_improvement.trials import Change, Proposer
 from metaopt.self_improvement.workload import (
     SCHEDULED,
+    SHARE,
     Choice,
     Scale,
     Setting,
     Settings,
     Snapshot,
     Space,
+    is_share,
+    share_of,
 )
 
 LEAST_FACTOR = 2.0
@@ -171,3 +175,38 @@ def _scalings(
             found.append(Change(values, name, axis.score, reason, direction, probe.level))
         probe = probe.refined()
     return found
+
+
+def data_shares(
+    domains: Sequence[str],
+    assessment: Assessment,
+    settings: Settings,
+    decisions: Sequence[Decision],
+    phase: int,
+) -> list[Change]:
+    """More data of the domains that an assessment found weak, at most a quarter of them all.
+
+    Their shares are multiplied by 4: once more if that was better, by 2 if it was not, and then
+    they are left alone until the next phase. Nothing is proposed by an assessment before the first
+    step. The trials are as long as those that refine: in a short one what is rare gains at once,
+    and what is crowded out is forgotten later.
+
+    Args:
+      domains: whose shares are settings.
+      assessment: the latest; its weaknesses come worst first.
+      settings: of the next step.
+      decisions: all of the run.
+      phase: number of the search.
+    """
+    past = [d for d in decisions if d.phase == phase and d.verdict != "rolled back"]
+    tried = [trial for d in past for trial in d.trials if is_share(trial.setting)]
+    weak = [name for name in assessment.weaknesses if name in domains]
+    weak = weak[: max(1, len(domains) // 4)]
+    if not weak or not assessment.step or len(tried) > 1:
+        return []
+    factor = SHARE.factor if not tried or tried[0].accepted else math.sqrt(SHARE.factor)
+    values = {name: float(settings[name]) for name in map(share_of, weak)}
+    new: dict[str, Setting] = {k: SHARE.scaled(value, factor) for k, value in values.items()}
+    few = ", ".join(weak[:3]) + (", ..." if len(weak) > 3 else "")
+    reason = f"share of {len(weak)} weak domain{'s' * (len(weak) > 1)} ({few}) times {factor:.3g}"
+    return [Change(new, share_of(weak[0]), "loss", reason, 1, level=1)]

@@ -173,7 +173,8 @@ def decision_of(line: Any) -> Decision:
         raise ValueError(f"'phase' is {phase}, none of a search")
     for trial in decision.trials:
         tried = trial.setting.split(" and ")  # if several settings were changed, all of them
-        if trial.direction not in (-1, 0, 1) or not set(tried) <= trial.settings.keys():
+        is_known = trial.setting in trial.settings or set(tried) <= trial.settings.keys()
+        if trial.direction not in (-1, 0, 1) or not is_known:
             raise ValueError(f"in its trials, {trial.setting!r} is no change that was tried")
     accepted = [trial.settings for trial in decision.trials if trial.accepted]
     for name, (_, new) in decision.changes.items() if decision.verdict == "accepted" else ():
@@ -308,7 +309,7 @@ class RunLog:
         From a damaged decision on, or one that cannot have been taken there, or one after which the
         run has another state than its settings tell, it is decided again.
         """
-        space = self.workload.space
+        space = self.workload.all_axes
         for at, line in self._lines("decisions.jsonl")[len(self.decisions) :]:
             try:
                 decision = decision_of(line)

@@ -95,6 +95,20 @@ class Choice:
 
 Space = Mapping[str, Scale | Choice]
 
+SHARE_OF = "share of "
+SHARE = Scale(low=1e-9, high=1e9, factor=4.0)
+"""The weight of a domain in the data: 1 at first, or what the settings say."""
+
+
+def share_of(domain: str) -> str:
+    """The name of the setting that is the weight of a domain in the data."""
+    return f"{SHARE_OF}{domain}"
+
+
+def is_share(name: str) -> bool:
+    """Whether a setting is the weight of a domain in the data; no step depends on it."""
+    return name.startswith(SHARE_OF)
+
 
 def check_settings(space: Space, settings: Settings) -> None:
     """Raises UserError if a setting that may be changed is missing or out of its bounds."""
@@ -174,6 +188,8 @@ class Workload(NamedTuple):
       carry: ``(snapshot, settings) -> state``: the state that goes on from the snapshot with other
         settings, before its scalars are set. If not given, another ``optimizer`` begins anew, and
         nothing else matters.
+      domains: names among ``groups`` whose part of the data may be changed. ``sample`` reads the
+        weight of each, the setting ``share of NAME``, by which its part is multiplied.
     """
 
     name: str
@@ -194,6 +210,12 @@ class Workload(NamedTuple):
     groups: Sequence[str] = ()
     predictions: Callable[[MetaState], tuple[np.ndarray, np.ndarray]] | None = None
     carry: Callable[["Snapshot", Settings], MetaState] | None = None
+    domains: Sequence[str] = ()
+
+    @property
+    def all_axes(self) -> Space:
+        """All that may be changed: the space, and the share of each domain."""
+        return {**self.space, **{share_of(name): SHARE for name in self.domains}}
 
 
 class Snapshot(NamedTuple):
@@ -230,12 +252,16 @@ class Step(NamedTuple):
 
 
 def begin(workload: Workload, settings: Settings) -> Snapshot:
-    """The snapshot before the first step; raises UserError as `check_settings` does."""
-    check_settings(workload.space, settings)
+    """The snapshot before the first step; raises UserError as `check_settings` does.
+
+    The share of a domain is 1 if the settings do not say it.
+    """
+    settings = {share_of(name): 1.0 for name in workload.domains} | dict(settings)
+    check_settings(workload.all_axes, settings)
     if missing := sorted(workload.execution_options.keys() - settings.keys()):
         raise UserError(f"{missing[0]!r} is an execution option, but has no value")
     state = with_scalars(workload.start(settings), settings)
-    return Snapshot(state, dict(settings), 0)
+    return Snapshot(state, settings, 0)
 
 
 def copied(snapshot: Snapshot) -> Snapshot:

@@ -7,6 +7,7 @@ import pytest
 
 from experiments.table_self_improvement import recovery, run, tuning
 from experiments.table_self_improvement.config import Config, Faults, LanguageModel, Mnist, presets
+from experiments.table_self_improvement.domains import gain, parts_of
 from experiments.table_self_improvement.mnist import SHOWN, mnist_row
 from experiments.table_self_improvement.rows import baselines, make_rows
 from experiments.table_self_improvement.study import Study, in_turns, ratio
@@ -81,6 +82,34 @@ def test_what_is_trained_on_and_what_is_held_out_do_not_meet(tmp_path):
         place[part] = (int(batch.inputs.min()), int(batch.targets.max()))
     (_, a), (b, c), (d, e) = place.values()
     assert a < 1800 <= b and c < 1900 <= d and e < 2000
+
+
+def test_unequal_parts_are_by_size_or_by_rank(tmp_path):
+    for name, size in (("a", 2000), ("b", 6000)):
+        (tmp_path / f"{name}.txt").write_bytes(name.encode() * size)
+    text = Text(str(tmp_path), length=8, seed=0)
+    np.testing.assert_allclose(parts_of(text, 0, zipf=False), [0.25, 0.75])
+    np.testing.assert_allclose(sorted(parts_of(text, 0, zipf=True)), [1 / 3, 2 / 3])
+    drawn = text.draw((0.0, 0.9), 1, 400, np.array([0.25, 0.75])).inputs[:, 0]
+    assert np.mean(drawn == ord("a")) == pytest.approx(0.25, abs=0.1)
+    each = text.of_each((0.9, 0.95), 1, 3)
+    assert each.inputs[:, 0].tolist() == [ord("a")] * 3 + [ord("b")] * 3
+
+
+def test_a_gain_is_in_per_cent_of_the_loss_without_the_loop():
+    found = gain(np.array([0.9, 1.8, 2.7]), np.array([1.0, 2.0, 3.0]))
+    assert found.mean == pytest.approx(10.0) and found.ci95 > 0
+
+
+def test_domains_with_unequal_parts_run_with_and_without_the_loop(tmp_path):
+    """Through the whole experiment."""
+    run(dataclasses.replace(SMOKE, rows=("data shares",), root=str(tmp_path)))
+    (place,) = (tmp_path / "table_self_improvement").iterdir()
+    cells = {x["column"]: x for x in read_json_lines(place / "results.jsonl")}
+    assert list(cells) == ["weakest quarter", "all domains", "time ratio"]
+    weak, whole = cells["weakest quarter"], cells["all domains"]
+    assert weak["better"] == whole["better"] == "higher" and np.isfinite(whole["value"])
+    assert weak["episodes"] == len(weak["weakest"]) * SMOKE.domains.num_test
 
 
 def test_short_domains_and_absent_images_are_refused(tmp_path):
