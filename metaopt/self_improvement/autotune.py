@@ -146,8 +146,9 @@ def _compiled(
     try:
         function, args = build(settings)
         lowered = lower_for(function, *args)
-        digest = hashlib.sha256(lowered.as_text().encode()).hexdigest()
-        if digest in seen:
+        text = lowered.as_text()
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        if digest in seen and "callback" not in text:  # which may call anything
             return record._replace(verdict="same program"), None
         seen.add(digest)
         compiled = lowered.compile()

@@ -21,7 +21,7 @@ from metaopt.optimizers.schedule_free import (
 )
 from metaopt.outer_step import init_state, make_meta_step
 from metaopt.parallel import AXIS, parallel_step, replicate, split_over_devices
-from metaopt.self_improvement.builders import reported_losses
+from metaopt.self_improvement.improving import reported_losses
 
 CURVATURE = np.array([3.0, 1.0, 0.2])
 START = np.array([1.0, -2.0, 0.5])
