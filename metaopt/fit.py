@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,7 +37,6 @@ from metaopt.training.host_leaves import is_key
 from metaopt.training.loop import train
 from metaopt.training.types import (
     Evaluate,
-    Setting,
     StepFn,
     TrainConfig,
     TrainFn,
@@ -59,6 +58,8 @@ from metaopt.types import (
     Model,
     Params,
     PyTree,
+    Setting,
+    Settings,
     TaskFamily,
 )
 
@@ -501,14 +502,14 @@ def _variants(parts: _Parts, tasks: _Tasks, start: MetaState, first: Episode) ->
         if not (inner.is_planned or inner.save_gradients):
             settings["remat"] = inner.remat
 
-    def make(chosen: Mapping[str, Setting]) -> Variant:
+    def make(chosen: Settings) -> Variant:
         return _variant(parts, tasks, start, first, settings | dict(chosen))
 
     return Variants(settings, make, len(tasks.devices) * max(1, config.tasks_at_a_time))
 
 
 def _variant(
-    parts: _Parts, tasks: _Tasks, start: MetaState, first: Episode, settings: Mapping[str, Setting]
+    parts: _Parts, tasks: _Tasks, start: MetaState, first: Episode, settings: Settings
 ) -> Variant:
     """A training with other settings, which goes on from any point of the one that it varies.
 

@@ -34,6 +34,11 @@ Hparams = Mapping[str, Any]
 
 Metrics = dict[str, Array]
 
+Setting = float | int | str | bool
+"""What may be changed in a training: a number, a word or a switch."""
+
+Settings = Mapping[str, Setting]
+
 
 class Batch(NamedTuple):
     """Inputs and what is to be predicted from them, examples first.

@@ -18,7 +18,7 @@ ORDER = [
     {"losses", "models", "measure", "parallel", "statistics"},
     {"adapted_file", "checks", "eager"},
     {"tasks", "rematerialization", "resources", "timing"},
-    {"optimizers"},
+    {"autotune", "optimizers"},
     {"inner_loop"},
     {"learners", "meta_gradients"},
     {"outer_step", "diagnostics"},

@@ -22,8 +22,8 @@ from metaopt.files import as_record, read_json_lines
 from metaopt.measure import compile_for, program_bytes
 from metaopt.resources import MemoryUse
 from metaopt.self_improvement.loop import LoopConfig, Outcome, run
-from metaopt.self_improvement.monitor import MonitorConfig
 from metaopt.self_improvement.workload import Setting, Settings, Workload
+from metaopt.training.monitor import MonitorConfig
 
 WITHIN = 50
 """Number of steps after the alarm in which something must be back."""

@@ -23,11 +23,11 @@ from experiments.table_self_improvement.workloads import (
     transformer,
 )
 from metaopt import learners, losses, meta_gradients
+from metaopt.autotune import tune_options
 from metaopt.files import as_record
 from metaopt.measure import compile_for, interleaved
 from metaopt.optimizers.outer import OuterConfig, outer_optimizer
 from metaopt.outer_step import init_state, make_meta_step
-from metaopt.self_improvement.autotune import tune_options
 from metaopt.self_improvement.builders import constant
 from metaopt.self_improvement.loop import Outcome, record_of, run
 from metaopt.self_improvement.memory import Memory

@@ -12,10 +12,10 @@ from metaopt.self_improvement.builders import (
 from metaopt.self_improvement.improving import Searched, improving_train
 from metaopt.self_improvement.loop import Ledger, LoopConfig, Outcome, run
 from metaopt.self_improvement.memory import Memory
-from metaopt.self_improvement.monitor import Alarm, Monitor, MonitorConfig
 from metaopt.self_improvement.proposers import pattern_search
 from metaopt.self_improvement.trials import Change, Decision, TrialConfig
 from metaopt.self_improvement.workload import Choice, Scale, Snapshot, Workload
+from metaopt.training.monitor import Alarm, Monitor, MonitorConfig
 
 __all__ = [
     "Alarm",

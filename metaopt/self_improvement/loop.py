@@ -17,6 +17,7 @@ from typing import Annotated, Any, NamedTuple, NoReturn
 import jax
 import numpy as np
 
+from metaopt.autotune import TimedOptions, leanest_options, tune_options
 from metaopt.console import log
 from metaopt.errors import Diverged, UserError
 from metaopt.files import as_record
@@ -25,15 +26,12 @@ from metaopt.ranges import Checked, Range, Seconds, Steps, StepsOr0
 from metaopt.resources import MemoryUse, memory_use, peak_flops
 from metaopt.self_improvement import responses
 from metaopt.self_improvement.assess import Assessment, CostConfig, curve_of, rank_in_words
-from metaopt.self_improvement.autotune import leanest_options, tune_options
 from metaopt.self_improvement.memory import Memory, RunRecord
-from metaopt.self_improvement.monitor import CONSECUTIVE_CHECKS, Alarm, Monitor, MonitorConfig
 from metaopt.self_improvement.proposers import data_shares, pattern_search
 from metaopt.self_improvement.records import (
     Decision,
     Ledger,
     RunLog,
-    TimedOptions,
     differences,
     past_search,
 )
@@ -65,6 +63,7 @@ from metaopt.signals import Interrupted, StopSignals, exit_on_signal
 from metaopt.training.checkpoint import Checkpoints
 from metaopt.training.fingerprint import Fingerprint, of_step
 from metaopt.training.loop import checkpoint_directory
+from metaopt.training.monitor import CONSECUTIVE_CHECKS, Alarm, Monitor, MonitorConfig
 from metaopt.training.progress import Progress
 from metaopt.training.runs import lock_directory
 

@@ -16,12 +16,12 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from metaopt import files, parallel
+from metaopt.autotune import TimedOptions
 from metaopt.console import is_first_process, log
 from metaopt.errors import UserError
 from metaopt.measure import compile_seconds
 from metaopt.resources import peak_memory
 from metaopt.self_improvement.assess import Assessment, CostConfig, assess, curve_of
-from metaopt.self_improvement.monitor import Alarm
 from metaopt.self_improvement.workload import (
     Score,
     Setting,
@@ -34,6 +34,7 @@ from metaopt.self_improvement.workload import (
 from metaopt.statistics import Curve, RankAmongRuns
 from metaopt.training import runs
 from metaopt.training.checkpoint import Checkpoints
+from metaopt.training.monitor import Alarm
 
 
 class TriedChange(NamedTuple):
@@ -68,33 +69,6 @@ class TriedChange(NamedTuple):
     examples: int
     error: str = ""
     from_start: bool = False
-
-
-class TimedOptions(NamedTuple):
-    """One candidate of a search for the fastest execution options.
-
-    Attributes:
-      settings: Values of all options.
-      verdict: ``kept`` or ``replaced`` (the current options), ``adopted``, ``slower``, ``noise``,
-        ``not timed``, ``refused``, ``same program`` (as an earlier one), ``over memory``, ``more
-        memory`` (than those adopted for how little they take) or ``no time``.
-      reason: Why it was not run; empty if it was.
-      bytes: Memory a device, as planned by the compiler; None if it was not compiled.
-      compile_seconds: Time to compile; None if it was not compiled.
-      seconds: Median time of a call.
-      lower, upper: Quartiles of that time.
-      rounds: Number of timed rounds.
-    """
-
-    settings: dict[str, Setting]
-    verdict: str
-    reason: str = ""
-    bytes: int | None = None
-    compile_seconds: float | None = None
-    seconds: float | None = None
-    lower: float | None = None
-    upper: float | None = None
-    rounds: int = 0
 
 
 class Decision(NamedTuple):

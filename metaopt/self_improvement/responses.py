@@ -9,9 +9,9 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
+from metaopt.autotune import TimedOptions
 from metaopt.measure import human_bytes
-from metaopt.self_improvement.monitor import Alarm
-from metaopt.self_improvement.records import Decision, TimedOptions
+from metaopt.self_improvement.records import Decision
 from metaopt.self_improvement.trials import Change, Proposer
 from metaopt.self_improvement.workload import (
     SCHEDULED,
@@ -22,6 +22,7 @@ from metaopt.self_improvement.workload import (
     Space,
     Workload,
 )
+from metaopt.training.monitor import Alarm
 
 MARGIN = 0.01
 """Relative difference in the held-out loss below which it does not count, in such a search."""

@@ -24,10 +24,8 @@ from jax.interpreters import partial_eval
 from metaopt.errors import UserError
 from metaopt.optimizers.schedule_free import at_average
 from metaopt.training.loop import StepFn, prefetch
-from metaopt.training.types import Setting
-from metaopt.types import Episode, MetaState, Metrics
+from metaopt.types import Episode, MetaState, Metrics, Setting, Settings
 
-Settings = Mapping[str, Setting]
 Score = Literal["loss", "efficiency"]
 
 

@@ -1,7 +1,7 @@
 """What a training is: the arguments of `metaopt.training.loop.train` and its substitutes."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -10,16 +10,12 @@ import numpy as np
 
 from metaopt.ranges import Checked, Count, Range, Steps, StepsOr0
 from metaopt.training.fingerprint import Fingerprint
-from metaopt.types import MetaState, Metrics
+from metaopt.types import MetaState, Metrics, Settings
 
 StepFn = Callable[[MetaState, Any], tuple[MetaState, Metrics]]
 """``(state, batch) -> (state, metrics)``: one call, of one meta-update or several."""
 Evaluate = Callable[[MetaState], float | np.ndarray]
 """``state -> loss`` on held-out tasks, lower is better; or the losses of all of them, ``[E]``."""
-
-
-Setting = float | int | str | bool
-"""What a training can be changed in: a number, a word, a switch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,8 +68,8 @@ class Variants(NamedTuple):
         another, the devices or the memory.
     """
 
-    settings: Mapping[str, Setting]
-    make: Callable[[Mapping[str, Setting]], Variant]
+    settings: Settings
+    make: Callable[[Settings], Variant]
     multiple: int = 1
 
 

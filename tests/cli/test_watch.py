@@ -11,7 +11,7 @@ from metaopt.cli import watch
 from metaopt.cli.watch_runs import POINTS, RunView, Tail, open_view
 from metaopt.errors import UserError
 from metaopt.files import append_json_line, write_json_lines
-from metaopt.self_improvement.monitor import Monitor, MonitorConfig
+from metaopt.training.monitor import Monitor, MonitorConfig
 
 DECISION = {
     **{"name": "loop", "step": 40, "verdict": "accepted", "reason": "better by 0.1 ± 0.02"},

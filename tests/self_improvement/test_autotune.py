@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from noisy_quadratic import SETTINGS, as_bytes, workload
 
+from metaopt.autotune import tune_options
 from metaopt.errors import UserError
 from metaopt.files import read_json_lines
 from metaopt.measure import compile_for
 from metaopt.outer_step import mean_over_tasks
 from metaopt.parallel import AXIS, default_devices, parallel_step, replicate
-from metaopt.self_improvement.autotune import tune_options
 from metaopt.self_improvement.loop import LoopConfig, run
 from metaopt.self_improvement.trials import Change, TrialConfig
 from metaopt.self_improvement.workload import begin

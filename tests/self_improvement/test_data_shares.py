@@ -14,12 +14,12 @@ from metaopt.self_improvement.assess import assess
 from metaopt.self_improvement.builders import constant, default_settings, plain_training
 from metaopt.self_improvement.loop import LoopConfig, run
 from metaopt.self_improvement.memory import Memory
-from metaopt.self_improvement.monitor import MonitorConfig
 from metaopt.self_improvement.proposers import data_shares
 from metaopt.self_improvement.records import Decision, TriedChange, decision_of
 from metaopt.self_improvement.trials import TrialConfig
 from metaopt.self_improvement.workload import begin, known_settings
 from metaopt.signals import Interrupted
+from metaopt.training.monitor import MonitorConfig
 from metaopt.types import Batch, Model
 
 EIGHT = [f"d{i}" for i in range(8)]

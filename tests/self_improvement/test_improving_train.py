@@ -16,10 +16,10 @@ from metaopt.files import read_json_lines
 from metaopt.measure import count_flops
 from metaopt.self_improvement.improving import Searched, improving_train, reported_losses
 from metaopt.self_improvement.loop import LoopConfig, run
-from metaopt.self_improvement.monitor import MonitorConfig
 from metaopt.self_improvement.trials import TrialConfig
 from metaopt.training.fingerprint import Fingerprint
 from metaopt.training.loop import Interrupted, TrainConfig, Training
+from metaopt.training.monitor import MonitorConfig
 
 LOOP = LoopConfig(
     phases=(0.0,),

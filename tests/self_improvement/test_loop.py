@@ -18,10 +18,10 @@ from metaopt.files import as_record, read_json_lines
 from metaopt.measure import count_flops
 from metaopt.self_improvement.loop import LoopConfig, run
 from metaopt.self_improvement.memory import Memory
-from metaopt.self_improvement.monitor import MonitorConfig
 from metaopt.self_improvement.trials import TrialConfig
 from metaopt.self_improvement.workload import Scale, begin, steps
 from metaopt.training.loop import Interrupted
+from metaopt.training.monitor import MonitorConfig
 from metaopt.training.recorder import Diverged
 from metaopt.training.runs import lock_directory
 

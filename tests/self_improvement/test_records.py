@@ -9,10 +9,10 @@ from metaopt.errors import UserError
 from metaopt.files import as_record, read_json_lines, write_json_lines
 from metaopt.self_improvement.loop import LoopConfig, run
 from metaopt.self_improvement.memory import Memory, RunRecord
-from metaopt.self_improvement.monitor import Alarm
 from metaopt.self_improvement.records import Decision, decision_of, past_search
 from metaopt.self_improvement.trials import TrialConfig
 from metaopt.self_improvement.workload import Choice, Scale, known_settings
+from metaopt.training.monitor import Alarm
 
 CONFIG = LoopConfig(
     phases=(0.0,),

@@ -9,16 +9,17 @@ import noisy_quadratic as quadratic
 import pytest
 from noisy_quadratic import SETTINGS, as_bytes, loss_of, workload
 
+from metaopt.autotune import TimedOptions
 from metaopt.errors import UserError
 from metaopt.files import read_json_lines
 from metaopt.resources import MemoryUse
 from metaopt.self_improvement.loop import LoopConfig, run
-from metaopt.self_improvement.monitor import Alarm, MonitorConfig
-from metaopt.self_improvement.records import Decision, TimedOptions
+from metaopt.self_improvement.records import Decision
 from metaopt.self_improvement.responses import choose, workers_of
 from metaopt.self_improvement.trials import TrialConfig
 from metaopt.self_improvement.workload import begin, steps
 from metaopt.training.loop import Interrupted
+from metaopt.training.monitor import Alarm, MonitorConfig
 
 CONFIG = LoopConfig(phases=(), shares=(), assess_every=0.25, count_flops=False)
 WAYS = {"way": ("fast", "slow")}

@@ -15,15 +15,41 @@ import jax.numpy as jnp
 
 from metaopt.errors import UserError
 from metaopt.measure import device_bytes, human_bytes, lower_for, program_bytes
-from metaopt.self_improvement.records import TimedOptions
-from metaopt.self_improvement.workload import Setting, Settings
 from metaopt.timing import SAMPLE_SECONDS, fastest
+from metaopt.types import Setting, Settings
 
 CALLS_TO_COMPARE = 6
 """Number of calls of each function in a comparison, about: half of them leave after 2 rounds."""
 
 Build = Callable[[Settings], tuple[Callable, Sequence[Any]]]
 """``settings -> (function, args)``, whose time a call is what counts."""
+
+
+class TimedOptions(NamedTuple):
+    """One candidate of a search for the fastest execution options.
+
+    Attributes:
+      settings: Values of all options.
+      verdict: ``kept`` or ``replaced`` (the current options), ``adopted``, ``slower``, ``noise``,
+        ``not timed``, ``refused``, ``same program`` (as an earlier one), ``over memory``, ``more
+        memory`` (than those adopted for how little they take) or ``no time``.
+      reason: Why it was not run; empty if it was.
+      bytes: Memory a device, as planned by the compiler; None if it was not compiled.
+      compile_seconds: Time to compile; None if it was not compiled.
+      seconds: Median time of a call.
+      lower, upper: Quartiles of that time.
+      rounds: Number of timed rounds.
+    """
+
+    settings: dict[str, Setting]
+    verdict: str
+    reason: str = ""
+    bytes: int | None = None
+    compile_seconds: float | None = None
+    seconds: float | None = None
+    lower: float | None = None
+    upper: float | None = None
+    rounds: int = 0
 
 
 class TuningResult(NamedTuple):

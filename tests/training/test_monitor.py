@@ -12,7 +12,7 @@ from tensorboardX.proto import event_pb2
 from metaopt.errors import UserError
 from metaopt.files import read_json_lines
 from metaopt.resources import MemoryUse
-from metaopt.self_improvement.monitor import (
+from metaopt.training.monitor import (
     CLEAR_CHECKS,
     HISTORY,
     MEMORY_INTERVAL,
