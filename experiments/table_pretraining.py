@@ -46,6 +46,7 @@ from metaopt.optimizers.outer import OuterConfig
 from metaopt.ranges import Count, Heads, Layers, Length, Seed, Steps, Width
 from metaopt.reporting import plots
 from metaopt.reporting.results import Published
+from metaopt.self_improvement.improving import RATES_ALONE
 from metaopt.statistics import interval
 from metaopt.tasks.fresh import fresh_tasks
 from metaopt.tasks.missing import choose, hide, missing_tokens
@@ -275,7 +276,7 @@ def train_row(
 
 def run(config: Config) -> None:
     """Trains the rows, and writes the table and the figure."""
-    train_fn = harness.begin(config)
+    train_fn = harness.begin(config, RATES_ALONE)  # what rows differ in is their schedule
     characters, vocab_size, is_shakespeare = read_characters(config)
     train, valid = np.split(characters, [len(characters) * 9 // 10])
     rows, family_of_next = make_rows(config, vocab_size), make_family(config, train, valid)
