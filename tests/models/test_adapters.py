@@ -188,8 +188,7 @@ def test_text_is_generated_from_what_has_adapted():
     np.testing.assert_array_equal(found, decoding.generate(MODEL, PARAMS, np.array([1, 2]), 5, key))
 
 
-@pytest.mark.parametrize("num_devices", [1, 2])
-@pytest.mark.parametrize("steps_per_call", [1, 2])
+@pytest.mark.parametrize(("num_devices", "steps_per_call"), [(1, 2), (2, 1)])
 def test_a_training_is_that_of_a_closure(num_devices, steps_per_call):
     fast, frozen = made("low_rank")
     plain, ahead = next_token(MODEL), adapting(CONFIG, AdapterConfig(blocks=2, rank=2), PARAMS)

@@ -184,7 +184,7 @@ def test_learners_and_estimators_take_them(name):
     tokens = np.random.default_rng(0).integers(0, VOCAB_SIZE, (4, 9)).astype(np.int32)
     batch = Batch(tokens[:2, :-1], tokens[:2, 1:])
     episode = Episode(batch, Batch(tokens[2:, :-1], tokens[2:, 1:]))
-    learner, inner = learners.maml(), InnerLoop(num_steps=2)
+    learner, inner = learners.maml(), InnerLoop(num_steps=2, unroll=False)
     meta_params, hparams = learner.init(params), {"inner_learning_rate": jnp.float32(0.1)}
     found = [
         estimator(learner, losses.next_token(model), inner)(
