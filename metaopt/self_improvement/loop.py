@@ -348,6 +348,8 @@ class Loop:
         while not self.is_over(snapshot := self.respond(snapshot)):
             if self._are_options_due(snapshot):
                 snapshot = self.choose_options(snapshot)
+                self.run_log.checkpoints.forget_after(int(snapshot.state.step) - 1)
+                self._save(snapshot)  # another time they might be others
             snapshot = self.intervene(self.optimise(snapshot))
             snapshot = self.train(snapshot, self._next_stop(snapshot))
             if snapshot.examples >= self._next_assessment(self.run_log.assessed_at):
