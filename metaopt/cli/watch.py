@@ -144,11 +144,14 @@ def decision_note(decision: dict[str, Any]) -> Text:
     if "setting" in decision:
         changes = {decision["setting"]: [decision.get("from"), decision.get("to")]}
     said = [str(decision.get("verdict", "decided"))]
-    for setting, change in changes.items() if isinstance(changes, dict) else ():
+    shown = list(changes.items()) if isinstance(changes, dict) else []
+    for setting, change in shown[: assessed.MOST_CHANGES]:
         pair = change if isinstance(change, list) else [change]
         said.append(
             f"{setting} {' -> '.join(number(x) if matches(x, float) else str(x) for x in pair)}"
         )
+    if len(shown) > assessed.MOST_CHANGES:
+        said.append(f"and {len(shown) - assessed.MOST_CHANGES} more")
     reason = f" ({decision['reason']})" if decision.get("reason") else ""
     name = f"{decision['name']}, " if "name" in decision else ""
     step = decision.get("step", "-")

@@ -14,6 +14,8 @@ EXTREMES = 5
 """Groups that are shown on either side."""
 NAMED = 3
 """Strengths and weaknesses that are named in a line."""
+MOST_CHANGES = 4
+"""Changed settings of one decision that are named; the shares of domains may be many."""
 SCORES = {"precision": "precision", "recall": "recall", "f1": "F1"}
 
 Assessment = Mapping[str, Any]  # a line that `metaopt.self_improvement.records` wrote

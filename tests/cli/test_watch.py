@@ -168,6 +168,11 @@ def test_a_view_starts_anew_with_its_files_and_is_bounded(tmp_path):
             | {"reason": "starved: it waits; 2 threads draw data"},
             "step 8: accepted, workers 1 -> 2 (starved: it waits; 2 threads draw data)",
         ),
+        (
+            {"verdict": "accepted", "changes": {f"share of {x}": [1, 4] for x in "abcdef"}},
+            "accepted, share of a 1 -> 4, share of b 1 -> 4, share of c 1 -> 4, "
+            "share of d 1 -> 4, and 2 more",
+        ),
     ],
 )
 def test_a_decision_in_words(decision, text):
