@@ -20,7 +20,8 @@ from pathlib import Path
 
 from experiments import harness
 from experiments.table_self_improvement.config import Config, presets
-from experiments.table_self_improvement.report import BASELINES, TABLE, add_cells, draw
+from experiments.table_self_improvement.domains import SHARES_ROWS
+from experiments.table_self_improvement.report import BASELINES, SHARES, TABLE, add_cells, draw
 from experiments.table_self_improvement.rows import baselines, make_rows
 from experiments.table_self_improvement.study import Study
 from experiments.table_self_improvement.workloads import Text, mnist, transformer
@@ -79,7 +80,7 @@ def run(config: Config) -> None:
         log("no --mnist.path: the row mnist is left out")
         del rows["mnist"]
     for name in table.pending(rows, str):
-        add_cells(table, name, rows[name]())
+        add_cells(table, name, rows[name](), SHARES if name in SHARES_ROWS else TABLE)
     others = baselines(study) if BASELINE_ROW in names else {}
     for name in table.pending(others, str):
         add_cells(table, name, [others[name]()], BASELINES)

@@ -21,6 +21,8 @@ from metaopt.statistics import Interval
 
 PHASE, BUDGET = 0.2, 0.4
 """Part of the run after which shares are tried, and what discarded trials may cost."""
+SHARES_ROWS = {"data shares": False, "data shares, Zipf parts": True}
+"""Names of the rows, and whether the parts of the data are by Zipf's law."""
 LONGER = 12.0
 """Factor on the length of trials: what a share is worth shows late, unlike what a rate is."""
 
@@ -73,7 +75,7 @@ def shares_row(study: Study, name: str, *, zipf: bool) -> Iterator[Cell]:
     config, (_, settings, _) = study.config, study.lm()
     problem = unequal_domains(config, zipf=zipf)
     plain = tuning.plain(problem, settings, study.directory / f"plain {name}")
-    place = study.directory / f"improved {name}"
+    place = study.directory / f"shared {name}"
     place.mkdir(parents=True, exist_ok=True)
     how = {"phases": (PHASE,), "shares": (BUDGET,), "margins": config.loop.margins[:1]}
     trials = dataclasses.replace(config.loop.trials, longer=LONGER)

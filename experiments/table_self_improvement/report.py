@@ -15,6 +15,7 @@ from metaopt.files import read_json_lines
 from metaopt.reporting import plots
 
 TABLE, BASELINES = "self_improvement", "self_improvement_baselines"
+SHARES = "self_improvement_shares"
 OVER = "95 % intervals over held-out examples, paired"
 UNITS = {
     "ratio to tuned": "ratio of held-out losses",
@@ -38,7 +39,7 @@ class Assessed(TypedDict):
 def add_cells(table: harness.TableRun, row: str, cells: Iterable[Cell], name: str = TABLE) -> None:
     """Adds the cells of a row to the table of a name.
 
-    The rows of `TABLE` are different trainings and no rivals: none of them is its best.
+    The rows of `TABLE` and `SHARES` are different trainings and no rivals: none is the best.
     """
     for cell in cells:
         fields: dict[str, Any] = {
@@ -47,7 +48,7 @@ def add_cells(table: harness.TableRun, row: str, cells: Iterable[Cell], name: st
             "over": OVER,
         }
         fields |= {"episodes": cell.found.n} | cell.more
-        table.add(row, cell.column, cell.found, **fields, table=name, limit=name == TABLE)
+        table.add(row, cell.column, cell.found, **fields, table=name, limit=name != BASELINES)
 
 
 def draw(table: harness.TableRun, config: Config) -> None:

@@ -12,7 +12,7 @@ import optuna
 
 from experiments.table_self_improvement import recovery, tuning
 from experiments.table_self_improvement.config import Config
-from experiments.table_self_improvement.domains import shares_row
+from experiments.table_self_improvement.domains import SHARES_ROWS, shares_row
 from experiments.table_self_improvement.faults import FAULTS
 from experiments.table_self_improvement.mnist import mnist_row
 from experiments.table_self_improvement.study import Cell, Study, described, in_turns, ratio, single
@@ -272,7 +272,7 @@ def make_rows(study: Study) -> dict[str, Callable[[], Iterator[Cell]]]:
         for name, inject in recovery.FAULTS.items()
     }
     rows["fault: plateau"] = functools.partial(recovery.plateau_row, study)
-    for name, zipf in (("data shares", False), ("data shares, Zipf parts", True)):
+    for name, zipf in SHARES_ROWS.items():
         rows[name] = functools.partial(shares_row, study, name, zipf=zipf)
     return rows
 
