@@ -238,10 +238,13 @@ def fit(
     if valid is not None and evaluate is None:
         evaluate = parts.evaluate(valid, devices)
         groups = names_of(np.unique(np.asarray(valid.task)), problem.family.valid.task_names)
+    frozen = parts.frozen
+    if frozen is not None and tasks.axis_name is not None:
+        frozen = parallel.replicate(frozen, devices)  # once, for all variants
     training = Training(
         name=name,
         state=parallel.replicate(start, devices),
-        step_fn=tasks.compile(parts.step(tasks.axis_name), parts.frozen),
+        step_fn=tasks.compile(parts.step(tasks.axis_name), frozen),
         sample=tasks.batches(first, int(start.step)),
         tasks_per_step=config.tasks_per_step,
         tokens_per_task=tokens_per_task(first),
@@ -252,7 +255,7 @@ def fit(
         warmup_steps=outer.warmup_steps,
         groups=groups,
         task_names=problem.family.valid.task_names,
-        variants=_variants(parts, tasks, start, first),
+        variants=_variants(parts, tasks, start, first, frozen),
     )
     trained = train_fn(training, config, directory)
     return Fitted(trained.state, time.monotonic() - began, trained.from_checkpoint)
@@ -489,7 +492,9 @@ PRECISION = "default"
 """What leaves `jax.default_matmul_precision` as it is."""
 
 
-def _variants(parts: _Parts, tasks: _Tasks, start: MetaState, first: Episode) -> Variants:
+def _variants(
+    parts: _Parts, tasks: _Tasks, start: MetaState, first: Episode, frozen: PyTree
+) -> Variants:
     """What a training could be changed in, but for what it rules out."""
     config, inner = parts.config, parts.inner
     settings: dict[str, Setting] = {"optimizer": parts.outer.optimizer}
@@ -503,13 +508,18 @@ def _variants(parts: _Parts, tasks: _Tasks, start: MetaState, first: Episode) ->
             settings["remat"] = inner.remat
 
     def make(chosen: Settings) -> Variant:
-        return _variant(parts, tasks, start, first, settings | dict(chosen))
+        return _variant(parts, tasks, start, first, frozen, settings | dict(chosen))
 
     return Variants(settings, make, len(tasks.devices) * max(1, config.tasks_at_a_time))
 
 
 def _variant(
-    parts: _Parts, tasks: _Tasks, start: MetaState, first: Episode, settings: Settings
+    parts: _Parts,
+    tasks: _Tasks,
+    start: MetaState,
+    first: Episode,
+    frozen: PyTree,
+    settings: Settings,
 ) -> Variant:
     """A training with other settings, which goes on from any point of the one that it varies.
 
@@ -535,16 +545,19 @@ def _variant(
     def carry(state: MetaState, done: int, is_fresh: bool) -> MetaState:
         opt_state = state.opt_state
         if is_fresh:
-            hparams = {k: v for k, v in outer.hparams().items() if k not in state.hparams}
-            state = state._replace(hparams=state.hparams | parallel.replicate(hparams, devices))
+            own = outer.hparams()
+            new = {k: v for k, v in own.items() if k not in state.hparams}
+            old = {k: v for k, v in state.hparams.items() if k in own or k in start.hparams}
+            state = state._replace(hparams=old | parallel.replicate(new, devices))
             opt_state = outer_optimizer(outer)(state.hparams).init(state.meta_params)
         opt_state = at_update(opt_state, round(longer * int(start.step) + done / size))
         return state._replace(opt_state=parallel.replicate(opt_state, devices))
 
     step = _at_precision(parts.step(tasks.axis_name), str(settings.get("precision", PRECISION)))
+    batch = others.batches(first, -1)
     return Variant(
-        step_fn=others.compile(step, parts.frozen),
-        sample=lambda done: others.batches(first, -1)(int(start.step) + done // size),
+        step_fn=others.compile(step, frozen),
+        sample=lambda done: batch(int(start.step) + done // size),
         carry=carry,
     )
 

@@ -10,6 +10,7 @@ from metaopt import meta_gradients
 from metaopt.errors import UserError
 from metaopt.inner_loop import InnerLoop
 from metaopt.optimizers.outer import OuterConfig
+from metaopt.optimizers.schedule_free import ScheduleFreeState
 
 OUTER = OuterConfig(learning_rate=0.05, warmup_steps=2).ending_at(8)
 
@@ -24,9 +25,9 @@ def copied(state):
 
 
 def schedule_of(state):
-    """The updates done by the schedule of the optimiser."""
+    """The updates done by the schedule of an optimiser, or of that of a state."""
     is_schedule = lambda x: isinstance(x, optax.ScaleByScheduleState)  # noqa: E731
-    parts = jax.tree.leaves(state.opt_state, is_leaf=is_schedule)
+    parts = jax.tree.leaves(getattr(state, "opt_state", state), is_leaf=is_schedule)
     (found,) = [part for part in parts if is_schedule(part)]
     return int(found.count)
 
@@ -69,6 +70,24 @@ def test_another_optimiser_begins_anew_where_the_schedule_is(training):
     norm = float(metrics["grad_norm"])
     moved = np.linalg.norm(head(after) - before)
     assert moved == pytest.approx(scale * min(norm, 1.0), rel=1e-5)
+
+
+@pytest.mark.parametrize("num_devices", [1, 2])
+def test_schedule_free_goes_on_from_any_point_and_its_state_can_be_donated(num_devices):
+    training = captured(outer=OUTER, changes={"num_devices": num_devices})
+    chosen = {**training.variants.settings, "optimizer": "schedule_free"}
+    variant = training.variants.make(chosen)
+    state = variant.carry(copied(training.state), 12, True)
+    average = jax.tree.leaves(state.opt_state, is_leaf=lambda x: isinstance(x, ScheduleFreeState))[
+        0
+    ]
+    assert int(average.count) == schedule_of(average.base_state) == 3
+    bigger = training.variants.make(chosen | {"tasks_per_step": 8})
+    state, _ = variant.step_fn(state, variant.sample(12))
+    state = bigger.carry(state, 16, False)
+    for position in (16, 24):
+        state, metrics = bigger.step_fn(state, bigger.sample(position))
+    assert np.isfinite(metrics["loss"]) and np.abs(head(state) - head(training.state)).max() > 0
 
 
 def test_more_tasks_a_step_are_fewer_steps_on_the_same_schedule(training):

@@ -40,7 +40,7 @@ class OuterConfig(Checked):
       warmup_steps: number of meta-steps, W, in which the rate rises linearly from
         ``1 / (W + 1)`` of the peak; the step after them has the whole peak.
       decay_steps: the meta-step at which the cosine, which begins after the warm-up,
-        ends; 0 keeps the peak.
+        ends; 0 keeps the peak, and so does schedule_free.
       final_fraction: what is left of the peak at the end of the cosine.
     """
 
@@ -65,21 +65,15 @@ class OuterConfig(Checked):
     def ending_at(self, num_steps: int) -> "OuterConfig":
         """The same with a cosine to the end of ``num_steps``, unless ``decay_steps`` is set.
 
-        schedule_free gets no cosine: its average does what a decay would do.
+        schedule_free takes no notice of it: its average does what a decay would do.
         """
-        if self.optimizer == "schedule_free":
-            return self
         decay_steps = self.decay_steps or max(num_steps, self.warmup_steps + 1)
         return dataclasses.replace(self, decay_steps=decay_steps)
 
     def varied(self, optimizer: str, longer: float) -> "OuterConfig":
-        """The same with another optimiser, and a schedule of ``longer`` times as many steps.
-
-        schedule_free has no cosine, as in `ending_at`.
-        """
+        """The same with another optimiser, and a schedule of ``longer`` times as many steps."""
         warmup_steps = round(longer * self.warmup_steps)
         decay_steps = self.decay_steps and max(round(longer * self.decay_steps), warmup_steps + 1)
-        decay_steps = 0 if optimizer == "schedule_free" else decay_steps
         return dataclasses.replace(
             self,
             optimizer=optimizer,  # type: ignore[arg-type]
@@ -145,13 +139,13 @@ def outer_optimizer(config: OuterConfig) -> OuterOpt:
 
 def at_update(opt_state: optax.OptState, number: int) -> optax.OptState:
     """The state of an outer optimiser with its schedule where it is before that update."""
-
-    parts, count = (optax.ScaleByScheduleState, ScheduleFreeState), jnp.asarray(number, jnp.int32)
+    parts = (optax.ScaleByScheduleState, ScheduleFreeState)
 
     def is_part(part) -> bool:
         return isinstance(part, parts)
 
     def moved(part):
+        count = jnp.array(number, jnp.int32)  # one for each part: a step donates all of them
         if isinstance(part, ScheduleFreeState):
             base_state = jax.tree.map(moved, part.base_state, is_leaf=is_part)
             return part._replace(count=count, base_state=base_state)
@@ -183,7 +177,7 @@ def _direction(optimizer: Optimizer, hparams: Hparams) -> optax.GradientTransfor
 def _schedule(config: OuterConfig) -> optax.Schedule:
     """The fraction of the peak rate at each step, counted from 0."""
     decay = optax.constant_schedule(1.0)
-    if config.decay_steps:
+    if config.decay_steps and config.optimizer != "schedule_free":
         steps = config.decay_steps - config.warmup_steps
         decay = optax.cosine_decay_schedule(1.0, steps, config.final_fraction)
 

@@ -17,7 +17,7 @@ from metaopt.measure import count_flops
 from metaopt.optimizers.outer import Optimizer
 from metaopt.optimizers.schedule_free import at_average
 from metaopt.outer_step import RATES
-from metaopt.self_improvement.loop import LoopConfig, run
+from metaopt.self_improvement.loop import LoopConfig, Outcome, run
 from metaopt.self_improvement.memory import Memory
 from metaopt.self_improvement.trials import TrialConfig
 from metaopt.self_improvement.workload import (
@@ -63,7 +63,8 @@ class Searched:
       optimizers: Outer optimisers to choose from, beside the training's own.
       most_batch: Largest factor by which the tasks of a step may be more or fewer; 1 for none.
         The outer rate goes with its root.
-      precisions: Of matrix products, beside the default one; on accelerators alone.
+      precisions: Of matrix products, beside the default one, such as ``BF16_BF16_F32``
+        (`jax.default_matmul_precision`); on accelerators alone.
       options: Whether it may be changed how a step is computed: how many tasks at a time, and
         whether the inner steps are computed again in the backward pass.
     """
@@ -71,7 +72,7 @@ class Searched:
     scalars: Sequence[str] = RATES
     optimizers: tuple[Optimizer, ...] = ("adam", "muon", "schedule_free")
     most_batch: float = 8.0
-    precisions: tuple[str, ...] = ("bfloat16",)
+    precisions: tuple[str, ...] = ()
     options: bool = True
 
 
@@ -136,8 +137,8 @@ def improving_train(
     varied = _Varied(training, initial, searched)
     workload = Workload(
         name=name,
-        task={"name": name, "tasks_per_step": tasks_per_step},
-        start=lambda settings: jax.tree.map(jnp.copy, initial),
+        task={"name": name, "tasks_per_step": tasks_per_step} | varied.task,
+        start=varied.start,
         step=varied.step,
         sample=varied.sample,
         examples_per_step=varied.examples_per_step,
@@ -162,7 +163,7 @@ def improving_train(
         memory=memory,
         fingerprint=training.fingerprint,
     )
-    return Trained(varied.returned(outcome.snapshot), outcome.from_checkpoint)
+    return Trained(varied.returned(outcome, config.num_steps), outcome.from_checkpoint)
 
 
 class _Varied:
@@ -172,6 +173,7 @@ class _Varied:
       settings: What it starts with, beside the scalars.
       space: Which of these may change, and how.
       execution_options: Those that change how a step is computed, with their values.
+      task: What tells its runs from others, for the memory.
     """
 
     def __init__(self, training: Training, initial: MetaState, searched: Searched):
@@ -184,7 +186,7 @@ class _Varied:
         is_alone, most = jax.process_count() == 1, searched.most_batch
         if variants and is_alone and "tasks_per_step" in found and most > 1:
             space["tasks_per_step"] = Scale(
-                low=min(size, max(size / most, variants.multiple)),
+                low=max(1.0, size / most),
                 high=size * most,
                 factor=min(MOST_BATCH_FACTOR, most),
                 integer=True,
@@ -211,6 +213,7 @@ class _Varied:
         self.execution_options: dict[str, tuple[Setting, ...]] = options
         changing = [*self.space, *options]
         self.settings = {name: found[name] for name in found if name in changing}
+        self.task = {"optimizer": str(found["optimizer"])} if "optimizer" in found else {}
 
     def _made(self, chosen: tuple[tuple[str, Setting], ...]) -> Variant | None:
         """The variant; None for the training as it is."""
@@ -221,6 +224,10 @@ class _Varied:
 
     def _of(self, settings: Settings) -> Variant | None:
         return self._variant(tuple((name, settings[name]) for name in self.settings))
+
+    def start(self, settings: Settings) -> MetaState:
+        first = Snapshot(jax.tree.map(jnp.copy, self._initial), self.settings, 0)
+        return self.carry(first, settings)
 
     def examples_per_step(self, settings: Settings) -> int:
         size = int(settings.get("tasks_per_step", self._training.tasks_per_step))
@@ -255,11 +262,24 @@ class _Varied:
         hparams = {name: state.hparams[name] for name in self._initial.hparams}
         return state._replace(opt_state=self._initial.opt_state, hparams=hparams)
 
-    def returned(self, snapshot: Snapshot) -> MetaState:
-        """The state at the end, for the optimiser that the training began with."""
-        state = self.carry(snapshot, snapshot.settings | self.settings)
-        hparams = {name: state.hparams[name] for name in self._initial.hparams}
-        return state._replace(hparams=hparams)
+    def returned(self, outcome: Outcome, num_steps: int) -> MetaState:
+        """The state at the end, for the optimiser and the batch that the training began with.
+
+        Its step is that of as many tasks. A rate that was found for another optimiser is left.
+        """
+        snapshot, size = outcome.snapshot, self._training.tasks_per_step
+        state = self.carry(snapshot, {**snapshot.settings, **self.settings})
+        changes = {name for decision in outcome.decisions for name in decision.changes}
+        if "tasks_per_step" in changes | self._differing(snapshot.settings):
+            step = min(num_steps, int(self._initial.step) + snapshot.examples // size)
+            step = jax.device_put(np.int32(step), state.step.sharding)
+            state = state._replace(step=step)  # type: ignore[arg-type]
+        is_other = "optimizer" in self._differing(snapshot.settings)
+        found = self._initial.hparams if is_other else state.hparams
+        return state._replace(hparams={name: found[name] for name in self._initial.hparams})
+
+    def _differing(self, settings: Settings) -> set[str]:
+        return {name for name in self.settings if settings[name] != self.settings[name]}
 
 
 def _judge(

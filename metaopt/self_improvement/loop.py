@@ -44,6 +44,8 @@ from metaopt.self_improvement.trials import (
     TrialConfig,
 )
 from metaopt.self_improvement.workload import (
+    Choice,
+    Scale,
     Settings,
     Snapshot,
     Space,
@@ -230,8 +232,8 @@ def run(
         identity = {
             "task": dict(workload.task),
             "num_examples": workload.num_examples,
-            "space": dict(workload.all_axes),
-            "settings": dict(settings),
+            "space": {name: _anywhere(axis) for name, axis in workload.all_axes.items()},
+            "settings": {k: v for k, v in settings.items() if k not in workload.execution_options},
             "loop": {name: x for name, x in vars(config).items() if name not in REPORTED},
             "interventions": interventions,
         }
@@ -261,6 +263,11 @@ def run(
     if memory is not None and is_new:
         memory.remember(record_of(workload, outcome))
     return outcome if is_new else outcome._replace(from_checkpoint=step)
+
+
+def _anywhere(axis: Scale | Choice) -> Scale | Choice:
+    """The axis without what depends on the number of devices."""
+    return dataclasses.replace(axis, multiple=1) if isinstance(axis, Scale) else axis
 
 
 def _check_agreement(workload: Workload, memory: Memory | None) -> None:
@@ -376,7 +383,10 @@ class Loop:
             return first
         log(f"{workload.name}: {proposal.reason}")
         space = self._searched(first)
-        known = known_settings(self.workload._replace(space=space).all_axes, proposal.settings)
+        axes = self.workload._replace(space=space).all_axes
+        if proposal.distance > 0:  # what is fast depends on all of a task
+            axes = {name: axis for name, axis in axes.items() if axis.score == "loss"}
+        known = known_settings(axes, proposal.settings)
         # What it decided holds if all is as it was there, but for what decides no state.
         here, there = as_record(first.settings | known), as_record(proposal.settings)
         of_no_account = workload.execution_options.keys() | (workload.space.keys() - space.keys())
@@ -385,7 +395,12 @@ class Loop:
             self.earlier = earlier or []
             if earlier is None:
                 log(f"{workload.name}: the decisions of {proposal.run} cannot be read; not used")
-        return changed(workload, first, known)
+        try:
+            return changed(workload, first, known)
+        except UserError as error:
+            log(f"{workload.name}: not begun like {proposal.run}: {error}")
+            self.earlier = []
+            return first
 
     def assess(self, snapshot: Snapshot) -> Snapshot:
         """Evaluates, notes how good the run is, and saves; rolls back if the loss is not finite."""
@@ -504,7 +519,7 @@ class Loop:
         size, before = self.workload.examples_per_step, dict(reached.settings)
         for decision in reversed(decided):
             before |= {name: old for name, (old, _) in decision.changes.items()}
-        if size(reached.settings) != size(before):
+        if self.config.options_share == 1 and size(reached.settings) != size(before):
             reached = self.choose_options(reached)
         self.progress.update(min(reached.examples, self.workload.num_examples))
         self.mark_good(reached)
@@ -525,8 +540,9 @@ class Loop:
         config = self.config
         if config.options_share == 1:
             return config.options_seconds
-        left = self.workload.num_examples / snapshot.examples - 1
-        left *= self.run_log.ledger(snapshot).seconds
+        ledger = self.run_log.ledger(snapshot)
+        each = ledger.seconds / (ledger.examples + ledger.trial_examples)
+        left = each * (self.workload.num_examples - snapshot.examples)
         return min(config.options_seconds, config.options_share * left)
 
     def choose_options(self, snapshot: Snapshot) -> Snapshot:

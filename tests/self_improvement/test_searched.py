@@ -16,12 +16,13 @@ from metaopt.files import read_json_lines
 from metaopt.fit import FitConfig, Problem, fit
 from metaopt.inner_loop import InnerLoop
 from metaopt.optimizers.outer import OuterConfig
-from metaopt.self_improvement.improving import RATES_ALONE, Searched, improving_train
-from metaopt.self_improvement.loop import LoopConfig
+from metaopt.self_improvement.improving import RATES_ALONE, Searched, _Varied, improving_train
+from metaopt.self_improvement.loop import Ledger, LoopConfig, Outcome
 from metaopt.self_improvement.trials import TrialConfig
+from metaopt.self_improvement.workload import Snapshot
 from metaopt.signals import Interrupted
 from metaopt.tasks.fresh import fresh_tasks
-from metaopt.training.loop import train
+from metaopt.training.loop import Trained, train
 from metaopt.types import Batch, Model
 
 WEIGHTS = np.array([1.0, -2.0, 0.5], np.float32)
@@ -114,7 +115,60 @@ def test_another_batch_is_tried_and_the_tasks_of_the_run_stay_as_many(tmp_path):
     final = read_json_lines(tmp_path / "metrics.jsonl")[-1]
     each = 14  # targets of a task
     assert 240 * each <= final["tokens"] < (240 + 32) * each
-    assert int(found.state.step) <= 60
+    assert int(found.state.step) == 60  # whatever the clock said of the batch
+
+
+def test_what_is_given_back_is_at_the_step_of_as_many_tasks_with_rates_of_its_own():
+    def back(training, config, directory):
+        initial = jax.tree.map(jnp.copy, training.state)
+        varied = _Varied(training, initial, Searched())
+        settings = {k: float(v) for k, v in training.state.hparams.items()} | varied.settings
+        settings |= {"tasks_per_step": 16, "optimizer": "adam", "outer_learning_rate": 0.5}
+        first = Snapshot(training.state, varied.settings, 0)
+        state = varied.carry(first, settings)
+        state = varied.step(settings)(state, varied.sample(settings, 0))[0]
+        end = Snapshot(state._replace(step=jnp.int32(15)), settings, 240)
+        outcome = Outcome(end, [], [], Ledger(), [])
+        return Trained(varied.returned(outcome, config.num_steps))
+
+    found = fitted(None, train_fn=back)
+    assert int(found.state.step) == 60
+    assert float(found.hparams["outer_learning_rate"]) == np.float32(0.01)
+    longer = dataclasses.replace(CONFIG, num_steps=62)
+    assert int(fitted(None, state=found.state, config=longer).state.step) == 62
+
+
+def test_a_run_killed_after_its_batch_changed_is_resumed(tmp_path):
+    searched = Searched(scalars=(), optimizers=(), options=True)
+    left = [40]
+
+    def dying(training, config, directory, **options):
+        def sample(i):
+            if [i] == left and decided(directory):
+                left.clear()
+                raise MemoryError
+            return training.sample(i)
+
+        variants = training.variants
+
+        def make(settings):
+            made = variants.make(settings)
+
+            def sampled(done):
+                if left and len(decided(directory)) > 1:
+                    left.clear()
+                    raise MemoryError
+                return made.sample(done)
+
+            return made._replace(sample=sampled)
+
+        changed = training._replace(sample=sample, variants=variants._replace(make=make))
+        return improving_train(changed, config, directory, searched=searched, loop=LOOP)
+
+    with pytest.raises(MemoryError):
+        fitted(tmp_path, train_fn=dying)
+    found = improved(tmp_path, searched)
+    assert int(found.state.step) == 60
 
 
 def test_how_a_step_is_computed_is_chosen_once_its_time_is_known(tmp_path):
