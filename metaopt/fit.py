@@ -507,8 +507,11 @@ def _variants(
         if not (inner.is_planned or inner.save_gradients):
             settings["remat"] = inner.remat
 
+    # Not its arrays, which a train function may donate.
+    begun, start = int(start.step), jax.eval_shape(lambda state: state, start)
+
     def make(chosen: Settings) -> Variant:
-        return _variant(parts, tasks, start, first, frozen, settings | dict(chosen))
+        return _variant(parts, tasks, begun, start, first, frozen, settings | dict(chosen))
 
     return Variants(settings, make, len(tasks.devices) * max(1, config.tasks_at_a_time))
 
@@ -516,6 +519,7 @@ def _variants(
 def _variant(
     parts: _Parts,
     tasks: _Tasks,
+    begun: int,
     start: MetaState,
     first: Episode,
     frozen: PyTree,
@@ -550,14 +554,14 @@ def _variant(
             old = {k: v for k, v in state.hparams.items() if k in own or k in start.hparams}
             state = state._replace(hparams=old | parallel.replicate(new, devices))
             opt_state = outer_optimizer(outer)(state.hparams).init(state.meta_params)
-        opt_state = at_update(opt_state, round(longer * int(start.step) + done / size))
+        opt_state = at_update(opt_state, round(longer * begun + done / size))
         return state._replace(opt_state=parallel.replicate(opt_state, devices))
 
     step = _at_precision(parts.step(tasks.axis_name), str(settings.get("precision", PRECISION)))
     batch = others.batches(first, -1)
     return Variant(
         step_fn=others.compile(step, frozen),
-        sample=lambda done: batch(int(start.step) + done // size),
+        sample=lambda done: batch(begun + done // size),
         carry=carry,
     )
 
