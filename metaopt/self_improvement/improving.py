@@ -265,7 +265,8 @@ class _Varied:
     def returned(self, outcome: Outcome, num_steps: int) -> MetaState:
         """The state at the end, for the optimiser and the batch that the training began with.
 
-        Its step is that of as many tasks. A rate that was found for another optimiser is left.
+        Its step is that of as many tasks. Its scalars are those at the end, also where they were
+        found for another optimiser: those of the start may be far off.
         """
         snapshot, size = outcome.snapshot, self._training.tasks_per_step
         state = self.carry(snapshot, {**snapshot.settings, **self.settings})
@@ -274,9 +275,8 @@ class _Varied:
             step = min(num_steps, int(self._initial.step) + snapshot.examples // size)
             step = jax.device_put(np.int32(step), state.step.sharding)
             state = state._replace(step=step)  # type: ignore[arg-type]
-        is_other = "optimizer" in self._differing(snapshot.settings)
-        found = self._initial.hparams if is_other else state.hparams
-        return state._replace(hparams={name: found[name] for name in self._initial.hparams})
+        hparams = {name: state.hparams[name] for name in self._initial.hparams}
+        return state._replace(hparams=hparams)
 
     def _differing(self, settings: Settings) -> set[str]:
         return {name for name in self.settings if settings[name] != self.settings[name]}

@@ -19,7 +19,7 @@ from metaopt.optimizers.outer import OuterConfig
 from metaopt.self_improvement.improving import RATES_ALONE, Searched, _Varied, improving_train
 from metaopt.self_improvement.loop import Ledger, LoopConfig, Outcome
 from metaopt.self_improvement.trials import TrialConfig
-from metaopt.self_improvement.workload import Snapshot
+from metaopt.self_improvement.workload import Snapshot, with_scalars
 from metaopt.signals import Interrupted
 from metaopt.tasks.fresh import fresh_tasks
 from metaopt.training.loop import Trained, train
@@ -118,7 +118,7 @@ def test_another_batch_is_tried_and_the_tasks_of_the_run_stay_as_many(tmp_path):
     assert int(found.state.step) == 60  # whatever the clock said of the batch
 
 
-def test_what_is_given_back_is_at_the_step_of_as_many_tasks_with_rates_of_its_own():
+def test_what_is_given_back_is_at_the_step_of_as_many_tasks_with_the_last_rates():
     def back(training, config, directory):
         initial = jax.tree.map(jnp.copy, training.state)
         varied = _Varied(training, initial, Searched())
@@ -127,13 +127,14 @@ def test_what_is_given_back_is_at_the_step_of_as_many_tasks_with_rates_of_its_ow
         first = Snapshot(training.state, varied.settings, 0)
         state = varied.carry(first, settings)
         state = varied.step(settings)(state, varied.sample(settings, 0))[0]
-        end = Snapshot(state._replace(step=jnp.int32(15)), settings, 240)
+        state = with_scalars(state._replace(step=jnp.int32(15)), settings)
+        end = Snapshot(state, settings, 240)
         outcome = Outcome(end, [], [], Ledger(), [])
         return Trained(varied.returned(outcome, config.num_steps))
 
     found = fitted(None, train_fn=back)
     assert int(found.state.step) == 60
-    assert float(found.hparams["outer_learning_rate"]) == np.float32(0.01)
+    assert float(found.hparams["outer_learning_rate"]) == 0.5
     longer = dataclasses.replace(CONFIG, num_steps=62)
     assert int(fitted(None, state=found.state, config=longer).state.step) == 62
 
