@@ -89,7 +89,7 @@ def resume(run):
     restored = types.SimpleNamespace(notes=notes, state=None)
     checkpoints = types.SimpleNamespace(restore_latest=lambda example: restored)
     workload = types.SimpleNamespace(
-        name="loop", tokens_per_example=8, evaluation_examples=0.0, space={}
+        name="loop", tokens_per_example=8, evaluation_examples=0.0, all_axes={}
     )
     log = RunLog(workload, run, checkpoints, {})  # type: ignore[arg-type]
     snapshot, _ = log.resume(None)  # type: ignore[arg-type]
