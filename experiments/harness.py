@@ -56,7 +56,7 @@ from metaopt.ranges import Checked
 from metaopt.reporting import plots, tables
 from metaopt.reporting.page import PAGE, page
 from metaopt.reporting.results import Published, cell_maker, step_column
-from metaopt.self_improvement.improving import IMPROVING, Searched, improving_train
+from metaopt.self_improvement.improving import IMPROVING, SEARCHED, Searched, improving_train
 from metaopt.self_improvement.memory import Memory
 from metaopt.statistics import Interval, interval
 from metaopt.training.loop import train
@@ -253,7 +253,7 @@ def as_saved(config: RunConfig) -> dict[str, Any]:
     return {k: v for k, v in as_json(config).items() if k not in ("root", "run_dir", "memory")}
 
 
-def begin(config: RunConfig | None = None, searched: Searched = Searched()) -> TrainFn:  # noqa: B008
+def begin(config: RunConfig | None = None, searched: Searched = SEARCHED) -> TrainFn:
     """Sets up the devices, and gives what trains rows: `train`, or the closed loop if it asks so.
 
     Args:

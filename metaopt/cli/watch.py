@@ -143,15 +143,13 @@ def decision_note(decision: dict[str, Any]) -> Text:
     changes = decision.get("changes") or decision.get("settings") or {}
     if "setting" in decision:
         changes = {decision["setting"]: [decision.get("from"), decision.get("to")]}
-    said = [str(decision.get("verdict", "decided"))]
-    shown = list(changes.items()) if isinstance(changes, dict) else []
-    for setting, change in shown[: assessed.MOST_CHANGES]:
+    pairs = []
+    for setting, change in changes.items() if isinstance(changes, dict) else ():
         pair = change if isinstance(change, list) else [change]
-        said.append(
+        pairs.append(
             f"{setting} {' -> '.join(number(x) if matches(x, float) else str(x) for x in pair)}"
         )
-    if len(shown) > assessed.MOST_CHANGES:
-        said.append(f"and {len(shown) - assessed.MOST_CHANGES} more")
+    said = [str(decision.get("verdict", "decided")), *assessed.named_changes(pairs)]
     reason = f" ({decision['reason']})" if decision.get("reason") else ""
     name = f"{decision['name']}, " if "name" in decision else ""
     step = decision.get("step", "-")

@@ -22,6 +22,12 @@ Assessment = Mapping[str, Any]  # a line that `metaopt.self_improvement.records`
 Rows = Sequence[Sequence[str]]
 
 
+def named_changes(changes: Sequence[str]) -> list[str]:
+    """The changed settings of one decision that are named, and how many more there are."""
+    more = len(changes) - MOST_CHANGES
+    return [*changes[:MOST_CHANGES], *([f"and {more} more"] if more > 0 else [])]
+
+
 def latest(metrics: Iterable[Mapping[str, Any]]) -> dict[str, Assessment]:
     """The last assessment of each training that has one, by its name."""
     return {str(x.get("name", "")): x for x in metrics if matches(x.get("cost"), float)}

@@ -228,11 +228,8 @@ def _decisions(decisions: Sequence[Mapping]) -> list[str]:
     found = []
     for one in decisions:
         changes = one["changes"] if isinstance(one.get("changes"), dict) else {}
-        told = ", ".join(
-            f"{k} {_pair(v)}" for k, v in list(changes.items())[: assessed.MOST_CHANGES]
-        )
-        if len(changes) > assessed.MOST_CHANGES:
-            told += f" and {len(changes) - assessed.MOST_CHANGES} more"
+        pairs = [f"{name} {_pair(pair)}" for name, pair in changes.items()]
+        told = ", ".join(assessed.named_changes(pairs))
         spent = f"{one['seconds']:.3g} s" if matches(one.get("seconds"), float) else ""
         head = f"{one.get('name', '')}, step {one.get('step')}: {one.get('kind', 'decision')}, "
         head += f"{one.get('verdict', '')}" + (f": {told}" if told else "")

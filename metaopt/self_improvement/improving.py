@@ -26,7 +26,6 @@ from metaopt.self_improvement.workload import (
     Setting,
     Settings,
     Snapshot,
-    Space,
     Workload,
 )
 from metaopt.training.loop import StepFn, TrainConfig, Trained, Training
@@ -76,6 +75,7 @@ class Searched:
     options: bool = True
 
 
+SEARCHED = Searched()
 RATES_ALONE = Searched(optimizers=(), most_batch=1.0, precisions=(), options=False)
 """For trainings whose optimiser and batch are what they are about."""
 
@@ -85,7 +85,7 @@ def improving_train(
     config: TrainConfig,
     directory: Path | str | None = None,
     *,
-    searched: Searched = Searched(),
+    searched: Searched = SEARCHED,
     loop: LoopConfig | None = None,
     memory: Memory | None = None,
 ) -> Trained:
@@ -181,11 +181,11 @@ class _Varied:
         self._variant = functools.cache(self._made)
         variants, size = training.variants, training.tasks_per_step
         found = dict(variants.settings) if variants else {}
-        space: dict[str, Scale | Choice] = {}
         # Several processes would each decide by its own clock.
         is_alone, most = jax.process_count() == 1, searched.most_batch
+        self.space: dict[str, Scale | Choice] = {}
         if variants and is_alone and "tasks_per_step" in found and most > 1:
-            space["tasks_per_step"] = Scale(
+            self.space["tasks_per_step"] = Scale(
                 low=max(1.0, size / most),
                 high=size * most,
                 factor=min(MOST_BATCH_FACTOR, most),
@@ -194,17 +194,14 @@ class _Varied:
                 score="efficiency",
                 coupled={"outer_learning_rate": 0.5},
             )
-        if is_alone and "precision" in found:
-            values = dict.fromkeys([found["precision"], *searched.precisions])
-            space["precision"] = Choice(values=tuple(values), score="efficiency")
-        if "optimizer" in found:
-            values = dict.fromkeys([found["optimizer"], *searched.optimizers])
-            space["optimizer"] = Choice(values=tuple(values))
-        self.space: Space = {
-            name: axis
-            for name, axis in space.items()
-            if isinstance(axis, Scale) or len(axis.values) > 1
+        choices = {
+            "precision": (searched.precisions if is_alone else (), "efficiency"),
+            "optimizer": (searched.optimizers, "loss"),
         }
+        for name, (others, score) in choices.items():
+            if name in found and set(others) - {found[name]}:
+                values = tuple(dict.fromkeys([found[name], *others]))
+                self.space[name] = Choice(values=values, score=score)
         options: dict[str, tuple[Setting, ...]] = {}
         if is_alone and searched.options and "tasks_at_a_time" in found:
             options["tasks_at_a_time"] = tuple(dict.fromkeys([found["tasks_at_a_time"], 0, 1]))
@@ -215,15 +212,19 @@ class _Varied:
         self.settings = {name: found[name] for name in found if name in changing}
         self.task = {"optimizer": str(found["optimizer"])} if "optimizer" in found else {}
 
-    def _made(self, chosen: tuple[tuple[str, Setting], ...]) -> Variant | None:
-        """The variant; None for the training as it is."""
+    def _made(self, chosen: tuple[tuple[str, Setting], ...]) -> Variant:
         variants = self._training.variants
-        if variants is None or all(variants.settings[name] == x for name, x in chosen):
-            return None
+        assert variants is not None  # or nothing could be chosen
         return variants.make({**variants.settings, **dict(chosen)})
 
     def _of(self, settings: Settings) -> Variant | None:
-        return self._variant(tuple((name, settings[name]) for name in self.settings))
+        """The variant; None for the training as it is."""
+        if not self._differing(settings):
+            return None
+        return self._variant(self._chosen(settings))
+
+    def _chosen(self, settings: Settings) -> tuple[tuple[str, Setting], ...]:
+        return tuple((name, settings[name]) for name in self.settings)
 
     def start(self, settings: Settings) -> MetaState:
         first = Snapshot(jax.tree.map(jnp.copy, self._initial), self.settings, 0)
@@ -244,15 +245,13 @@ class _Varied:
         return self._training.sample(int(self._initial.step) + position // size)
 
     def carry(self, snapshot: Snapshot, settings: Settings) -> MetaState:
-        """The state that goes on with other settings, its schedule where the training is."""
-        old, variants = snapshot.settings, self._training.variants
-        names = [name for name in ("optimizer", "tasks_per_step") if name in self.settings]
-        if variants is None or all(old[name] == settings[name] for name in names):
+        """The state with which the training continues under other settings."""
+        old = snapshot.settings
+        changes = {name for name in self.settings if old[name] != settings[name]}
+        if not changes & {"optimizer", "tasks_per_step"}:
             return snapshot.state
-        is_fresh = "optimizer" in names and old["optimizer"] != settings["optimizer"]
-        chosen = {name: settings[name] for name in self.settings}
-        variant = self._of(settings) or variants.make({**variants.settings, **chosen})
-        return variant.carry(snapshot.state, snapshot.examples, is_fresh)
+        variant = self._variant(self._chosen(settings))
+        return variant.carry(snapshot.state, snapshot.examples, "optimizer" in changes)
 
     def as_at_first(self, state: MetaState) -> MetaState:
         """The state with what the step of the training itself takes, of whatever optimiser it is.

@@ -183,9 +183,9 @@ class Workload(NamedTuple):
         accuracy, precision and recall of a classifier; None for none.
       warmup_examples: examples at the start in which the rates are not yet what the settings say;
         no search begins in them.
-      carry: ``(snapshot, settings) -> state``: the state that goes on from the snapshot with other
-        settings, before its scalars are set. If not given, another ``optimizer`` begins anew, and
-        nothing else matters.
+      carry: ``(snapshot, settings) -> state``: the state with which the training continues from the
+        snapshot under other settings, before its scalars are set. If not given, the state stays,
+        but that of another ``optimizer`` is new.
       domains: names among ``groups`` whose part of the data may be changed. ``sample`` reads the
         weight of each, the setting ``share of NAME``, by which its part is multiplied.
     """

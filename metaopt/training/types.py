@@ -47,8 +47,8 @@ class Variant(NamedTuple):
       step_fn: as for `Training`.
       sample: ``tasks before -> batch``, as for `Training` but that it counts tasks.
       carry: ``(state of another variant, tasks before, whether its optimiser is another one) ->
-        state`` of this one: where the schedule of the optimiser is at that point of the training,
-        and of another optimiser from the start but for that.
+        state`` of this one. The schedule of its optimiser is where it should be after so many
+        tasks; of another optimiser all else is new.
     """
 
     step_fn: StepFn
@@ -66,6 +66,7 @@ class Variants(NamedTuple):
         changed is not there.
       make: settings, all of them, to the variant. It raises UserError if they do not fit one
         another, the devices or the memory.
+      multiple: what ``tasks_per_step`` is a multiple of: the devices, and the tasks at a time.
     """
 
     settings: Settings

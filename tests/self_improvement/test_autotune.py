@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 import json
 import time
@@ -302,6 +303,34 @@ def test_another_batch_is_computed_with_the_options_that_are_fastest_for_it(tmp_
     assert before.changes == {"wait": (2, 0)} and search.verdict == "accepted"
     assert after.verdict == "kept" and before.examples == 0 < after.examples
     assert all(entry.settings.keys() == {"wait"} for entry in after.timings)
+
+
+def test_a_run_whose_options_wait_is_resumed_after_another_batch_was_taken(tmp_path):
+    """At its very start, where it is not known how long a step takes."""
+
+    def propose(snapshot, decisions, phase):
+        better = {"batch_size": 4, "outer_learning_rate": 0.5}
+        known = snapshot.settings["batch_size"] == 4
+        return [] if known else [Change(better, "batch_size", "loss", "a batch of 4")]
+
+    def killed(settings):
+        step = step_of(settings)
+
+        def update(state, batch):
+            if read_json_lines(tmp_path / "decisions.jsonl"):
+                raise MemoryError
+            return step(state, batch)
+
+        return update
+
+    start = WAITING | {"batch_size": 1, "outer_learning_rate": 0.001}
+    config = dataclasses.replace(CONFIG, options_share=0.5)
+    how = {"directory": tmp_path, "config": config, "proposer": propose}
+    with pytest.raises(MemoryError):
+        run(problem()._replace(step=killed), start, **how)
+    found = run(problem(), start, **how)
+    assert [d.kind for d in found.decisions] == ["search"]
+    assert found.snapshot.settings["batch_size"] == 4 and found.snapshot.examples >= 400
 
 
 def test_an_option_needs_a_value_to_start_from():
