@@ -277,11 +277,11 @@ def test_the_row_mnist_compares_a_seed_with_its_own_tuned_run(tmp_path):
 
 
 def test_what_a_fault_costs_is_measured_before_and_after_its_response(tmp_path):
-    """A step takes 25 ms; from the 20th on the loader takes three times as long."""
+    """A step takes 25 ms; from the 20th on a batch takes 180 ms, far longer on any machine."""
     faults = Faults(length=8, batch_size=8, num_steps=80)
     study = Study(dataclasses.replace(SMOKE, faults=faults), tmp_path)
     problem = bigram_table(study.config, 8, 8, 80)
-    reference = recovery.Reference(problem, {}, {}, 0.025, 0.0)
+    reference = recovery.Reference(problem, {}, {}, 0.06, 0.0)
 
     def inject(found, at):
         fault = recovery.starved(found, at)
@@ -296,7 +296,7 @@ def test_what_a_fault_costs_is_measured_before_and_after_its_response(tmp_path):
         return fault._replace(workload=fault.workload._replace(step=step_of))
 
     found = {x.column: x for x in recovery.row(study, "fault: x", lambda: reference, inject)}
-    assert 0 <= found["steps to the alarm"].found.mean <= 3
+    assert 0 <= found["steps to the alarm"].found.mean <= 10
     times = found["recovered"].more["step_seconds"]
     assert times["before"] < times["lost"] > times["after"]
     assert 0 < found["recovered"].found.mean <= 100
