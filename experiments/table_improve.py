@@ -78,7 +78,7 @@ class Config(LanguageConfig, harness.RunConfig):
       comparison: Tasks of a meta-step, and the episodes that are judged on.
     """
 
-    steps: Annotated[tuple[Steps, ...], Several(different=True)] = (400, 1500)
+    steps: Annotated[tuple[Steps, ...], Several(different=True)] = (400, 3000)
     factor: Annotated[float, Range(1.001, 1e6)] = 30.0
     num_trials: Count = 16
     rates: tuple[Rate, Rate] = (3e-4, 0.3)
