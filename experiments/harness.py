@@ -33,6 +33,7 @@ from typing import Any, Literal, NamedTuple, TypeVar, get_args, get_origin, get_
 
 import jax
 import numpy as np
+import tyro
 from rich.console import Console
 
 from metaopt import parallel
@@ -229,10 +230,13 @@ def command(module: str, config: AnyConfig, presets: Presets[AnyConfig]) -> str:
 
 
 def _changed_flags(config: Any, default: Any, prefix: str = "") -> Iterator[str]:
+    hints = get_type_hints(type(config), include_extras=True)
     for field in dataclasses.fields(config):
         value, usual = getattr(config, field.name), getattr(default, field.name)
         name = field.name.replace("_", "-")
-        if dataclasses.is_dataclass(value):
+        if tyro.conf.Positional in getattr(hints[field.name], "__metadata__", ()):
+            yield from () if value == usual else (_as_argument(value),)
+        elif dataclasses.is_dataclass(value):
             yield from _changed_flags(value, usual, f"{prefix}{name}.")
         elif isinstance(value, bool) and value != usual:
             yield f"--{prefix}{'' if value else 'no-'}{name}"
@@ -322,6 +326,7 @@ class TableRun:
         seeds: Sequence[int] = (),
         episodes: int = 0,
         data: str | None = None,
+        run_dir: Path | str | None = None,
     ):
         """Opens the run: a new one, or the newest unfinished one of this config and these data.
 
@@ -336,12 +341,14 @@ class TableRun:
           episodes: Test episodes behind every cell.
           data: Digest of data that the config does not determine, such as files. Data that changed
             make another run, as another config does.
+          run_dir: Directory of the run, if the config gives none and it is not to be a new one.
 
         Raises:
           UserError: the directory cannot be used, see `open_run`.
         """
         saved = as_saved(config) | ({"data": data} if data is not None else {})
-        self._run = open_run(config.root, module, config.preset, saved, run_dir=config.run_dir)
+        run_dir = config.run_dir or run_dir
+        self._run = open_run(config.root, module, config.preset, saved, run_dir=run_dir)
         self.directory = self._run.directory
         found = tables.read_records(self._run.results)
         self._cells = {Cell(r["table"], r["row"], r["column"]): r for r in found}
@@ -437,6 +444,10 @@ class TableRun:
         """
         for step, column in step_columns(values.shape[1] - 1).items():
             self.add(row, column, interval(values[:, step], tasks), **fields)
+
+    def discard(self, row: str) -> None:
+        """Takes a row out, such as one that further data have made old."""
+        self._cells = {cell: r for cell, r in self._cells.items() if cell.row != row}
 
     def keep(self, row: str, **arrays: np.ndarray) -> None:
         """Saves arrays of a row that other rows, figures or a resumed run need."""

@@ -350,6 +350,8 @@ def matches(value: Any, hint: Any) -> bool:
     if hint in (int, float):
         number = isinstance(value, int | (float if hint is float else int))
         return number and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+    if typing.is_typeddict(hint):
+        return isinstance(value, dict) and what_is_wrong(value, hint) is None
     if hasattr(hint, "_fields"):  # a NamedTuple of numbers; NaN was written as null
         return isinstance(value, dict) and all(
             matches(value[name], of_field | None) if name in value else name in hint._field_defaults

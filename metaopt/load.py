@@ -31,10 +31,14 @@ from metaopt.types import Learner, MetaParams, Model
 
 TOKENIZER = "tokenizer.json"
 """File of a run with its tokenizer, if its tokens are not bytes."""
+GENERATIONS, LANGUAGES = "generations.jsonl", "languages.json"
+"""Files of a life of `metaopt.evolution`: what it lived, and its `LanguageConfig`."""
 
 
 def load(run: Path | str, row: str | None = None, seed: int | None = None) -> Loaded:
     """Model, learner, meta-parameters and rates of a row of a finished run of `adapt_languages`.
+
+    Of a life of `metaopt.evolution` it is the model that the life has kept, as the row ``'MAML'``.
 
     Only the directory of the run is read, wherever it lies, and nothing in it is changed. The
     data that it was trained on need not be there. A pretrained model that it adapted is opened
@@ -53,6 +57,8 @@ def load(run: Path | str, row: str | None = None, seed: int | None = None) -> Lo
         row or seed, or its checkpoint is missing or damaged or of another model.
     """
     run = local_path(run)
+    if (run / LANGUAGES).is_file():
+        return _load_life(run, row, seed)
     _check_finished(run)
     saved, config = _read_config(run / "config.json")
     model = make_model(config)
@@ -71,7 +77,7 @@ def load(run: Path | str, row: str | None = None, seed: int | None = None) -> Lo
     else:
         folder = "fold-0" if config.num_folds else f"seed-{seeds[index]}"
         trained = run / folder if config.num_folds or len(seeds) > 1 else run
-        meta_params, hparams = _read_checkpoint(checkpoint_directory(trained, row), learner, model)
+        meta_params, hparams = read_learned(checkpoint_directory(trained, row), learner, model)
     rate = _rate(run, row, config.inner.num_steps, index)
     if rate is not None:
         hparams["inner_learning_rate"] = jnp.float32(rate)
@@ -83,6 +89,35 @@ def load(run: Path | str, row: str | None = None, seed: int | None = None) -> Lo
         model=model,
         loss_fn=losses.next_token(model),
         learner=learner,
+        inner=config.inner,
+        meta_params=meta_params,
+        hparams=hparams,
+        config=config,
+        codec=make_codec(config),
+        pretrained=pretrained_config(config),
+    )
+
+
+def _load_life(life: Path, row: str | None, seed: int | None) -> Loaded:
+    """The model that a life has kept."""
+    _, config = _read_config(life / LANGUAGES)
+    model = make_model(config)
+    (found,) = make_rows(config, model)
+    if row not in (None, found.name) or seed is not None:
+        raise UserError(f"{life} is a life, which keeps one model: leave row and seed out")
+    generations = read_json_lines(life / GENERATIONS)
+    kept = generations[-1].get("kept") if generations else None
+    if not (isinstance(kept, dict) and isinstance(kept.get("training"), str)):
+        raise UserError(f"{life} has kept no model yet: run metaopt evolve again, which goes on")
+    directory = checkpoint_directory(life, kept["training"])
+    meta_params, hparams = read_learned(directory, found.learner, model)
+    hparams["inner_learning_rate"] = jnp.float32(kept["inner_learning_rate"])
+    return Loaded(
+        row=found.name,
+        seed=0,
+        model=model,
+        loss_fn=losses.next_token(model),
+        learner=found.learner,
         inner=config.inner,
         meta_params=meta_params,
         hparams=hparams,
@@ -121,10 +156,19 @@ def _check_finished(run: Path) -> None:
         )
 
 
-def _read_checkpoint(
+def read_learned(
     directory: Path, learner: Learner, model: Model
 ) -> tuple[MetaParams, dict[str, Any]]:
-    """The meta-parameters and scalars of the best checkpoint."""
+    """The meta-parameters and scalars of the best checkpoint of a training.
+
+    Args:
+      directory: of its checkpoints.
+      learner: what was learned.
+      model: whose parameters they are.
+
+    Raises:
+      UserError: it is missing or damaged, or of another model or learner.
+    """
     if not directory.is_dir():
         raise UserError(f"{directory} is missing: a run is copied with its checkpoints")
     with Checkpoints(directory, fingerprint=Fingerprint({}), read_only=True) as checkpoints:

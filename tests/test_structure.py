@@ -31,7 +31,7 @@ ORDER = [
     {"languages"},
     {"loaded"},
     {"load"},
-    {"self_improvement"},
+    {"evolution", "self_improvement"},
     {"cli"},
     {"__main__"},
 ]

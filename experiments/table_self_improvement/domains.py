@@ -7,20 +7,25 @@ are equally many sequences of each domain. The run starts well, and may change t
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from experiments.table_self_improvement import tuning
 from experiments.table_self_improvement.config import Config
-from experiments.table_self_improvement.study import Cell, Study, described, ratio, single
+from experiments.table_self_improvement.study import Cell, Study, described, ratio
 from experiments.table_self_improvement.workloads import Problem, Text, per_example, transformer
 from metaopt import losses
 from metaopt.self_improvement.builders import default_settings, plain_training
 from metaopt.self_improvement.loop import run
-from metaopt.statistics import Interval
+from metaopt.statistics import Interval, t_interval
 
 PHASE, BUDGET = 0.2, 0.4
 """Part of the run after which shares are tried, and what discarded trials may cost."""
+MARGIN = 0.0
+"""The mean loss must fall beyond its interval, by however little: the gain is that of the weak."""
+NUM_SEEDS = 3
+"""Runs of each row, whose test sequences are pooled."""
 SHARES_ROWS = {"data shares": False, "data shares, Zipf parts": True}
 """Names of the rows, and whether the parts of the data are by Zipf's law."""
 LONGER = 12.0
@@ -67,32 +72,65 @@ def unequal_domains(config: Config, *, zipf: bool) -> Problem:
 
 
 def shares_row(study: Study, name: str, *, zipf: bool) -> Iterator[Cell]:
-    """The domains that are weakest without the loop, and all of them, with it.
+    """The domains that are weakest without the loop, and all of them, with it, over seeds.
 
     The weakest quarter is that of the highest held-out losses at the end of the plain run, so that
     the test says nothing of which they are.
     """
-    config, (_, settings, _) = study.config, study.lm()
+    runs = [_shared(study, name, zipf, study.config.seed + i) for i in range(NUM_SEEDS)]
+    now, reference = (np.concatenate([getattr(x, n) for x in runs]) for n in ("now", "reference"))
+    is_weak = np.concatenate([x.is_weak for x in runs])
+    seeds = {"seeds": [study.config.seed + i for i in range(NUM_SEEDS)]}
+    more = {"unit": "% of the test loss without the loop", "better": "higher"} | seeds
+    each = {
+        "of_weakest": [gain(x.now[x.is_weak], x.reference[x.is_weak]).mean for x in runs],
+        "of_all": [gain(x.now, x.reference).mean for x in runs],
+        "runs": [x.said for x in runs],
+    }
+    yield Cell("weakest quarter", gain(now[is_weak], reference[is_weak]), more | each)
+    yield Cell("all domains", gain(now, reference), more)
+    times = np.array([x.time_ratio for x in runs])
+    yield Cell("time ratio", t_interval(times), {"over": "that of times over seeds"} | seeds)
+
+
+class Shared(NamedTuple):
+    """A run whose shares may change, beside one without the loop.
+
+    Attributes:
+      now, reference: Test losses with the loop and without, ``[E]``.
+      is_weak: Which of them are of the weakest quarter of the domains, ``[E]``.
+      time_ratio: Ratio of their seconds.
+      said: What the loop did, and which domains are weakest.
+    """
+
+    now: np.ndarray
+    reference: np.ndarray
+    is_weak: np.ndarray
+    time_ratio: float
+    said: dict[str, Any]
+
+
+def _shared(study: Study, name: str, zipf: bool, seed: int) -> Shared:
+    config, (_, settings, _) = dataclasses.replace(study.config, seed=seed), study.lm()
     problem = unequal_domains(config, zipf=zipf)
-    plain = tuning.plain(problem, settings, study.directory / f"plain {name}")
-    place = study.directory / f"shared {name}"
+    plain = tuning.plain(problem, settings, study.directory / f"plain {name} {seed}")
+    place = study.directory / f"shared {name} {seed}"
     place.mkdir(parents=True, exist_ok=True)
-    how = {"phases": (PHASE,), "shares": (BUDGET,), "margins": config.loop.margins[:1]}
+    how = {"phases": (PHASE,), "shares": (BUDGET,), "margins": (MARGIN,)}
     trials = dataclasses.replace(config.loop.trials, longer=LONGER)
     loop = dataclasses.replace(config.loop, trials=trials, **how)
     outcome = run(problem.workload, settings, directory=place, config=loop)
     groups = sorted(plain.curve[-1].groups, key=lambda x: -x.loss.mean)
     weakest = [x.group for x in groups][: len(groups) // 4]
-    number = config.domains.num_test
-    is_weak = np.repeat([x in weakest for x in problem.workload.domains], number)
-    reference = problem.test(plain.snapshot.state)
-    now = problem.test(outcome.snapshot.state)
-    more = {"unit": "% of the test loss without the loop", "better": "higher"}
-    said = described(outcome) | {"weakest": weakest}
-    yield Cell("weakest quarter", gain(now[is_weak], reference[is_weak]), more | said)
-    yield Cell("all domains", gain(now, reference), more)
-    seconds = outcome.ledger.seconds / plain.ledger.seconds
-    yield Cell("time ratio", single(seconds), {"over": "one run each"})
+    return Shared(
+        now=problem.test(outcome.snapshot.state),
+        reference=problem.test(plain.snapshot.state),
+        is_weak=np.repeat(
+            [x in weakest for x in problem.workload.domains], config.domains.num_test
+        ),
+        time_ratio=outcome.ledger.seconds / plain.ledger.seconds,
+        said=described(outcome) | {"weakest": weakest},
+    )
 
 
 def gain(losses_now: np.ndarray, reference: np.ndarray) -> Interval:

@@ -23,14 +23,22 @@ class Command(NamedTuple):
       function: ``module:function``, which takes the argument ``config``.
       summary: its line in ``metaopt --help``.
       computes: whether it runs models: the process then starts again with huge pages.
+      resumes: whether the same command resumes what it has begun.
     """
 
     function: str
     summary: str
     computes: bool = False
+    resumes: bool = False
 
 
 COMMANDS = {
+    "evolve": Command(
+        "metaopt.cli.evolve:run",
+        "a model that lives with a folder: trains, judges itself, and goes on",
+        computes=True,
+        resumes=True,
+    ),
     "watch": Command("metaopt.cli.watch:run", "show trainings while they run"),
     "report": Command("metaopt.cli.report:run", "a run as one page of HTML"),
     "adapt": Command("metaopt.cli.adapt:run", "adapt a trained row to a file", computes=True),
@@ -81,7 +89,7 @@ def _run(name: str, args: Sequence[str], is_process: bool) -> None:
     module = importlib.import_module(module_name)
     run = getattr(module, function_name)
     config_type = typing.get_type_hints(run)["config"]
-    with command_line.one_line_exits(args):
+    with command_line.one_line_exits(args, resumes=command.resumes):
         run(command_line.parse(config_type, args, f"metaopt {name}", module.__doc__))
 
 

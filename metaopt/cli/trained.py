@@ -24,7 +24,7 @@ class RowConfig(Checked):
     """A trained row.
 
     Attributes:
-      run: Directory of a finished run of adapt_languages.
+      run: Directory of a finished run of adapt_languages, or of a life of metaopt evolve.
       row: Name of the row; the best trained one after the trained number of steps if not given.
       run_seed: Seed that the row was trained with, if the run has several; the first if not given.
     """
@@ -39,7 +39,8 @@ class ModelConfig(RowConfig):
     """A trained row, or a pretrained model.
 
     Attributes:
-      run: Directory of a finished run of adapt_languages; none with a pretrained model.
+      run: Directory of a finished run of adapt_languages or of a life; none with a pretrained
+        model.
       model: Pretrained model in place of a run: a folder of Hugging Face or a GGUF file.
       adapter: File that metaopt read saved, to lay over the pretrained model.
     """

@@ -69,6 +69,7 @@ def page(directory: Path) -> str:
         f"<h1>{_text(name)}</h1>",
         f"<p>{_text(_about(records, state))}</p>",
         *_section("Results", _results(arranged)),
+        *_section("Generations", _generations(_lines(directory / "generations.jsonl"))),
         *_section("Strengths and weaknesses", _extremes(arranged, lines["metrics"])),
         *_section("Course", _course(lines["metrics"], lines["monitor"], decisions)),
         *_section("Alarms and responses", _alarms(lines["monitor"], decisions)),
@@ -157,6 +158,43 @@ def _assessments(metrics: Sequence[Mapping]) -> list[str]:
             rows = [[_text(key), _number(value)] for key, value in of_training.items()]
             found.append(_table(["", "latest"], rows))
     return found
+
+
+def _generations(lived: Sequence[Mapping]) -> list[str]:
+    """The life so far: what came in, what was thrown away, what was decided, and its domains."""
+    lived = [x for x in lived if isinstance(x.get("arrived"), dict) and "kept" in x]
+    if not lived:
+        return []
+    rows = []
+    for x in lived:
+        counts = [y for y in x["arrived"].values() if isinstance(y, dict)]
+        kinds = ("offered", "equal", "near", "kept")
+        sums = (sum(y.get(kind) or 0 for y in counts) for kind in kinds)
+        names = ", ".join(map(str, x["arrived"]))
+        mean = x.get("new_before")
+        before = mean.get("mean") if isinstance(mean, dict) else None
+        told = [x.get("generation"), names, *sums]
+        decided = f"{x.get('verdict')}: {x.get('reason')}"
+        rows.append([*map(_text, told), _number(before), _text(decided)])
+    headings = ["", "what came in", "passages", "equal", "near duplicates", "kept"]
+    headings += ["loss on it before training", "decision"]
+    return [_table(headings, rows, wraps=True), *_domains_then_and_now(lived)]
+
+
+def _domains_then_and_now(lived: Sequence[Mapping]) -> list[str]:
+    """The adapted loss of each domain when it was first judged on, and now; the worst first."""
+    first: dict[str, tuple[Any, Any]] = {}
+    for x in lived:
+        for name, found in (x.get("domains") or {}).items():
+            first.setdefault(name, (x.get("generation"), found.get("adapted")))
+    now = {n: f.get("adapted") for n, f in (lived[-1].get("domains") or {}).items()}
+    known = [n for n in now if matches(now[n], float) and matches(first[n][1], float)]
+    rows = [
+        [_text(n), _text(first[n][0]), _number(first[n][1]), _number(now[n])]
+        for n in sorted(known, key=lambda n: -now[n])
+    ]
+    table = _table(["domain", "since generation", "loss then", "loss now"], rows)
+    return [f"<details><summary>domains, weakest first</summary>{table}</details>"]
 
 
 def _domain(cell: tables.Record) -> str:

@@ -1,0 +1,340 @@
+"""Data that changes: new text comes in, duplicates go, and a bounded part of all of it is kept.
+
+`update_data` is the step ``X ← update_data(X, key)`` of a model that goes on with its data. Text
+is cut into passages of a few sequences. Those of a domain that comes for the first time are partly
+set apart to be judged on; the others are trained on, and are a sample of all that ever came in, of
+each domain alike: memory does not grow with time.
+
+P counts the tokens of a passage, which are `SEQUENCES` sequences of L + 1.
+"""
+
+import dataclasses
+import io
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import jax
+import numpy as np
+
+from metaopt.errors import UserError
+from metaopt.files import write_bytes
+from metaopt.npz import Form, read_npz
+from metaopt.ranges import Checked, Count, Range
+from metaopt.streams.duplicates import NUM_HASHES, Kind, Similarity, kinds, signatures
+from metaopt.types import Batch, Episode, Key, TaskSplit
+
+SEQUENCES = 8
+"""Sequences in a passage."""
+
+Adjust = Callable[[np.random.Generator, np.ndarray], np.ndarray]
+"""``(generator, passages [n, P]) -> passages [n, P]``: noise or augmentation."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig(Checked):
+    """What is kept of data that comes in.
+
+    Attributes:
+      capacity: most passages that are kept to train on, of all domains together.
+      valid_passages: most passages of a domain that are set apart to be judged on.
+      valid_share: share of a domain, when it first comes, that is set apart, if that is less.
+      near: Jaccard similarity from which on a passage is a near duplicate; 1 for equal ones alone.
+    """
+
+    capacity: Count = 16384
+    valid_passages: Count = 16
+    valid_share: Annotated[float, Range(0.01, 1.0)] = 0.1
+    near: Similarity = 0.7
+
+
+class DataState(NamedTuple):
+    """All that is kept of the data, n passages of D domains.
+
+    Attributes:
+      names: names of the domains, in the order that they came in.
+      tokens: int32 ``[n, P]``.
+      domain: which domain each passage is of, int32 ``[n]``.
+      generation: when it came in, int32 ``[n]``.
+      is_valid: whether it is set apart to be judged on, bool ``[n]``.
+      marks: signatures of the passages, uint32 ``[n, H]``.
+      offered: passages of each domain that came in to be trained on, duplicates aside, int64
+        ``[D]``: what is kept of a domain is a sample of them.
+    """
+
+    names: tuple[str, ...]
+    tokens: np.ndarray
+    domain: np.ndarray
+    generation: np.ndarray
+    is_valid: np.ndarray
+    marks: np.ndarray
+    offered: np.ndarray
+
+    @classmethod
+    def empty(cls, length: int) -> "DataState":
+        """No data, for sequences of L = ``length`` tokens and the one that follows."""
+        none = np.zeros(0, np.int32)
+        return cls(
+            names=(),
+            tokens=np.zeros((0, SEQUENCES * (length + 1)), np.int32),
+            domain=none,
+            generation=none,
+            is_valid=none.astype(bool),
+            marks=np.zeros((0, NUM_HASHES), np.uint32),
+            offered=none.astype(np.int64),
+        )
+
+    def sequences(self, name: str, *, valid: bool) -> np.ndarray:
+        """The sequences of a domain to train on, or to be judged on, int32 ``[m, L + 1]``."""
+        chosen = (self.domain == self.names.index(name)) & (self.is_valid == valid)
+        tokens = self.tokens[chosen]
+        return tokens.reshape(SEQUENCES * len(tokens), -1 if len(tokens) else 1)
+
+
+class TakenIn(NamedTuple):
+    """What became of what came in of a domain, in passages.
+
+    Attributes:
+      offered: all.
+      equal, near: duplicates, which are thrown away.
+      kept: those that are kept, to be trained on or judged on; the rest gave way to other domains.
+    """
+
+    offered: int
+    equal: int
+    near: int
+    kept: int
+
+
+def passages_needed(num_sequences: int) -> int:
+    """The number of passages that hold so many sequences."""
+    return -(-num_sequences // SEQUENCES)
+
+
+def cut(tokens: np.ndarray, length: int) -> np.ndarray:
+    """Passages of a text, int32 ``[n, P]``; what is left over at its end is not used."""
+    size = SEQUENCES * (length + 1)
+    count = len(tokens) // size
+    return np.asarray(tokens[: count * size], np.int32).reshape(count, size)
+
+
+def update_data(
+    state: DataState,
+    arrivals: Mapping[str, np.ndarray],
+    key: Key,
+    config: DataConfig,
+    *,
+    generation: int,
+    num_sequences: int = 1,
+    against: DataState | None = None,
+    adjust: Adjust | None = None,
+) -> tuple[DataState, dict[str, TakenIn]]:
+    """Takes new text in: without duplicates, and within the capacity.
+
+    Pure: it reads nothing but its arguments. Where more passages of a domain came in than may be
+    kept, those that are kept are a uniform sample of all that came in (reservoir sampling, by
+    whole arrivals), and all domains may keep equally many. What is set apart to be judged on is
+    chosen when a domain first comes, and never changes: losses on it can be compared for ever.
+
+    Args:
+      state: the data before.
+      arrivals: passages by the name of their domain, int32 ``[n, P]``; see `cut`.
+      key: what is kept and set apart is drawn from it.
+      config: what is kept.
+      generation: number of this step.
+      num_sequences: sequences that a domain must have to train on, and to be judged on. One that
+        comes for the first time and has fewer that are new is left out.
+      against: other data, such as held-out domains, whose passages must not come in.
+      adjust: applied to the new passages that are trained on, once they are known to be new.
+
+    Returns:
+      The data after, and what became of each arrival.
+
+    References:
+      Vitter, 1985, "Random Sampling with a Reservoir"; Chrysakis and Moens, 2020, "Online Continual
+      Learning from Imbalanced Data" (equal shares of the memory).
+    """
+    rng = np.random.default_rng(np.asarray(jax.random.key_data(key)))
+    barred = [state] if against is None else [state, against]
+    tokens = np.concatenate([state.tokens[:0], *arrivals.values()])
+    marks = signatures(tokens)
+    kept_tokens, kept_marks = (
+        np.concatenate([getattr(x, field) for x in barred]) for field in ("tokens", "marks")
+    )
+    found = np.array(kinds(tokens, marks, kept_tokens, kept_marks, config.near), np.str_)
+    origin = np.repeat(np.arange(len(arrivals)), [len(x) for x in arrivals.values()])
+    counts, taken = {}, []
+    for i, name in enumerate(arrivals):
+        of_kind = {kind: np.flatnonzero((origin == i) & (found == kind)) for kind in KINDS}
+        number = 0
+        if name not in state.names:
+            number = _number_apart(len(of_kind["new"]), passages_needed(num_sequences), config)
+        counts[name] = {kind: len(rows) for kind, rows in of_kind.items()}
+        if number is not None:
+            taken.append(_Taken(name, *np.split(rng.permutation(of_kind["new"]), [number])))
+    merged = _merge(state, taken, tokens, marks, generation, rng, adjust)
+    merged = _within(merged, state, config.capacity, rng)
+    taken_in = {}
+    for name, of_kind in counts.items():
+        is_its = merged.domain == merged.names.index(name) if name in merged.names else False
+        kept = int(np.sum(is_its & (merged.generation == generation)))
+        offered = sum(of_kind.values())
+        taken_in[name] = TakenIn(offered, of_kind["equal"], of_kind["near"], kept)
+    return merged, taken_in
+
+
+KINDS: tuple[Kind, ...] = ("new", "equal", "near")
+OF_PASSAGES = ("tokens", "domain", "generation", "is_valid", "marks")
+"""The fields of a `DataState` that have an entry for each passage."""
+
+
+class _Taken(NamedTuple):
+    """The rows of an arrival that are to be judged on, and those to be trained on."""
+
+    name: str
+    valid: np.ndarray
+    train: np.ndarray
+
+
+def _number_apart(num_new: int, least: int, config: DataConfig) -> int | None:
+    """The passages of a new domain that are set apart; None if it has too few.
+
+    A domain that is held out as a whole, ``valid_share = 1``, needs none to train on.
+    """
+    is_whole = config.valid_share == 1
+    wanted = min(round(config.valid_share * num_new), config.valid_passages)
+    number = max(wanted, least)
+    return number if num_new >= number + (0 if is_whole else least) else None
+
+
+def _merge(
+    state: DataState,
+    taken: Sequence[_Taken],
+    tokens: np.ndarray,
+    marks: np.ndarray,
+    generation: int,
+    rng: np.random.Generator,
+    adjust: Adjust | None,
+) -> DataState:
+    """The data with all that is taken, whatever the capacity."""
+    names = (*state.names, *(x.name for x in taken if x.name not in state.names))
+    offered = np.zeros(len(names), np.int64)
+    offered[: len(state.names)] = state.offered
+    parts = [state]
+    for name, valid, train in taken:
+        number = names.index(name)
+        offered[number] += len(train)
+        rows, is_valid = np.concatenate([valid, train]), np.arange(len(valid) + len(train))
+        is_valid = is_valid < len(valid)
+        mine = tokens[rows]
+        if adjust is not None:
+            mine = np.where(is_valid[:, None], mine, adjust(rng, mine))
+        same = np.full(len(rows), 1, np.int32)
+        new = DataState(
+            names, mine, number * same, generation * same, is_valid, marks[rows], offered
+        )
+        parts.append(new)
+    arrays = {n: np.concatenate([getattr(part, n) for part in parts]) for n in OF_PASSAGES}
+    return DataState(names=names, offered=offered, **arrays)
+
+
+def _within(
+    merged: DataState, before: DataState, capacity: int, rng: np.random.Generator
+) -> DataState:
+    """The data with at most so many passages to train on, of each domain equally many."""
+    counts = np.bincount(merged.domain[~merged.is_valid], minlength=len(merged.names))
+    quota = _equal_shares(counts, capacity)
+    keep = np.ones(len(merged.tokens), bool)
+    is_new = np.arange(len(keep)) >= len(before.tokens)
+    for i in np.flatnonzero(counts > quota):
+        mine = (merged.domain == i) & ~merged.is_valid
+        old, new = np.flatnonzero(mine & ~is_new), np.flatnonzero(mine & is_new)
+        earlier = int(merged.offered[i]) - len(new)
+        number = int(rng.hypergeometric(len(new), earlier, quota[i])) if len(new) else 0
+        number = max(number, int(quota[i]) - len(old))  # of those before no more are there
+        keep[np.concatenate([old, new])] = False
+        keep[rng.choice(new, number, replace=False)] = True
+        keep[rng.choice(old, int(quota[i]) - number, replace=False)] = True
+    return merged._replace(**{name: getattr(merged, name)[keep] for name in OF_PASSAGES})
+
+
+def _equal_shares(counts: np.ndarray, capacity: int) -> np.ndarray:
+    """How many each domain may keep: all the same number, but for those that have fewer."""
+    left, quota = capacity, np.zeros(len(counts), np.int64)
+    for rank, i in enumerate(np.argsort(counts, kind="stable")):
+        quota[i] = min(int(counts[i]), left // (len(counts) - rank))
+        left -= int(quota[i])
+    return quota
+
+
+def episodes(
+    groups: Mapping[str, np.ndarray],
+    chances: np.ndarray | None,
+    num_support: int,
+    num_query: int,
+) -> TaskSplit:
+    """Domains as tasks: the S + Q sequences of an episode are different ones of its domain.
+
+    Args:
+      groups: sequences by the name of their domain, int32 ``[m, L + 1]``, each with S + Q or more.
+      chances: chances of the domains, which sum to one; None takes them in turn.
+      num_support: S.
+      num_query: Q.
+
+    Returns:
+      A split whose ``task`` indexes the names of the groups; numpy arrays.
+    """
+    names, held = tuple(groups), list(groups.values())
+
+    def sample(key: Key, num_tasks: int) -> Episode:
+        tasks: Any
+        rng = np.random.default_rng(np.asarray(jax.random.key_data(key)))
+        if chances is None:
+            rounds = -(-num_tasks // len(held))
+            order = [rng.permutation(len(held)) for _ in range(rounds)]
+            tasks = np.concatenate(order)[:num_tasks]
+        else:
+            tasks = rng.choice(len(held), num_tasks, p=chances)
+        drawn = np.stack([_choose(rng, held[i], num_support + num_query) for i in tasks.tolist()])
+        support, query = drawn[:, :num_support], drawn[:, num_support:]
+        return Episode(_next_token(support), _next_token(query), tasks.astype(np.int32))
+
+    return TaskSplit(sample, names)
+
+
+def _next_token(sequences: Any) -> Batch:
+    return Batch(sequences[..., :-1], sequences[..., 1:])
+
+
+def _choose(rng: np.random.Generator, sequences: np.ndarray, number: int) -> np.ndarray:
+    return sequences[rng.choice(len(sequences), number, replace=False)]
+
+
+_FORMS = {
+    "tokens": Form(np.int32, ("n", "P")),
+    "domain": Form(np.int32, ("n",)),
+    "generation": Form(np.int32, ("n",)),
+    "is_valid": Form(np.bool_, ("n",)),
+    "marks": Form(np.uint32, ("n", "H")),
+    "offered": Form(np.int64, ("D",)),
+}
+
+
+def save(state: DataState, path: Path) -> None:
+    """Writes the arrays of a state to an npz file, whole or not at all; not its names."""
+    packed = io.BytesIO()
+    np.savez_compressed(packed, allow_pickle=False, **{n: getattr(state, n) for n in _FORMS})
+    write_bytes(path, packed.getvalue())
+
+
+def read(path: Path, names: Iterable[str]) -> DataState:
+    """A state that `save` wrote, of domains of these names.
+
+    Raises:
+      UserError: it is no such file, or a damaged one, or of other domains.
+    """
+    names, found = tuple(names), read_npz(path, _FORMS)
+    numbers = found["domain"]
+    if len(found["offered"]) != len(names) or (numbers.size and numbers.max() >= len(names)):
+        raise UserError(f"{path} is not of the {len(names)} domains that it should be of")
+    return DataState(names, **found)
