@@ -46,13 +46,13 @@ def presets(preset: str = "cpu") -> Config:
     config = Config(preset=preset)  # type: ignore[arg-type]
     if preset == "smoke":
         small = {"width": 8, "num_layers": 1, "length": 16, "num_support": 4, "num_query": 4}
-        data = dataclasses.replace(config.data, capacity=1024)
+        data = dataclasses.replace(config.data, capacity=1024, arriving=32)
         short = {"steps": 6, "meta_steps": 3, "num_held_out": 3, "episodes": 2, "waves": 2}
         return dataclasses.replace(config, **small, **short, data=data)
     if preset == "gpu":
         large = {"width": 512, "num_layers": 6, "num_heads": 8, "length": 256}
         long = {"steps": 10_000, "meta_steps": 1000, "tasks_per_step": 32, "tasks_at_a_time": 4}
-        data = dataclasses.replace(config.data, capacity=2**17)
+        data = dataclasses.replace(config.data, capacity=2**17, arriving=2**14)
         dtype = {"compute_dtype": "bfloat16"}
         return dataclasses.replace(config, **large, **long, **dtype, data=data)
     return config

@@ -266,6 +266,7 @@ class Study:
             return jax.lax.map(lambda batch: self.loss_fn(params, batch), test)
 
         self._judge = judge
+        self._learners: dict[str, tuple[StreamLearner, Callable]] = {}
 
     def pretrain(self, directory: Path, train_fn) -> None:
         """Finds the start of all rows, on the domains of neither stream."""
@@ -296,13 +297,13 @@ class Study:
         )
         self.start = found.meta_params["params"]
 
-    @functools.cache  # noqa: B019 - a study lives as long as its run
     def learner(self, row: Row) -> tuple[StreamLearner, Callable]:
         """The learner of a row, and what follows a stream with it, compiled once."""
-        config = self.config
-        example = next_token(self.stream.visits[0, 0, : config.batch])
-        found = row.make(self.loss_fn, config.capacity, example)
-        return found, jax.jit(functools.partial(continual.follow, found))
+        if row.name not in self._learners:
+            example = next_token(self.stream.visits[0, 0, : self.config.batch])
+            found = row.make(self.loss_fn, self.config.capacity, example)
+            self._learners[row.name] = found, jax.jit(functools.partial(continual.follow, found))
+        return self._learners[row.name]
 
     def losses(self, row: Row, settings: Settings, stream: Stream, order: int) -> np.ndarray:
         """The loss on each domain before the stream and after each visit, bits ``[T + 1, D]``."""

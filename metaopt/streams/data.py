@@ -21,7 +21,7 @@ from metaopt.errors import UserError
 from metaopt.files import write_bytes
 from metaopt.npz import Form, read_npz
 from metaopt.ranges import Checked, Count, Range
-from metaopt.streams.duplicates import NUM_HASHES, Kind, Similarity, kinds, signatures
+from metaopt.streams.duplicates import NUM_HASHES, Similarity, are_equal, are_near, signatures
 from metaopt.types import Batch, Episode, Key, TaskSplit
 
 SEQUENCES = 8
@@ -40,9 +40,12 @@ class DataConfig(Checked):
       valid_passages: most passages of a domain that are set apart to be judged on.
       valid_share: share of a domain, when it first comes, that is set apart, if that is less.
       near: Jaccard similarity from which on a passage is a near duplicate; 1 for equal ones alone.
+      arriving: most passages of a domain that are looked at when it comes, equal ones aside; of
+        more it is a random sample.
     """
 
     capacity: Count = 16384
+    arriving: Count = 1024
     valid_passages: Count = 16
     valid_share: Annotated[float, Range(0.01, 1.0)] = 0.1
     near: Similarity = 0.7
@@ -97,7 +100,8 @@ class TakenIn(NamedTuple):
     Attributes:
       offered: all.
       equal, near: duplicates, which are thrown away.
-      kept: those that are kept, to be trained on or judged on; the rest gave way to other domains.
+      kept: those that are kept, to be trained on or judged on. The rest gave way to other domains,
+        or was not looked at.
     """
 
     offered: int
@@ -156,36 +160,46 @@ def update_data(
     """
     rng = np.random.default_rng(np.asarray(jax.random.key_data(key)))
     barred = [state] if against is None else [state, against]
-    tokens = np.concatenate([state.tokens[:0], *arrivals.values()])
-    marks = signatures(tokens)
     kept_tokens, kept_marks = (
         np.concatenate([getattr(x, field) for x in barred]) for field in ("tokens", "marks")
     )
-    found = np.array(kinds(tokens, marks, kept_tokens, kept_marks, config.near), np.str_)
+    tokens = np.concatenate([state.tokens[:0], *arrivals.values()])
     origin = np.repeat(np.arange(len(arrivals)), [len(x) for x in arrivals.values()])
+    is_equal = are_equal(tokens, kept_tokens)
+    looked_at = _sample(origin, ~is_equal, config.arriving, rng)
+    marks = signatures(tokens[looked_at])
+    is_near = are_near(marks, kept_marks, config.near)
+    tokens, origin_of = tokens[looked_at], origin[looked_at]
     counts, taken = {}, []
     for i, name in enumerate(arrivals):
-        of_kind = {kind: np.flatnonzero((origin == i) & (found == kind)) for kind in KINDS}
-        number = 0
+        new = rng.permutation(np.flatnonzero((origin_of == i) & ~is_near))
+        number: int | None = 0
         if name not in state.names:
-            number = _number_apart(len(of_kind["new"]), passages_needed(num_sequences), config)
-        counts[name] = {kind: len(rows) for kind, rows in of_kind.items()}
+            number = _number_apart(len(new), passages_needed(num_sequences), config)
         if number is not None:
-            taken.append(_Taken(name, *np.split(rng.permutation(of_kind["new"]), [number])))
+            taken.append(_Taken(name, *np.split(new, [number])))
+        of_all, of_near = origin == i, (origin_of == i) & is_near
+        counts[name] = int(of_all.sum()), int((of_all & is_equal).sum()), int(of_near.sum())
     merged = _merge(state, taken, tokens, marks, generation, rng, adjust)
     merged = _within(merged, state, config.capacity, rng)
-    taken_in = {}
-    for name, of_kind in counts.items():
-        is_its = merged.domain == merged.names.index(name) if name in merged.names else False
-        kept = int(np.sum(is_its & (merged.generation == generation)))
-        offered = sum(of_kind.values())
-        taken_in[name] = TakenIn(offered, of_kind["equal"], of_kind["near"], kept)
-    return merged, taken_in
+    came_now = merged.domain[merged.generation == generation]
+    kept = {name: int((came_now == i).sum()) for i, name in enumerate(merged.names)}
+    return merged, {name: TakenIn(*x, kept.get(name, 0)) for name, x in counts.items()}
 
 
-KINDS: tuple[Kind, ...] = ("new", "equal", "near")
 OF_PASSAGES = ("tokens", "domain", "generation", "is_valid", "marks")
 """The fields of a `DataState` that have an entry for each passage."""
+
+
+def _sample(
+    origin: np.ndarray, allowed: np.ndarray, most: int, rng: np.random.Generator
+) -> np.ndarray:
+    """The rows that are looked at, in their order: of each arrival at most so many."""
+    chosen = [np.zeros(0, np.int64)]
+    for i in np.unique(origin):
+        rows = np.flatnonzero((origin == i) & allowed)
+        chosen.append(np.sort(rng.choice(rows, min(most, len(rows)), replace=False)))
+    return np.concatenate(chosen)
 
 
 class _Taken(NamedTuple):

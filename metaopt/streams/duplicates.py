@@ -7,7 +7,7 @@ it is cut at the same place: a copy that is cut elsewhere shares fewer shingles.
 
 import hashlib
 from collections.abc import Iterable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import numpy as np
 from datasketch import MinHash, MinHashLSH
@@ -22,7 +22,6 @@ _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # odd, so that no bits are lost
 
 Similarity = Annotated[float, Range(0.05, 1.0)]
 """Jaccard similarity, from which on passages are near duplicates; 1 finds equal ones alone."""
-Kind = Literal["new", "equal", "near"]
 
 
 def signatures(passages: np.ndarray) -> np.ndarray:
@@ -56,53 +55,56 @@ def _shingles(passages: np.ndarray) -> Iterable[np.ndarray]:
     return hashed >> np.uint64(32)
 
 
-def kinds(
-    passages: np.ndarray,
-    marks: np.ndarray,
-    kept: np.ndarray,
-    kept_marks: np.ndarray,
-    threshold: float,
-) -> list[Kind]:
-    """Which passages are new, one after the other, given those that are kept.
-
-    The first of several that are alike is new. A near duplicate is compared with what is new alone,
-    so that a chain of small changes is not all taken for its first link.
+def are_equal(passages: np.ndarray, kept: np.ndarray) -> np.ndarray:
+    """Which passages are equal to one that is kept, or to one before them.
 
     Args:
       passages: tokens ``[n, P]`` that come in.
-      marks: their `signatures`.
       kept: tokens ``[m, P]`` of earlier passages.
-      kept_marks: their signatures.
-      threshold: see `Similarity`.
 
     Returns:
-      ``'new'``, ``'equal'`` or ``'near'`` for each.
+      bool ``[n]``.
     """
-    seen = {_digest(passage) for passage in kept}
+    seen, found = {_digest(passage) for passage in kept}, np.zeros(len(passages), bool)
+    for i, passage in enumerate(passages):
+        digest = _digest(passage)
+        found[i] = digest in seen
+        seen.add(digest)
+    return found
+
+
+def are_near(marks: np.ndarray, kept: np.ndarray, threshold: float) -> np.ndarray:
+    """Which passages are near duplicates of one that is kept, or of one before them that is none.
+
+    A passage is compared with what is no duplicate alone, so that a chain of small changes is not
+    all taken for its first link.
+
+    Args:
+      marks: signatures ``[n, H]`` of the passages that come in.
+      kept: signatures ``[m, H]`` of earlier passages.
+      threshold: see `Similarity`; at 1 nothing is near.
+
+    Returns:
+      bool ``[n]``.
+    """
+    found = np.zeros(len(marks), bool)
+    if threshold >= 1:
+        return found
     # Candidates are compared in full, so that it is better to have too many of them.
     index = MinHashLSH(0.8 * threshold, NUM_HASHES, weights=(0.1, 0.9))
     signed: dict[Any, np.ndarray] = {}
 
-    def add(mark: np.ndarray) -> None:
-        if threshold < 1:
-            index.insert(len(signed), _signed(mark), check_duplication=False)
+    def add(mark: np.ndarray, one: MinHash) -> None:
+        index.insert(len(signed), one, check_duplication=False)
         signed[len(signed)] = mark
 
-    def is_near(mark: np.ndarray) -> bool:
-        if threshold >= 1:
-            return False
-        return any((signed[i] == mark).mean() >= threshold for i in index.query(_signed(mark)))
-
-    for mark in kept_marks:
-        add(mark)
-    found: list[Kind] = []
-    for passage, mark in zip(passages, marks, strict=True):
-        digest = _digest(passage)
-        kind: Kind = "equal" if digest in seen else "near" if is_near(mark) else "new"
-        if kind == "new":
-            add(mark)
-        seen.add(digest)
-        found.append(kind)
+    for mark in kept:
+        add(mark, _signed(mark))
+    for i, mark in enumerate(marks):
+        one = _signed(mark)
+        found[i] = any((signed[k] == mark).mean() >= threshold for k in index.query(one))
+        if not found[i]:
+            add(mark, one)
     return found
 
 

@@ -115,6 +115,17 @@ def test_what_is_kept_is_a_uniform_sample_of_all_that_came():
     np.testing.assert_allclose(kept, [chance * first_is_apart, chance, chance], rtol=0.15)
 
 
+def test_of_a_long_arrival_a_sample_is_looked_at():
+    config = DataConfig(capacity=500, valid_passages=3, arriving=40)
+    state, _ = update_data(EMPTY, {"a": text(0, 30)}, jax.random.key(0), config, generation=1)
+    grown = {"a": np.concatenate([text(0, 30), text(1, 300)])}
+    found, told = update_data(state, grown, jax.random.key(1), config, generation=2)
+    assert told["a"] == (330, 30, 0, 40) and len(found.tokens) == 70
+    new = {x.tobytes() for x in found.tokens[found.generation == 2]}
+    places = [i for i, x in enumerate(text(1, 300)) if x.tobytes() in new]
+    assert min(places) < 60 and max(places) > 240
+
+
 def test_a_domain_that_is_too_short_is_left_out():
     state, told = take(EMPTY, {"a": text(0, 3), "b": text(1, 4)}, num_sequences=2 * SEQUENCES)
     assert state.names == ("b",) and told["a"].kept == 0 and told["b"].kept == 4

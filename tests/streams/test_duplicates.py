@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from metaopt.streams.duplicates import NUM_HASHES, SHINGLE, kinds, signatures
+from metaopt.streams.duplicates import NUM_HASHES, SHINGLE, are_equal, are_near, signatures
 
 
 def passages(seed, number=40, size=200):
@@ -24,7 +24,10 @@ def jaccard(a, b):
 
 
 def kinds_of(found, kept, threshold=0.7):
-    return kinds(found, signatures(found), kept, signatures(kept), threshold)
+    equal = are_equal(found, kept)
+    near = np.zeros(len(found), bool)
+    near[~equal] = are_near(signatures(found[~equal]), signatures(kept), threshold)
+    return np.where(equal, "equal", np.where(near, "near", "new")).tolist()
 
 
 @pytest.mark.parametrize("number", [1, 5, 20])
