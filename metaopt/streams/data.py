@@ -170,7 +170,8 @@ def update_data(
     marks = signatures(tokens[looked_at])
     is_near = are_near(marks, kept_marks, config.near)
     tokens, origin_of = tokens[looked_at], origin[looked_at]
-    counts, taken = {}, []
+    counts: dict[str, tuple[int, int, int]] = {}
+    taken: list[_Taken] = []
     for i, name in enumerate(arrivals):
         new = rng.permutation(np.flatnonzero((origin_of == i) & ~is_near))
         number: int | None = 0
@@ -184,7 +185,7 @@ def update_data(
     merged = _within(merged, state, config.capacity, rng)
     came_now = merged.domain[merged.generation == generation]
     kept = {name: int((came_now == i).sum()) for i, name in enumerate(merged.names)}
-    return merged, {name: TakenIn(*x, kept.get(name, 0)) for name, x in counts.items()}
+    return merged, {n: TakenIn(*counts[n], kept=kept.get(n, 0)) for n in arrivals}
 
 
 OF_PASSAGES = ("tokens", "domain", "generation", "is_valid", "marks")

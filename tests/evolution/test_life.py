@@ -4,6 +4,7 @@ import json
 import jax
 import numpy as np
 import pytest
+from words import write
 
 import metaopt
 from metaopt.errors import UserError
@@ -14,23 +15,6 @@ from metaopt.optimizers.outer import OuterConfig
 from metaopt.streams.data import DataConfig
 from metaopt.tasks.sources.text import array_domain, fingerprint, folder_domains
 from metaopt.training.loop import train
-
-
-def write(folder, name, seed, number=2000):
-    """A domain: words of its own, in random order."""
-    rng = np.random.default_rng(seed)
-    letters = rng.permutation(26)[:8]
-    words = ["".join(chr(97 + c) for c in rng.choice(letters, 3)) for _ in range(12)]
-    (folder / name).write_text(" ".join(rng.choice(words, number)) + "\n", encoding="utf-8")
-
-
-@pytest.fixture
-def folder(tmp_path):
-    place = tmp_path / "texts"
-    place.mkdir()
-    for i in range(6):
-        write(place, f"{i}.txt", i)
-    return place
 
 
 def small(folder, **fields):

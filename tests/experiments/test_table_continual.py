@@ -1,9 +1,12 @@
 import dataclasses
 
 import numpy as np
+import pytest
 
-from experiments.table_continual import ROWS, measures, presets, run, settings_of, visits_of
+from experiments.table_continual import cleaning, presets, run
+from experiments.table_continual.text import ROWS, measures, settings_of, visits_of
 from metaopt.reporting.tables import read_records
+from metaopt.training.runs import slug
 
 SMOKE = presets("smoke")
 
@@ -33,13 +36,39 @@ def test_every_learner_is_tuned_by_as_many_settings():
     assert presets().capacity <= 0.05 * 12 * 2 * 600
 
 
-def test_a_run_writes_the_table_and_the_figure(tmp_path):
-    run(dataclasses.replace(SMOKE, root=str(tmp_path)))
+def test_a_run_writes_the_tables_and_the_figure(tmp_path):
+    chosen = [ROWS[0].name, "replay", cleaning.COPIES, "random bytes"]
+    run(dataclasses.replace(SMOKE, root=str(tmp_path), rows=tuple(chosen)))
     (place,) = (tmp_path / "table_continual").iterdir()
     records = read_records(place / "results.jsonl")
-    assert list(dict.fromkeys(r["row"] for r in records)) == [row.name for row in ROWS]
+    assert list(dict.fromkeys(r["row"] for r in records)) == chosen
     assert all(np.isfinite(r["value"]) for r in records)
     assert (place / "curves.png").exists()
-    start = [np.load(x)["losses"][:, 0] for x in (place / "rows").iterdir()]
+
+    def row_file(row):
+        return place / "rows" / f"{slug(row)}.npz"
+
+    start = [np.load(x)["losses"][:, 0] for x in map(row_file, chosen[:2])]
     for each in start[1:]:  # all rows start alike
         np.testing.assert_array_equal(each, start[0])
+
+
+def texts(config):
+    rng = np.random.default_rng(0)
+    size = 8 * (config.length + 1)
+    clean, other = (rng.integers(97, 123, (400, size)).astype(np.int32) for _ in range(2))
+    return cleaning.Texts(clean, clean[:0], clean[:0], clean[:0], other)
+
+
+@pytest.mark.parametrize("kind", cleaning.KINDS)
+def test_a_pool_has_the_shares_that_were_asked_for(kind):
+    config = presets()
+    sizes = dataclasses.replace(config.cleaning, passages=400)
+    config = dataclasses.replace(config, cleaning=sizes)
+    rng = np.random.default_rng(1)
+    pool = cleaning.make_pool(texts(config), cleaning.KINDS[kind], config, rng)
+    assert len(pool.passages) == 400 and pool.is_noise.sum() == 120
+    assert pool.is_copy.sum() == 200 and not (pool.is_copy & pool.is_noise).any()
+    assert len(pool.clean) == 80
+    found = cleaning.duplicates_of(pool.passages)
+    assert (found & pool.is_copy).sum() >= 0.95 * max(found.sum(), pool.is_copy.sum())

@@ -1,33 +1,23 @@
-"""A stream of domains that come and come back: who learns the new without losing the old?
+"""Domains that come and come back: who learns the new without losing the old?
 
-A small transformer, pretrained on other domains, reads 12 domains of text one after another, each
-twice, every sequence once. After each visit it is judged on text of all of them that it never
-trains on. Beside plain fine-tuning: a penalty on the distance to the start, elastic weight
-consolidation (Kirkpatrick et al., 2017), fast and slow weights, replay of a sample of at most 5 %
-of the stream (Chaudhry et al., 2019) and online meta-learning with the same memory (Finn et al.,
-2019; Gupta et al., 2020). Each is tuned by 12 settings on a stream of other domains.
-
-    python -m experiments.table_continual                     # Python's own library
-    python -m experiments.table_continual --folder FOLDER     # under an hour on two cores
-    python -m experiments.table_continual --preset smoke
-
-`average` is the loss on all domains at the end; `forgetting` how far it is above the least that it
-was on each; `new` the loss on each domain right after its first visit; `forward transfer` how much
-better than at the start it is on a domain just before its first visit.
+After each visit the model is judged on text of all domains that it never trains on. `average` is
+the loss at the end; `forgetting` how far that is above the least that it was on each domain; `new`
+the loss right after a domain's first visit; `forward transfer` how much lower than at the start it
+is just before that.
 """
 
-import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from experiments import harness
+from experiments.table_continual.config import Config
 from metaopt import learners, losses, meta_gradients, models
 from metaopt.console import log
 from metaopt.diagnostics import feasible
@@ -36,104 +26,17 @@ from metaopt.fit import FitConfig, Problem, fit
 from metaopt.inner_loop import InnerLoop
 from metaopt.losses import NATS_TO_BITS
 from metaopt.optimizers.outer import OuterConfig
-from metaopt.ranges import (
-    Count,
-    Heads,
-    Layers,
-    Length,
-    Range,
-    Seed,
-    Seeds,
-    Several,
-    Steps,
-    Width,
-)
 from metaopt.reporting import plots
-from metaopt.self_improvement.improving import RATES_ALONE
 from metaopt.statistics import Interval, interval
 from metaopt.streams import continual
 from metaopt.streams.continual import StreamLearner
 from metaopt.streams.data import episodes
-from metaopt.tasks.sources.text import Domain, fingerprint, folder_domains, stdlib_domains
-from metaopt.tasks.sources.text_checks import check_text
+from metaopt.tasks.sources.text import Domain
 from metaopt.training.progress import Progress
+from metaopt.training.types import TrainFn
 from metaopt.types import Batch, LossFn, Model, Params, TaskFamily
 
-FINE_TUNING = "fine-tuning"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(harness.TrainedConfig):
-    """Learners of a stream of domains.
-
-    Attributes:
-      folder: Folder of text, one file a domain; Python's own library if not given.
-      num_domains: Domains of the stream, and of the stream that is tuned on.
-      visits: Number of times that each domain comes.
-      sequences: Sequences of a visit.
-      test_sequences: Sequences of each domain that it is judged on.
-      batch: Sequences in a step, an even number.
-      length: L, bytes in a sequence.
-      width: Width of the transformer.
-      num_layers: Number of its layers.
-      num_heads: Number of its heads.
-      pretrain_steps: Steps of pretraining on the other domains.
-      memory_share: Size of a replay memory as a share of the stream.
-      rates: Least and largest rate of the learners.
-      num_rates: Rates that are tried of a learner that has no other setting.
-      orders: Seeds of the orders in which the domains come.
-      seed: Seed of the split of the domains and of the initialisation.
-    """
-
-    folder: str | None = None
-    num_domains: Count = 12
-    visits: Count = 2
-    sequences: Count = 600
-    test_sequences: Count = 64
-    batch: Count = 8
-    length: Length = 64
-    width: Width = 64
-    num_layers: Layers = 2
-    num_heads: Heads = 2
-    pretrain_steps: Steps = 1500
-    memory_share: Annotated[float, Range(0.001, 1.0)] = 0.05
-    rates: tuple[Annotated[float, Range(1e-12, 1e4)], Annotated[float, Range(1e-12, 1e4)]] = (
-        1e-4,
-        1e-2,
-    )
-    num_rates: Count = 12
-    orders: Annotated[Seeds, Several()] = (0, 1, 2)
-    seed: Seed = 0
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.batch % 2 or self.sequences % self.batch:
-            raise UserError(
-                f"batch {self.batch} must be even, and sequences {self.sequences} a multiple of it"
-            )
-        if self.rates[0] >= self.rates[1]:
-            raise UserError(f"rates {self.rates} must be the least and the largest, in this order")
-
-    @property
-    def capacity(self) -> int:
-        """The sequences of a replay memory."""
-        whole = self.num_domains * self.visits * self.sequences
-        return max(1, int(self.memory_share * whole))
-
-
-def presets(preset: str = "cpu") -> Config:
-    """The defaults for ``--preset``."""
-    config = Config(preset=preset)  # type: ignore[arg-type]
-    if preset == "smoke":
-        small = {"num_domains": 3, "sequences": 8, "test_sequences": 4, "batch": 4, "length": 16}
-        tiny = {"width": 8, "num_layers": 1, "pretrain_steps": 3, "num_rates": 2, "orders": (0,)}
-        return dataclasses.replace(config, **small, **tiny)
-    if preset == "gpu":
-        large = {"width": 512, "num_layers": 6, "num_heads": 8, "length": 256, "batch": 32}
-        return dataclasses.replace(config, **large, sequences=640, pretrain_steps=20_000)
-    return config
-
-
+TABLE, FINE_TUNING = "continual/text", "fine-tuning"
 Settings = dict[str, float]
 
 
@@ -268,8 +171,10 @@ class Study:
         self._judge = judge
         self._learners: dict[str, tuple[StreamLearner, Callable]] = {}
 
-    def pretrain(self, directory: Path, train_fn) -> None:
-        """Finds the start of all rows, on the domains of neither stream."""
+    def pretrain(self, directory: Path, train_fn: TrainFn) -> None:
+        """Finds the start of all rows, on the domains of neither stream; once."""
+        if self.start:
+            return
         config, width = self.config, self.config.length + 1
         groups = {}
         for domain in self._others:
@@ -352,43 +257,27 @@ def measures(losses_TxD: np.ndarray, order: Sequence[tuple[int, int]]) -> dict[s
     }
 
 
-def run(config: Config) -> None:
-    """Tunes and follows the rows, and writes the table and the figure."""
-    train_fn = harness.begin(config, RATES_ALONE)
-    rows = harness.select(list(ROWS), config.rows)
-    domains = stdlib_domains() if config.folder is None else folder_domains(Path(config.folder))
-    study = Study(config, domains)
-    check_text(domains)
-    table = harness.TableRun(
-        "table_continual",
-        config,
-        presets,
-        table="continual/text",
-        unit="bits/byte",
-        rows=[row.name for row in rows],
-        seeds=list(config.orders),
-        data=fingerprint(domains),
-    )
+def add_rows(table: harness.TableRun, study: Study, rows: Sequence[Row], train_fn: TrainFn) -> None:
+    """Tunes and follows the rows, and draws the loss along the stream."""
+    config = study.config
     log(f"the stream: {', '.join(study.stream.names)}; {config.capacity} sequences of memory")
-    study.pretrain(table.directory, train_fn)
     over = "95 % intervals over domains, means over orders"
     for row in table.pending(rows):
+        study.pretrain(table.directory, train_fn)
         settings = study.tuned(row)
         log(f"{row.name}: {settings}")
-        found = [study.losses(row, settings, study.stream, order) for order in config.orders]
-        each = [
-            measures(x, visits_of(config, order))
-            for x, order in zip(found, config.orders, strict=True)
-        ]
+        orders = config.orders
+        found = [study.losses(row, settings, study.stream, order) for order in orders]
+        visits = [visits_of(config, order) for order in orders]
+        each = [measures(x, order) for x, order in zip(found, visits, strict=True)]
         for column in each[0]:
             values = np.mean([x[column] for x in each], axis=0)
-            more = {"settings": settings, "over": over}
+            more = {"settings": settings, "over": over, "seeds": list(orders)}
             if column == "forward transfer":
                 more["better"] = "higher"
             table.add(row.name, column, interval(values), **more)
         table.keep(row.name, losses=np.stack(found))
     draw(table, rows)
-    table.finish(notes({row.name: table.kept(row.name)["losses"] for row in rows}, config))
 
 
 def draw(table: harness.TableRun, rows: Sequence[Row]) -> None:
@@ -406,8 +295,10 @@ def draw(table: harness.TableRun, rows: Sequence[Row]) -> None:
     )
 
 
-def notes(found: Mapping[str, np.ndarray], config: Config) -> list[str]:
+def notes(table: harness.TableRun, config: Config) -> list[str]:
     """Forgetting and the loss on new domains beside those of fine-tuning, paired over domains."""
+    names = [row.name for row in ROWS if table.has(row.name)]
+    found = {name: table.kept(name)["losses"] for name in names}
     if FINE_TUNING not in found:
         return []
 
@@ -428,7 +319,3 @@ def notes(found: Mapping[str, np.ndarray], config: Config) -> list[str]:
             f"{new.mean:+.3f} ± {new.ci95:.3f} bits/byte beside it"
         )
     return lines
-
-
-if __name__ == "__main__":
-    harness.main("table_continual", run, presets, __doc__)
