@@ -20,6 +20,7 @@ from metaopt.ranges import (
     Width,
 )
 from metaopt.streams.data_rater import RaterConfig
+from metaopt.streams.drift import DriftConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,6 +63,34 @@ class CleaningConfig(Checked):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class DriftingConfig(Checked):
+    """Markov languages that drift.
+
+    Attributes:
+      drift: How the language of a stream changes.
+      num_streams: Streams that are reported; one more is tuned on.
+      segment: Tokens of a stream in a step, an even number.
+      meta_steps: Steps of MAML that the start is trained with.
+      rates: Least and largest rate of the learners.
+    """
+
+    drift: DriftConfig = dataclasses.field(default_factory=DriftConfig)
+    num_streams: Count = 8
+    segment: Annotated[int, Range(4, 10**5)] = 32
+    meta_steps: Steps = 500
+    rates: tuple[Rate, Rate] = (0.01, 1.0)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.segment % 2 or self.segment >= self.drift.num_tokens:
+            raise UserError(
+                f"segment {self.segment} must be even, and less than {self.drift.num_tokens} tokens"
+            )
+        if self.rates[0] >= self.rates[1]:
+            raise UserError(f"rates {self.rates} must be the least and the largest, in this order")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(harness.TrainedConfig):
     """Learners of a stream of domains, and data that are cleaned.
 
@@ -83,6 +112,7 @@ class Config(harness.TrainedConfig):
       orders: Seeds of the orders in which the domains come.
       seed: Seed of the split of the domains and of the initialisation.
       cleaning: Data with copies and noise put in.
+      drifting: Markov languages that drift.
     """
 
     folder: str | None = None
@@ -102,6 +132,7 @@ class Config(harness.TrainedConfig):
     orders: Annotated[Seeds, Several()] = (0, 1, 2)
     seed: Seed = 0
     cleaning: CleaningConfig = dataclasses.field(default_factory=CleaningConfig)
+    drifting: DriftingConfig = dataclasses.field(default_factory=DriftingConfig)
 
     def __post_init__(self):
         super().__post_init__()
@@ -131,7 +162,10 @@ def presets(preset: str = "cpu") -> Config:
             rater=RaterConfig(width=8),
             num_seeds=1,
         )
-        return dataclasses.replace(config, **small, **tiny, cleaning=cleaning)
+        drifting = DriftingConfig(
+            drift=DriftConfig(num_tokens=200, hazard=0.02), num_streams=2, meta_steps=3
+        )
+        return dataclasses.replace(config, **small, **tiny, cleaning=cleaning, drifting=drifting)
     if preset == "gpu":
         large = {"width": 512, "num_layers": 6, "num_heads": 8, "length": 256, "batch": 32}
         cleaning = dataclasses.replace(config.cleaning, steps=20_000, batch=128)

@@ -76,10 +76,10 @@ ROWS = (
 )
 
 
-def settings_of(row: Row, config: Config) -> list[Settings]:
+def settings_of(row: Row, config: Config, range_of_rates: tuple[float, float]) -> list[Settings]:
     """The settings that are tried of a row: as many for each."""
     number = len(list(itertools.product(*row.grid.values())))
-    rates = np.geomspace(*config.rates, max(1, config.num_rates // number)).tolist()
+    rates = np.geomspace(*range_of_rates, max(1, config.num_rates // number)).tolist()
     return [
         dict(zip(("learning_rate", *row.grid), values, strict=True))
         for values in itertools.product(rates, *row.grid.values())
@@ -228,7 +228,7 @@ class Study:
 
     def tuned(self, row: Row) -> Settings:
         """The settings with the least loss at the end of the stream that is tuned on."""
-        tried = settings_of(row, self.config)
+        tried = settings_of(row, self.config, self.config.rates)
         found = []
         with Progress(f"tuning {row.name}", total=len(tried), first="compiling") as progress:
             for i, settings in enumerate(tried):

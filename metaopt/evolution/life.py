@@ -269,6 +269,7 @@ class Life:
         for factor in CAREFUL if found.new else ():
             attempt, after = self._attempt(number, factor, found, before, previous)
             attempts.append(attempt)
+            log(f"{attempt['training']}: {attempt['reason']}")
             if attempt["is_kept"] and after is not None:
                 judged = after
                 kept = Kept(

@@ -3,7 +3,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from experiments.table_continual import cleaning, presets, run
+from experiments.table_continual import cleaning, drifting, presets, run
 from experiments.table_continual.text import ROWS, measures, settings_of, visits_of
 from metaopt.reporting.tables import read_records
 from metaopt.training.runs import slug
@@ -32,12 +32,13 @@ def test_every_domain_comes_as_often_and_each_order_is_another():
 
 
 def test_every_learner_is_tuned_by_as_many_settings():
-    assert {len(settings_of(row, presets())) for row in ROWS} == {12}
+    assert {len(settings_of(row, presets(), (0.1, 1.0))) for row in ROWS} == {12}
     assert presets().capacity <= 0.05 * 12 * 2 * 600
 
 
 def test_a_run_writes_the_tables_and_the_figure(tmp_path):
-    chosen = [ROWS[0].name, "replay", cleaning.COPIES, "random bytes"]
+    chosen = [ROWS[0].name, "replay", drifting.FILTER, "drift: replay"]
+    chosen += [cleaning.COPIES, "random bytes"]
     run(dataclasses.replace(SMOKE, root=str(tmp_path), rows=tuple(chosen)))
     (place,) = (tmp_path / "table_continual").iterdir()
     records = read_records(place / "results.jsonl")
