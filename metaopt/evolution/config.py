@@ -89,18 +89,18 @@ class EvolveConfig(Checked):
     inner: InnerLoop = dataclasses.field(default_factory=lambda: InnerLoop(query_loss="mean"))
     inner_rate: Rate = 0.02
     inner_rates: Annotated[tuple[Rate, ...], Several()] = (0.01, 0.02, 0.04)
-    steps: Steps = 1200
-    meta_steps: StepsOr0 = 150
+    steps: Steps = 2500
+    meta_steps: StepsOr0 = 80
     tasks_per_step: Count = 4
     tasks_at_a_time: CountOr0 = 1
     outer: OuterConfig = dataclasses.field(
         default_factory=lambda: OuterConfig(
-            learning_rate=3e-3, warmup_steps=50, final_fraction=0.05
+            learning_rate=2e-3, warmup_steps=100, final_fraction=0.05
         )
     )
     meta_rate: Rate = 5e-4
-    new_share: Share = 0.5
-    most_forgetting: Annotated[float, Range(0, 1)] = 0.01
+    new_share: Share = 0.3
+    most_forgetting: Annotated[float, Range(0, 1)] = 0.02
     episodes: Count = 8
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     seed: Seed = 0

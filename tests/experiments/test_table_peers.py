@@ -195,7 +195,9 @@ def said_first(peer, data):
 @pytest.mark.parametrize(
     "peers", [("jax_plain", "jax_optax"), ("torch_func", "torchopt", "higher")]
 )
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n == "omniglot")) for n in NAMES]
+)
 def test_every_form_computes_the_loss_and_gradient_of_ours(name, peers):
     data = ours.make_data(problems.SMOKE[name])
     installed = [peer for peer in peers if table_peers.missing(peer) is None]
