@@ -21,6 +21,7 @@ from metaopt.ranges import (
 )
 from metaopt.streams.data_rater import RaterConfig
 from metaopt.streams.drift import DriftConfig
+from metaopt.tasks.series import SeriesConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -91,11 +92,30 @@ class DriftingConfig(Checked):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class VolatilityConfig(Checked):
+    """Daily prices.
+
+    Attributes:
+      series: Days of an episode, and the part that is trained on.
+      width: Width of the network.
+      meta_steps: Steps of MAML.
+      inner_rate: Inner learning rate.
+    """
+
+    series: SeriesConfig = dataclasses.field(default_factory=SeriesConfig)
+    width: Width = 16
+    meta_steps: Steps = 1500
+    inner_rate: Rate = 0.03
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(harness.TrainedConfig):
     """Learners of a stream of domains, and data that are cleaned.
 
     Attributes:
       folder: Folder of text, one file a domain; Python's own library if not given.
+      series: Folder of daily prices, CSV files with the columns date and value; the table of
+        volatility is left out if not given.
       num_domains: Domains of the stream, and of the stream that is tuned on.
       visits: Number of times that each domain comes.
       sequences: Sequences of a visit.
@@ -113,9 +133,11 @@ class Config(harness.TrainedConfig):
       seed: Seed of the split of the domains and of the initialisation.
       cleaning: Data with copies and noise put in.
       drifting: Markov languages that drift.
+      volatility: The network that predicts prices.
     """
 
     folder: str | None = None
+    series: str | None = None
     num_domains: Count = 12
     visits: Count = 2
     sequences: Count = 600
@@ -133,6 +155,7 @@ class Config(harness.TrainedConfig):
     seed: Seed = 0
     cleaning: CleaningConfig = dataclasses.field(default_factory=CleaningConfig)
     drifting: DriftingConfig = dataclasses.field(default_factory=DriftingConfig)
+    volatility: VolatilityConfig = dataclasses.field(default_factory=VolatilityConfig)
 
     def __post_init__(self):
         super().__post_init__()
@@ -165,7 +188,9 @@ def presets(preset: str = "cpu") -> Config:
         drifting = DriftingConfig(
             drift=DriftConfig(num_tokens=200, hazard=0.02), num_streams=2, meta_steps=3
         )
-        return dataclasses.replace(config, **small, **tiny, cleaning=cleaning, drifting=drifting)
+        parts = {"cleaning": cleaning, "drifting": drifting}
+        parts["volatility"] = VolatilityConfig(meta_steps=3)
+        return dataclasses.replace(config, **small, **tiny, **parts)
     if preset == "gpu":
         large = {"width": 512, "num_layers": 6, "num_heads": 8, "length": 256, "batch": 32}
         cleaning = dataclasses.replace(config.cleaning, steps=20_000, batch=128)

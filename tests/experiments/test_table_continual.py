@@ -3,9 +3,10 @@ import dataclasses
 import numpy as np
 import pytest
 
-from experiments.table_continual import cleaning, drifting, presets, run
+from experiments.table_continual import cleaning, drifting, presets, run, volatility
 from experiments.table_continual.text import ROWS, measures, settings_of, visits_of
 from metaopt.reporting.tables import read_records
+from metaopt.tasks.series import SeriesConfig
 from metaopt.training.runs import slug
 
 SMOKE = presets("smoke")
@@ -73,3 +74,44 @@ def test_a_pool_has_the_shares_that_were_asked_for(kind):
     assert len(pool.clean) == 80
     found = cleaning.duplicates_of(pool.passages)
     assert (found & pool.is_copy).sum() >= 0.95 * max(found.sum(), pool.is_copy.sum())
+
+
+def garch_series(number=500):
+    """Returns of a GARCH(1,1) with Student's t."""
+    rng, values, sigma2 = np.random.default_rng(0), [], 1e-4
+    for _ in range(number):
+        values.append(np.sqrt(sigma2 * 6 / 8) * rng.standard_t(8))
+        sigma2 = 2e-6 + 0.08 * values[-1] ** 2 + 0.9 * sigma2
+    return np.array(values)
+
+
+def test_the_loss_of_garch_is_that_of_the_library_and_reads_no_future():
+    arch = pytest.importorskip("arch")
+    values = garch_series()
+    fitted = arch.arch_model(100 * values, mean="Zero", dist="t").fit(disp="off")
+    nu, sigma = fitted.params["nu"], np.asarray(fitted.conditional_volatility)
+    ours = volatility._student_loss(100 * values, sigma, nu)
+    np.testing.assert_allclose(-ours.sum(), fitted.loglikelihood, rtol=1e-6)
+    found = volatility.garch_losses(values, 400, 20, 440)
+    shuffled = np.concatenate([values[:420], values[420:][::-1]])
+    other = volatility.garch_losses(shuffled, 400, 20, 440)
+    np.testing.assert_array_equal(found[:20], other[:20])
+    assert not np.array_equal(found[20:], other[20:])
+
+
+def test_series_are_walked_through(tmp_path):
+    pytest.importorskip("arch")
+    for name in "ab":
+        prices = np.exp(np.cumsum(garch_series()))
+        days = np.datetime64("2020-01-01") + np.arange(500)
+        lines = [f"{day},{price}" for day, price in zip(days, prices, strict=True)]
+        (tmp_path / f"{name}.csv").write_text("\n".join(["date,value", *lines]), encoding="utf-8")
+    sizes = SeriesConfig(num_support=50, num_query=50)
+    small = dataclasses.replace(SMOKE.volatility, series=sizes)
+    config = dataclasses.replace(SMOKE, series=str(tmp_path), rows=("all series",))
+    run(dataclasses.replace(config, volatility=small, root=str(tmp_path / "runs")))
+    (place,) = (tmp_path / "runs" / "table_continual").iterdir()
+    found = {(r["row"], r["column"]): r for r in read_records(place / "results.jsonl")}
+    assert {row for row, _ in found} == {"series: a", "series: b", "all series"}
+    assert np.isfinite([r["value"] for r in found.values()]).all()
+    assert found["all series", "gain on GARCH"]["n"] == 2
