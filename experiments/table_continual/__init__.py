@@ -51,7 +51,7 @@ def run(config: Config) -> None:
     )
     if any(row in drifting.ROWS for row in chosen):
         rows = [row for row in drifting.ROWS if row in chosen]
-        drifting.add_rows(table, drifting.Study(config), rows, train_fn)
+        drifting.add_rows(table, config, rows, train_fn)
     if of_prices is not None:
         volatility.add_rows(table, of_prices, train_fn)
     if cleaned is not None:

@@ -20,7 +20,7 @@ from metaopt.ranges import (
     Width,
 )
 from metaopt.streams.data_rater import RaterConfig
-from metaopt.streams.drift import DriftConfig
+from metaopt.streams.drift import DriftConfig, LinearDriftConfig
 from metaopt.tasks.series import SeriesConfig
 
 
@@ -65,21 +65,25 @@ class CleaningConfig(Checked):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DriftingConfig(Checked):
-    """Markov languages that drift.
+    """Markov languages and a linear function that drift.
 
     Attributes:
       drift: How the language of a stream changes.
+      linear: How the weights of a linear function drift.
       num_streams: Streams that are reported; one more is tuned on.
       segment: Tokens of a stream in a step, an even number.
       meta_steps: Steps of MAML that the start is trained with.
-      rates: Least and largest rate of the learners.
+      rates: Least and largest rate of the learners of languages.
+      linear_rates: The same of the linear function.
     """
 
     drift: DriftConfig = dataclasses.field(default_factory=DriftConfig)
+    linear: LinearDriftConfig = dataclasses.field(default_factory=LinearDriftConfig)
     num_streams: Count = 8
     segment: Annotated[int, Range(4, 10**5)] = 32
     meta_steps: Steps = 500
     rates: tuple[Rate, Rate] = (0.01, 1.0)
+    linear_rates: tuple[Rate, Rate] = (0.001, 0.3)
 
     def __post_init__(self):
         super().__post_init__()
@@ -87,8 +91,9 @@ class DriftingConfig(Checked):
             raise UserError(
                 f"segment {self.segment} must be even, and less than {self.drift.num_tokens} tokens"
             )
-        if self.rates[0] >= self.rates[1]:
-            raise UserError(f"rates {self.rates} must be the least and the largest, in this order")
+        for low, high in (self.rates, self.linear_rates):
+            if low >= high:
+                raise UserError(f"rates {low} and {high} must be the least and the largest")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -186,7 +191,10 @@ def presets(preset: str = "cpu") -> Config:
             num_seeds=1,
         )
         drifting = DriftingConfig(
-            drift=DriftConfig(num_tokens=200, hazard=0.02), num_streams=2, meta_steps=3
+            drift=DriftConfig(num_tokens=200, hazard=0.02),
+            linear=LinearDriftConfig(num_examples=200),
+            num_streams=2,
+            meta_steps=3,
         )
         parts = {"cleaning": cleaning, "drifting": drifting}
         parts["volatility"] = VolatilityConfig(meta_steps=3)

@@ -1,11 +1,13 @@
-"""Markov languages that drift: how far is a learner from the exact Bayes filter?
+"""Streams that drift: how far is a learner from the exact Bayes filter?
 
-A stream of tokens whose language is drawn anew at random times, of which no learner is told. The
-loss of each segment is taken before anything is learned from it, and compared with that of the
-filter that knows how languages are drawn and how often they change, on the same tokens. Learners
-start from a table of bigrams that MAML meta-trained on such languages, or from a random one.
+Markov languages whose language is drawn anew at random times, of which no learner is told, and
+linear regression whose weights drift all the time. The loss of each segment is taken before
+anything is learned from it, and compared with that of the filter that knows how the source changes,
+on the same data. On languages learners start from a table of bigrams that MAML meta-trained on such
+languages, or from a random one; on the linear function from zero.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,146 +26,221 @@ from metaopt.inner_loop import InnerLoop
 from metaopt.optimizers.outer import OuterConfig
 from metaopt.statistics import interval
 from metaopt.streams import continual
-from metaopt.streams.drift import drifting, filter_losses
+from metaopt.streams.drift import (
+    LinearDrift,
+    drifting,
+    drifting_linear,
+    filter_losses,
+    kalman_errors,
+)
 from metaopt.tasks.markov import MarkovConfig, markov
 from metaopt.training.progress import Progress
 from metaopt.training.types import TrainFn
-from metaopt.types import Batch, Hparams, Params
+from metaopt.types import Batch, Hparams, Key, LossFn, Params
 
-TABLE, COLUMN = "continual/drifting", "gap to Bayes"
-RANDOM, FILTER = "drift: fine-tuning, random start", "drift: Bayes filter"
-NO_LEARNING = "drift: no learning"
-
-
+TABLE, COLUMN, LOSS = "continual/drifting", "gap to Bayes", "loss"
+NAMES = tuple(row.name for row in LEARNERS if row.name != "EWC")
+"""Learners of `continual/text` that need not be told when the source changes."""
 Follow = Callable[[Params, Batch, Hparams], jax.Array]
 """``(start, segments, hparams) -> losses [n]``."""
 
 
 class Row(NamedTuple):
-    """A learner of the stream, by its name in `continual/text`; None learns nothing."""
+    """A learner of a stream that drifts.
+
+    Attributes:
+      name: Name in the table.
+      source: languages or linear.
+      learner: Its name in `continual/text`; None learns nothing.
+      is_filter: The exact filter.
+      random_start: From a random start, where there is another.
+    """
 
     name: str
+    source: str
     learner: str | None
+    is_filter: bool = False
+    random_start: bool = False
 
 
+def _rows_of(source: str, name: str, filter_name: str) -> list[Row]:
+    return [
+        Row(f"{name}: {filter_name}", source, None, is_filter=True),
+        Row(f"{name}: no learning", source, None),
+        *(Row(f"{name}: {learner}", source, learner) for learner in NAMES),
+    ]
+
+
+RANDOM = Row("drift: fine-tuning, random start", "languages", FINE_TUNING, random_start=True)
 ROWS = (
-    Row(FILTER, None),
-    Row(NO_LEARNING, None),
-    Row(RANDOM, FINE_TUNING),
-    *(Row(f"drift: {row.name}", row.name) for row in LEARNERS if row.name != "EWC"),
+    *_rows_of("languages", "drift", "Bayes filter"),
+    RANDOM,
+    *_rows_of("linear", "linear drift", "Kalman filter"),
 )
 
 
-class Study:
-    """What the rows share: the streams, what the filter loses on them, and the start."""
+class Source(NamedTuple):
+    """What a stream is learned by.
 
-    def __init__(self, config: Config):
-        self.config, drift = config, config.drifting.drift
-        self.model = models.bigram(drift.vocab_size)
-        self.loss_fn = losses.next_token(self.model)
-        seeds = range(config.seed, config.seed + config.drifting.num_streams + 1)
-        streams = [drifting(drift, jax.random.key(seed)).tokens for seed in seeds]
-        self.tuning, self.streams = streams[0], streams[1:]
-        self.starts: dict[bool, Params] = {False: self.model.init(jax.random.key(config.seed))}
+    Attributes:
+      loss_fn: Loss of a batch.
+      tuning: Segments of the stream that is tuned on, leaves ``[n, B, ...]``.
+      streams: Segments of those that are reported.
+      bayes: Losses of the exact filter on them, ``[streams, n]``.
+      rates: Least and largest rate.
+      unit: Unit of the losses.
+      start: ``(directory, train_fn) -> parameters`` that learners start from.
+      random: Parameters of a random start.
+    """
 
-    def segments(self, tokens: np.ndarray) -> Batch:
-        """A stream in batches of two halves of a segment, int32 ``[n, 2, L]``."""
-        length = self.config.drifting.segment // 2
-        count = (len(tokens) - 1) // (2 * length)
-        inputs, targets = tokens[:-1], tokens[1:]
-        shape = (count, 2, length)
-        cut = (x[: 2 * length * count].reshape(shape) for x in (inputs, targets))
-        return Batch(*(jnp.asarray(x) for x in cut))
+    loss_fn: LossFn
+    tuning: Batch
+    streams: list[Batch]
+    bayes: np.ndarray
+    rates: tuple[float, float]
+    unit: str
+    start: Callable[[Path, TrainFn], Params]
+    random: Params
 
-    def pretrain(self, directory: Path, train_fn: TrainFn) -> None:
-        """Meta-trains the start by MAML on languages like those of the streams; once."""
-        if True in self.starts:
-            return
-        config, drift = self.config.drifting, self.config.drifting.drift
-        languages = MarkovConfig(
-            vocab_size=drift.vocab_size,
-            concentration=drift.concentration,
-            length=config.segment // 2,
-            num_support=2,
-            num_query=2,
-        )
-        found = fit(
-            Problem(markov(languages), self.model, self.loss_fn),
+
+def languages(config: Config) -> Source:
+    """Markov languages that change suddenly, read by a table of bigrams."""
+    sizes = config.drifting
+    drift, half = sizes.drift, sizes.segment // 2
+    model = models.bigram(drift.vocab_size)
+    loss_fn = losses.next_token(model)
+    tokens = [
+        drifting(drift, jax.random.key(config.seed + i)).tokens for i in range(_number(config))
+    ]
+
+    def segments(stream: np.ndarray) -> Batch:
+        count = (len(stream) - 1) // (2 * half)
+        parts = (x[: 2 * half * count].reshape(count, 2, half) for x in (stream[:-1], stream[1:]))
+        return Batch(*map(jnp.asarray, parts))
+
+    def filtered(stream: np.ndarray) -> np.ndarray:
+        each = filter_losses(stream, drift)
+        return each[: len(each) // (2 * half) * 2 * half].reshape(-1, 2 * half).mean(axis=1)
+
+    @functools.cache
+    def start(directory: Path, train_fn: TrainFn) -> Params:
+        like = {"vocab_size": drift.vocab_size, "concentration": drift.concentration}
+        tasks = markov(MarkovConfig(**like, length=half, num_support=2, num_query=2))
+        return fit(
+            Problem(tasks, model, loss_fn),
             learners.maml(),
             meta_gradients.reverse,
             inner=InnerLoop(num_steps=2),
-            outer=OuterConfig(learning_rate=0.03, warmup_steps=10).ending_at(config.meta_steps),
-            config=FitConfig(seed=self.config.seed, num_steps=config.meta_steps, tasks_per_step=64),
+            outer=OuterConfig(learning_rate=0.03, warmup_steps=10).ending_at(sizes.meta_steps),
+            config=FitConfig(seed=config.seed, num_steps=sizes.meta_steps, tasks_per_step=64),
             directory=directory,
             name="meta-training on languages",
             hparams={"inner_learning_rate": 4.0},
             train_fn=train_fn,
+        ).meta_params["params"]
+
+    return Source(
+        loss_fn=loss_fn,
+        tuning=segments(tokens[0]),
+        streams=[segments(x) for x in tokens[1:]],
+        bayes=np.stack([filtered(x) for x in tokens[1:]]),
+        rates=sizes.rates,
+        unit="nats/token",
+        start=start,
+        random=model.init(jax.random.key(config.seed)),
+    )
+
+
+def linear(config: Config) -> Source:
+    """Linear regression whose weights drift, by a linear model that starts from zero."""
+    drift, size = config.drifting.linear, 4  # examples in a step
+    model = models.mlp(drift.dim, 1, hidden=())
+    found = [drifting_linear(drift, key) for key in _keys(config)]
+    zero = jax.tree.map(jnp.zeros_like, model.init(jax.random.key(0)))
+
+    def whole(values: np.ndarray) -> np.ndarray:
+        return values[: len(values) // size * size].reshape(-1, size, *values.shape[1:])
+
+    def segments(stream: LinearDrift) -> Batch:
+        return Batch(
+            jnp.asarray(whole(stream.inputs)), jnp.asarray(whole(stream.targets))[..., None]
         )
-        self.starts[True] = found.meta_params["params"]
 
-    def losses(
-        self, row: Row, settings: Settings, tokens: np.ndarray, follow: Follow
-    ) -> np.ndarray:
-        """The loss of each segment before it was learned from, nats a token ``[n]``."""
-        hparams = {name: jnp.float32(value) for name, value in settings.items()}
-        start = self.starts[row.name != RANDOM]
-        return np.asarray(follow(start, self.segments(tokens), hparams), np.float64)
-
-    def follow(self, row: Row) -> Follow:
-        """What follows a stream, compiled once a row."""
-        if row.learner is None:
-            one = jax.jit(lambda p, b: jax.lax.map(lambda x: self.loss_fn(p, x), b))
-            return lambda start, segments, hparams: one(start, segments)
-        learner_row = {x.name: x for x in LEARNERS}[row.learner]
-        example = jax.tree.map(lambda x: x[0], self.segments(self.tuning))
-        count = 2 * len(self.segments(self.tuning).inputs)
-        capacity = max(1, int(self.config.memory_share * count))
-        learner = learner_row.make(self.loss_fn, capacity, example)
-
-        @jax.jit
-        def run(start: Params, segments: Batch, hparams):
-            state = learner.init(start)
-            return continual.follow(learner, state, segments, jax.random.key(0), hparams)[1]
-
-        return run
-
-    def filtered(self, tokens: np.ndarray) -> np.ndarray:
-        """The loss of the exact filter on each segment ``[n]``."""
-        each = filter_losses(tokens, self.config.drifting.drift)
-        size = self.config.drifting.segment // 2 * 2
-        return each[: len(each) // size * size].reshape(-1, size).mean(axis=1)
+    return Source(
+        loss_fn=losses.regression(model),
+        tuning=segments(found[0]),
+        streams=[segments(x) for x in found[1:]],
+        bayes=np.stack([whole(kalman_errors(x, drift)).mean(axis=1) for x in found[1:]]),
+        rates=config.drifting.linear_rates,
+        unit="squared error",
+        start=lambda directory, train_fn: zero,
+        random=zero,
+    )
 
 
-def add_rows(table: harness.TableRun, study: Study, rows: Sequence[Row], train_fn: TrainFn) -> None:
+SOURCES = {"languages": languages, "linear": linear}
+
+
+def _keys(config: Config) -> list[Key]:
+    """The keys of the stream that is tuned on, and of those that are reported."""
+    return [jax.random.key(config.seed + i) for i in range(config.drifting.num_streams + 1)]
+
+
+def follow_of(source: Source, row: Row, config: Config) -> Follow:
+    """What follows a stream, compiled once a row."""
+    if row.learner is None:
+        one = jax.jit(lambda p, b: jax.lax.map(lambda x: source.loss_fn(p, x), b))
+        return lambda start, segments, hparams: one(start, segments)
+    example = jax.tree.map(lambda x: x[0], source.tuning)
+    count = source.tuning.inputs.shape[0] * source.tuning.inputs.shape[1]
+    capacity = max(1, int(config.memory_share * count))
+    learner = {x.name: x for x in LEARNERS}[row.learner].make(source.loss_fn, capacity, example)
+
+    @jax.jit
+    def follow(start: Params, segments: Batch, hparams: Hparams) -> jax.Array:
+        state, key = learner.init(start), jax.random.key(0)
+        return continual.follow(learner, state, segments, key, hparams)[1]
+
+    return follow
+
+
+def add_rows(
+    table: harness.TableRun, config: Config, rows: Sequence[Row], train_fn: TrainFn
+) -> None:
     """Tunes the rows on one stream, and follows the others."""
-
-    def add(row: Row, column: str, values: np.ndarray, **more: Any) -> None:
-        over = "95 % intervals over streams"
-        found = interval(values.mean(axis=1))
-        table.add(row.name, column, found, table=TABLE, unit="nats/token", over=over, **more)
-
-    bayes = np.stack([study.filtered(tokens) for tokens in study.streams])
+    sources = {name: SOURCES[name](config) for name in dict.fromkeys(row.source for row in rows)}
     for row in table.pending(rows):
-        if row.name == FILTER:
-            add(row, "loss", bayes, limit=True)
+        source = sources[row.source]
+
+        def add(column: str, values: np.ndarray, row: Row = row, **more: Any) -> None:
+            unit = sources[row.source].unit
+            more |= {"table": TABLE, "unit": unit, "over": "95 % intervals over streams"}
+            table.add(row.name, column, interval(values.mean(axis=1)), **more)
+
+        if row.is_filter:
+            add(LOSS, source.bayes, limit=True)
             continue
-        study.pretrain(table.directory, train_fn)
-        follow, settings = study.follow(row), {}
+        start = source.random if row.random_start else source.start(table.directory, train_fn)
+        follow, settings = follow_of(source, row, config), {}
         if row.learner is not None:
-            settings = tuned(study, row, follow)
-        found = np.stack([study.losses(row, settings, x, follow) for x in study.streams])
-        add(row, "loss", found, settings=settings)
-        add(row, COLUMN, found - bayes, settings=settings)
+            settings = tuned(source, row, config, start, follow)
+        found = np.stack([_follow(follow, start, x, settings) for x in source.streams])
+        add(LOSS, found, settings=settings)
+        add(COLUMN, found - source.bayes, settings=settings)
 
 
-def tuned(study: Study, row: Row, follow: Follow) -> Settings:
+def _follow(follow: Follow, start: Params, segments: Batch, settings: Settings) -> np.ndarray:
+    hparams = {name: jnp.float32(value) for name, value in settings.items()}
+    return np.asarray(follow(start, segments, hparams), np.float64)
+
+
+def tuned(source: Source, row: Row, config: Config, start: Params, follow: Follow) -> Settings:
     """The settings with the least loss on the stream that is tuned on."""
     learner = {x.name: x for x in LEARNERS}[row.learner or FINE_TUNING]
-    tried = settings_of(learner, study.config, study.config.drifting.rates)
-    found = []
+    tried, found = settings_of(learner, config, source.rates), []
     with Progress(f"tuning {row.name}", total=len(tried), first="compiling") as progress:
         for i, settings in enumerate(tried):
-            loss = float(study.losses(row, settings, study.tuning, follow).mean())
+            loss = float(_follow(follow, start, source.tuning, settings).mean())
             found.append(loss if np.isfinite(loss) else np.inf)
             progress.update(i + 1, best=min(found))
     return tried[int(np.argmin(found))]

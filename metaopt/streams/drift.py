@@ -1,7 +1,8 @@
-"""Streams whose source changes: Markov languages that drift, and the best that can be known.
+"""Streams whose source changes, and the best that can be known of them.
 
-A stream is one long sequence of tokens. Its language changes suddenly, gradually, or goes back to
-one that was there before. When, is known for evaluation alone: no learner is told.
+Markov languages: a stream is one long sequence of tokens, whose language changes suddenly,
+gradually, or goes back to one that was there before. When, is known for evaluation alone: no
+learner is told. And linear regression, whose weights drift all the time.
 """
 
 import dataclasses
@@ -9,7 +10,7 @@ from typing import Annotated, Literal, NamedTuple
 
 import jax
 import numpy as np
-from scipy import special
+from scipy import signal, special
 
 from metaopt.ranges import Checked, Count, Range, Steps
 from metaopt.tasks.markov import Concentration, Symbols
@@ -134,3 +135,77 @@ def filter_losses(tokens: np.ndarray, config: DriftConfig) -> np.ndarray:
         weights[: t + 1] /= chance
         followed[: t + 1, context, token] += 1
     return losses
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LinearDriftConfig(Checked):
+    """Linear regression whose weights drift, the teaching case.
+
+    Attributes:
+      dim: d.
+      num_examples: T.
+      noise: σ, standard deviation of the noise of a target.
+      memory: ρ, what is left of the weights from one example to the next.
+    """
+
+    dim: Count = 8
+    num_examples: Steps = 8000
+    noise: Annotated[float, Range(1e-3, 1e3)] = 0.3
+    memory: Annotated[float, Range(0.0, 1.0)] = 0.999
+
+
+class LinearDrift(NamedTuple):
+    """Examples of a linear function that drifts.
+
+    Attributes:
+      inputs: float32 ``[T, d]``.
+      targets: float32 ``[T]``.
+      weights: the weights of each example, for evaluation alone, float64 ``[T, d]``.
+    """
+
+    inputs: np.ndarray
+    targets: np.ndarray
+    weights: np.ndarray
+
+
+def drifting_linear(config: LinearDriftConfig, key: Key) -> LinearDrift:
+    """Draws ``y_t = w_t·x_t + σ ε_t`` with ``w_{t+1} = ρ w_t + √(1 − ρ²) ξ_t``, all else normal."""
+    rng = np.random.default_rng(np.asarray(jax.random.key_data(key)))
+    shape, rho = (config.num_examples, config.dim), config.memory
+    inputs, moves = rng.standard_normal(shape), rng.standard_normal(shape)
+    moves[1:] *= np.sqrt(1 - rho**2)
+    weights = np.asarray(signal.lfilter([1.0], [1.0, -rho], moves, axis=0))
+    noise = config.noise * rng.standard_normal(config.num_examples)
+    targets = np.sum(weights * inputs, axis=1) + noise
+    return LinearDrift(inputs.astype(np.float32), targets.astype(np.float32), weights)
+
+
+def kalman_errors(stream: LinearDrift, config: LinearDriftConfig) -> np.ndarray:
+    """The squared error of the exact Bayes filter on each example, before it is learned from.
+
+    Mathematics: with ``w_t`` normal of mean m and covariance P, the error is ``(y − m·x)²``; then
+    ``k = P x / (x·P x + σ²)``, ``m ← ρ (m + k (y − m·x))`` and
+    ``P ← ρ² (P − k x·P) + (1 − ρ²) I``. No learner has a smaller expected error.
+
+    Args:
+      stream: the examples.
+      config: what they were drawn by.
+
+    Returns:
+      float64 ``[T]``.
+
+    References:
+      Kalman, 1960, "A New Approach to Linear Filtering and Prediction Problems".
+    """
+    mean, covariance = np.zeros(config.dim), np.eye(config.dim)
+    rho, errors = config.memory, np.empty(len(stream.targets))
+    for t, (x, y) in enumerate(zip(stream.inputs, stream.targets, strict=True)):
+        x, y = np.float64(x), float(y)
+        error = y - mean @ x
+        errors[t] = error**2
+        spread = covariance @ x
+        gain = spread / (x @ spread + config.noise**2)
+        mean = rho * (mean + gain * error)
+        covariance = rho**2 * (covariance - np.outer(gain, spread))
+        covariance += (1 - rho**2) * np.eye(config.dim)
+    return errors

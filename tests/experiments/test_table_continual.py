@@ -3,7 +3,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from experiments.table_continual import cleaning, drifting, presets, run, volatility
+from experiments.table_continual import cleaning, presets, run, volatility
 from experiments.table_continual.text import ROWS, measures, settings_of, visits_of
 from metaopt.reporting.tables import read_records
 from metaopt.tasks.series import SeriesConfig
@@ -38,7 +38,8 @@ def test_every_learner_is_tuned_by_as_many_settings():
 
 
 def test_a_run_writes_the_tables_and_the_figure(tmp_path):
-    chosen = [ROWS[0].name, "replay", drifting.FILTER, "drift: replay"]
+    chosen = [ROWS[0].name, "replay", "drift: Bayes filter", "drift: replay"]
+    chosen += ["linear drift: Kalman filter", "linear drift: fine-tuning"]
     chosen += [cleaning.COPIES, "random bytes"]
     run(dataclasses.replace(SMOKE, root=str(tmp_path), rows=tuple(chosen)))
     (place,) = (tmp_path / "table_continual").iterdir()

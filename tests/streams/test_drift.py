@@ -5,7 +5,14 @@ import jax
 import numpy as np
 import pytest
 
-from metaopt.streams.drift import DriftConfig, drifting, filter_losses
+from metaopt.streams.drift import (
+    DriftConfig,
+    LinearDriftConfig,
+    drifting,
+    drifting_linear,
+    filter_losses,
+    kalman_errors,
+)
 
 
 def config(**fields):
@@ -101,3 +108,28 @@ def test_the_same_key_draws_the_same_stream(kind):
     first, again = (drifting(config(kind=kind), jax.random.key(3)) for _ in range(2))
     for x, y in zip(first, again, strict=True):
         np.testing.assert_array_equal(x, y)
+
+
+def test_the_kalman_filter_is_the_normal_posterior():
+    """By the joint covariance of all targets, for a few examples."""
+    one = LinearDriftConfig(dim=3, num_examples=7, noise=0.5, memory=0.8)
+    found = drifting_linear(one, jax.random.key(0))
+    x, y = found.inputs.astype(np.float64), found.targets.astype(np.float64)
+    steps = np.abs(np.subtract.outer(np.arange(7), np.arange(7)))
+    covariance = 0.8**steps * (x @ x.T) + 0.25 * np.eye(7)
+    wanted = []
+    for t in range(7):
+        known = covariance[:t, :t]
+        mean = covariance[t, :t] @ np.linalg.solve(known, y[:t]) if t else 0.0
+        wanted.append((y[t] - mean) ** 2)
+    np.testing.assert_allclose(kalman_errors(found, one), wanted, rtol=1e-8)
+
+
+def test_weights_drift_and_stay_of_one_size():
+    one = LinearDriftConfig(dim=4, num_examples=20_000, noise=0.1, memory=0.99)
+    found = drifting_linear(one, jax.random.key(0))
+    np.testing.assert_allclose(found.weights.var(), 1, rtol=0.15)
+    pairs = found.weights[:-50] * found.weights[50:]
+    np.testing.assert_allclose(pairs.mean(), 0.99**50, atol=0.1)
+    rest = found.targets - np.sum(found.weights * found.inputs, axis=1)
+    np.testing.assert_allclose(rest.std(), 0.1, rtol=0.05)
