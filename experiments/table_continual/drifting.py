@@ -109,9 +109,7 @@ def languages(config: Config) -> Source:
     drift, half = sizes.drift, sizes.segment // 2
     model = models.bigram(drift.vocab_size)
     loss_fn = losses.next_token(model)
-    tokens = [
-        drifting(drift, jax.random.key(config.seed + i)).tokens for i in range(_number(config))
-    ]
+    tokens = [drifting(drift, key).tokens for key in _keys(config)]
 
     def segments(stream: np.ndarray) -> Batch:
         count = (len(stream) - 1) // (2 * half)
