@@ -19,15 +19,17 @@ import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
+
 from experiments import harness
 from metaopt.cli import evolve
 from metaopt.console import log
 from metaopt.evolution import EvolveConfig, Life, check
 from metaopt.ranges import shared_fields
-from metaopt.statistics import interval
 from metaopt.training.runs import slug
 
 ONCE, ALL = "train once", "all at once"
+FIRST_KEY = 100  # beyond the numbers of attempts
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,7 +54,7 @@ def presets(preset: str = "cpu") -> Config:
     if preset == "gpu":
         large = {"width": 512, "num_layers": 6, "num_heads": 8, "length": 256}
         long = {"steps": 10_000, "meta_steps": 1000, "tasks_per_step": 32, "tasks_at_a_time": 4}
-        data = dataclasses.replace(config.data, capacity=2**17, arriving=2**14)
+        data = dataclasses.replace(config.data, capacity=2**15, arriving=2**13)
         dtype = {"compute_dtype": "bfloat16"}
         return dataclasses.replace(config, **large, **long, **dtype, data=data)
     return config
@@ -80,6 +82,7 @@ def run(config: Config) -> None:
     for generation in table.pending(evolve.live(life), evolve.row_name):
         log(evolve.in_words(generation))
         for column, found, fields in evolve.cells(generation):
+            fields["seconds"] = generation["seconds"]
             table.add(evolve.row_name(generation), column, found, **fields)
     evolve.draw(table.directory, life.generations)
     if config.compared and len(life.generations) > 1:
@@ -93,20 +96,21 @@ def add_compared(table: harness.TableRun, life: Life) -> None:
     for record in table.records:
         if record["row"] in (ONCE, ALL) and record["generations"] != number:
             table.discard(record["row"])
+    trainings = sum(len(x["attempts"]) for x in life.generations)
     last = life.data(number)
     old = [name for name in last.names if name not in life.generations[-1]["new"]]
     groups = {"old": old, "new": life.generations[-1]["new"], "held-out": life.held_out}
     for name in table.pending((ONCE, ALL), str):
         data = life.data(1) if name == ONCE else last
         chances = dict.fromkeys(data.names, 1 / len(data.names))
-        key = number + (1 if name == ONCE else 2) * 10**6
+        key = number, FIRST_KEY + (name == ALL)
         training = f"{name}, {number} generations"
-        params = life.train(training, chances, data, None, key=key, times=number)
+        params = life.train(training, chances, data, None, key=key, times=trainings)
         judged = life.judge(params, last.names, last)
         for column, names in groups.items():
             fields = {"over": evolve.OVER, "generations": number}
-            table.add(name, column, interval(judged.of(names)), **fields)
-            table.keep(f"{name} {column}", adapted=judged.of(names))
+            table.add(name, column, evolve.over_domains(judged.of(names)), **fields)
+        table.keep(name, held_out=judged.of(life.held_out))
 
 
 def notes(table: harness.TableRun, life: Life) -> Iterator[str]:
@@ -115,11 +119,12 @@ def notes(table: harness.TableRun, life: Life) -> Iterator[str]:
     held_out = [kept[name]["adapted"] for name in life.held_out]
     for row in (ONCE, ALL):
         if table.has(row):
-            other = table.kept(f"{row} held-out")["adapted"]
-            found = interval(held_out - other)
+            other = table.kept(row)["held_out"]
+            found = evolve.over_domains(held_out - other)
+            half = "" if np.isnan(found.ci95) else f" ± {found.ci95:.3f}"
             share = 100 * found.mean / other.mean()
             yield (
-                f"held-out, the last generation minus {row}: {found.mean:+.3f} ± {found.ci95:.3f} "
+                f"held-out, the last generation minus {row}: {found.mean:+.3f}{half} "
                 f"{evolve.UNIT}, {share:+.1f} %"
             )
 

@@ -24,7 +24,6 @@ import io
 import itertools
 import operator
 import os
-import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -33,11 +32,11 @@ from typing import Any, Literal, NamedTuple, TypeVar, get_args, get_origin, get_
 
 import jax
 import numpy as np
-import tyro
 from rich.console import Console
 
 from metaopt import parallel
 from metaopt.cli import command_line
+from metaopt.cli.command_line import BARE
 from metaopt.comparison import (
     Comparison,
     ComparisonConfig,
@@ -103,8 +102,6 @@ class RunConfig(Checked):
 
 
 Improve = Literal["off", "on", "report"]
-BARE = "--improve"
-"""A flag that may stand alone, for ``on``."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -185,7 +182,7 @@ def _spelled_out(args: Sequence[str]) -> list[str]:
     found = []
     for arg, following in itertools.zip_longest(args, args[1:], fillvalue="--"):
         found.append(arg)
-        if arg == BARE and following.startswith("-"):
+        if arg == BARE and following not in get_args(Improve):
             found.append("on")
     return found
 
@@ -225,31 +222,9 @@ def command(module: str, config: AnyConfig, presets: Presets[AnyConfig]) -> str:
         if getattr(config, name) != getattr(default, name):
             chosen[name] = getattr(config, name)
             default = presets(**chosen)
-    flags = [f"--{name} {_as_argument(value)}" for name, value in chosen.items()]
-    return " ".join([f"python -m experiments.{module}", *flags, *_changed_flags(config, default)])
-
-
-def _changed_flags(config: Any, default: Any, prefix: str = "") -> Iterator[str]:
-    hints = get_type_hints(type(config), include_extras=True)
-    for field in dataclasses.fields(config):
-        value, usual = getattr(config, field.name), getattr(default, field.name)
-        name = field.name.replace("_", "-")
-        if tyro.conf.Positional in getattr(hints[field.name], "__metadata__", ()):
-            yield from () if value == usual else (_as_argument(value),)
-        elif dataclasses.is_dataclass(value):
-            yield from _changed_flags(value, usual, f"{prefix}{name}.")
-        elif isinstance(value, bool) and value != usual:
-            yield f"--{prefix}{'' if value else 'no-'}{name}"
-        elif f"--{prefix}{name}" == BARE and value == "on":
-            yield BARE
-        elif value != usual:
-            yield f"--{prefix}{name} {_as_argument(value)}"
-
-
-def _as_argument(value: Any) -> str:
-    if isinstance(value, tuple):
-        return " ".join(map(_as_argument, value))
-    return shlex.quote(str(value))
+    flags = [f"--{name} {command_line.as_argument(value)}" for name, value in chosen.items()]
+    changed = command_line.changed_flags(config, default)
+    return " ".join([f"python -m experiments.{module}", *flags, *changed])
 
 
 def as_saved(config: RunConfig) -> dict[str, Any]:

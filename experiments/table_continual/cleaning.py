@@ -29,7 +29,7 @@ from metaopt.statistics import Interval, interval, t_interval
 from metaopt.streams.adjust import replace_tokens, shuffle_words
 from metaopt.streams.data import SEQUENCES
 from metaopt.streams.data_rater import RatedState, auc, rated_training, transformer_rater
-from metaopt.streams.duplicates import are_equal, are_near, signatures
+from metaopt.streams.duplicates import are_near, are_repeated, digests, signatures
 from metaopt.tasks.sources.text import Domain
 from metaopt.training.progress import Progress
 from metaopt.types import Batch, Params
@@ -185,7 +185,7 @@ def make_pool(texts: Texts, spoil: Spoil, config: Config, rng: np.random.Generat
 
 def duplicates_of(passages: np.ndarray) -> np.ndarray:
     """Which passages are found to be duplicates of one before them, bool ``[n]``."""
-    found = are_equal(passages, passages[:0])
+    found = are_repeated(digests(passages), digests(passages[:0]))
     rows = np.flatnonzero(~found)
     marks = signatures(passages[rows])
     found[rows] = are_near(marks, marks[:0], NEAR)
@@ -327,14 +327,26 @@ def noise(
     table.keep(kind, **{name.replace(" ", "_"): x for name, x in found.items()})
     seeds = {"seeds": [*study.texts]}
     over = {"over": "95 % intervals over test sequences, paired", **seeds}
-    cost = float((found["everything"] - found["clean"]).mean())
     for column, name in (("recovered", "cleaned"), ("by de-duplication", "without duplicates")):
-        back = 100 * (found["everything"] - found[name]) / cost
-        yield column, interval(back), over | {"unit": "% of the lost loss", "better": "higher"}
+        back = part_of(found["everything"] - found[name], found["everything"] - found["clean"])
+        yield column, back, over | {"unit": "% of the lost loss", "better": "higher"}
     about = {"unit": "chance", "better": "higher", "over": "over seeds", **seeds}
     yield "AUC", t_interval(np.array(aucs)), about
     for name in names:
         yield name, interval(found[name]), over | {"limit": name == "clean"}
+
+
+def part_of(gain: np.ndarray, cost: np.ndarray) -> Interval:
+    """The mean of a gain in per cent of that of a cost, of the same sequences.
+
+    NaN if nothing was lost beyond noise. The interval is that of the ratio, to first order: of ``(x − R c) / mean c``.
+    """
+    lost = interval(cost)
+    if lost.mean - lost.ci95 <= 0:
+        return Interval(float("nan"), float("nan"), lost.n)
+    ratio = gain.mean() / lost.mean
+    around = interval(100 * (gain - ratio * cost) / lost.mean)
+    return around._replace(mean=float(100 * ratio))
 
 
 def _next_token(sequences: np.ndarray) -> Batch:

@@ -91,6 +91,8 @@ class DriftingConfig(Checked):
             raise UserError(
                 f"segment {self.segment} must be even, and less than {self.drift.num_tokens} tokens"
             )
+        if self.drift.kind != "sudden":
+            raise UserError(f"the exact filter is that of sudden drift, not of {self.drift.kind}")
         for low, high in (self.rates, self.linear_rates):
             if low >= high:
                 raise UserError(f"rates {low} and {high} must be the least and the largest")

@@ -64,7 +64,7 @@ ROWS = (
     Row(
         "EWC",
         lambda loss, size, batch: continual.elastic(loss),
-        {"strength": (1.0, 10.0, 100.0)},
+        {"strength": (1e2, 1e3, 1e4)},
     ),
     Row(
         "fast and slow weights",

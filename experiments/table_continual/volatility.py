@@ -1,7 +1,7 @@
 """Daily prices: how volatile will tomorrow be, beside GARCH(1,1), and will it go up?
 
 A small network turns variances of the past into the density of the next return. It is meta-trained
-by MAML on the earlier half of all series, and walks forward through the later half: it adapts to
+by MAML on all series until a date, and walks forward through what follows: it adapts to
 the last year, and predicts the next month. GARCH(1,1) with Student's t (Bollerslev, 1987), by the
 library arch, is fitted again every month on all days so far. `gain on GARCH` is the difference of
 their log densities, in nats a day; `direction` how much better than a coin the sign is foreseen.
@@ -33,10 +33,12 @@ from metaopt.tasks.series import (
     day_losses,
     read_series,
     return_loss,
+    split_date,
     stretches,
     walk_forward,
 )
 from metaopt.training.progress import Progress
+from metaopt.training.runs import slug
 from metaopt.training.types import TrainFn
 from metaopt.types import Episode, MetaParams, Params, TaskFamily
 
@@ -64,6 +66,8 @@ def read_all(folder: str) -> dict[str, Series]:
     paths = sorted(Path(folder).expanduser().glob("*.csv"))
     if not paths:
         raise UserError(f"there is no CSV file in {folder}: give a folder of series")
+    if len({slug(path.stem) for path in paths}) < len(paths):
+        raise UserError(f"two series of {folder} have names that are too alike: rename one")
     return {path.stem: read_series(path) for path in paths}
 
 
@@ -102,6 +106,7 @@ class Study:
         self.config, self.series = config, series
         self.model = models.mlp(NUM_FEATURES, NUM_OUTPUTS, hidden=(config.volatility.width,))
         self.family_split = stretches(series, config.volatility.series)
+        self.date = split_date(series, config.volatility.series)
         self.loss_fn = return_loss(self.model)
         self._trained: MetaParams | None = None
 
@@ -140,14 +145,20 @@ class Study:
 
     def losses(self, meta_params: MetaParams, name: str) -> np.ndarray:
         """Losses of return and direction on each block of a series, ``[E, K + 1, 2]``."""
-        episodes = walk_forward(self.series[name], self.config.volatility.series)
+        episodes = walk_forward(self.series[name], self.config.volatility.series, self.date)
         hparams = {"inner_learning_rate": np.float32(self.config.volatility.inner_rate)}
         return self._curves(meta_params, hparams, episodes)
+
+    def months(self, name: str, blocks: int) -> np.ndarray:
+        """The month in which each block of a series begins, as text ``[E]``."""
+        series, size = self.series[name], self.config.volatility.series.num_query
+        begin = int(np.searchsorted(series.dates, self.date))
+        return np.array([x[:7] for x in series.dates[begin::size][:blocks]])
 
     def garch(self, name: str, blocks: int) -> np.ndarray:
         """The loss of GARCH on each block of a series ``[E]``."""
         sizes, returns = self.config.volatility.series, self.series[name].returns
-        begin = int(sizes.split * len(returns))
+        begin = int(np.searchsorted(self.series[name].dates, self.date))
         end = begin + blocks * sizes.num_query
         found = garch_losses(returns, begin, sizes.num_query, end)
         return found.reshape(blocks, sizes.num_query).mean(axis=1)
@@ -167,7 +178,8 @@ def add_rows(table: harness.TableRun, study: Study, train_fn: TrainFn) -> None:
     for row in table.pending([Row(ALL)]):
         kept = [table.kept(f"series: {name}") for name in names]
         ours, garch = (np.concatenate([x[key] for x in kept]) for key in ("ours", "garch"))
-        groups = np.repeat(np.arange(len(kept)), [len(x["garch"]) for x in kept])
+        lengths = [len(x["garch"]) for x in kept]
+        groups = np.concatenate([study.months(n, k) for n, k in zip(names, lengths, strict=True)])
         _add(table, row.name, ours, garch, groups)
     log("series are walked through")
 
@@ -179,7 +191,7 @@ def _add(
     garch: np.ndarray,
     groups: np.ndarray | None,
 ) -> None:
-    over = "95 % intervals over months" if groups is None else "95 % intervals over series"
+    over = "95 % intervals over months, in which all series fall together"
     for column, values in (
         (COLUMN, garch - ours[:, -1, 0]),
         ("not adapted", garch - ours[:, 0, 0]),

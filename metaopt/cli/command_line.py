@@ -1,12 +1,14 @@
 """What all command lines share: flags by tyro, and an end in one line and an exit code."""
 
 import contextlib
+import dataclasses
 import errno
 import io
 import os
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar, get_type_hints
 
 import tyro
 
@@ -16,6 +18,8 @@ from metaopt.errors import Diverged, UserError
 from metaopt.ranges import OutOfRange
 
 Config = TypeVar("Config")
+BARE = "--improve"
+"""A flag that may stand alone, for ``on``."""
 SIGPIPE = 13  # which Windows does not have
 DENIALS = {getattr(errno, name, -1) for name in ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EIO")}
 DENIALS |= {errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE}
@@ -46,6 +50,39 @@ def parse(
         near = next((part for part in parts if "Perhaps you meant" in part), "")
         said = [" ".join(parts[0].split()).rstrip("."), " ".join(near.strip("─ ").split()[:4])]
         raise UserError("; ".join(part for part in (*said, f"see {prog} --help") if part)) from None
+
+
+def changed_flags(config: Any, default: Any) -> list[str]:
+    """The arguments of a command that make this config of a default one, those without flag first.
+
+    ``--improve on`` is written as ``--improve`` at the end, where it may stand alone.
+    """
+    flags = list(_changed_flags(config, default))
+    return sorted(flags, key=lambda flag: (flag.startswith("--"), flag == BARE))
+
+
+def _changed_flags(config: Any, default: Any, prefix: str = "") -> Iterator[str]:
+    hints = get_type_hints(type(config), include_extras=True)
+    for field in dataclasses.fields(config):
+        value, usual = getattr(config, field.name), getattr(default, field.name)
+        name = field.name.replace("_", "-")
+        if tyro.conf.Positional in getattr(hints[field.name], "__metadata__", ()):
+            yield from () if value == usual else (as_argument(value),)
+        elif dataclasses.is_dataclass(value):
+            yield from _changed_flags(value, usual, f"{prefix}{name}.")
+        elif isinstance(value, bool) and value != usual:
+            yield f"--{prefix}{'' if value else 'no-'}{name}"
+        elif f"--{prefix}{name}" == BARE and value == "on":
+            yield BARE
+        elif value != usual:
+            yield f"--{prefix}{name} {as_argument(value)}"
+
+
+def as_argument(value: Any) -> str:
+    """A value as it is typed."""
+    if isinstance(value, tuple):
+        return " ".join(map(as_argument, value))
+    return shlex.quote(str(value))
 
 
 @contextlib.contextmanager

@@ -21,13 +21,14 @@ import numpy as np
 from rich.console import Console
 
 from metaopt import parallel
+from metaopt.cli import command_line
 from metaopt.console import log
 from metaopt.evolution import EvolveConfig, Generation, Life, check
 from metaopt.files import write_json_lines, write_text
 from metaopt.reporting import plots, tables
 from metaopt.reporting.page import PAGE, page
 from metaopt.reporting.results import cell_maker
-from metaopt.statistics import Interval
+from metaopt.statistics import Interval, interval
 from metaopt.training.loop import train
 from metaopt.training.runs import as_json, open_run, slug
 
@@ -67,7 +68,7 @@ def run(config: Config) -> None:
         make = cell_maker(
             table=TABLE,
             preset="cpu",
-            command=" ".join(["metaopt evolve", *([config.folder] if config.folder else [])]),
+            command=" ".join(["metaopt evolve", *command_line.changed_flags(config, Config())]),
             seeds=[config.seed],
             episodes=config.episodes,
         )
@@ -80,6 +81,7 @@ def run(config: Config) -> None:
         arranged = tables.arrange(records)
         draw(place, life.generations)
         tables.write(place, arranged, [])
+        opened.finish()
         write_text(place / PAGE, page(place))
     console = Console()
     for table in arranged:
@@ -149,6 +151,11 @@ def draw(directory: Path, generations: list[Generation]) -> None:
         y_label="bits a byte, adapted",
         title="A model that evolves with its data",
     )
+
+
+def over_domains(values: np.ndarray) -> Interval:
+    """A mean over domains; NaN, which tables show as a dash, over none."""
+    return interval(values) if len(values) else _interval(None)
 
 
 def _interval(found: Mapping[str, Any] | None) -> Interval:

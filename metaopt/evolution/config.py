@@ -10,6 +10,7 @@ from metaopt.errors import UserError
 from metaopt.inner_loop import InnerLoop
 from metaopt.languages import LanguageConfig
 from metaopt.models import AdapterConfig
+from metaopt.npz import LARGEST
 from metaopt.optimizers.inner import OptimizerName
 from metaopt.optimizers.outer import OuterConfig
 from metaopt.ranges import (
@@ -30,6 +31,7 @@ from metaopt.ranges import (
     shared_fields,
 )
 from metaopt.streams.data import SEQUENCES, DataConfig, passages_needed
+from metaopt.streams.duplicates import NUM_HASHES
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,8 +66,7 @@ class EvolveConfig(Checked):
       outer: Optimiser of next-token prediction; its rate warms up and falls in each generation.
       meta_rate: Outer learning rate of MAML.
       new_share: Share of the tasks of a generation that are of its new domains.
-      most_forgetting: Part by which the loss on old domains may rise, beyond noise, in a generation
-        that is kept.
+      most_forgetting: Part by which the loss on old domains may rise in a generation that is kept.
       episodes: Episodes of each domain that it is judged on.
       data: What is kept of the data.
       seed: Seed of the initialisation and of all that is drawn.
@@ -113,6 +114,13 @@ class EvolveConfig(Checked):
                 f"sequences: give {self.passages_needed} passages of {SEQUENCES} at least"
             )
 
+        bytes_of_all = 4 * (SEQUENCES * (self.length + 1) + NUM_HASHES) * self.data.capacity
+        if bytes_of_all > LARGEST // 2:  # those that are judged on come on top
+            raise UserError(
+                f"data.capacity {self.data.capacity} of passages of {SEQUENCES} sequences takes "
+                f"{bytes_of_all / 2**20:,.0f} MiB, more than {LARGEST // 2**21} MiB: lower it"
+            )
+
     @property
     def num_sequences(self) -> int:
         """S + Q, the sequences of an episode."""
@@ -122,6 +130,11 @@ class EvolveConfig(Checked):
     def passages_needed(self) -> int:
         """The passages of an episode."""
         return passages_needed(self.num_sequences)
+
+    @property
+    def sequences_needed(self) -> int:
+        """The sequences of an episode to choose a rate on and one to judge on, in whole passages."""
+        return 2 * SEQUENCES * self.passages_needed
 
     @property
     def num_waves(self) -> int:

@@ -10,6 +10,7 @@ life that was killed goes on to the same numbers, whatever has happened to the f
 
 import dataclasses
 import functools
+import io
 import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -30,9 +31,11 @@ from metaopt.files import (
     append_json_line,
     as_record,
     check_directory,
+    matches,
     read_json,
     read_json_lines,
     strict_json,
+    write_bytes,
     write_text,
 )
 from metaopt.fit import FitConfig, Problem, check_devices, fit
@@ -40,22 +43,22 @@ from metaopt.languages import make_codec, make_model
 from metaopt.load import GENERATIONS, LANGUAGES, read_learned
 from metaopt.losses import NATS_TO_BITS, next_token
 from metaopt.meta_gradients import joint, reverse
+from metaopt.npz import read_npz
 from metaopt.optimizers.inner import INNER_OPTIMIZERS
-from metaopt.optimizers.outer import OuterConfig
-from metaopt.statistics import Interval, compare, interval
+from metaopt.statistics import Interval, interval
 from metaopt.streams import data as streams
 from metaopt.streams.data import DataState, TakenIn
 from metaopt.tasks.sources.text import Domain, fingerprint
 from metaopt.tasks.sources.text_checks import check_readable
 from metaopt.tasks.tokenizers import bytes_of
 from metaopt.training.loop import checkpoint_directory, train
-from metaopt.training.runs import as_json
+from metaopt.training.runs import as_json, differences, lock_directory
 from metaopt.training.types import TrainFn
-from metaopt.types import Episode, Estimator, MetaParams, Params, TaskFamily
+from metaopt.types import Episode, Estimator, Key, MetaParams, Params, TaskFamily
 
 __all__ = ["GENERATIONS", "LANGUAGES", "Generation", "Life", "check"]
 
-PLAN, HELD_OUT = "plan.json", "held-out.npz"
+PLAN, HELD_OUT, BARRED = "plan.json", "held-out.npz", "held-out-windows.npz"
 GROUPS = ("old", "new", "held-out")
 CAREFUL = (1.0, 0.5)
 """Factors on the outer rates and on the share of new domains, of the first attempt and the next."""
@@ -158,6 +161,37 @@ class Arrived(NamedTuple):
     taken_in: dict[str, TakenIn]
 
 
+class ArrivalsRecord(TypedDict):
+    """What a generation took in, as its file has it.
+
+    Attributes:
+      names: names of all domains so far.
+      seen: fingerprints of the files that came in, by name.
+      wave: number of waves that have come.
+      taken_in: what became of what came, by name.
+    """
+
+    names: list[str]
+    seen: dict[str, str]
+    wave: int
+    taken_in: dict[str, dict[str, int]]
+
+
+class SavedPlan(NamedTuple):
+    """The plan of a life, as its file has it.
+
+    Attributes:
+      held_out, waves: see `metaopt.evolution.arrivals.Plan`.
+      judged: names of held-out domains that are long enough to be judged on.
+      config: of the life.
+    """
+
+    held_out: list[str]
+    waves: list[list[str]]
+    judged: list[str]
+    config: dict[str, Any]
+
+
 class Judged(NamedTuple):
     """A model on the domains that it is judged on.
 
@@ -193,7 +227,7 @@ def check(config: EvolveConfig, directory: Path) -> None:
     check_devices(0, config.tasks_per_step, config.tasks_at_a_time)
     languages = config.languages
     if config.model is None:  # whose tokens are bytes
-        least = config.passages_needed * streams.SEQUENCES * (config.length + 1)
+        least = 2 * config.passages_needed * streams.SEQUENCES * (config.length + 1)
         for held_out, needed in ((True, least), (False, 2 * least)):
             sizes = [x.size for x in domains if (x.name in plan.held_out) == held_out]
             if max(sizes) < needed:
@@ -240,34 +274,43 @@ class Life:
         self._model, self._codec = make_model(languages), make_codec(languages)
         self._learner = learners.maml(INNER_OPTIMIZERS[config.inner_optimizer])
         self._loss_fn = next_token(self._model)
+        with lock_directory(self.directory):
+            self._plan = self._begin()
+        self._held_out = streams.read(self.directory / HELD_OUT, self._plan.judged)
+        self._barred = read_npz(self.directory / BARRED)["windows"]
         self.generations: list[Generation] = read_json_lines(  # type: ignore[assignment]
             self.directory / GENERATIONS, Generation
         )
-        self._plan, self._held_out = self._begin()
 
     def next(self) -> Generation | None:
         """Lives one more generation; None if there is nothing new.
+
+        No other process may live in the directory meanwhile.
 
         Raises:
           UserError: a file of the folder, or of the life, cannot be used.
           Interrupted: after Ctrl-C or SIGTERM, with everything saved.
         """
-        number, began = len(self.generations) + 1, time.monotonic()
-        found = self._arrive(number)
+        with lock_directory(self.directory):
+            return self._live(len(self.generations) + 1)
+
+    def _live(self, number: int) -> Generation | None:
+        began, found = time.monotonic(), self._arrive(number)
         if found is None:
             return None
-        if number == 1 and not found.new:
-            raise UserError("no domain that came in holds an episode: give longer files")
         before = self._kept_params()
         seen = found.state.names
         old = [name for name in seen if name not in found.new]
         previous = None
         if before is not None:
-            previous = self.judge(before, seen, found.state, self._kept["inner_learning_rate"])
+            previous = self.judge(before, seen, found.state)
         attempts: list[Attempt] = []
-        judged, kept = previous, self._kept if before is not None else None
-        for factor in CAREFUL if found.new else ():
-            attempt, after = self._attempt(number, factor, found, before, previous)
+        judged, kept = previous, None
+        if previous is not None:
+            kept = self._kept.copy()
+            kept["inner_learning_rate"] = previous.inner_rate
+        for i in range(len(CAREFUL) if found.new else 0):
+            attempt, after = self._attempt(number, i, found, before, previous)
             attempts.append(attempt)
             log(f"{attempt['training']}: {attempt['reason']}")
             if attempt["is_kept"] and after is not None:
@@ -315,9 +358,9 @@ class Life:
           params: the model, as what MAML learned.
           seen: names of domains of the data.
           state: the data.
-          inner_rate: inner rate; if not given it is chosen, on other episodes of seen domains.
+          inner_rate: inner rate; if not given it is chosen, on other sequences of seen domains.
         """
-        names = [*seen, *self._plan.held_out]
+        names = [*seen, *self.held_out]
         log(f"judging on {len(names)} domains")
         if inner_rate is None:
             size = -(-MOST_TUNED // len(seen))
@@ -346,7 +389,7 @@ class Life:
         state: DataState,
         start: Params | None,
         *,
-        key: int,
+        key: Sequence[int],
         factor: float = 1.0,
         times: int = 1,
     ) -> MetaParams:
@@ -357,7 +400,7 @@ class Life:
           chances: chances of the domains, which sum to one.
           state: the data.
           start: parameters to start from; None for new ones.
-          key: number that the tasks are drawn by.
+          key: numbers that the tasks are drawn by, beside the seed.
           factor: factor on the outer rates.
           times: factor on the numbers of steps.
 
@@ -371,45 +414,49 @@ class Life:
         groups = {n: state.sequences(n, valid=False) for n in chances}
         sizes = config.num_support, config.num_query
         split = streams.episodes(groups, np.array([*chances.values()]), *sizes)
-        family = TaskFamily("generation", split, split, split)
-        problem = Problem(family, self._model, self._loss_fn)
+        problem = Problem(TaskFamily("generation", split, split, split), self._model, self._loss_fn)
 
-        def fitted(phase: str, estimator: Estimator, outer: OuterConfig, steps: int, start):
-            rate = factor * outer.learning_rate
-            outer = dataclasses.replace(outer, learning_rate=rate).ending_at(times * steps)
+        def fitted(name: str, estimator: Estimator, rate: float, steps: int, start: Params | None):
+            warmup_steps = min(config.outer.warmup_steps, steps // 10)
+            outer = dataclasses.replace(
+                config.outer, learning_rate=factor * rate, warmup_steps=warmup_steps
+            )
             return fit(
                 problem,
                 self._learner,
                 estimator,
                 inner=config.inner,
-                outer=outer,
-                config=FitConfig(
-                    seed=config.seed,
-                    num_steps=times * steps,
-                    log_every=max(1, times * steps // 20),
-                    checkpoint_every=max(1, times * steps // 3),
-                    keep_last=1,
-                    tasks_per_step=config.tasks_per_step,
-                    tasks_at_a_time=config.tasks_at_a_time,
-                ),
+                outer=outer.ending_at(steps),
+                config=self._fit_config(steps),
                 directory=self.directory,
-                name=f"{name}, {phase}" if phase else name,
+                name=name,
                 params=start,
                 hparams={"inner_learning_rate": config.inner_rate},
-                key=jax.random.fold_in(jax.random.key(config.seed), key),
+                key=self._key(*key, int(estimator is reverse)),
                 train_fn=self._train_fn,
             ).meta_params
 
-        last = "" if config.meta_steps == 0 else "next tokens"
-        found = fitted(last, joint, config.outer, config.steps, start)
-        if config.meta_steps == 0:
-            return found
-        outer = dataclasses.replace(
-            config.outer,
-            learning_rate=config.meta_rate,
-            warmup_steps=min(config.outer.warmup_steps, config.meta_steps // 10),
+        steps, meta_steps = times * config.steps, times * config.meta_steps
+        if not meta_steps:
+            return fitted(name, joint, config.outer.learning_rate, steps, start)
+        found = fitted(f"{name}, next tokens", joint, config.outer.learning_rate, steps, start)
+        return fitted(name, reverse, config.meta_rate, meta_steps, self._learner.start(found))
+
+    def _fit_config(self, steps: int) -> FitConfig:
+        return FitConfig(
+            seed=self.config.seed,
+            num_steps=steps,
+            log_every=max(1, steps // 20),
+            checkpoint_every=max(1, steps // 3),
+            keep_last=1,
+            tasks_per_step=self.config.tasks_per_step,
+            tasks_at_a_time=self.config.tasks_at_a_time,
         )
-        return fitted("", reverse, outer, config.meta_steps, self._learner.start(found))
+
+    def _key(self, *numbers: int) -> Key:
+        """The key of what is drawn once: each of these numbers makes another."""
+        key = jax.random.key(self.config.seed)
+        return functools.reduce(jax.random.fold_in, numbers, key)
 
     def data(self, generation: int) -> DataState:
         """The data of a generation.
@@ -417,11 +464,15 @@ class Life:
         Raises:
           UserError: its file is missing or damaged.
         """
+        names = self._arrivals(generation)["names"]
+        return streams.read(self._data_path(generation, "npz"), names)
+
+    def _arrivals(self, generation: int) -> ArrivalsRecord:
         path = self._data_path(generation, "json")
-        meta = read_json(path)
-        if not (isinstance(meta, dict) and isinstance(meta.get("names"), list)):
+        found = read_json(path)
+        if not matches(found, ArrivalsRecord):
             raise UserError(f"{path} is missing or damaged: put it back, or start a new life")
-        return streams.read(self._data_path(generation, "npz"), meta["names"])
+        return found
 
     @functools.cached_property
     def _curves(self) -> Callable[..., np.ndarray]:
@@ -433,43 +484,50 @@ class Life:
 
     @property
     def held_out(self) -> list[str]:
-        """Names of the domains that are held out."""
-        return self._plan.held_out
+        """Names of the domains that are held out and long enough to be judged on."""
+        return self._plan.judged
 
     @property
     def _kept(self) -> Kept:
         return self.generations[-1]["kept"]
 
-    def _begin(self) -> tuple[Plan, DataState]:
-        """The plan of the life, and the data of its held-out domains; made when it begins."""
+    def _begin(self) -> SavedPlan:
+        """The plan of the life; when it begins, what is held out is stored beside it."""
         path = self.directory / PLAN
         if not path.exists():
             domains = domains_of(self.config)
             plan = make_plan([domain.name for domain in domains], self.config)
             log(f"held out for ever: {', '.join(plan.held_out)}")
-            config = dataclasses.replace(self.config.data, valid_share=1.0)
-            config = dataclasses.replace(config, valid_passages=4 * config.valid_passages)
-            chosen = [domain for domain in domains if domain.name in plan.held_out]
+            passages = self._passages([x for x in domains if x.name in plan.held_out])
+            most = 4 * self.config.data.valid_passages
+            whole = {"valid_share": 1.0, "valid_passages": most, "capacity": 1}
             state, _ = streams.update_data(
                 DataState.empty(self.config.length),
-                self._passages(chosen),
-                jax.random.fold_in(jax.random.key(self.config.seed), 0),
-                config,
+                passages,
+                self._key(0),
+                dataclasses.replace(self.config.data, **whole),
                 generation=0,
-                num_sequences=self.config.num_sequences,
+                num_sequences=self.config.sequences_needed,
             )
-            plan = plan._replace(held_out=list(state.names))
-            if not plan.held_out:
+            if not state.names:
                 raise UserError("every held-out domain is shorter than an episode: lower the sizes")
-            self.directory.mkdir(parents=True, exist_ok=True)
             write_text(self.directory / LANGUAGES, strict_json(as_json(self.config.languages), str))
             streams.save(state, self.directory / HELD_OUT)
-            write_text(path, strict_json(plan._asdict(), str, indent=2) + "\n")
-        saved = read_json(path)
-        if not (isinstance(saved, dict) and saved.keys() == set(Plan._fields)):
+            packed = io.BytesIO()
+            barred = streams.windows_of(np.concatenate(list(passages.values())))
+            np.savez_compressed(packed, allow_pickle=False, windows=barred)
+            write_bytes(self.directory / BARRED, packed.getvalue())
+            saved = SavedPlan(plan.held_out, plan.waves, list(state.names), as_json(self.config))
+            write_text(path, strict_json(saved._asdict(), str, indent=2) + "\n")
+        found = read_json(path)
+        if not matches(found, SavedPlan):
             raise UserError(f"{path} is damaged: put it back, or start a new life")
-        plan = Plan(**saved)
-        return plan, streams.read(self.directory / HELD_OUT, plan.held_out)
+        if changed := differences(found["config"], as_json(self.config)):
+            raise UserError(
+                f"{self.directory} is a life of another config ({changed}); go back to that config "
+                "or give a new directory"
+            )
+        return SavedPlan(**found)
 
     def _passages(self, domains: Sequence[Domain]) -> dict[str, np.ndarray]:
         note = check_readable(domains)
@@ -485,36 +543,36 @@ class Life:
         """The data of a generation, which are written before anything is trained on them."""
         path = self._data_path(number, "json")
         if not path.exists():
-            before = read_json(self._data_path(number - 1, "json")) if number > 1 else None
+            before = self._arrivals(number - 1) if number > 1 else None
             seen, wave = (before["seen"], before["wave"]) if before else ({}, 0)
-            domains, wave = arrived(domains_of(self.config), self._plan, seen, wave)
+            plan = Plan(self._plan.held_out, self._plan.waves)
+            domains, wave = arrived(domains_of(self.config), plan, seen, wave)
             if not domains:
                 return None
             log(f"generation {number}: {len(domains)} domains come in")
-            state = self.data(number - 1) if number > 1 else DataState.empty(self.config.length)
             state, taken_in = streams.update_data(
-                state,
+                self.data(number - 1) if number > 1 else DataState.empty(self.config.length),
                 self._passages(domains),
-                jax.random.fold_in(jax.random.key(self.config.seed), number),
+                self._key(number),
                 self.config.data,
                 generation=number,
-                num_sequences=self.config.num_sequences,
-                against=self._held_out,
+                num_sequences=self.config.sequences_needed,
+                barred=self._barred,
             )
-            least = self.config.passages_needed
-            if self.config.data.capacity < least * len(state.names):
-                raise UserError(
-                    f"{len(state.names)} domains have less than an episode each of "
-                    f"data.capacity {self.config.data.capacity} passages: raise it"
-                )
+            if not state.names:
+                raise UserError("no domain that came in holds an episode: give longer files")
             path.parent.mkdir(exist_ok=True)
             streams.save(state, self._data_path(number, "npz"))
-            seen |= {domain.name: fingerprint([domain]) for domain in domains}
-            meta = {"names": state.names, "seen": seen, "wave": wave}
-            meta["taken_in"] = {name: x._asdict() for name, x in taken_in.items()}
-            write_text(path, strict_json(meta, str) + "\n")
+            record = ArrivalsRecord(
+                names=list(state.names),
+                seen=seen | {domain.name: fingerprint([domain]) for domain in domains},
+                wave=wave,
+                taken_in={name: x._asdict() for name, x in taken_in.items()},
+            )
+            write_text(path, strict_json(record, str) + "\n")
             self._forget_data(number)
-        taken_in = {n: TakenIn(**x) for n, x in read_json(path)["taken_in"].items()}
+        found = self._arrivals(number)["taken_in"]
+        taken_in = {name: TakenIn(**x) for name, x in found.items()}
         new = [name for name, x in taken_in.items() if x.kept]
         return Arrived(self.data(number), new, taken_in)
 
@@ -526,13 +584,13 @@ class Life:
     def _attempt(
         self,
         number: int,
-        factor: float,
+        i: int,
         found: Arrived,
         before: MetaParams | None,
         previous: Judged | None,
     ) -> tuple[Attempt, Judged | None]:
         """One training of a generation, and what it gave beside the model before."""
-        config, seen = self.config, found.state.names
+        config, seen, factor = self.config, found.state.names, CAREFUL[i]
         old = [name for name in seen if name not in found.new]
         new_share = factor * config.new_share if old else 1.0
         chances = {name: new_share / len(found.new) for name in found.new}
@@ -549,7 +607,8 @@ class Life:
             is_kept=True,
         )
         try:
-            params = self.train(name, chances, found.state, start, key=number, factor=factor)
+            key = (number, i)
+            params = self.train(name, chances, found.state, start, key=key, factor=factor)
         except Diverged as error:
             return attempt | {"reason": str(error), "is_kept": False}, None  # type: ignore
         judged = self.judge(params, seen, found.state)
@@ -569,20 +628,18 @@ class Life:
         said = f"on all that was seen the loss {'fell' if fall > 0 else 'rose'} by {abs(fall):.3f}"
         if not fall > 0:
             return said, False
-        if old:
-            limit = self.config.most_forgetting * float(np.mean(before.of(old)))
-            verdict = compare(before.of(old), after.of(old), margin=limit)
-            more = f"on old domains it changed by {verdict.difference:+.3f} ± {verdict.ci95:.3f}"
-            said += f"; {more} (limit {limit:+.3f} beyond noise)"
-            if verdict.outcome == "worse":
-                return said, False
-        return said, True
+        if not old:
+            return said, True
+        limit = self.config.most_forgetting * float(np.mean(before.of(old)))
+        change = float(np.mean(after.of(old) - before.of(old)))
+        said += f"; on old domains it changed by {change:+.3f} (limit {limit:+.3f})"
+        return said, change <= limit
 
     def _compared(
         self, judged: Judged, previous: Judged | None, old: list[str], new: list[str]
     ) -> dict[str, Any]:
         """The numbers of a generation over groups of domains."""
-        groups = dict(zip(GROUPS, (old, new, self._plan.held_out), strict=True))
+        groups = dict(zip(GROUPS, (old, new, self.held_out), strict=True))
         found: dict[str, Any] = {
             "means": {group: _mean(judged.of(names)) for group, names in groups.items()},
             "start_means": {n: _mean(judged.of(names, "start")) for n, names in groups.items()},
@@ -591,7 +648,7 @@ class Life:
             "forgetting": None,
         }
         if previous is not None:
-            found["held_out_change"] = _change(previous, judged, self._plan.held_out)
+            found["held_out_change"] = _change(previous, judged, self.held_out)
         if self.generations and old:
             past = [x["domains"] for x in self.generations]
             best = [min(x[name]["adapted"] for x in past if name in x) for name in old]
@@ -616,11 +673,14 @@ class Life:
     ) -> Episode:
         """Episodes of each domain, the same in every generation, ``[D * number, ...]``."""
         sizes = self.config.num_support, self.config.num_query
-        key = jax.random.fold_in(jax.random.key(self.config.seed), zlib.crc32(purpose.encode()))
+        key = self._key(zlib.crc32(purpose.encode()))
 
         def of(i: int, name: str) -> Episode:
             source = state if name in state.names else self._held_out
-            split = streams.episodes({name: source.sequences(name, valid=True)}, None, *sizes)
+            sequences = source.sequences(name, valid=True)
+            half = len(sequences) // (2 * streams.SEQUENCES) * streams.SEQUENCES
+            part = sequences[:half] if purpose == "tuning" else sequences[half:]
+            split = streams.episodes({name: part}, None, *sizes)
             name_key = jax.random.fold_in(key, zlib.crc32(name.encode(errors="backslashreplace")))
             return split.sample(name_key, number)._replace(task=np.full(number, i, np.int32))
 

@@ -169,7 +169,7 @@ def _generations(lived: Sequence[Mapping]) -> list[str]:
     for x in lived:
         counts = [y for y in x["arrived"].values() if isinstance(y, dict)]
         kinds = ("offered", "equal", "near", "kept")
-        sums = (sum(y.get(kind) or 0 for y in counts) for kind in kinds)
+        sums = (sum(y[kind] for y in counts if matches(y.get(kind), int)) for kind in kinds)
         names = ", ".join(map(str, x["arrived"]))
         mean = x.get("new_before")
         before = mean.get("mean") if isinstance(mean, dict) else None
@@ -184,10 +184,12 @@ def _generations(lived: Sequence[Mapping]) -> list[str]:
 def _domains_then_and_now(lived: Sequence[Mapping]) -> list[str]:
     """The adapted loss of each domain when it was first judged on, and now; the worst first."""
     first: dict[str, tuple[Any, Any]] = {}
+    now: dict[str, Any] = {}
     for x in lived:
-        for name, found in (x.get("domains") or {}).items():
-            first.setdefault(name, (x.get("generation"), found.get("adapted")))
-    now = {n: f.get("adapted") for n, f in (lived[-1].get("domains") or {}).items()}
+        domains = x["domains"] if isinstance(x.get("domains"), dict) else {}
+        now = {n: f.get("adapted") for n, f in domains.items() if isinstance(f, dict)}
+        for name, loss in now.items():
+            first.setdefault(name, (x.get("generation"), loss))
     known = [n for n in now if matches(now[n], float) and matches(first[n][1], float)]
     rows = [
         [_text(n), _text(first[n][0]), _number(first[n][1]), _number(now[n])]

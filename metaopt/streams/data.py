@@ -21,11 +21,23 @@ from metaopt.errors import UserError
 from metaopt.files import write_bytes
 from metaopt.npz import Form, read_npz
 from metaopt.ranges import Checked, Count, Range
-from metaopt.streams.duplicates import NUM_HASHES, Similarity, are_equal, are_near, signatures
+from metaopt.streams.duplicates import (
+    NUM_HASHES,
+    Similarity,
+    are_near,
+    are_repeated,
+    digests,
+    overlap,
+    signatures,
+    windows,
+)
 from metaopt.types import Batch, Episode, Key, TaskSplit
 
 SEQUENCES = 8
 """Sequences in a passage."""
+
+MOST_SHARED = 0.35
+"""Share of the windows of a passage that may be in text that is judged on."""
 
 Adjust = Callable[[np.random.Generator, np.ndarray], np.ndarray]
 """``(generator, passages [n, P]) -> passages [n, P]``: noise or augmentation."""
@@ -36,12 +48,12 @@ class DataConfig(Checked):
     """What is kept of data that comes in.
 
     Attributes:
-      capacity: most passages that are kept to train on, of all domains together.
+      capacity: most passages that are kept to train on, of all domains together; but an episode of
+        each is always kept.
       valid_passages: most passages of a domain that are set apart to be judged on.
       valid_share: share of a domain, when it first comes, that is set apart, if that is less.
       near: Jaccard similarity from which on a passage is a near duplicate; 1 for equal ones alone.
-      arriving: most passages of a domain that are looked at when it comes, equal ones aside; of
-        more it is a random sample.
+      arriving: most passages of a domain that are looked at when it comes, equal ones aside.
     """
 
     capacity: Count = 16384
@@ -61,8 +73,6 @@ class DataState(NamedTuple):
       generation: when it came in, int32 ``[n]``.
       is_valid: whether it is set apart to be judged on, bool ``[n]``.
       marks: signatures of the passages, uint32 ``[n, H]``.
-      offered: passages of each domain that came in to be trained on, duplicates aside, int64
-        ``[D]``: what is kept of a domain is a sample of them.
     """
 
     names: tuple[str, ...]
@@ -71,7 +81,6 @@ class DataState(NamedTuple):
     generation: np.ndarray
     is_valid: np.ndarray
     marks: np.ndarray
-    offered: np.ndarray
 
     @classmethod
     def empty(cls, length: int) -> "DataState":
@@ -84,7 +93,6 @@ class DataState(NamedTuple):
             generation=none,
             is_valid=none.astype(bool),
             marks=np.zeros((0, NUM_HASHES), np.uint32),
-            offered=none.astype(np.int64),
         )
 
     def sequences(self, name: str, *, valid: bool) -> np.ndarray:
@@ -99,7 +107,8 @@ class TakenIn(NamedTuple):
 
     Attributes:
       offered: all.
-      equal, near: duplicates, which are thrown away.
+      equal, near: duplicates, which are thrown away: equal to a passage that is kept, or near to
+        one or a shifted copy of some.
       kept: those that are kept, to be trained on or judged on. The rest gave way to other domains,
         or was not looked at.
     """
@@ -130,59 +139,59 @@ def update_data(
     *,
     generation: int,
     num_sequences: int = 1,
-    against: DataState | None = None,
+    barred: np.ndarray | None = None,
     adjust: Adjust | None = None,
 ) -> tuple[DataState, dict[str, TakenIn]]:
     """Takes new text in: without duplicates, and within the capacity.
 
-    Pure: it reads nothing but its arguments. Where more passages of a domain came in than may be
-    kept, those that are kept are a uniform sample of all that came in (reservoir sampling, by
-    whole arrivals), and all domains may keep equally many. What is set apart to be judged on is
-    chosen when a domain first comes, and never changes: losses on it can be compared for ever.
+    Pure: it reads nothing but its arguments. All domains may keep equally many passages, and where
+    more came in, those that are kept have the least numbers by a hash of their content: a uniform
+    sample of all different passages that ever came, however often they come. What is set apart to
+    be judged on is chosen when a domain first comes, and never changes: losses on it can be
+    compared for ever. What shares more than `MOST_SHARED` of its windows with it does not come in,
+    wherever it is cut.
 
     Args:
       state: the data before.
       arrivals: passages by the name of their domain, int32 ``[n, P]``; see `cut`.
-      key: what is kept and set apart is drawn from it.
+      key: what is set apart is drawn from it.
       config: what is kept.
       generation: number of this step.
       num_sequences: sequences that a domain must have to train on, and to be judged on. One that
         comes for the first time and has fewer that are new is left out.
-      against: other data, such as held-out domains, whose passages must not come in.
+      barred: ascending windows of other text that must not come in, such as held-out domains; see
+        `metaopt.streams.duplicates.windows`.
       adjust: applied to the new passages that are trained on, once they are known to be new.
 
     Returns:
       The data after, and what became of each arrival.
 
     References:
-      Vitter, 1985, "Random Sampling with a Reservoir"; Chrysakis and Moens, 2020, "Online Continual
-      Learning from Imbalanced Data" (equal shares of the memory).
+      Cohen and Kaplan, 2007, "Summarizing Data Using Bottom-k Sketches"; Chrysakis and Moens, 2020,
+      "Online Continual Learning from Imbalanced Data" (equal shares of the memory).
     """
     rng = np.random.default_rng(np.asarray(jax.random.key_data(key)))
-    barred = [state] if against is None else [state, against]
-    kept_tokens, kept_marks = (
-        np.concatenate([getattr(x, field) for x in barred]) for field in ("tokens", "marks")
-    )
+    least = passages_needed(num_sequences)
     tokens = np.concatenate([state.tokens[:0], *arrivals.values()])
     origin = np.repeat(np.arange(len(arrivals)), [len(x) for x in arrivals.values()])
-    is_equal = are_equal(tokens, kept_tokens)
-    looked_at = _sample(origin, ~is_equal, config.arriving, rng)
-    marks = signatures(tokens[looked_at])
-    is_near = are_near(marks, kept_marks, config.near)
-    tokens, origin_of = tokens[looked_at], origin[looked_at]
+    numbers = digests(tokens)
+    is_equal = are_repeated(numbers, digests(state.tokens))
+    looked_at = _least_of_each(origin, numbers, ~is_equal, config.arriving)
+    tokens, from_which = tokens[looked_at], origin[looked_at]
+    marks = signatures(tokens)
+    is_near = _are_known(tokens, state, barred, config.near)
+    is_near[~is_near] = are_near(marks[~is_near], state.marks, config.near)
     counts: dict[str, tuple[int, int, int]] = {}
     taken: list[_Taken] = []
     for i, name in enumerate(arrivals):
-        new = rng.permutation(np.flatnonzero((origin_of == i) & ~is_near))
-        number: int | None = 0
-        if name not in state.names:
-            number = _number_apart(len(new), passages_needed(num_sequences), config)
+        new = rng.permutation(np.flatnonzero((from_which == i) & ~is_near))
+        number = 0 if name in state.names else _number_apart(len(new), least, config)
         if number is not None:
             taken.append(_Taken(name, *np.split(new, [number])))
-        of_all, of_near = origin == i, (origin_of == i) & is_near
+        of_all, of_near = origin == i, (from_which == i) & is_near
         counts[name] = int(of_all.sum()), int((of_all & is_equal).sum()), int(of_near.sum())
     merged = _merge(state, taken, tokens, marks, generation, rng, adjust)
-    merged = _within(merged, state, config.capacity, rng)
+    merged = _within(merged, config.capacity, least)
     came_now = merged.domain[merged.generation == generation]
     kept = {name: int((came_now == i).sum()) for i, name in enumerate(merged.names)}
     return merged, {n: TakenIn(*counts[n], kept=kept.get(n, 0)) for n in arrivals}
@@ -192,14 +201,31 @@ OF_PASSAGES = ("tokens", "domain", "generation", "is_valid", "marks")
 """The fields of a `DataState` that have an entry for each passage."""
 
 
-def _sample(
-    origin: np.ndarray, allowed: np.ndarray, most: int, rng: np.random.Generator
+def _are_known(
+    tokens: np.ndarray, state: DataState, barred: np.ndarray | None, near: float
 ) -> np.ndarray:
-    """The rows that are looked at, in their order: of each arrival at most so many."""
+    """Which passages are in text that is judged on, or are shifted copies of what is kept."""
+    judged = windows_of(state.tokens[state.is_valid])
+    if barred is not None:
+        judged = np.union1d(judged, barred)
+    found = overlap(tokens, judged) > MOST_SHARED
+    return found | (overlap(tokens, windows_of(state.tokens)) >= near)
+
+
+def windows_of(passages: np.ndarray) -> np.ndarray:
+    """The windows of several passages; see `metaopt.streams.duplicates.windows`."""
+    found = [np.zeros(0, np.uint64), *(windows(passage) for passage in passages)]
+    return np.unique(np.concatenate(found))
+
+
+def _least_of_each(
+    origin: np.ndarray, numbers: np.ndarray, allowed: np.ndarray, most: int
+) -> np.ndarray:
+    """The rows of each arrival that have the least numbers, at most so many, in their order."""
     chosen = [np.zeros(0, np.int64)]
     for i in np.unique(origin):
         rows = np.flatnonzero((origin == i) & allowed)
-        chosen.append(np.sort(rng.choice(rows, min(most, len(rows)), replace=False)))
+        chosen.append(np.sort(rows[np.argsort(numbers[rows], kind="stable")[:most]]))
     return np.concatenate(chosen)
 
 
@@ -233,43 +259,29 @@ def _merge(
 ) -> DataState:
     """The data with all that is taken, whatever the capacity."""
     names = (*state.names, *(x.name for x in taken if x.name not in state.names))
-    offered = np.zeros(len(names), np.int64)
-    offered[: len(state.names)] = state.offered
     parts = [state]
     for name, valid, train in taken:
         number = names.index(name)
-        offered[number] += len(train)
         rows, is_valid = np.concatenate([valid, train]), np.arange(len(valid) + len(train))
         is_valid = is_valid < len(valid)
         mine = tokens[rows]
         if adjust is not None:
             mine = np.where(is_valid[:, None], mine, adjust(rng, mine))
         same = np.full(len(rows), 1, np.int32)
-        new = DataState(
-            names, mine, number * same, generation * same, is_valid, marks[rows], offered
-        )
+        new = DataState(names, mine, number * same, generation * same, is_valid, marks[rows])
         parts.append(new)
     arrays = {n: np.concatenate([getattr(part, n) for part in parts]) for n in OF_PASSAGES}
-    return DataState(names=names, offered=offered, **arrays)
+    return DataState(names=names, **arrays)
 
 
-def _within(
-    merged: DataState, before: DataState, capacity: int, rng: np.random.Generator
-) -> DataState:
+def _within(merged: DataState, capacity: int, least: int) -> DataState:
     """The data with at most so many passages to train on, of each domain equally many."""
     counts = np.bincount(merged.domain[~merged.is_valid], minlength=len(merged.names))
-    quota = _equal_shares(counts, capacity)
-    keep = np.ones(len(merged.tokens), bool)
-    is_new = np.arange(len(keep)) >= len(before.tokens)
+    quota = np.maximum(_equal_shares(counts, capacity), np.minimum(counts, least))
+    keep, numbers = np.ones(len(merged.tokens), bool), digests(merged.tokens)
     for i in np.flatnonzero(counts > quota):
-        mine = (merged.domain == i) & ~merged.is_valid
-        old, new = np.flatnonzero(mine & ~is_new), np.flatnonzero(mine & is_new)
-        earlier = int(merged.offered[i]) - len(new)
-        number = int(rng.hypergeometric(len(new), earlier, quota[i])) if len(new) else 0
-        number = max(number, int(quota[i]) - len(old))  # of those before no more are there
-        keep[np.concatenate([old, new])] = False
-        keep[rng.choice(new, number, replace=False)] = True
-        keep[rng.choice(old, int(quota[i]) - number, replace=False)] = True
+        mine = np.flatnonzero((merged.domain == i) & ~merged.is_valid)
+        keep[mine[np.argsort(numbers[mine], kind="stable")[quota[i] :]]] = False
     return merged._replace(**{name: getattr(merged, name)[keep] for name in OF_PASSAGES})
 
 
@@ -331,7 +343,6 @@ _FORMS = {
     "generation": Form(np.int32, ("n",)),
     "is_valid": Form(np.bool_, ("n",)),
     "marks": Form(np.uint32, ("n", "H")),
-    "offered": Form(np.int64, ("D",)),
 }
 
 
@@ -349,7 +360,8 @@ def read(path: Path, names: Iterable[str]) -> DataState:
       UserError: it is no such file, or a damaged one, or of other domains.
     """
     names, found = tuple(names), read_npz(path, _FORMS)
-    numbers = found["domain"]
-    if len(found["offered"]) != len(names) or (numbers.size and numbers.max() >= len(names)):
+    if len(np.unique(found["domain"])) != len(names) or found["domain"].max(initial=-1) >= len(
+        names
+    ):
         raise UserError(f"{path} is not of the {len(names)} domains that it should be of")
     return DataState(names, **found)

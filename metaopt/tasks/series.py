@@ -55,7 +55,7 @@ class SeriesConfig(Checked):
     Attributes:
       num_support: days to adapt on.
       num_query: days after them to be judged on.
-      split: part of the days that is trained on, the earliest.
+      split: part of the calendar of all series that is trained on, the earliest.
     """
 
     num_support: Count = 250
@@ -160,15 +160,22 @@ def return_loss(model: Model) -> LossFn:
     return loss
 
 
+def split_date(series: Mapping[str, Series], config: SeriesConfig) -> str:
+    """The first date that is not trained on, the same for all series: they fall together."""
+    dates = np.unique(np.concatenate([x.dates for x in series.values()]))
+    return str(dates[int(config.split * len(dates))])
+
+
 def stretches(series: Mapping[str, Series], config: SeriesConfig) -> TaskSplit:
-    """Stretches of the first part of each series, to train on; ``task`` indexes their names.
+    """Stretches of each series before `split_date`, to train on; ``task`` indexes their names.
 
     Raises:
       UserError: a series is too short.
     """
     length = config.num_support + config.num_query
     days = [_days(x) for x in series.values()]
-    ends = [int(config.split * len(x.targets)) for x in days]
+    date = split_date(series, config)
+    ends = [int(np.searchsorted(x.dates, date)) for x in series.values()]
     for name, end in zip(series, ends, strict=True):
         if end < BEGIN + length:
             raise UserError(f"{name!r} is too short for stretches of {length} days: lower them")
@@ -183,8 +190,13 @@ def stretches(series: Mapping[str, Series], config: SeriesConfig) -> TaskSplit:
     return TaskSplit(sample, tuple(series))
 
 
-def walk_forward(series: Series, config: SeriesConfig, task: int = 0) -> Episode:
-    """The second part of a series, in queries that follow one another, each with its support.
+def walk_forward(series: Series, config: SeriesConfig, date: str) -> Episode:
+    """A series from a date on, in queries that follow one another, each with its support.
+
+    Args:
+      series: which.
+      config: sizes.
+      date: see `split_date`.
 
     Returns:
       Episodes ``[E, ...]``, each support ending the day before its query begins.
@@ -193,13 +205,12 @@ def walk_forward(series: Series, config: SeriesConfig, task: int = 0) -> Episode
       UserError: the series is too short.
     """
     days = _days(series)
-    begin = int(config.split * len(days.targets))
+    begin = int(np.searchsorted(series.dates, date))
     last = len(days.targets) - config.num_query
     starts = [i - config.num_support for i in range(begin, last + 1, config.num_query)]
     if not starts or starts[0] < BEGIN:
         raise UserError("a series is too short to walk through: lower num_support or num_query")
-    tasks: Any = np.full(len(starts), task, np.int32)
-    return _stack([_stretch(days, start, config) for start in starts])._replace(task=tasks)
+    return _stack([_stretch(days, start, config) for start in starts])
 
 
 def _length(config: SeriesConfig) -> int:

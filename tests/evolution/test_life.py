@@ -148,9 +148,45 @@ def test_what_does_harm_is_rolled_back(folder, tmp_path):
 def test_a_damaged_life_is_one_line(folder, tmp_path):
     config = small(folder)
     lived(Life(tmp_path / "life", config))
+    data = tmp_path / "life" / "data" / "generation-0001.json"
+    data.write_text("{", encoding="utf-8")
+    with pytest.raises(UserError, match="damaged"):
+        lived(Life(tmp_path / "life", config))
     (tmp_path / "life" / "plan.json").write_text("{", encoding="utf-8")
     with pytest.raises(UserError, match="plan"):
         Life(tmp_path / "life", config)
+
+
+def test_another_config_is_refused(folder, tmp_path):
+    Life(tmp_path / "life", small(folder))
+    with pytest.raises(UserError, match=r"seed: 0 saved, 1 now"):
+        Life(tmp_path / "life", small(folder, seed=1))
+
+
+def test_a_life_that_could_not_begin_begins_with_longer_files(folder, tmp_path):
+    contents = {path: path.read_bytes() for path in folder.iterdir()}
+    life = Life(tmp_path / "life", small(folder))
+    for name in {path.name for path in contents} - {*life.held_out}:
+        (folder / name).write_bytes(b"too short")
+    with pytest.raises(UserError, match="longer files"):
+        life.next()
+    for path, content in contents.items():
+        path.write_bytes(content)
+    (first,) = lived(Life(tmp_path / "life", small(folder)))
+    assert first["verdict"] == "kept"
+
+
+def test_what_is_held_out_never_comes_in(folder, tmp_path):
+    """Not under another name, nor with something put in before it."""
+    life = Life(tmp_path / "life", small(folder))
+    (name,) = life.held_out
+    text = (folder / name).read_bytes()
+    (folder / "copy.txt").write_bytes(text)
+    (folder / "moved.txt").write_bytes(b"and so on " * 3 + text)
+    (first,) = lived(life)
+    for copy in ("copy.txt", "moved.txt"):
+        assert copy not in first["new"] and first["arrived"][copy]["kept"] == 0
+        assert copy not in first["domains"]
 
 
 def test_domains_are_held_out_with_their_kin_and_dealt_to_waves(tmp_path):

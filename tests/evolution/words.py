@@ -3,7 +3,7 @@
 import numpy as np
 
 
-def write(folder, name, seed, number=2000):
+def write(folder, name, seed, number=4000):
     """A domain: words of its own, in random order."""
     rng = np.random.default_rng(seed)
     letters = rng.permutation(26)[:8]

@@ -115,4 +115,15 @@ def test_series_are_walked_through(tmp_path):
     found = {(r["row"], r["column"]): r for r in read_records(place / "results.jsonl")}
     assert {row for row, _ in found} == {"series: a", "series: b", "all series"}
     assert np.isfinite([r["value"] for r in found.values()]).all()
-    assert found["all series", "gain on GARCH"]["n"] == 2
+    months = found["all series", "gain on GARCH"]["n"]
+    assert 1 < months <= found["series: a", "gain on GARCH"]["n"]
+
+
+def test_a_part_of_what_is_lost_has_the_interval_of_a_ratio():
+    rng = np.random.default_rng(0)
+    cost = 1 + 0.1 * rng.standard_normal(500)
+    found = cleaning.part_of(0.9 * cost, cost)
+    assert found.mean == pytest.approx(90) and found.ci95 < 1e-6  # all of it comes from the cost
+    noisy = cleaning.part_of(0.9 + 0.1 * rng.standard_normal(500), cost)
+    assert noisy.ci95 == pytest.approx(1.96 * 100 * 0.1345 / np.sqrt(500), rel=0.1)
+    assert np.isnan(cleaning.part_of(cost, 0.1 * rng.standard_normal(500)).mean)

@@ -13,6 +13,7 @@ from metaopt.streams.data import (
     read,
     save,
     update_data,
+    windows_of,
 )
 
 LENGTH = 9
@@ -60,11 +61,26 @@ def test_duplicates_are_thrown_away_and_counted():
 
 
 def test_what_is_held_out_elsewhere_does_not_come_in():
-    held_out, _ = take(EMPTY, {"h": text(0, 10)})
-    found, told = take(EMPTY, {"a": np.concatenate([text(0, 10), text(1, 10)])}, against=held_out)
-    assert told["a"].equal == 10 and told["a"].kept == 10
-    shown = {x.tobytes() for x in held_out.tokens}
+    held_out, barred = text(0, 10), windows_of(text(0, 10))
+    found, told = take(EMPTY, {"a": np.concatenate([held_out, text(1, 10)])}, barred=barred)
+    assert told["a"].near == 10 and told["a"].kept == 10
+    shown = {x.tobytes() for x in held_out}
     assert not shown & {x.tobytes() for x in found.tokens}
+
+
+def test_what_was_put_in_before_a_text_brings_nothing_else_in():
+    """All passages of it are cut elsewhere then, those that are judged on too."""
+    long = np.random.default_rng(0).integers(0, 256, 400 * 520).astype(np.int32)
+    config = DataConfig(capacity=1000)
+    empty = DataState.empty(64)
+    state, _ = update_data(empty, {"a": cut(long, 64)}, jax.random.key(0), config, generation=1)
+    new = np.random.default_rng(1).integers(0, 256, 260).astype(np.int32)
+    grown = {"a": cut(np.concatenate([new, long]), 64)}
+    after, told = update_data(state, grown, jax.random.key(1), config, generation=2)
+    assert told["a"].kept <= 2 and told["a"].near >= 395
+    judged = windows_of(state.tokens[state.is_valid])
+    trained = windows_of(after.tokens[~after.is_valid])
+    assert np.isin(judged, trained).mean() < 0.02
 
 
 def test_what_is_judged_on_is_chosen_once_and_never_trained_on():
@@ -91,28 +107,34 @@ def test_memory_is_bounded_and_shared_equally():
         assert (~state.is_valid).sum() <= 64
     counts = np.bincount(state.domain[~state.is_valid]).tolist()
     assert counts == [20, 20, 4, 20]  # the third has no more
-    assert state.offered.tolist() == [27, 297, 4, 97]
+    tight, _ = take(state, {"new": text(9, 30)}, key=9, generation=9, capacity=5, num_sequences=16)
+    assert np.bincount(tight.domain[~tight.is_valid]).tolist() == [2, 2, 2, 2, 2]
 
 
 def test_what_is_kept_is_a_uniform_sample_of_all_that_came():
-    """Three arrivals of one domain, of which a quarter may be kept, under many keys."""
-    parts, config = (
-        [text(i, n) for i, n in enumerate((16, 24, 40))],
-        DataConfig(capacity=20, near=1.0),
-    )
-    counts: dict[bytes, int] = {}
-    number = 60
-    for key in range(number):
+    """Three arrivals of one domain, of which a quarter may be kept, of many domains."""
+    config, kept, number = DataConfig(capacity=20, near=1.0), np.zeros(3), 60
+    sizes = np.array([16, 24, 40])
+    for domain in range(number):
         state = EMPTY
-        for i, part in enumerate(parts, 1):
-            named, one = {"a": part}, jax.random.fold_in(jax.random.key(key), i)
-            state, _ = update_data(state, named, one, config, generation=i)
-        for x in state.tokens[~state.is_valid]:
-            counts[x.tobytes()] = counts.get(x.tobytes(), 0) + 1
-    kept = [np.mean([counts.get(x.tobytes(), 0) / number for x in part]) for part in parts]
-    first_is_apart = 14 / 16  # two of the first 16 are set apart, whichever they are
-    chance = 20 / (14 + 24 + 40)
-    np.testing.assert_allclose(kept, [chance * first_is_apart, chance, chance], rtol=0.15)
+        for i, size in enumerate(sizes, 1):
+            named, key = {"a": text((domain, i), size)}, jax.random.key(domain)
+            state, _ = update_data(state, named, key, config, generation=i)
+        trained = state.generation[~state.is_valid]
+        kept += np.bincount(trained, minlength=4)[1:] / number
+    chance = 20 / (14 + 24 + 40)  # two of the first 16 are set apart
+    np.testing.assert_allclose(kept / [14, 24, 40], [chance] * 3, rtol=0.15)
+
+
+def test_what_was_evicted_does_not_come_back_by_coming_again():
+    config, state = DataConfig(capacity=20), EMPTY
+    for generation in range(1, 5):
+        grown = {"a": np.concatenate([text(0, 100), text(1, generation)])}
+        key = jax.random.key(generation)
+        before = {x.tobytes() for x in state.tokens}
+        state, _ = update_data(state, grown, key, config, generation=generation)
+        if generation > 1:
+            assert len({x.tobytes() for x in state.tokens} - before) <= 1
 
 
 def test_of_a_long_arrival_a_sample_is_looked_at():

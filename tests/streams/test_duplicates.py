@@ -1,7 +1,18 @@
 import numpy as np
 import pytest
 
-from metaopt.streams.duplicates import NUM_HASHES, SHINGLE, are_equal, are_near, signatures
+from metaopt.streams.duplicates import (
+    NUM_HASHES,
+    SAMPLED,
+    SHINGLE,
+    WINDOW,
+    are_near,
+    are_repeated,
+    digests,
+    overlap,
+    signatures,
+    windows,
+)
 
 
 def passages(seed, number=40, size=200):
@@ -24,7 +35,7 @@ def jaccard(a, b):
 
 
 def kinds_of(found, kept, threshold=0.7):
-    equal = are_equal(found, kept)
+    equal = are_repeated(digests(found), digests(kept))
     near = np.zeros(len(found), bool)
     near[~equal] = are_near(signatures(found[~equal]), signatures(kept), threshold)
     return np.where(equal, "equal", np.where(near, "near", "new")).tolist()
@@ -76,3 +87,21 @@ def test_what_is_put_in_twice_is_found_and_little_else():
     is_copy = [first.setdefault(i % 150, n) != n for n, i in enumerate(order.tolist())]
     assert found[is_copy].mean() >= 0.95  # recall
     assert np.array(is_copy)[found].mean() >= 0.95  # precision
+
+
+def test_windows_are_the_same_wherever_they_lie():
+    text = passages(0, 1, 20_000)[0]
+    found = windows(text)
+    assert abs(len(found) - (20_000 - WINDOW) / SAMPLED) < 5 * np.sqrt(20_000 / SAMPLED)
+    shifted = windows(np.concatenate([passages(1, 1, 137)[0], text]))
+    assert np.isin(found, shifted).all()
+    assert windows(text[: WINDOW - 1]).size == 0
+
+
+def test_the_overlap_is_the_share_of_a_passage_that_is_known():
+    text = passages(0, 1, 4000)[0]
+    known = windows(text[:2000])
+    cut = text[60 : 60 + 3 * 1200].reshape(3, 1200)  # the second is known for two thirds
+    found = overlap(cut, known)
+    np.testing.assert_allclose(found, [1, 740 / 1200, 0], atol=0.07)
+    assert overlap(cut, known[:0]).tolist() == [0, 0, 0]

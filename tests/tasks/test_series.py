@@ -14,12 +14,14 @@ from metaopt.tasks.series import (
     day_losses,
     features,
     read_series,
+    split_date,
     stretches,
     variance,
     walk_forward,
 )
 from metaopt.types import Batch
 
+DATES = (np.datetime64("2001-01-01") + np.arange(500)).astype(str)
 SMALL = SeriesConfig(num_support=20, num_query=5)
 
 
@@ -28,7 +30,7 @@ def returns(seed=0, number=400):
 
 
 def series(seed=0, number=400):
-    return Series(np.arange(number).astype(str), returns(seed, number))
+    return Series(DATES[:number], returns(seed, number))
 
 
 def test_the_variance_is_a_weighted_mean_of_the_days_before():
@@ -44,7 +46,8 @@ def test_shuffling_the_future_changes_no_past_prediction():
     before, after = features(values), features(other)
     np.testing.assert_array_equal(before[:251], after[:251])  # of the 251st day all is known
     assert not np.array_equal(before[251:], after[251:])
-    walks = [walk_forward(Series(np.arange(400).astype(str), x), SMALL) for x in (values, other)]
+    dates = DATES[:400]
+    walks = [walk_forward(Series(dates, x), SMALL, str(dates[200])) for x in (values, other)]
     whole = [i for i in range(len(walks[0].task)) if 200 + 5 * (i + 1) <= 250]
     for i in whole:
         jax.tree.map(lambda x, y, i=i: np.testing.assert_array_equal(x[i], y[i]), *walks)
@@ -53,7 +56,9 @@ def test_shuffling_the_future_changes_no_past_prediction():
 
 def test_a_walk_predicts_every_day_of_the_second_part_once():
     one, config = series(number=403), SMALL
-    found = walk_forward(one, config)
+    date = split_date({"a": one}, config)
+    assert date == DATES[201]
+    found = walk_forward(one, config, date)
     np.testing.assert_array_equal(
         found.query.targets.ravel(), one.returns[201 : 201 + found.query.targets.size].astype("f4")
     )
@@ -66,6 +71,8 @@ def test_a_walk_predicts_every_day_of_the_second_part_once():
 
 def test_training_stretches_are_of_the_first_part():
     named = {"a": series(0), "b": series(1)}
+    later = Series(DATES[50:450], returns(1))
+    assert split_date({"a": series(0), "b": later}, SMALL) == DATES[225]
     found = stretches(named, SMALL).sample(jax.random.key(0), 300)
     for i, name in enumerate(named):
         late = named[name].returns[200:].astype("f4")
