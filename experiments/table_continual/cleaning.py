@@ -339,7 +339,8 @@ def noise(
 def part_of(gain: np.ndarray, cost: np.ndarray) -> Interval:
     """The mean of a gain in per cent of that of a cost, of the same sequences.
 
-    NaN if nothing was lost beyond noise. The interval is that of the ratio, to first order: of ``(x − R c) / mean c``.
+    NaN if nothing was lost beyond noise. The interval is that of the ratio R, to first order: of
+    ``(x − R c) / mean c``.
     """
     lost = interval(cost)
     if lost.mean - lost.ci95 <= 0:

@@ -90,8 +90,8 @@ class EvolveConfig(Checked):
     inner: InnerLoop = dataclasses.field(default_factory=lambda: InnerLoop(query_loss="mean"))
     inner_rate: Rate = 0.02
     inner_rates: Annotated[tuple[Rate, ...], Several()] = (0.01, 0.02, 0.04)
-    steps: Steps = 2500
-    meta_steps: StepsOr0 = 80
+    steps: Steps = 1800
+    meta_steps: StepsOr0 = 60
     tasks_per_step: Count = 4
     tasks_at_a_time: CountOr0 = 1
     outer: OuterConfig = dataclasses.field(
@@ -133,7 +133,7 @@ class EvolveConfig(Checked):
 
     @property
     def sequences_needed(self) -> int:
-        """The sequences of an episode to choose a rate on and one to judge on, in whole passages."""
+        """Sequences in whole passages, for an episode to choose a rate on and one to judge on."""
         return 2 * SEQUENCES * self.passages_needed
 
     @property

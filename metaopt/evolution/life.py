@@ -48,6 +48,7 @@ from metaopt.optimizers.inner import INNER_OPTIMIZERS
 from metaopt.statistics import Interval, interval
 from metaopt.streams import data as streams
 from metaopt.streams.data import DataState, TakenIn
+from metaopt.streams.duplicates import windows
 from metaopt.tasks.sources.text import Domain, fingerprint
 from metaopt.tasks.sources.text_checks import check_readable
 from metaopt.tasks.tokenizers import bytes_of
@@ -498,12 +499,12 @@ class Life:
             domains = domains_of(self.config)
             plan = make_plan([domain.name for domain in domains], self.config)
             log(f"held out for ever: {', '.join(plan.held_out)}")
-            passages = self._passages([x for x in domains if x.name in plan.held_out])
+            texts = self._tokens_of([x for x in domains if x.name in plan.held_out])
             most = 4 * self.config.data.valid_passages
             whole = {"valid_share": 1.0, "valid_passages": most, "capacity": 1}
             state, _ = streams.update_data(
                 DataState.empty(self.config.length),
-                passages,
+                {name: streams.cut(x, self.config.length) for name, x in texts.items()},
                 self._key(0),
                 dataclasses.replace(self.config.data, **whole),
                 generation=0,
@@ -514,7 +515,7 @@ class Life:
             write_text(self.directory / LANGUAGES, strict_json(as_json(self.config.languages), str))
             streams.save(state, self.directory / HELD_OUT)
             packed = io.BytesIO()
-            barred = streams.windows_of(np.concatenate(list(passages.values())))
+            barred = np.unique(np.concatenate([windows(x) for x in texts.values()]))
             np.savez_compressed(packed, allow_pickle=False, windows=barred)
             write_bytes(self.directory / BARRED, packed.getvalue())
             saved = SavedPlan(plan.held_out, plan.waves, list(state.names), as_json(self.config))
@@ -529,12 +530,12 @@ class Life:
             )
         return SavedPlan(**found)
 
-    def _passages(self, domains: Sequence[Domain]) -> dict[str, np.ndarray]:
+    def _tokens_of(self, domains: Sequence[Domain]) -> dict[str, np.ndarray]:
+        """The tokens of domains by name."""
         note = check_readable(domains)
         if note is not None:
             log(f"note: {note}")
-        encode, length = self._codec.encode, self.config.length
-        return {x.name: streams.cut(encode(x.read(0, x.size).tobytes()), length) for x in domains}
+        return {x.name: self._codec.encode(x.read(0, x.size).tobytes()) for x in domains}
 
     def _data_path(self, generation: int, kind: str) -> Path:
         return self.directory / "data" / f"generation-{generation:04d}.{kind}"
@@ -550,9 +551,10 @@ class Life:
             if not domains:
                 return None
             log(f"generation {number}: {len(domains)} domains come in")
+            texts = self._tokens_of(domains)
             state, taken_in = streams.update_data(
                 self.data(number - 1) if number > 1 else DataState.empty(self.config.length),
-                self._passages(domains),
+                {name: streams.cut(x, self.config.length) for name, x in texts.items()},
                 self._key(number),
                 self.config.data,
                 generation=number,

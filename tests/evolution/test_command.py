@@ -55,7 +55,7 @@ def test_the_command_lives_on_and_says_so(folder, tmp_path, monkeypatch, capsys)
     "args, said",
     [
         (["nowhere"], "no folder"),
-        (["texts", "--length", "100000"], "episode"),
+        (["texts", "--length", "800"], "episode"),
         (["texts", "--waves", "6"], "waves"),
         (["texts", "--data.capacity", "1"], "capacity"),
         (["texts", "--seed", "-1"], "seed"),

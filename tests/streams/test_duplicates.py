@@ -101,7 +101,9 @@ def test_windows_are_the_same_wherever_they_lie():
 def test_the_overlap_is_the_share_of_a_passage_that_is_known():
     text = passages(0, 1, 4000)[0]
     known = windows(text[:2000])
-    cut = text[60 : 60 + 3 * 1200].reshape(3, 1200)  # the second is known for two thirds
+    cut = text[60 : 60 + 3 * 1200].reshape(
+        3, 1200
+    )  # the second is known for 709 of its 1169 windows
     found = overlap(cut, known)
-    np.testing.assert_allclose(found, [1, 740 / 1200, 0], atol=0.07)
+    np.testing.assert_allclose(found, [1, 709 / 1169, 0], atol=0.1)
     assert overlap(cut, known[:0]).tolist() == [0, 0, 0]
