@@ -46,7 +46,7 @@ class CleaningConfig(Checked):
 
     clean: str | None = None
     wrong: str | None = None
-    passages: Count = 2000
+    passages: Count = 1200
     duplicates: Annotated[float, Range(0.0, 0.9)] = 0.5
     noise: Annotated[float, Range(0.0, 0.9)] = 0.3
     held_out: Count = 256

@@ -256,8 +256,10 @@ def _create(directory: Path, config: Any, lock: filelock.BaseFileLock | None) ->
 
 def _resume(directory: Path, lock: filelock.BaseFileLock | None) -> Run:
     run = Run(directory, True, lock)
-    for unfinished in directory.glob("*.tmp"):  # by a process that was killed
-        unfinished.unlink()
+    (directory / "finished").unlink(missing_ok=True)  # it is taken up again
+    for pattern in ("*.tmp", "*/*.tmp"):  # left by a process that was killed
+        for unfinished in directory.glob(pattern):
+            unfinished.unlink()
     keep_json_lines(run.results, lambda record: True)  # so that damage is found now
     return run
 
