@@ -109,3 +109,21 @@ def test_a_row_of_a_run_is_loaded(installed, tmp_path):
     run([*command, "--run-dir", str(tmp_path / "run")], REPOSITORY, PYTHONPATH=str(REPOSITORY))
     found = installed(sys.executable, "-c", script(LOADS), str(tmp_path / "run"))
     assert found == "['log_rates', 'params'] True\n"
+
+
+def test_a_model_lives_from_the_wheel(installed, tmp_path):
+    """With a folder of six domains, and what it keeps is scored."""
+    rng = np.random.default_rng(0)
+    (tmp_path / "texts").mkdir()
+    for i in range(6):
+        words = ["".join(chr(97 + c) for c in rng.integers(0, 26, 4)) for _ in range(20)]
+        text = " ".join(rng.choice(words, 2000))
+        (tmp_path / "texts" / f"{i}.txt").write_text(text, encoding="utf-8")
+    sizes = "--num-held-out 1 --width 8 --num-layers 1 --length 12 --num-support 2 --num-query 2"
+    short = "--steps 4 --meta-steps 0 --episodes 2"
+    place = tmp_path / "life"
+    command = ["metaopt", "evolve", str(tmp_path / "texts"), "--life", str(place)]
+    told = installed(*command, *sizes.split(), *short.split())
+    assert "generation 1" in told and (place / "report.html").is_file()
+    file = tmp_path / "texts" / "0.txt"
+    assert "bits/byte" in installed("metaopt", "score", str(place), "--on", str(file))

@@ -62,6 +62,7 @@ class EvolveConfig(Checked):
       steps: Steps of next-token prediction in a generation.
       meta_steps: Steps of MAML after them.
       tasks_per_step: Tasks of a step, of each kind.
+      num_devices: Number of devices; 0 for all.
       tasks_at_a_time: Tasks computed together on one device; 0 all, 1 one by one.
       outer: Optimiser of next-token prediction; its rate warms up and falls in each generation.
       meta_rate: Outer learning rate of MAML.
@@ -93,6 +94,7 @@ class EvolveConfig(Checked):
     steps: Steps = 1800
     meta_steps: StepsOr0 = 60
     tasks_per_step: Count = 4
+    num_devices: CountOr0 = 0
     tasks_at_a_time: CountOr0 = 1
     outer: OuterConfig = dataclasses.field(
         default_factory=lambda: OuterConfig(

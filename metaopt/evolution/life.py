@@ -225,7 +225,7 @@ def check(config: EvolveConfig, directory: Path) -> None:
     domains = domains_of(config)
     plan = make_plan([domain.name for domain in domains], config)
     check_readable(domains)
-    check_devices(0, config.tasks_per_step, config.tasks_at_a_time)
+    check_devices(config.num_devices, config.tasks_per_step, config.tasks_at_a_time)
     languages = config.languages
     if config.model is None:  # whose tokens are bytes
         least = 2 * config.passages_needed * streams.SEQUENCES * (config.length + 1)
@@ -271,7 +271,9 @@ class Life:
         """
         self.directory, self.config = check_directory(directory), config
         self._train_fn, languages = train_fn, config.languages
-        self._devices = check_devices(0, config.tasks_per_step, config.tasks_at_a_time)
+        self._devices = check_devices(
+            config.num_devices, config.tasks_per_step, config.tasks_at_a_time
+        )
         self._model, self._codec = make_model(languages), make_codec(languages)
         self._learner = learners.maml(INNER_OPTIMIZERS[config.inner_optimizer])
         self._loss_fn = next_token(self._model)
@@ -450,6 +452,7 @@ class Life:
             log_every=max(1, steps // 20),
             checkpoint_every=max(1, steps // 3),
             keep_last=1,
+            num_devices=self.config.num_devices,
             tasks_per_step=self.config.tasks_per_step,
             tasks_at_a_time=self.config.tasks_at_a_time,
         )
