@@ -8,7 +8,7 @@ languages, or from a random one; on the linear function from zero.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,6 +41,10 @@ from metaopt.types import Batch, Hparams, Key, LossFn, Params
 TABLE, COLUMN, LOSS = "continual/drifting", "gap to Bayes", "loss"
 NAMES = tuple(row.name for row in LEARNERS if row.name != "EWC")
 """Learners of `continual/text` that need not be told when the source changes."""
+FASTER: dict[str, Mapping[str, tuple[float, ...]]] = {
+    "fast and slow weights": {"strength": (0.01,), "slow_rate": (0.03, 0.1, 0.3)}
+}
+"""What changes soon must be averaged over less."""
 Follow = Callable[[Params, Batch, Hparams], jax.Array]
 """``(start, segments, hparams) -> losses [n]``."""
 
@@ -88,6 +92,7 @@ class Source(NamedTuple):
       streams: Segments of those that are reported.
       bayes: Losses of the exact filter on them, ``[streams, n]``.
       rates: Least and largest rate.
+      grids: Values of other settings by the learner, for those of `continual/text`.
       unit: Unit of the losses.
       start: ``(directory, train_fn) -> parameters`` that learners start from.
       random: Parameters of a random start.
@@ -98,6 +103,7 @@ class Source(NamedTuple):
     streams: list[Batch]
     bayes: np.ndarray
     rates: tuple[float, float]
+    grids: Mapping[str, Mapping[str, tuple[float, ...]]]
     unit: str
     start: Callable[[Path, TrainFn], Params]
     random: Params
@@ -143,6 +149,7 @@ def languages(config: Config) -> Source:
         streams=[segments(x) for x in tokens[1:]],
         bayes=np.stack([filtered(x) for x in tokens[1:]]),
         rates=sizes.rates,
+        grids=FASTER | {"online MAML": {"inner_learning_rate": (0.3, 1.0, 4.0)}},
         unit="nats/token",
         start=start,
         random=model.init(jax.random.key(config.seed)),
@@ -170,6 +177,7 @@ def linear(config: Config) -> Source:
         streams=[segments(x) for x in found[1:]],
         bayes=np.stack([whole(kalman_errors(x, drift)).mean(axis=1) for x in found[1:]]),
         rates=config.drifting.linear_rates,
+        grids=FASTER | {"online MAML": {"inner_learning_rate": (0.01, 0.03, 0.1)}},
         unit="squared error",
         start=lambda directory, train_fn: zero,
         random=zero,
@@ -235,6 +243,7 @@ def _follow(follow: Follow, start: Params, segments: Batch, settings: Settings) 
 def tuned(source: Source, row: Row, config: Config, start: Params, follow: Follow) -> Settings:
     """The settings with the least loss on the stream that is tuned on."""
     learner = {x.name: x for x in LEARNERS}[row.learner or FINE_TUNING]
+    learner = learner._replace(grid=source.grids.get(learner.name, learner.grid))
     tried, found = settings_of(learner, config, source.rates), []
     with Progress(f"tuning {row.name}", total=len(tried), first="compiling") as progress:
         for i, settings in enumerate(tried):
