@@ -44,7 +44,7 @@ NAMES = tuple(row.name for row in LEARNERS if row.name != "EWC")
 SLOW_RATES: dict[str, Mapping[str, tuple[float, ...]]] = {
     "fast and slow weights": {"strength": (0.01,), "slow_rate": (0.003, 0.03, 0.3)}
 }
-"""Over how much is averaged, where the source changes soon; it is the fast weights that are scored."""
+"""How fast the slow weights are, where the source changes soon. The fast ones are scored."""
 Follow = Callable[[Params, Batch, Hparams], jax.Array]
 """``(start, segments, hparams) -> losses [n]``."""
 

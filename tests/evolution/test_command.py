@@ -98,4 +98,4 @@ def test_a_life_killed_at_random_times_is_the_same_life(folder, tmp_path):
     assert start("killed").wait() == 0
     assert generations(tmp_path / "killed") == generations(tmp_path / "straight")
     tables = [(tmp_path / x / "table.md").read_bytes() for x in ("killed", "straight")]
-    assert tables[0] == tables[1]
+    assert tables[0].replace(b"killed", b"straight") == tables[1]  # but for where it is
