@@ -7,7 +7,7 @@ import pytest
 
 from experiments.table_self_improvement import recovery, run, tuning
 from experiments.table_self_improvement.config import Config, Faults, LanguageModel, Mnist, presets
-from experiments.table_self_improvement.domains import gain, parts_of
+from experiments.table_self_improvement.domains import NUM_SEEDS, gain, parts_of
 from experiments.table_self_improvement.mnist import SHOWN, mnist_row
 from experiments.table_self_improvement.rows import baselines, make_rows
 from experiments.table_self_improvement.study import Study, in_turns, ratio
@@ -109,7 +109,9 @@ def test_domains_with_unequal_parts_run_with_and_without_the_loop(tmp_path):
     assert list(cells) == ["weakest quarter", "all domains", "time ratio"]
     weak, whole = cells["weakest quarter"], cells["all domains"]
     assert weak["better"] == whole["better"] == "higher" and np.isfinite(whole["value"])
-    assert weak["episodes"] == len(weak["weakest"]) * SMOKE.domains.num_test
+    assert len(weak["runs"]) == len(weak["seeds"]) == len(weak["of_weakest"]) == NUM_SEEDS
+    found = sum(len(each["weakest"]) for each in weak["runs"])
+    assert weak["episodes"] == found * SMOKE.domains.num_test
 
 
 def test_short_domains_and_absent_images_are_refused(tmp_path):
