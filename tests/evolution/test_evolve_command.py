@@ -32,6 +32,12 @@ def generations(place):
     return [{k: v for k, v in json.loads(x).items() if k != "seconds"} for x in lines]
 
 
+def rows(place):
+    """The rows of the table, without its caption, which says where the life is."""
+    lines = (place / "table.md").read_text(encoding="utf-8").splitlines()
+    return [line for line in lines if line.startswith("|")]
+
+
 def test_the_command_lives_on_and_says_so(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     args = ["evolve", str(folder), *FLAGS, "--steps", "4", "--meta-steps", "0"]
@@ -97,5 +103,4 @@ def test_a_life_killed_at_random_times_is_the_same_life(folder, tmp_path):
             process.wait()
     assert start("killed").wait() == 0
     assert generations(tmp_path / "killed") == generations(tmp_path / "straight")
-    tables = [(tmp_path / x / "table.md").read_bytes() for x in ("killed", "straight")]
-    assert tables[0].replace(b"killed", b"straight") == tables[1]  # but for where it is
+    assert rows(tmp_path / "killed") == rows(tmp_path / "straight")
