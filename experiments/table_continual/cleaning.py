@@ -18,7 +18,8 @@ import numpy as np
 
 from experiments import harness
 from experiments.table_continual.config import Config
-from metaopt import losses, models
+from experiments.table_continual.text import make_model, next_token
+from metaopt import losses
 from metaopt.console import log
 from metaopt.diagnostics import feasible
 from metaopt.errors import UserError
@@ -208,14 +209,7 @@ class Study:
         self.names = tuple(domain.name for domain in chosen)
         seeds = range(config.seed, config.seed + config.cleaning.num_seeds)
         self.texts = {seed: cut(chosen, config, seed) for seed in seeds}
-        self.model = models.transformer(
-            models.TransformerConfig(
-                vocab_size=256,
-                width=config.width,
-                num_layers=config.num_layers,
-                num_heads=config.num_heads,
-            )
-        )
+        self.model = make_model(config)
         self.loss_fn = losses.next_token(self.model)
         tokens = feasible.tokens(config.cleaning.batch, config.length)
         most = config.cleaning.rater.window
@@ -256,9 +250,9 @@ class Study:
             for i in range(total):
                 rows = rng.integers(len(sequences), size=(window, sizes.batch))
                 judge = rng.integers(len(held_out), size=sizes.batch)
-                batches = _next_token(sequences[rows])
+                batches = next_token(sequences[rows])
                 if rated:
-                    state, metrics = self._step(state, batches, _next_token(held_out[judge]))
+                    state, metrics = self._step(state, batches, next_token(held_out[judge]))
                     shown = {"held_out": metrics["loss"]} if i % 50 == 0 else {}
                 else:
                     state, shown = state._replace(run=self._plain(state.run, batches)), {}
@@ -267,7 +261,7 @@ class Study:
 
     def losses(self, params: Params, seed: int) -> np.ndarray:
         """The loss of each test sequence, bits a byte ``[m]``."""
-        batch = _next_token(self.texts[seed].test)
+        batch = next_token(self.texts[seed].test)
         one = jax.jit(lambda p, b: jax.lax.map(lambda x: self.loss_fn(p, _single(x)), b))
         return NATS_TO_BITS * np.asarray(one(params, batch), np.float64)
 
@@ -310,7 +304,7 @@ def noise(
     study: Study, table: harness.TableRun, kind: str
 ) -> Iterator[tuple[str, Interval, dict[str, Any]]]:
     """What a kind of noise costs and what of it comes back."""
-    config, spoil, found = study.config, KINDS[kind], {}
+    config, spoil = study.config, KINDS[kind]
     names = ("clean", "everything", "without duplicates", "cleaned")
     aucs, lost = [], {name: [] for name in names}
     for seed, texts in study.texts.items():
@@ -348,10 +342,6 @@ def part_of(gain: np.ndarray, cost: np.ndarray) -> Interval:
     ratio = gain.mean() / lost.mean
     around = interval(100 * (gain - ratio * cost) / lost.mean)
     return around._replace(mean=float(100 * ratio))
-
-
-def _next_token(sequences: np.ndarray) -> Batch:
-    return Batch(jnp.asarray(sequences[..., :-1]), jnp.asarray(sequences[..., 1:]))
 
 
 def _single(batch: Batch) -> Batch:

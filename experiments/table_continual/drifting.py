@@ -18,7 +18,7 @@ import numpy as np
 
 from experiments import harness
 from experiments.table_continual.config import Config
-from experiments.table_continual.text import FINE_TUNING, Settings, settings_of
+from experiments.table_continual.text import FINE_TUNING, Settings, best_of, settings_of
 from experiments.table_continual.text import ROWS as LEARNERS
 from metaopt import learners, losses, meta_gradients, models
 from metaopt.fit import FitConfig, Problem, fit
@@ -34,7 +34,6 @@ from metaopt.streams.drift import (
     kalman_errors,
 )
 from metaopt.tasks.markov import MarkovConfig, markov
-from metaopt.training.progress import Progress
 from metaopt.training.types import TrainFn
 from metaopt.types import Batch, Hparams, Key, LossFn, Params
 
@@ -244,10 +243,8 @@ def tuned(source: Source, row: Row, config: Config, start: Params, follow: Follo
     """The settings with the least loss on the stream that is tuned on."""
     learner = {x.name: x for x in LEARNERS}[row.learner or FINE_TUNING]
     learner = learner._replace(grid=source.grids.get(learner.name, learner.grid))
-    tried, found = settings_of(learner, config, source.rates), []
-    with Progress(f"tuning {row.name}", total=len(tried), first="compiling") as progress:
-        for i, settings in enumerate(tried):
-            loss = float(_follow(follow, start, source.tuning, settings).mean())
-            found.append(loss if np.isfinite(loss) else np.inf)
-            progress.update(i + 1, best=min(found))
-    return tried[int(np.argmin(found))]
+
+    def loss(settings: Settings) -> float:
+        return float(_follow(follow, start, source.tuning, settings).mean())
+
+    return best_of(settings_of(learner, config, source.rates), loss, row.name)

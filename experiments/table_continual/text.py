@@ -32,6 +32,7 @@ from metaopt.streams import continual
 from metaopt.streams.continual import StreamLearner
 from metaopt.streams.data import episodes
 from metaopt.tasks.sources.text import Domain
+from metaopt.tasks.text import next_tokens
 from metaopt.training.progress import Progress
 from metaopt.training.types import TrainFn
 from metaopt.types import Batch, LossFn, Model, Params, TaskFamily
@@ -139,8 +140,25 @@ def make_stream(domains: Sequence[Domain], config: Config) -> Stream:
 
 
 def next_token(sequences: np.ndarray) -> Batch:
-    """Inputs and targets of sequences ``[..., L + 1]``."""
-    return Batch(jnp.asarray(sequences[..., :-1]), jnp.asarray(sequences[..., 1:]))
+    """Inputs and targets of sequences ``[..., L + 1]``, on the device."""
+    return jax.tree.map(jnp.asarray, next_tokens(sequences))
+
+
+def make_model(config: Config) -> Model:
+    """The transformer of bytes that text is read by."""
+    sizes = {name: getattr(config, name) for name in ("width", "num_layers", "num_heads")}
+    return models.transformer(models.TransformerConfig(vocab_size=256, **sizes))
+
+
+def best_of(tried: Sequence[Settings], loss: Callable[[Settings], float], name: str) -> Settings:
+    """The settings with the least loss; one that is not finite is the worst."""
+    found = []
+    with Progress(f"tuning {name}", total=len(tried), first="compiling") as progress:
+        for i, settings in enumerate(tried):
+            one = loss(settings)
+            found.append(one if np.isfinite(one) else np.inf)
+            progress.update(i + 1, best=min(found))
+    return tried[int(np.argmin(found))]
 
 
 class Study:
@@ -150,14 +168,7 @@ class Study:
         self.config = config
         reported, tuned, self._others = split(domains, config)
         self.stream, self.tuning = (make_stream(x, config) for x in (reported, tuned))
-        self.model: Model = models.transformer(
-            models.TransformerConfig(
-                vocab_size=256,
-                width=config.width,
-                num_layers=config.num_layers,
-                num_heads=config.num_heads,
-            )
-        )
+        self.model = make_model(config)
         self.loss_fn = losses.next_token(self.model)
         half = feasible.tokens(config.batch // 2, config.length)
         trained = [(learners.maml(), meta_gradients.joint, InnerLoop())]
@@ -228,14 +239,11 @@ class Study:
 
     def tuned(self, row: Row) -> Settings:
         """The settings with the least loss at the end of the stream that is tuned on."""
-        tried = settings_of(row, self.config, self.config.rates)
-        found = []
-        with Progress(f"tuning {row.name}", total=len(tried), first="compiling") as progress:
-            for i, settings in enumerate(tried):
-                loss = float(self.losses(row, settings, self.tuning, order=10**6)[-1].mean())
-                found.append(loss if np.isfinite(loss) else np.inf)
-                progress.update(i + 1, best=min(found))
-        return tried[int(np.argmin(found))]
+
+        def loss(settings: Settings) -> float:
+            return float(self.losses(row, settings, self.tuning, order=10**6)[-1].mean())
+
+        return best_of(settings_of(row, self.config, self.config.rates), loss, row.name)
 
 
 def visits_of(config: Config, order: int) -> list[tuple[int, int]]:

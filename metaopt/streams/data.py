@@ -31,7 +31,8 @@ from metaopt.streams.duplicates import (
     signatures,
     windows,
 )
-from metaopt.types import Batch, Episode, Key, TaskSplit
+from metaopt.tasks.text import next_tokens
+from metaopt.types import Episode, Key, TaskSplit
 
 SEQUENCES = 8
 """Sequences in a passage."""
@@ -324,13 +325,9 @@ def episodes(
             tasks = rng.choice(len(held), num_tasks, p=chances)
         drawn = np.stack([_choose(rng, held[i], num_support + num_query) for i in tasks.tolist()])
         support, query = drawn[:, :num_support], drawn[:, num_support:]
-        return Episode(_next_token(support), _next_token(query), tasks.astype(np.int32))
+        return Episode(next_tokens(support), next_tokens(query), tasks.astype(np.int32))
 
     return TaskSplit(sample, names)
-
-
-def _next_token(sequences: Any) -> Batch:
-    return Batch(sequences[..., :-1], sequences[..., 1:])
 
 
 def _choose(rng: np.random.Generator, sequences: np.ndarray, number: int) -> np.ndarray:

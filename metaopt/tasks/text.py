@@ -330,7 +330,7 @@ def _task_split(domains: Sequence[Domain], config: TextConfig) -> TaskSplit:
         tasks = _balanced_tasks(rng, len(domains), num_tasks)
         sequences = np.stack([_draw_sequences(rng, domains[i], config) for i in tasks])
         support, query = np.split(sequences.astype(np.int32), [config.num_support], axis=1)
-        return Episode(_next_token(support), _next_token(query), tasks)
+        return Episode(next_tokens(support), next_tokens(query), tasks)
 
     return TaskSplit(sample, tuple(domain.name for domain in domains))
 
@@ -350,7 +350,8 @@ def _draw_sequences(rng: np.random.Generator, domain: Domain, config: TextConfig
     return np.stack([domain.read(offset + cell * width, width) for cell in cells.tolist()])
 
 
-def _next_token(sequences: Any) -> Batch:
+def next_tokens(sequences: Any) -> Batch:
+    """Inputs ``[..., L]`` and targets ``[..., L]`` of sequences ``[..., L + 1]``."""
     return Batch(inputs=sequences[..., :-1], targets=sequences[..., 1:])
 
 
