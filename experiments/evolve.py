@@ -91,7 +91,7 @@ def run(config: Config) -> None:
 
 
 def add_compared(table: harness.TableRun, life: Life) -> None:
-    """The rows beside the generations, trained anew where the life has gone on since."""
+    """The rows beside the generations, trained again if there are more generations since."""
     number = len(life.generations)
     for record in table.records:
         if record["row"] in (ONCE, ALL) and record["generations"] != number:
