@@ -8,7 +8,8 @@ memory (Finn et al., 2019; Gupta et al., 2020). Each is tuned by 12 settings on 
 domains. `continual/drifting`: Markov languages that change, beside the exact Bayes filter (Adams
 and MacKay, 2007). `continual/cleaning`: copies and noise are put into data; they are found by
 MinHash, and by a rater that meta-gradients teach (Calian et al., 2025). `continual/volatility`,
-with ``--series FOLDER``: the density of the next day's price, beside GARCH(1,1).
+with ``--series FOLDER``: the density of the next day's price, beside GARCH(1,1). `continual/slow`,
+if statsmodels is installed: sunspots, CO2 and the temperature of the Pacific.
 
     python -m experiments.table_continual                     # Python's own library
     python -m experiments.table_continual --folder FOLDER     # under an hour and a half, two cores
@@ -18,7 +19,7 @@ with ``--series FOLDER``: the density of the next day's price, beside GARCH(1,1)
 from pathlib import Path
 
 from experiments import harness
-from experiments.table_continual import cleaning, drifting, text, volatility
+from experiments.table_continual import cleaning, drifting, slow, text, volatility
 from experiments.table_continual.config import Config, presets
 from metaopt.self_improvement.improving import RATES_ALONE
 from metaopt.tasks.sources.text import fingerprint, folder_domains, stdlib_domains
@@ -34,6 +35,7 @@ def run(config: Config) -> None:
     prices = {} if config.series is None else volatility.read_all(config.series)
     of_series = [volatility.Row(name) for name in ([volatility.ALL] if prices else [])]
     known = [*text.ROWS, *drifting.ROWS, *cleaning.ROWS, *of_series]
+    known += slow.ROWS if slow.is_installed() else ()
     chosen = harness.select(known, config.rows)
     domains = stdlib_domains() if config.folder is None else folder_domains(Path(config.folder))
     streams = text.Study(config, domains) if any(r in text.ROWS for r in chosen) else None
@@ -53,6 +55,8 @@ def run(config: Config) -> None:
     if any(row in drifting.ROWS for row in chosen):
         rows = [row for row in drifting.ROWS if row in chosen]
         drifting.add_rows(table, config, rows, train_fn)
+    if any(row in slow.ROWS for row in chosen):
+        slow.add_rows(table, config, [row for row in slow.ROWS if row in chosen])
     if of_prices is not None:
         volatility.add_rows(table, of_prices, train_fn)
     if cleaned is not None:

@@ -171,14 +171,26 @@ def _generations(lived: Sequence[Mapping]) -> list[str]:
         kinds = ("offered", "equal", "near", "kept")
         sums = (sum(y[kind] for y in counts if matches(y.get(kind), int)) for kind in kinds)
         names = ", ".join(map(str, x["arrived"]))
-        mean = x.get("new_before")
-        before = mean.get("mean") if isinstance(mean, dict) else None
+        means = x["means"] if isinstance(x.get("means"), dict) else {}
+        losses = (_mean(found) for found in (x.get("new_before"), means.get("new"), _lost(x)))
         told = [x.get("generation"), names, *sums]
         decided = f"{x.get('verdict')}: {x.get('reason')}"
-        rows.append([*map(_text, told), _number(before), _text(decided)])
+        rows.append([*map(_text, told), *map(_number, losses), _text(decided)])
     headings = ["", "what came in", "passages", "equal", "near duplicates", "kept"]
-    headings += ["loss on it before training", "decision"]
+    headings += ["loss on it before training", "and after", "change on old domains", "decision"]
     return [_table(headings, rows, wraps=True), *_domains_then_and_now(lived)]
+
+
+def _mean(found: Any) -> Any:
+    """The mean of an interval of a record."""
+    return found.get("mean") if isinstance(found, dict) else None
+
+
+def _lost(generation: Mapping) -> Any:
+    """The change of the loss on old domains by the last training of a generation."""
+    attempts = generation.get("attempts")
+    last = attempts[-1] if isinstance(attempts, list) and attempts else None
+    return last.get("old_change") if isinstance(last, dict) else None
 
 
 def _domains_then_and_now(lived: Sequence[Mapping]) -> list[str]:

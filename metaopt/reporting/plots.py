@@ -276,6 +276,8 @@ def trajectories(
       y_scale: Scale of the vertical axis.
       x_ticks: Labels of the horizontal axis, which is logarithmic if they are given.
     """
+    from matplotlib.ticker import MaxNLocator
+
     figure = new_figure()
     axes = figure.subplots()
     style = styles(points)
@@ -288,6 +290,8 @@ def trajectories(
         axes.set_xscale("log")
         axes.set_xticks(x_ticks, [f"{value:g}" for value in x_ticks])
         axes.xaxis.minorticks_off()
+    elif all(np.all(line[:, 0] % 1 == 0) for line in points.values()):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if y_scale == "log":
         _plain_ticks(axes.yaxis)
     axes.legend(fontsize=8, frameon=False)

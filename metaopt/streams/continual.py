@@ -18,7 +18,9 @@ import jax.numpy as jnp
 import optax
 
 from metaopt.inner_loop import InnerLoop, adapt
+from metaopt.learners.training_run import adamw_from_values
 from metaopt.streams.dynamic_evaluation import mean_squared_gradients
+from metaopt.streams.online_hyperparameters import Online, OnlineConfig, OnlineState, online
 from metaopt.types import Array, Batch, Hparams, Key, LossFn, Params, PyTree
 
 
@@ -301,6 +303,67 @@ def online_maml(
         return _begin(params, Reservoir.empty(capacity, example))
 
     return StreamLearner(init=init, step=step, hparams=("inner_learning_rate",))
+
+
+class Trained(NamedTuple):
+    """What a learner whose rate is learned remembers.
+
+    Attributes:
+      online: parameters, optimiser and the factor on the rate.
+      batch: the batch before, which is not yet learned from.
+      seen: number of batches that came by, int32.
+    """
+
+    online: OnlineState
+    batch: Batch
+    seen: Array
+
+
+def rate_learned_online(loss_fn: LossFn, example: Batch) -> StreamLearner:
+    """Adam whose rate descends the loss of the next batch, all along the stream.
+
+    Mathematics: when batch t comes, Adam steps on batch t − 1 at the rate ``η f``, and ``log f``
+    descends ``∂L_t(θ_t(f)) / ∂ log f`` by an Adam of its own: one window of
+    `metaopt.streams.online_hyperparameters.online`. ``hparams['learning_rate']`` is η, where the
+    rate starts. The last batch of a stream is not learned from.
+
+    Args:
+      loss_fn: of a batch.
+      example: a batch, for its shapes.
+
+    References:
+      Baydin et al., 2018, "Online Learning Rate Adaptation with Hypergradient Descent".
+    """
+    window = InnerLoop(num_steps=1, batching="split")
+
+    def training(rate: Any) -> Online:
+        def optimizer(values):
+            return adamw_from_values(
+                {"learning_rate": jax.tree.map(lambda f: rate * f, values["learning_rate"])}
+            )
+
+        return online(optimizer, {"learning_rate": 1.0}, loss_fn, OnlineConfig(window=window))
+
+    def init(params):
+        empty = jax.tree.map(jnp.zeros_like, example)
+        return StreamState((), (), Trained(training(1.0).init(params), empty, jnp.int32(0)))
+
+    def step(state, batch, key, hparams):
+        del key
+
+        def first(held):
+            return held.online, loss_fn(held.online.run.params, batch)
+
+        def later(held):
+            before = jax.tree.map(lambda x: x[None], held.batch)
+            moved, metrics = training(hparams["learning_rate"]).step(held.online, before, batch)
+            return moved, metrics["loss"]
+
+        held = state.memory
+        moved, loss = jax.lax.cond(held.seen > 0, later, first, held)
+        return state._replace(memory=Trained(moved, batch, held.seen + 1)), loss
+
+    return StreamLearner(init=init, step=step, start=lambda state: state.memory.online.run.params)
 
 
 def _penalised(

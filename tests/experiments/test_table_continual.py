@@ -3,7 +3,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from experiments.table_continual import cleaning, presets, run, volatility
+from experiments.table_continual import cleaning, presets, run, slow, volatility
 from experiments.table_continual.text import ROWS, measures, settings_of, visits_of
 from metaopt.reporting.tables import read_records
 from metaopt.tasks.series import SeriesConfig
@@ -127,3 +127,35 @@ def test_a_part_of_what_is_lost_has_the_interval_of_a_ratio():
     noisy = cleaning.part_of(0.9 + 0.1 * rng.standard_normal(500), cost)
     assert noisy.ci95 == pytest.approx(1.96 * 100 * 0.1345 / np.sqrt(500), rel=0.1)
     assert np.isnan(cleaning.part_of(cost, 0.1 * rng.standard_normal(500)).mean)
+
+
+def test_examples_of_a_slow_series_read_no_future():
+    values = np.random.default_rng(0).normal(size=200).cumsum()
+    other = np.concatenate([values[:120], values[120:][::-1]])
+    found, shuffled = slow.cut(values, season=12), slow.cut(other, season=12)
+    known = 120 - 14  # examples that predict a value before the change
+    np.testing.assert_array_equal(found.inputs[: known + 1], shuffled.inputs[: known + 1])
+    np.testing.assert_array_equal(found.targets[:known], shuffled.targets[:known])
+    assert not np.array_equal(found.targets[known:], shuffled.targets[known:])
+
+
+def test_least_squares_is_that_of_all_examples_so_far():
+    series = slow.cut(np.random.default_rng(1).normal(size=60).cumsum(), season=5)
+    errors = slow.least_squares_errors(series, forgetting=0.9)
+    x, y = series.inputs[:20].astype(np.float64), series.targets[:20].astype(np.float64)
+    weight = np.sqrt(0.9 ** np.arange(20)[::-1])
+    prior = np.sqrt(0.9**20) * np.eye(x.shape[1])
+    wanted, *_ = np.linalg.lstsq(
+        np.concatenate([x * weight[:, None], prior]), np.concatenate([y * weight, prior[0] * 0])
+    )
+    assert errors[20] == pytest.approx(float(series.targets[20] - wanted @ series.inputs[20]) ** 2)
+
+
+def test_slow_series_are_followed(tmp_path):
+    pytest.importorskip("statsmodels")
+    chosen = ("slow: least squares", "slow: rate learned online")
+    run(dataclasses.replace(SMOKE, root=str(tmp_path), rows=chosen))
+    (place,) = (tmp_path / "table_continual").iterdir()
+    found = {(r["row"], r["column"]): r["value"] for r in read_records(place / "results.jsonl")}
+    assert {column for _, column in found} == {"sunspots", "CO2", "El Niño"}
+    assert found[chosen[0], "sunspots"] > 20  # they have a cycle of 11 years

@@ -1,3 +1,5 @@
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -164,3 +166,31 @@ def test_the_start_descends_the_loss_after_steps_on_what_is_new(steps):
     updates, _ = optax.adam(0.05).update(jax.grad(objective)(state.params), state.opt_state)
     found, _ = learner.step(state, batch, key, hparams)
     close(found.params, optax.apply_updates(state.params, updates), rtol=1e-4)
+
+
+def test_a_rate_that_is_learned_descends_the_loss_of_the_next_batch():
+    optimizer = optax.scale_by_adam(eps_root=1e-8)
+    of_rate, log_factor = optax.adam(0.05), jnp.float32(0)
+    params, state, rate_state = START, optimizer.init(START), of_rate.init(log_factor)
+    batches = [jax.tree.map(lambda x, i=i: x[i], stream()) for i in range(12)]
+    losses = [loss_fn(params, batches[0])]
+    for before, batch in itertools.pairwise(batches):
+        direction, state = optimizer.update(jax.grad(loss_fn)(params, before), state)
+
+        def after(log_factor, params=params, direction=direction):
+            steps = jax.tree.map(lambda d: -0.05 * jnp.exp(log_factor) * d, direction)
+            return optax.apply_updates(params, steps)
+
+        slope = jax.grad(lambda f, batch=batch, after=after: loss_fn(after(f), batch))(log_factor)
+        params = after(log_factor)
+        losses.append(loss_fn(params, batch))
+        update, rate_state = of_rate.update(slope, rate_state)
+        log_factor = log_factor + update
+    learner = continual.rate_learned_online(loss_fn, EXAMPLE)
+    found, followed = run(learner)
+    np.testing.assert_allclose(followed, losses, rtol=1e-4)
+    close(learner.start(found), params, rtol=1e-4)
+    np.testing.assert_allclose(
+        found.memory.online.logs["learning_rate"], log_factor, rtol=1e-3, atol=1e-6
+    )
+    assert abs(float(log_factor)) > 0.1
