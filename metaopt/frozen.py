@@ -36,11 +36,29 @@ class FrozenLoss:
         """The loss of ``merge(frozen, params)``."""
         return self.loss_fn(merge(self.frozen, params), self.prepared(batch))
 
+    @property
+    def reads_on(self) -> bool:
+        """Whether it is of a document that is read on, see `reads_on`."""
+        return reads_on(self.loss_fn)
+
+    def start(self, params: Params) -> PyTree:
+        """The context before a document."""
+        return self.loss_fn.start(params)  # type: ignore[attr-defined]
+
+    def step(self, params: Params, batch: Batch, context: PyTree) -> tuple[Array, PyTree]:
+        """The loss of one chunk of a document, and the context after it."""
+        return self.loss_fn.step(merge(self.frozen, params), batch, context)  # type: ignore[attr-defined]
+
     def prepared(self, batch: Batch) -> Batch:
         """The batch with what the trunk makes of its inputs in their place."""
         if self.trunk is None or is_prepared(batch.inputs):
             return batch
         return batch._replace(inputs=self.trunk(self.frozen, batch.inputs))
+
+
+def reads_on(loss_fn: Any) -> bool:
+    """Whether a loss is of a document that is read on: it has `metaopt.losses.ReadingLoss.step`."""
+    return loss_fn.reads_on if isinstance(loss_fn, FrozenLoss) else hasattr(loss_fn, "step")
 
 
 def is_prepared(inputs: Array) -> bool:

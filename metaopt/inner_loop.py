@@ -18,7 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 from metaopt.checks import check_adapt, scalar_loss
 from metaopt.eager import compile_once
 from metaopt.errors import UserError
-from metaopt.frozen import prepared, unbound
+from metaopt.frozen import prepared, reads_on, unbound
 from metaopt.pytrees import is_smooth
 from metaopt.ranges import Checked, InnerSteps
 from metaopt.rematerialization.scan import KeptDtype, KeptOn, planned_scan
@@ -99,12 +99,14 @@ class Adapted(NamedTuple):
       losses: float32 ``[K]``, the support loss before each step.
       opt_state: state of the inner optimiser after the last step, to resume from.
       probes: ``probe(params, batch)`` before each step, stacked ``[K, ...]``; None without one.
+      context: what a document that is read on leaves; empty for other losses.
     """
 
     params: Params
     losses: Array
     opt_state: optax.OptState
     probes: Any = None
+    context: PyTree = ()
 
 
 def adapt(
@@ -116,6 +118,7 @@ def adapt(
     *,
     num_steps: int | None = None,
     opt_state: optax.OptState | None = None,
+    context: PyTree = None,
     grad_fn: InnerGradFn = jax.value_and_grad,
     probe: Callable[[Params, Batch], Any] | None = None,
 ) -> Adapted:
@@ -139,7 +142,10 @@ def adapt(
       num_steps: takes the place of ``config.num_steps``, for an evaluation that goes
         on past the trained number of steps (only with ``batching='same'``); 0 takes none.
       opt_state: state of the inner optimiser of an earlier run that is resumed; None starts one.
-      grad_fn: turns the loss into ``(params, batch) -> (loss, gradient)``.
+      context: of a `metaopt.losses.ReadingLoss`, what an earlier run left; None begins the
+        document. The context is carried from step to step, and differentiated.
+      grad_fn: turns the loss into ``(params, batch) -> (loss, gradient)``; of a loss that is read
+        on it is given ``has_aux=True``, as `jax.value_and_grad` is.
       probe: what else to measure before each step: a function of the parameters and of the
         batch that the step is about to take.
 
@@ -160,31 +166,55 @@ def adapt(
     """
     steps = config.num_steps if num_steps is None else num_steps
     check_adapt(loss_fn, optimizer, params, support, steps)
+    if reads_on(loss_fn) and config.batching != "split":
+        raise UserError("a document is read once, a chunk a step: give InnerLoop(batching='split')")
     bind, frozen = unbound(loss_fn)
     run = functools.partial(_adapt, bind, optimizer, config, steps, grad_fn, probe)
-    return compile_once(run)(params, support, opt_state, frozen)
+    return compile_once(run)(params, support, opt_state, context, frozen)
 
 
-def _adapt(bind, optimizer, config, steps, grad_fn, probe, params, support, opt_state, frozen):
+def _adapt(
+    bind, optimizer, config, steps, grad_fn, probe, params, support, opt_state, context, frozen
+):
     loss_fn = bind(frozen)
-    support, loss_fn = prepared(loss_fn, support), scalar_loss(loss_fn)
-    value_and_grad = grad_fn(loss_fn)
+    support, gradient_at = prepared(loss_fn, support), _gradients(loss_fn, grad_fn)
     batches = split_batches(support, steps) if config.batching == "split" else None
 
     def step(carry, batch):
-        params, opt_state = carry
+        params, opt_state, context = carry
         batch = support if batch is None else batch
-        loss, grads = value_and_grad(params, batch)
+        loss, grads, after, value_fn = gradient_at(params, batch, context)
         grads = checkpoint_name(grads, INNER_GRADIENTS)
-        updates, opt_state = _update(
-            optimizer, grads, opt_state, params, loss, lambda params: loss_fn(params, batch)
-        )
+        updates, opt_state = _update(optimizer, grads, opt_state, params, loss, value_fn)
         measured = None if probe is None else probe(params, batch)
-        return (optax.apply_updates(params, updates), opt_state), (loss, measured)
+        return (optax.apply_updates(params, updates), opt_state, after), (loss, measured)
 
-    start = (params, optimizer.init(params) if opt_state is None else opt_state)
-    (params, last_state), (losses, probes) = _scan(config, step, start, batches, steps)
-    return Adapted(params, losses, last_state, probes)
+    if context is None:
+        context = loss_fn.start(params) if reads_on(loss_fn) else ()
+    start = (params, optimizer.init(params) if opt_state is None else opt_state, context)
+    (params, last_state, context), (losses, probes) = _scan(config, step, start, batches, steps)
+    return Adapted(params, losses, last_state, probes, context)
+
+
+def _gradients(loss_fn: Any, grad_fn: Any) -> Callable[[Params, Batch, PyTree], tuple]:
+    """``(params, batch, context) -> (loss, gradient, context after it, loss of parameters)``."""
+    if not reads_on(loss_fn):
+        scalar = scalar_loss(loss_fn)
+        value_and_grad = grad_fn(scalar)
+
+        def plain(params, batch, context):
+            return *value_and_grad(params, batch), context, lambda params: scalar(params, batch)
+
+        return plain
+
+    step = loss_fn.step
+    reading_and_grad = grad_fn(lambda params, given: step(params, *given), has_aux=True)
+
+    def reading(params, batch, context):
+        (loss, after), grads = reading_and_grad(params, (batch, context))
+        return loss, grads, after, lambda params: step(params, batch, context)[0]
+
+    return reading
 
 
 def _update(

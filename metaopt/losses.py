@@ -15,7 +15,7 @@ Of a model that adapts in part the loss is a `metaopt.frozen.FrozenLoss` of what
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ import optax
 from metaopt.errors import UserError
 from metaopt.frozen import is_prepared, of_what_adapts
 from metaopt.indices import as_int32, as_tokens, check_range
-from metaopt.types import Array, Batch, LossFn, Model, Params
+from metaopt.types import Array, Batch, LossFn, Model, Params, PyTree, Stateful
 
 NATS_TO_BITS = 1 / math.log(2)
 """Multiplies a loss in nats to give it in bits; nats a byte become bits a byte."""
@@ -59,6 +59,41 @@ def next_token(model: Model, ignore_index: int | None = IGNORED) -> LossFn:
         return _cross_entropy(apply(params, inputs), batch.targets, ignore_index)
 
     return of_what_adapts(loss, model)
+
+
+class ReadingLoss(NamedTuple):
+    """The loss of a document that is read on, chunk after chunk.
+
+    As a loss it takes all chunks of one document, ``inputs`` and ``targets [N, B]`` in their order,
+    and reads them with the same parameters. The inner loop takes `step` in its place, one chunk a
+    step (``batching='split'``), and carries the context.
+
+    Attributes:
+      model: what reads.
+    """
+
+    model: Stateful
+
+    def __call__(self, params: Params, batch: Batch) -> Array:
+        """The mean over all tokens, nats a token."""
+
+        def read(context: PyTree, chunk: Batch) -> tuple[PyTree, Array]:
+            loss, context = self.step(params, jax.tree.map(lambda x: x[None], chunk), context)
+            return context, loss
+
+        _require_batch(batch)
+        return jax.lax.scan(read, self.start(params), batch)[1].mean()
+
+    def start(self, params: Params) -> PyTree:
+        """The context before a document."""
+        return self.model.start(1, jnp.result_type(*jax.tree.leaves(params)))
+
+    def step(self, params: Params, batch: Batch, context: PyTree) -> tuple[Array, PyTree]:
+        """The mean loss of one chunk, ``[1, B]``, nats a token, and the context after it."""
+        inputs = as_tokens("inputs", batch.inputs)
+        _require_shape("targets", batch.targets, inputs.shape)
+        logits, context = self.model.read(params, context, inputs)
+        return _cross_entropy(logits, batch.targets, IGNORED), context
 
 
 def regression(model: Model) -> LossFn:

@@ -116,6 +116,22 @@ class Model(NamedTuple):
     trunk: Callable[[Params, Array], Array] | None = None
 
 
+class Stateful(NamedTuple):
+    """A language model that reads on: what it keeps of the tokens so far is its context.
+
+    Attributes:
+      init: ``key -> params``.
+      start: ``(number of sequences, dtype) -> context``, before any token; the dtype is that of
+        the parameters, float32 if not given.
+      read: ``(params, context, tokens [S, B]) -> (logits [S, B, V], context)``. The logits are
+        those that the model gives for all tokens so far at once, as far as it reaches.
+    """
+
+    init: Callable[[Key], Params]
+    start: Callable[..., PyTree]
+    read: Callable[[Params, Any, Array], tuple[Array, Any]]
+
+
 LossFn = Callable[[Params, Batch], Array]
 """``(params, batch) -> float32 scalar``, the mean over the batch."""
 

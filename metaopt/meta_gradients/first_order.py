@@ -28,10 +28,24 @@ def first_order(
     return reverse(learner, loss_fn, inner, outer_loss=outer_loss, grad_fn=without_curvature)
 
 
-def without_curvature(loss_fn: LossFn):
+def stopped_gradients(loss_fn: LossFn, has_aux: bool = False):
+    """`jax.value_and_grad` whose gradient is a constant, and whose loss is none.
+
+    For a loss that is judged where it is stepped on, such as that of `streaming`.
+    """
+    value_and_grad = jax.value_and_grad(loss_fn, has_aux=has_aux)
+
+    def stopped(params: Params, batch: Batch):
+        value, grads = value_and_grad(params, batch)
+        return value, jax.lax.stop_gradient(grads)
+
+    return stopped
+
+
+def without_curvature(loss_fn: LossFn, has_aux: bool = False):
     """`jax.value_and_grad` at parameters behind a stop-gradient."""
 
     def value_and_grad(params: Params, batch: Batch):
-        return jax.value_and_grad(loss_fn)(jax.lax.stop_gradient(params), batch)
+        return jax.value_and_grad(loss_fn, has_aux=has_aux)(jax.lax.stop_gradient(params), batch)
 
     return value_and_grad

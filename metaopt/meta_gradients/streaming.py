@@ -7,6 +7,7 @@ import jax
 from metaopt.checks import check_call, check_parts
 from metaopt.eager import compile_once
 from metaopt.errors import UserError
+from metaopt.frozen import reads_on
 from metaopt.inner_loop import InnerLoop, adapt
 from metaopt.meta_gradients.joint import support_and_query
 from metaopt.types import InnerGradFn, Learner, LossFn, MetaGradFn, unchanged_loss
@@ -22,26 +23,31 @@ def streaming(
 ) -> MetaGradFn:
     """The exact meta-gradient of the score of dynamic evaluation on a short stream.
 
-    Its episodes are stretches of a stream: support and query are consecutive segments, N
-    together. It descends ``1/N Σ_i L_i(θ_i)`` with ``θ_{i+1} = θ_i − α ∇L_i(θ_i)``, which is what
-    dynamic evaluation is judged by (`metaopt.streams.dynamic_evaluation`), by backpropagation
-    through the stream. The first term is the static loss.
+    Its episodes are stretches of a stream, or whole documents: support and query are consecutive
+    segments, N together. It descends ``1/N Σ_i L_i(θ_i)`` with ``θ_{i+1} = θ_i − α ∇L_i(θ_i)``,
+    which is what dynamic evaluation is judged by (`metaopt.streams.dynamic_evaluation`), by
+    backpropagation through the stream. The first term is the static loss. A
+    `metaopt.losses.ReadingLoss` carries what the model keeps of the segments before, and the
+    gradient goes through that too: test-time training end to end.
 
     Args:
       learner: what is meta-learned.
       loss_fn: loss of a batch of one segment, which the steps descend as the learner changes it.
       inner: how the loop is compiled and what it keeps; steps and batching follow the episode.
       outer_loss: what a segment is scored by, before the step on it; None for ``loss_fn``.
-      grad_fn: the inner-gradient function.
+      grad_fn: the inner-gradient function; `metaopt.meta_gradients.first_order.stopped_gradients`
+        leaves the curvature out.
 
     Returns:
       ``(meta_params, hparams, episode, key) -> (meta-gradient, metrics)``; ``loss`` is the
       score and ``inner_losses`` ``[N]`` its terms.
 
     Raises:
-      UserError: ``inner.query_loss`` is not left at ``'last'``.
+      UserError: ``inner.query_loss`` is not left at ``'last'``; or the loss is of a document that
+        is read on, and the learner or an outer loss puts another in its place.
 
     References:
+      Tandon et al., 2025, "End-to-End Test-Time Training for Long Context", arXiv:2512.23675;
       Finn et al., 2017, arXiv:1703.03400, algorithm 1; Krause et al., 2018, "Dynamic Evaluation
       of Neural Sequence Models", section 3.
     """
@@ -52,6 +58,11 @@ def streaming(
             f"has no query of which query_loss={inner.query_loss!r} could be: leave it at 'last'"
         )
     same = outer_loss is None and learner.inner_loss is unchanged_loss
+    if reads_on(loss_fn) and not same:
+        raise UserError(
+            "a document that is read on is judged by the loss that is stepped on: take a learner "
+            "that does not change it, and no outer_loss"
+        )
 
     def objective(meta_params, hparams, episode):
         segments = support_and_query(episode)

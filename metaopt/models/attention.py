@@ -154,22 +154,31 @@ def cached_attention(
     value_SxHxLxF: Array,
     first: Array | int,
     window: int | None = None,
+    begin: Array | int = 0,
 ) -> Array:
     """As `causal_attention`, of B queries alone, the first of them at the position ``first``.
 
-    Keys and values are those of positions 0 to L - 1; what lies after a query may be anything.
+    Keys and values are those of positions 0 to L - 1; what lies after a query, or before the
+    position ``begin``, may be anything.
     """
     window = window or key_SxHxLxF.shape[2]
-    return _attend_before(key_SxHxLxF, value_SxHxLxF, window, query_SxHxBxF, first)
+    return _attend_before(key_SxHxLxF, value_SxHxLxF, window, query_SxHxBxF, first, begin)
 
 
 def _attend_before(
-    key_SxHxLxF: Array, value_SxHxLxF: Array, window: int, query_SxHxBxF: Array, first: Array | int
+    key_SxHxLxF: Array,
+    value_SxHxLxF: Array,
+    window: int,
+    query_SxHxBxF: Array,
+    first: Array | int,
+    begin: Array | int = 0,
 ) -> Array:
     """What B queries, at positions from ``first`` on, take from themselves and those before."""
     block, L = query_SxHxBxF.shape[2], key_SxHxLxF.shape[2]
     distance_BxL = first + jnp.arange(block)[:, None] - jnp.arange(L)[None, :]
     visible_BxL = (distance_BxL >= 0) & (distance_BxL < window)
+    if not (isinstance(begin, int) and begin == 0):
+        visible_BxL &= jnp.arange(L)[None, :] >= begin
     return _attend(key_SxHxLxF, value_SxHxLxF, visible_BxL, query_SxHxBxF)
 
 

@@ -1,17 +1,19 @@
 """Recurrent language models: Elman, gated recurrent unit, long short-term memory."""
 
+import functools
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from metaopt.indices import as_tokens
-from metaopt.models.linen import from_linen
 from metaopt.ranges import Layers, Vocabulary, Width, check_value
-from metaopt.types import Array, Model
+from metaopt.types import Array, Key, Model, Params, Stateful
 
+Cell = Literal["rnn", "gru", "lstm"]
 CELLS = {"rnn": nn.SimpleCell, "gru": nn.GRUCell, "lstm": nn.OptimizedLSTMCell}
 
 
@@ -24,25 +26,31 @@ class Recurrent(nn.Module):
     num_layers: int
 
     @nn.compact
-    def __call__(self, tokens_SxL: Array) -> Array:
-        """Maps integers ``[S, L]`` to logits ``[S, L, V]``."""
+    def __call__(self, tokens_SxL: Array, context: Any = None) -> tuple[Array, Any]:
+        """Integers ``[S, L]`` and states of the layers to logits ``[S, L, V]`` and the states."""
         tokens_SxL = as_tokens("tokens", tokens_SxL, self.vocab_size)
         x: Any = nn.Embed(self.vocab_size, self.width, name="embed")(tokens_SxL)
-        for i in range(self.num_layers):
+        context = self.start(x.shape[0], x.dtype) if context is None else context
+        after = []
+        for i, start in enumerate(context):
             cell = self.cell(self.width, name=f"layer_{i}")
-            # Zeros, whatever the key, in the dtype of the parameters: the cell's are float32.
-            start = cell.initialize_carry(jax.random.key(0), (x.shape[0], self.width))
-            start = jax.tree.map(lambda leaf, x=x: leaf.astype(x.dtype), start)
-            x = nn.RNN(cell)(x, initial_carry=start)
+            end, x = nn.RNN(cell, return_carry=True)(x, initial_carry=start)
+            after.append(end)
         # All tokens in one axis: see `metaopt.models.transformer`.
         logits = nn.Dense(self.vocab_size, name="head")(x.reshape(-1, self.width))
-        return logits.reshape(*tokens_SxL.shape, self.vocab_size)
+        return logits.reshape(*tokens_SxL.shape, self.vocab_size), tuple(after)
+
+    def start(self, sequences: int, dtype: Any = jnp.float32) -> tuple[Any, ...]:
+        """The states of the layers before any token: zeros."""
+        cell = self.cell(self.width, parent=None)
+        state = cell.initialize_carry(jax.random.key(0), (sequences, self.width))
+        return self.num_layers * (jax.tree.map(lambda leaf: leaf.astype(dtype), state),)
 
 
 def recurrent(
     vocab_size: int,
     width: int,
-    cell: Literal["rnn", "gru", "lstm"] = "gru",
+    cell: Cell = "gru",
     num_layers: int = 1,
 ) -> Model:
     """A recurrent language model, scanned over time, whose state starts at zero.
@@ -63,10 +71,38 @@ def recurrent(
       UserError: if ``cell`` is unknown, ``vocab_size`` is less than 2, or ``width``
         or ``num_layers`` is less than 1.
     """
-    check_value("cell", cell, Literal["rnn", "gru", "lstm"])
+    module = _checked(vocab_size, width, cell, num_layers)
+    example = np.zeros((1, 1), np.int32)
+
+    def init(key: Key) -> Params:
+        return module.init(key, example)["params"]
+
+    def apply(params: Params, tokens_SxL: Array) -> Array:
+        return _run(module, params, None, tokens_SxL)[0]
+
+    return Model(init, apply)
+
+
+def with_memory(vocab_size: int, width: int, cell: Cell = "gru", num_layers: int = 1) -> Stateful:
+    """`recurrent` as a model that reads on: its context is the states of its layers.
+
+    Raises:
+      UserError: see `recurrent`.
+    """
+    module = _checked(vocab_size, width, cell, num_layers)
+    model = recurrent(vocab_size, width, cell, num_layers)
+    return Stateful(model.init, module.start, functools.partial(_run, module))
+
+
+def _checked(vocab_size: int, width: int, cell: Cell, num_layers: int) -> Recurrent:
+    check_value("cell", cell, Cell)
     check_value("vocab_size", vocab_size, Vocabulary)
     check_value("width", width, Width)
     check_value("num_layers", num_layers, Layers)
-    return from_linen(
-        Recurrent(vocab_size, width, CELLS[cell], num_layers), np.zeros((1, 1), np.int32)
-    )
+    return Recurrent(vocab_size, width, CELLS[cell], num_layers)
+
+
+def _run(
+    module: Recurrent, params: Params, context: Any, tokens_SxL: Array
+) -> tuple[Array, tuple[Any, ...]]:
+    return cast(tuple[Array, Any], module.apply({"params": params}, tokens_SxL, context))

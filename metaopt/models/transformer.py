@@ -203,6 +203,20 @@ class Past(NamedTuple):
         return Past(*whole, self.length + keys.shape[2])
 
 
+class Recent(NamedTuple):
+    """What a layer keeps of the tokens in its window.
+
+    Attributes:
+      keys, values: ``[S, G, C, F]`` of the last C tokens, the latest last; keys as they are before
+        they are turned by where they are, since that moves on.
+      length: number of them that are there, int32 scalar: the last ones.
+    """
+
+    keys: Array
+    values: Array
+    length: Array
+
+
 class Block(nn.Module):
     """Attention and MLP, each behind a norm and added to the residual stream."""
 
@@ -228,7 +242,9 @@ class Block(nn.Module):
         return _over_tokens(lambda x: (y := dense(x)) + matmul(matmul(x, down), up).astype(y.dtype))
 
     @nn.compact
-    def __call__(self, x_SxLxD: Array, past: Past | None = None) -> tuple[Array, Past | None]:
+    def __call__(
+        self, x_SxLxD: Array, past: Past | Recent | None = None
+    ) -> tuple[Array, Past | Recent | None]:
         """Maps the residual stream ``[S, L, D]`` to the next; with the tokens before, if given."""
         dtype = COMPUTE_DTYPES[self.config.compute_dtype]
         norm = functools.partial(Norm, self.config, dtype=dtype)
@@ -242,26 +258,53 @@ class Block(nn.Module):
         """Of the variance of what each of the two branches of each layer adds to the stream."""
         return 1 / (2 * self.config.num_layers)
 
-    def attention(self, x_SxLxD: Array, past: Past | None) -> tuple[Array, Past | None]:
+    def attention(
+        self, x_SxLxD: Array, past: Past | Recent | None
+    ) -> tuple[Array, Past | Recent | None]:
         """Self-attention, with rotary positions unless they are learned."""
         S, L, D = x_SxLxD.shape
         query, key, value = self.heads(x_SxLxD)
-        first, longest = (0, None) if past is None else (past.length, past.keys.shape[2])
-        if self.config.positions == "rotary":
-            rotary = self.config.rope_base, self.config.rope_scaling, first, longest
-            query, key = rope(query, *rotary), rope(key, *rotary)
-        if past is not None:
-            past = past.followed_by(key, value)
-            key, value = past.keys, past.values
-        if self.config.kv_heads < self.config.num_heads:
-            times = self.config.num_heads // self.config.kv_heads
-            key, value = jnp.repeat(key, times, axis=1), jnp.repeat(value, times, axis=1)
         if past is None:
-            mixed_SxHxLxF = self.attend(query, key, value)
+            query, key = self.turned(query), self.turned(key)
+            mixed_SxHxLxF = self.attend(query, *self.shared(key, value))
+        elif isinstance(past, Recent):
+            mixed_SxHxLxF, past = self.attend_recent(query, key, value, past)
         else:
+            first, longest = past.length, past.keys.shape[2]
+            query, key = (self.turned(x, first, longest) for x in (query, key))
+            past = past.followed_by(key, value)
+            key, value = self.shared(past.keys, past.values)
             mixed_SxHxLxF = cached_attention(query, key, value, first, self.config.window)
         mixed_SxLxHF = mixed_SxHxLxF.swapaxes(1, 2).reshape(S, L, -1)
         return self.dense(D, "attention_out", self.residual_scale)(mixed_SxLxHF), past
+
+    def attend_recent(
+        self, query: Array, key: Array, value: Array, past: Recent
+    ) -> tuple[Array, Recent]:
+        """Attention to the tokens of the window, most of which came before."""
+        keys, values = (
+            jnp.concatenate([before, new.astype(before.dtype)], axis=2)
+            for before, new in ((past.keys, key), (past.values, value))
+        )
+        kept, L = past.keys.shape[2], key.shape[2]
+        query = self.turned(query, kept, kept + L)
+        shared = self.shared(self.turned(keys), values)
+        mixed = cached_attention(query, *shared, kept, self.config.window, begin=kept - past.length)
+        length = jnp.minimum(past.length + L, kept)
+        return mixed, Recent(keys[:, :, L:], values[:, :, L:], length)
+
+    def turned(self, x: Array, first: Array | int = 0, longest: int | None = None) -> Array:
+        """Queries or keys turned by where they are, unless positions are learned."""
+        if self.config.positions != "rotary":
+            return x
+        return rope(x, self.config.rope_base, self.config.rope_scaling, first, longest)
+
+    def shared(self, key: Array, value: Array) -> tuple[Array, Array]:
+        """Keys and values of as many heads as there are of queries."""
+        times = self.config.num_heads // self.config.kv_heads
+        if times == 1:
+            return key, value
+        return jnp.repeat(key, times, axis=1), jnp.repeat(value, times, axis=1)
 
     def heads(self, x_SxLxD: Array) -> tuple[Array, ...]:
         """Queries ``[S, H, L, F]``, and keys and values of as many heads as they have."""
@@ -291,7 +334,18 @@ class Block(nn.Module):
             activated = jax.nn.silu(self.dense(hidden, "gate")(x_SxLxD)) * up
         else:
             activated = gelu(up)
-        return self.dense(x_SxLxD.shape[-1], "mlp_out", self.residual_scale)(activated)
+        mixed = self.dense(x_SxLxD.shape[-1], "mlp_out", self.residual_scale)(activated)
+        beside = self.variables.get("params", {})
+        if "second_up" not in beside:
+            return mixed
+        # A second MLP, see `metaopt.models.adapters`.
+        up, out = (beside[name]["kernel"].astype(x_SxLxD.dtype) for name in SECOND_MLP)
+        second = _over_tokens(lambda x: matmul(gelu(matmul(x, up)), out))
+        return mixed + second(x_SxLxD).astype(mixed.dtype)
+
+
+SECOND_MLP = ("second_up", "second_out")
+"""Names of the matrices of a second MLP of a block, which most have none of."""
 
 
 def mlp_width(config: TransformerConfig) -> int:

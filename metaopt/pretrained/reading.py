@@ -14,9 +14,9 @@ from metaopt.errors import Diverged, UserError
 from metaopt.frozen import FrozenLoss
 from metaopt.losses import NATS_TO_BITS
 from metaopt.measure import compiled_memory
-from metaopt.models import TransformerConfig, reader, transformer
+from metaopt.models import TransformerConfig, transformer, with_cache
 from metaopt.models.adapters import AdapterConfig, split
-from metaopt.models.reader import Cache
+from metaopt.models.stateful import Cache
 from metaopt.pretrained.model import Pretrained
 from metaopt.ranges import Checked, CountOr0, Length, Rate, Seed, Share, check_value
 from metaopt.statistics import Score, t_interval
@@ -102,10 +102,10 @@ def segment_losses(
     padded[: len(tokens)] = tokens
     blocks, config = padded[:-1].reshape(count, 1, length), found.config
     following = padded[1:].reshape(count, length)
-    start, nats = reader(config).start, np.zeros(count)
+    model, nats = with_cache(config, context + length), np.zeros(count)
     counted = np.minimum(length, num_tokens - length * np.arange(count))
     for i in range(count):
-        cache = start(1, context + length)
+        cache = model.start(1)
         for block in blocks[max(0, i - context // length) : i]:
             cache = _read(config, found.params, cache, block)
         nats[i] = float(_loss(config, found.params, cache, blocks[i], following[i], counted[i]))
@@ -116,7 +116,7 @@ def segment_losses(
 
 @functools.partial(jax.jit, static_argnames=("config",), donate_argnames=("cache",))
 def _read(config: TransformerConfig, params: Params, cache: Cache, tokens: Array) -> Cache:
-    return reader(config).read(params, cache, tokens)[1]
+    return with_cache(config, cache[0].keys.shape[2]).read(params, cache, tokens)[1]
 
 
 @functools.partial(jax.jit, static_argnames=("config",))
@@ -129,7 +129,8 @@ def _loss(
     counted: Array,
 ) -> Array:
     """The sum of the losses of the first tokens of a segment, nats."""
-    logits = reader(config).read(params, cache, tokens)[0][0]
+    model = with_cache(config, cache[0].keys.shape[2])
+    logits = model.read(params, cache, tokens)[0][0]
     each = optax.softmax_cross_entropy_with_integer_labels(logits, following)
     return jnp.where(jnp.arange(len(each)) < counted, each, 0).sum()
 

@@ -14,8 +14,8 @@ import numpy as np
 from metaopt.errors import UserError
 from metaopt.frozen import whole
 from metaopt.indices import check_range
-from metaopt.models import TransformerConfig, reader, transformer
-from metaopt.models.reader import Cache
+from metaopt.models import TransformerConfig, transformer, with_cache
+from metaopt.models.stateful import Cache
 from metaopt.ranges import CountOr0, Length, NotNegative, check_value
 from metaopt.types import Array, Key, Model, Params
 
@@ -131,8 +131,7 @@ def stream(
     length, room = len(tokens), BLOCK * -(-(len(tokens) + num_tokens) // BLOCK)
     if config.positions == "learned" and length + num_tokens <= config.max_length:
         room = min(room, config.max_length)
-    start, _ = reader(config)
-    cache, logits = start(1, room), None
+    cache, logits = with_cache(config, room).start(1), None
     for begin in range(0, length, BLOCK):
         part = tokens[begin : begin + BLOCK]
         fits = min(BLOCK, room - begin)
@@ -152,7 +151,7 @@ def _read_block(
     config: TransformerConfig, params: Params, cache: Cache, tokens: Array, number: Array
 ) -> tuple[Array, Cache]:
     """The logits after the first ``number`` of the tokens ``[1, B]``; the others are forgotten."""
-    logits, cache = reader(config).read(params, cache, tokens)
+    logits, cache = with_cache(config, cache[0].keys.shape[2]).read(params, cache, tokens)
     over = tokens.shape[1] - number
     cache = tuple(past._replace(length=past.length - over) for past in cache)
     return jax.lax.dynamic_index_in_dim(logits[0], number - 1, keepdims=False), cache

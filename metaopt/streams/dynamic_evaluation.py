@@ -22,7 +22,7 @@ from metaopt.frozen import is_prepared, of_what_adapts
 from metaopt.indices import NO_INDEX, as_tokens, check_range
 from metaopt.inner_loop import Adapted, InnerLoop, adapt
 from metaopt.ranges import CountOr0, Length, check_value
-from metaopt.types import Array, Batch, InnerGradFn, LossFn, Model, Params
+from metaopt.types import Array, Batch, InnerGradFn, LossFn, Model, Params, PyTree
 
 
 def cut_segments(tokens: np.ndarray, length: int, context: int = 0) -> Batch:
@@ -94,6 +94,7 @@ def walk(
     segments: Batch,
     *,
     opt_state: optax.OptState | None = None,
+    context: PyTree = None,
     grad_fn: InnerGradFn = jax.value_and_grad,
 ) -> Adapted:
     """Walks along a stream: scores each segment, then takes one step on it.
@@ -102,23 +103,25 @@ def walk(
     differentiated by whoever calls it; memory does not grow with N.
 
     Args:
-      loss_fn: loss of a batch of one segment.
+      loss_fn: loss of a batch of one segment, or a `metaopt.losses.ReadingLoss`.
       optimizer: how it steps, learning rate and sign included.
       params: θ_0.
       segments: leaves ``[N, ...]``, in the order of the stream.
       opt_state: state of the optimiser of an earlier walk that is resumed; None starts one.
+      context: what the model kept in an earlier walk that is resumed; None starts one.
       grad_fn: turns the loss into ``(params, batch) -> (loss, gradient)``.
 
     Returns:
       `metaopt.inner_loop.Adapted`: ``losses`` is float32 ``[N]``, each from before its step;
-      ``params`` and ``opt_state`` are those to resume with.
+      ``params``, ``opt_state`` and ``context`` are those to resume with.
 
     References:
       Krause et al., 2018, "Dynamic Evaluation of Neural Sequence Models", section 3.
     """
     count = jax.tree.leaves(segments)[0].shape[0]
     config = InnerLoop(num_steps=count, batching="split", unroll=False)
-    return adapt(loss_fn, optimizer, params, segments, config, opt_state=opt_state, grad_fn=grad_fn)
+    resumed = {"opt_state": opt_state, "context": context}
+    return adapt(loss_fn, optimizer, params, segments, config, **resumed, grad_fn=grad_fn)
 
 
 def decay_towards(
