@@ -1,12 +1,11 @@
 """ANIL: the body is learned in the outer loop only; the inner loop adapts the head."""
 
-import jax
-import jax.numpy as jnp
 import optax
 
 from metaopt.errors import UserError
 from metaopt.learners.maml import InnerOptimizer, maml
-from metaopt.pytrees import fill, take
+from metaopt.optimizers.part import on_part
+from metaopt.pytrees import take
 from metaopt.types import Learner, Model, Params
 
 
@@ -46,33 +45,6 @@ def anil(model: Model, inner_optimizer: InnerOptimizer = optax.sgd) -> Learner:
         return plain.init(params)
 
     def inner_opt(meta_params, hparams):
-        return on_entries(plain.inner_opt(meta_params, hparams), model.head)
+        return on_part(plain.inner_opt(meta_params, hparams), lambda path: path[0] in model.head)
 
     return plain._replace(init=init, inner_opt=inner_opt, adapted=model.head)
-
-
-def on_entries(
-    optimizer: optax.GradientTransformation, names: tuple[str, ...]
-) -> optax.GradientTransformationExtraArgs:
-    """The optimiser on the top-level entries of these names; the others do not move.
-
-    It sees the whole tree, with None for every leaf of the others. What a line search is given
-    beside the gradient is cut likewise.
-
-    Raises:
-      UserError: from ``init`` and ``update``: there is no entry of one of the names.
-    """
-    optimizer = optax.with_extra_args_support(optimizer)
-
-    def update(updates, state, params=None, **extra):
-        if "grad" in extra:
-            extra["grad"] = take(extra["grad"], names)
-        if value_fn := extra.get("value_fn"):
-            extra["value_fn"] = lambda head: value_fn(fill(params, head))
-        head = None if params is None else take(params, names)
-        moved, state = optimizer.update(take(updates, names), state, head, **extra)
-        return fill(jax.tree.map(jnp.zeros_like, updates), moved), state
-
-    return optax.GradientTransformationExtraArgs(
-        lambda params: optimizer.init(take(params, names)), update
-    )

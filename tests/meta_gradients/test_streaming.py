@@ -12,11 +12,11 @@ from metaopt import learners, losses
 from metaopt.errors import UserError
 from metaopt.frozen import FrozenLoss
 from metaopt.inner_loop import InnerLoop, adapt
-from metaopt.learners.anil import on_entries
 from metaopt.meta_gradients.first_order import stopped_gradients
 from metaopt.meta_gradients.mixed_mode import forward_over_reverse
 from metaopt.meta_gradients.streaming import streaming
 from metaopt.models import TransformerConfig, with_memory, with_window
+from metaopt.optimizers.part import on_part
 from metaopt.types import Batch, Episode
 
 CONFIG = TransformerConfig(vocab_size=11, width=8, num_heads=2, num_layers=1, window=5)
@@ -152,7 +152,7 @@ def test_a_part_of_a_model_adapts_while_it_reads():
     found = adapt(loss, optax.sgd(0.3), fast, chunks, config)
     both = adapt(
         losses.ReadingLoss(model),
-        on_entries(optax.sgd(0.3), ("head",)),
+        on_part(optax.sgd(0.3), lambda path: path[0] == "head"),
         params,
         chunks,
         config,

@@ -24,7 +24,8 @@ from metaopt.errors import UserError
 from metaopt.frozen import FrozenLoss, merge, prepared, unbound, whole
 from metaopt.losses import next_token
 from metaopt.models import TransformerConfig, transformer
-from metaopt.models.adapters import AdapterConfig, adapting, merged, split
+from metaopt.models.adapters import AdapterConfig, adapting, extended, merged, split
+from metaopt.optimizers.part import chosen, listing, on_part, path_of
 from metaopt.rematerialization.plan import plan_for
 from metaopt.sequence import decoding
 from metaopt.streams.dynamic_evaluation import cut_segments, segment_loss
@@ -42,7 +43,11 @@ KINDS = {
     "norms": {"layer_0", "layer_1", "layer_2", "final_norm"},
     "head": {"head"},
     "low_rank": {"layer_1", "layer_2"},
+    "mlps": {"layer_1", "layer_2"},
+    "second_mlp": {"layer_1", "layer_2"},
 }
+
+ADDS = ("low_rank", "second_mlp")
 
 
 def made(kind, **fields):
@@ -61,7 +66,7 @@ def test_what_adapts_and_the_rest_are_the_model(kind):
     found = MODEL.apply(merge(frozen, fast), tokens)
     np.testing.assert_array_equal(found, MODEL.apply(PARAMS, tokens))
     sizes = [sum(x.size for x in jax.tree.leaves(tree)) for tree in (fast, frozen, PARAMS)]
-    assert sum(sizes[:2]) == sizes[2] + (sizes[0] if kind == "low_rank" else 0)
+    assert sum(sizes[:2]) == sizes[2] + (sizes[0] if kind in ADDS else 0)
     names = {path[-1].key for path, _ in jax.tree.leaves_with_path(fast)}
     if kind == "norms":
         assert names == {"scale", "bias"}
@@ -92,7 +97,7 @@ def test_what_the_model_has_not_cannot_adapt():
 def test_a_trunk_computed_ahead_changes_nothing(kind, scan_layers):
     config = dataclasses.replace(CONFIG, scan_layers=scan_layers)
     model = adapting(config, AdapterConfig(kind=kind, blocks=2, rank=2), PARAMS)
-    assert (model.trunk is not None) == (kind in ("blocks", "head", "low_rank"))
+    assert (model.trunk is not None) == (kind not in ("all", "norms"))
     params = jax.tree.map(lambda x: x + 0.1, model.init(jax.random.key(1)))
     tokens = np.arange(12).reshape(2, 6) % 5
     segments = cut_segments(tokens.ravel(), 3, context=2)
@@ -133,7 +138,7 @@ def test_the_start_is_the_model_and_its_key_draws_what_is_random():
         starts = [model.init(jax.random.key(seed)) for seed in (0, 0, 1)]
         alike = [jax.tree.map(np.array_equal, starts[0], other) for other in starts[1:]]
         assert all(jax.tree.leaves(alike[0]))
-        assert all(jax.tree.leaves(alike[1])) == (kind != "low_rank")
+        assert all(jax.tree.leaves(alike[1])) == (kind not in ADDS)
         tokens = np.arange(10).reshape(2, 5) % 5
         found = model.apply(whole(model, starts[0]), tokens)
         np.testing.assert_array_equal(found, MODEL.apply(PARAMS, tokens))
@@ -269,3 +274,32 @@ def test_estimators_take_frozen_losses(estimator):
     grads, metrics = found(fast, frozen)
     assert set(grads["params"]) == KINDS["blocks"]
     assert all(np.isfinite(x).all() for x in jax.tree.leaves((grads, metrics)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_adapts_is_chosen_by_its_path_and_the_rest_stays(kind):
+    config = AdapterConfig(kind=kind, blocks=2, rank=2)
+    params = extended(config, PARAMS, jax.random.key(1))
+    tokens = np.arange(10).reshape(2, 5) % 5
+    np.testing.assert_array_equal(MODEL.apply(params, tokens), MODEL.apply(PARAMS, tokens))
+    adapts = config.adapts(CONFIG.num_layers)
+    fast = made(kind)[0]
+    found = {path_of(p) for p, _ in jax.tree.leaves_with_path(chosen(params, adapts))}
+    assert found == {path_of(p) for p, _ in jax.tree.leaves_with_path(fast)}
+    number = sum(x.size for x in jax.tree.leaves(fast))
+    assert f"{number:,} of " in listing(params, adapts).splitlines()[-1]
+    batch = Batch(tokens[:, :-1], tokens[:, 1:])
+    moved = adapt(
+        next_token(MODEL), on_part(optax.sgd(0.5), adapts), params, batch, InnerLoop(num_steps=2)
+    ).params
+    for (path, old), new in zip(
+        jax.tree.leaves_with_path(params), jax.tree.leaves(moved), strict=True
+    ):
+        has_moved = not np.array_equal(old, new)
+        assert not has_moved or adapts(path_of(path))
+    assert not np.allclose(MODEL.apply(moved, tokens), MODEL.apply(PARAMS, tokens))
+
+
+def test_a_choice_of_nothing_is_refused():
+    with pytest.raises(UserError, match="nothing of the parameters is chosen"):
+        on_part(optax.sgd(0.1), lambda path: False).init(PARAMS)
