@@ -348,6 +348,7 @@ class TableRun:
         items: Iterable[Item],
         row: Callable[[Item], str] = operator.attrgetter("name"),
         column: Callable[[Item], str | None] = lambda item: None,
+        table: str | None = None,
     ) -> Iterator[Item]:
         """The items whose cells are not in the results yet, one after the other.
 
@@ -358,10 +359,11 @@ class TableRun:
           items: Rows, or what single cells are made of.
           row: Name of an item's row; its attribute ``name`` by default.
           column: Column of an item, if it is a single cell and not a whole row.
+          table: Table that the rows are of, if others have rows of these names too.
         """
         for item in items:
             name = row(item)
-            if self.has(name, column(item)):
+            if self.has(name, column(item), table):
                 log(f"{name}: taken from {self._run.results}")
                 continue
             before, began = dict(self._cells), time.monotonic()
@@ -374,9 +376,12 @@ class TableRun:
             shown = [f"{r['column']} {tables.cell_text(r)}" for r in new if r["row"] == name]
             log(f"{name}: {', '.join(shown)} ({seconds:.0f} s)")
 
-    def has(self, row: str, column: str | None = None) -> bool:
-        """Whether a row, or its cell in a column, is in the results."""
-        return any(cell.row == row and column in (None, cell.column) for cell in self._cells)
+    def has(self, row: str, column: str | None = None, table: str | None = None) -> bool:
+        """Whether a row, or its cell in a column, is in the results, of any table or of one."""
+        return any(
+            cell.row == row and column in (None, cell.column) and table in (None, cell.table)
+            for cell in self._cells
+        )
 
     def add(
         self,

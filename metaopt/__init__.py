@@ -10,6 +10,8 @@ judges several learners alike, as a `ComparisonConfig` says.
 **Afterwards**: `load` gives a row of a run as a `Loaded`, which adapts to a text, scores and
 generates.
 
+**A text as it comes**: a `Reader` reads on and learns, as a `ReaderConfig` says.
+
 **One episode by hand**: `adapt` takes the steps of an `InnerLoop` and gives an `Adapted`.
 
 **Models, tasks and losses**: `models`, `tasks`, `losses`; `as_model` makes a `Model` of what you
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
     from metaopt.loaded import Loaded
     from metaopt.models import as_model
     from metaopt.optimizers.outer import OuterConfig
+    from metaopt.streams.reader import Reader, ReaderConfig
     from metaopt.types import Batch, Episode, Learner, Model, TaskFamily
 
 __version__ = "0.1.0"
@@ -53,6 +56,8 @@ __all__ = [
     "Model",
     "OuterConfig",
     "Problem",
+    "Reader",
+    "ReaderConfig",
     "TaskFamily",
     "UserError",
     "__version__",
@@ -78,6 +83,7 @@ _MODULES = {
     "metaopt.loaded": ("Loaded",),
     "metaopt.models": ("as_model",),
     "metaopt.optimizers.outer": ("OuterConfig",),
+    "metaopt.streams.reader": ("Reader", "ReaderConfig"),
     "metaopt.types": ("Batch", "Episode", "Learner", "Model", "TaskFamily"),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}

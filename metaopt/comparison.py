@@ -28,6 +28,7 @@ from metaopt.learners import maml
 from metaopt.measure import count_flops
 from metaopt.meta_gradients import joint
 from metaopt.optimizers.outer import OuterConfig
+from metaopt.pytrees import digest_of
 from metaopt.ranges import (
     Checked,
     Count,
@@ -39,7 +40,6 @@ from metaopt.ranges import (
     Steps,
     StepsOr0,
 )
-from metaopt.training.fingerprint import of_arrays
 from metaopt.training.loop import TrainFn, train
 from metaopt.training.progress import Progress
 from metaopt.types import Episode, Estimator, Hparams, Learner, MetaParams, Model, Params
@@ -281,7 +281,7 @@ class Comparison:
 
     def _training_rate(self, row: Row, start: Params) -> float:
         """The rate best on the validation tasks after K steps from where training starts."""
-        alike = row.inner_optimizer, of_arrays(start)
+        alike = row.inner_optimizer, digest_of(start)
         if alike not in self._tuned:
             learner = maml(row.inner_optimizer)
             self._tuned[alike] = self._best_rate(row.name, learner, learner.init(start))

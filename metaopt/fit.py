@@ -30,10 +30,10 @@ from metaopt.inner_loop import InnerLoop
 from metaopt.meta_gradients import reverse
 from metaopt.optimizers.outer import OuterConfig, at_update, outer_optimizer
 from metaopt.outer_step import MetaStep, check_groups, init_state, make_meta_step
+from metaopt.pytrees import digest_of, is_key
 from metaopt.ranges import Count, CountOr0, Seed, Steps, StepsOr0
 from metaopt.statistics import task_means
-from metaopt.training.fingerprint import Fingerprint, of_arrays, of_program
-from metaopt.training.host_leaves import is_key
+from metaopt.training.fingerprint import Fingerprint, of_program
 from metaopt.training.loop import train
 from metaopt.training.types import (
     Evaluate,
@@ -382,17 +382,17 @@ class _Parts(NamedTuple):
             "annealing_steps": self.annealing_steps,
         }
         arrays = {
-            "initial state": of_arrays((start.step, start.meta_params, start.opt_state)),
-            "random key": of_arrays(start.key),
-            "first tasks": of_arrays(first),
+            "initial state": digest_of((start.step, start.meta_params, start.opt_state)),
+            "random key": digest_of(start.key),
+            "first tasks": digest_of(first),
         }
         if valid is not None:
-            arrays["validation tasks"] = of_arrays(valid)
+            arrays["validation tasks"] = digest_of(valid)
         if self.annealing_steps:
             hparams["query_annealing"] = jnp.float32(0)
         usual, frozen = dataclasses.replace(self.inner, **EXECUTION), self.frozen
         if frozen is not None:
-            arrays["frozen parameters"] = of_arrays(frozen)
+            arrays["frozen parameters"] = digest_of(frozen)
         program = of_program(
             lambda frozen, *args: self.estimate(usual, frozen)(*args),
             frozen,

@@ -23,6 +23,7 @@ from metaopt.optimizers.inner import INNER_OPTIMIZERS, OptimizerName
 from metaopt.parts import load_part, make_part
 from metaopt.pretrained import Pretrained, open_pretrained
 from metaopt.pretrained.packages import fetched
+from metaopt.pytrees import digest_of
 from metaopt.ranges import (
     Checked,
     Count,
@@ -43,7 +44,6 @@ from metaopt.tasks.sources.text import data_directory
 from metaopt.tasks.text import OF_MODEL, TextConfig, text
 from metaopt.tasks.text import digest as text_digest
 from metaopt.tasks.text import make_codec as text_codec
-from metaopt.training.fingerprint import of_arrays
 from metaopt.types import Estimator, Learner, Model, TaskFamily
 
 ModelName = Literal["bigram", "rnn", "gru", "lstm", "transformer", "pretrained"]
@@ -227,7 +227,7 @@ def digest(config: LanguageConfig) -> str | None:
     if is_pretrained(config):
         model = _open(config.pretrained, config.compute_dtype)
         read = model.params, np.frombuffer(model.tokenizer.encode(), np.uint8)
-        found = f"{found or ''}-{of_arrays(read)[:16]}"
+        found = f"{found or ''}-{digest_of(read)[:16]}"
     return found
 
 

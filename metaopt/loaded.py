@@ -17,12 +17,11 @@ from metaopt.indices import check_range
 from metaopt.inner_loop import InnerLoop, adapt
 from metaopt.languages import LanguageConfig
 from metaopt.models import TransformerConfig
-from metaopt.pytrees import all_finite
+from metaopt.pytrees import all_finite, digest_of
 from metaopt.ranges import Count, InnerSteps, Rate, Seed, check_value
 from metaopt.sequence import decoding
 from metaopt.statistics import Score, t_interval
 from metaopt.tasks.codecs import Codec
-from metaopt.training.fingerprint import of_arrays
 from metaopt.types import Array, Batch, Hparams, Learner, LossFn, MetaParams, Model, Params
 
 Text = str | bytes | np.ndarray | Array | Sequence[int]
@@ -296,7 +295,7 @@ class Loaded(NamedTuple):
 
     def _about(self) -> dict[str, Any]:
         """Whose adapted parameters a file holds; ``learned`` is the same in a copy of the run."""
-        return {"row": self.row, "seed": self.seed, "learned": of_arrays(self.meta_params)}
+        return {"row": self.row, "seed": self.seed, "learned": digest_of(self.meta_params)}
 
 
 def _segment_losses(bind: Bind, together: int):

@@ -1,10 +1,12 @@
-"""Pytrees cut into parts: what can be differentiated, and the named entries at the top."""
+"""Pytrees cut into parts: what can be differentiated, and the named entries at the top; digests."""
 
+import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from metaopt.errors import UserError
 from metaopt.types import Array, PyTree
@@ -90,3 +92,28 @@ def all_finite(tree: PyTree) -> Array:
 def choose(condition: Array, yes: PyTree, no: PyTree) -> PyTree:
     """The one tree or the other, by a boolean scalar that may be traced."""
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), yes, no)
+
+
+def digest_of(tree: Any) -> str:
+    """The digest of the dtypes and bytes of arrays, in whatever shape; keys are arrays too.
+
+    Arrays of which other processes hold parts are left out.
+    """
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(tree):
+        if isinstance(leaf, jax.Array):
+            if is_key(leaf):
+                digest.update(str(jax.random.key_impl(leaf)).encode())
+                leaf = jax.random.key_data(leaf)
+            if not (leaf.is_fully_addressable or leaf.is_fully_replicated):
+                continue
+            leaf = leaf.addressable_data(0) if leaf.is_fully_replicated else leaf
+        array = np.asarray(leaf)
+        digest.update(str(array.dtype).encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()
+
+
+def is_key(leaf: Any) -> bool:
+    """Whether an array holds typed keys."""
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)

@@ -21,10 +21,10 @@ from pathlib import Path
 from experiments import harness
 from experiments.table_continual import cleaning, drifting, slow, text, volatility
 from experiments.table_continual.config import Config, presets
+from metaopt.pytrees import digest_of
 from metaopt.self_improvement.improving import RATES_ALONE
 from metaopt.tasks.sources.text import fingerprint, folder_domains, stdlib_domains
 from metaopt.tasks.sources.text_checks import check_text
-from metaopt.training.fingerprint import of_arrays
 
 __all__ = ["Config", "presets", "run"]
 
@@ -50,7 +50,7 @@ def run(config: Config) -> None:
         unit="bits/byte",
         rows=[row.name for row in known],
         seeds=[config.seed],
-        data="-".join([fingerprint(domains), *(of_arrays(x.returns) for x in prices.values())]),
+        data="-".join([fingerprint(domains), *(digest_of(x.returns) for x in prices.values())]),
     )
     if any(row in drifting.ROWS for row in chosen):
         rows = [row for row in drifting.ROWS if row in chosen]

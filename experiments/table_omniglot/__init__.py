@@ -50,10 +50,10 @@ from metaopt import losses, models, parallel
 from metaopt.diagnostics import feasible
 from metaopt.evaluate import MeasureFn, make_curves
 from metaopt.fit import FitConfig, Problem, check_devices, fit
+from metaopt.pytrees import digest_of
 from metaopt.reporting import plots, tables
 from metaopt.statistics import interval
 from metaopt.tasks.images import ImagesConfig, images
-from metaopt.training.fingerprint import of_arrays
 from metaopt.training.types import TrainFn
 from metaopt.types import Array, Batch, Episode, MetaParams, Model, Params, TaskFamily
 
@@ -255,7 +255,7 @@ def run(config: Config, network: Network = models.conv) -> None:
         unit=UNIT,
         seeds=config.seeds,
         episodes=config.test_episodes,
-        data=of_arrays(list(tests.values())),
+        data=digest_of(list(tests.values())),
     )
     episodes = np.arange(config.test_episodes)
     for cell in table.pending(

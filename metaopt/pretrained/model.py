@@ -20,10 +20,10 @@ from metaopt.pretrained.huggingface import (
     write_folder,
 )
 from metaopt.pretrained.layout import DType
+from metaopt.pytrees import digest_of
 from metaopt.ranges import check_value
 from metaopt.tasks.codecs import Codec
 from metaopt.tasks.tokenizers import tokenizer
-from metaopt.training.fingerprint import of_arrays
 from metaopt.types import Model, Params
 
 
@@ -104,7 +104,7 @@ def save_adapter(path: Path | str, found: Pretrained, config: AdapterConfig, fas
     Raises:
       UserError: the file is there already, or cannot be written.
     """
-    about = {"adapter": dataclasses.asdict(config), "model": of_arrays(found.params)}
+    about = {"adapter": dataclasses.asdict(config), "model": digest_of(found.params)}
     save_adapted(path, fast, about)
 
 
@@ -115,7 +115,7 @@ def lay_over(path: Path | str, found: Pretrained) -> Pretrained:
       UserError: it is no such file or a damaged one, or of another model.
     """
     about = read_about(path)
-    if about.get("model") != of_arrays(found.params):
+    if about.get("model") != digest_of(found.params):
         raise UserError(f"{path} was not adapted from this model: give the one that it was")
     try:
         config = AdapterConfig(**{k: _as_field(v) for k, v in about["adapter"].items()})

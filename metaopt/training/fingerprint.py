@@ -13,11 +13,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.extend
-import numpy as np
 
 from metaopt.console import log
 from metaopt.errors import UserError
-from metaopt.training.host_leaves import is_key
+from metaopt.pytrees import digest_of
 from metaopt.training.runs import differences
 from metaopt.types import MetaState
 
@@ -27,7 +26,7 @@ class Fingerprint(NamedTuple):
 
     Attributes:
       config: configs that must not change, as `metaopt.training.runs.as_json` gives them.
-      arrays: digests (`of_arrays`) by name, compared on the same kind of device.
+      arrays: digests (`digest_of`) by name, compared on the same kind of device.
       programs: digests (`of_program`) by name, compared there under the same version of jax. A
         name that only one of two fingerprints has is not compared.
       execution: options that change how a state is computed and not what it is. Recorded alone.
@@ -117,7 +116,7 @@ def of_step(
       state: initial state. It is not donated.
       batch: first batch.
     """
-    arrays = {"start": of_arrays(state), "first tasks": of_arrays(batch)}
+    arrays = {"start": digest_of(state), "first tasks": digest_of(batch)}
     programs = {}
     if hasattr(step_fn, "lower"):
         sharding = getattr(state.step, "sharding", None)
@@ -126,31 +125,11 @@ def of_step(
     return Fingerprint(config, arrays, programs)
 
 
-def of_arrays(tree: Any) -> str:
-    """The digest of the dtypes and bytes of arrays, in whatever shape; keys are arrays too.
-
-    Arrays of which other processes hold parts are left out.
-    """
-    digest = hashlib.sha256()
-    for leaf in jax.tree.leaves(tree):
-        if isinstance(leaf, jax.Array):
-            if is_key(leaf):
-                digest.update(str(jax.random.key_impl(leaf)).encode())
-                leaf = jax.random.key_data(leaf)
-            if not (leaf.is_fully_addressable or leaf.is_fully_replicated):
-                continue
-            leaf = leaf.addressable_data(0) if leaf.is_fully_replicated else leaf
-        array = np.asarray(leaf)
-        digest.update(str(array.dtype).encode())
-        digest.update(array.tobytes())
-    return digest.hexdigest()
-
-
 def of_program(function: Callable, *args: Any) -> str:
     """The digest of what a function computes, as jax traces it, with the constants in it."""
     program = jax.make_jaxpr(function)(*args)
     text = re.sub(r"\bname=\S+|0x[0-9a-f]+", "", str(program))
-    constants = of_arrays(list(_constants(program)))
+    constants = digest_of(list(_constants(program)))
     return hashlib.sha256((text + constants).encode()).hexdigest()
 
 

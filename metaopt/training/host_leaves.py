@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from metaopt.pytrees import is_key
 from metaopt.types import MetaState, PyTree
 
 
@@ -19,11 +20,6 @@ def _flat(state: MetaState) -> dict[str, Any]:
 def leaf_types(state: MetaState) -> dict[str, str]:
     """Path to dtype and shape, such as ``'float32[2, 3]'`` or ``'key<fry>[]'``."""
     return {path: f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in _flat(state).items()}
-
-
-def is_key(leaf: Any) -> bool:
-    """Whether an array holds typed keys."""
-    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def to_host(state: MetaState) -> dict[str, np.ndarray]:

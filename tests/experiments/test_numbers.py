@@ -36,6 +36,7 @@ SMALL = {
     "table_peers": "--preset smoke --peers",
     "table_self_improvement": "--preset smoke --folder text",
     "table_continual": "--preset smoke --folder text",
+    "table_test_time_training": "--preset smoke --parts switching",
     "table_pretraining": "--preset smoke --file text/a",
     "table_improve": "--preset smoke --tasks text --folder text",
     "table_linear": "--preset smoke",

@@ -1,0 +1,208 @@
+"""Test-time training: does meta-learning help a model that learns while it reads?
+
+A byte model with a short window reads a document chunk by chunk. Each chunk is scored, then learned
+from by one step on its next-token loss; the context, keys and values of the window, is carried on.
+So it is dynamic evaluation (Krause et al., 2018), and if its start is meta-learned for the score of
+whole documents, through all updates and the context, end-to-end test-time training (Tandon et al.,
+2025, arXiv:2512.23675). Whether that meta-learning helps is in dispute: here all rows have the same
+model, the same number of counted operations, pretraining included, and rates from one grid.
+
+What a row gains is told apart. The *context gain* is what carrying the context gains a model that
+does not learn; the *adaptation gain* is what learning adds to that. Both are paired over documents.
+
+    python -m experiments.table_test_time_training                     # code, switching languages
+    python -m experiments.table_test_time_training --books data/books  # books too, 90 minutes
+    python -m experiments.table_test_time_training --preset smoke
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from experiments import harness
+from experiments.table_test_time_training import documents, reading
+from experiments.table_test_time_training.config import Config, presets
+from experiments.table_test_time_training.documents import Source
+from experiments.table_test_time_training.rows import (
+    ALONE,
+    DYNAMIC,
+    FEW,
+    ROWS,
+    STATIC,
+    WINDOW,
+    Row,
+    Settings,
+    Starts,
+)
+from metaopt import models
+from metaopt.diagnostics import feasible
+from metaopt.fit import check_devices
+from metaopt.losses import NATS_TO_BITS, next_token
+from metaopt.measure import interleaved
+from metaopt.reporting import plots
+from metaopt.self_improvement.improving import RATES_ALONE
+from metaopt.statistics import Interval, interval
+from metaopt.types import MetaParams
+
+__all__ = ["Config", "presets", "run"]
+
+TABLE = "test_time_training"
+SPANS = (0, 1, 2, 4, 8, 16)
+"""Positions in a document that are reported apart, in windows."""
+FAR = 64
+"""Windows after which the time of a token is compared with that in the first one."""
+
+
+def run(config: Config) -> None:
+    """Trains the rows of each source, reads its documents, and writes tables and figures."""
+    train_fn = harness.begin(config, RATES_ALONE)
+    parts = [x for x in config.parts if x != "books" or config.books is not None]
+    chosen = [row.name for row in harness.select(ROWS, config.rows)]
+    check_devices(0, config.tasks_per_step, config.tasks_at_a_time)
+    sources = [documents.find(name, config) for name in parts]
+    for source in sources:
+        _check(config, source)
+    table = harness.TableRun(
+        "table_test_time_training",
+        config,
+        presets,
+        table=TABLE,
+        unit="bits/byte",
+        seeds=[config.seed],
+        data="-".join(source.digest for source in sources),
+    )
+    for source in sources:
+        starts = Starts(config, source, table.directory, train_fn, reading.tuned)
+        rows = ROWS if source.name == "books" else FEW
+        _add_rows(table, config, source, starts, [row for row in rows if row.name in chosen])
+    table.finish(_notes(table, sources))
+
+
+def _check(config: Config, source: Source) -> None:
+    chunks = feasible.tokens(config.num_chunks // 2, source.chunk)
+    model = models.transformer(config.transformer(source.vocab_size, source.window))
+    feasible.check([], model.init, next_token(model), chunks, chunks, config.tasks_per_step)
+
+
+def _table(source: Source) -> str:
+    return f"{TABLE}/{source.name}"
+
+
+def _kept(row: Row, source: Source) -> str:
+    """The name of what is kept of a row."""
+    return f"{source.name} {row.name}"
+
+
+def _add_rows(
+    table: harness.TableRun, config: Config, source: Source, starts: Starts, rows: Sequence[Row]
+) -> None:
+    """Trains, tunes and reads the rows of a source."""
+    first = dict.fromkeys((STATIC, WINDOW, *rows))  # others are compared with these
+    for row in table.pending(first, table=_table(source)):
+        meta_params = starts.trained(row.start)
+        settings = reading.tuned(starts, row, meta_params)
+        found = reading.read(starts, row, meta_params, source.test, [settings])[0]
+        kept: dict[str, np.ndarray] = {"nats": found.nats}
+        if row.rule == "fast" and row.start != "joint":
+            still = reading.read(starts, row._replace(rule="still"), meta_params, source.test)[0]
+            kept["still"] = still.nats
+        table.keep(_kept(row, source), **kept)
+        _add_cells(table, source, row, found, kept, settings)
+        _add_times(table, source, starts, row, meta_params)
+    drawn = [row for row in rows if row.rule != "isolated"]
+    _draw(table, source, drawn)
+
+
+def _bits(table: harness.TableRun, source: Source, row: Row) -> np.ndarray:
+    """Bits a token of the documents ``[D]``."""
+    return table.kept(_kept(row, source))["nats"].mean(axis=1) * NATS_TO_BITS
+
+
+def _add_cells(
+    table: harness.TableRun,
+    source: Source,
+    row: Row,
+    found: reading.Reading,
+    kept: dict[str, np.ndarray],
+    settings: Settings,
+) -> None:
+    unit = "bits/byte" if source.vocab_size == 256 else "bits/symbol"
+    common = {"table": _table(source), "unit": unit, "learning_rate": settings.rate}
+    common |= {"decay": settings.decay, "over": "95 % intervals over documents"}
+
+    def add(column: str, values: np.ndarray, **more: Any) -> None:
+        table.add(row.name, column, interval(values), **common | more)
+
+    bits = found.nats.mean(axis=1) * NATS_TO_BITS
+    add(unit, bits)
+    static, carried = STATIC, WINDOW
+    if row != static:
+        own = bits if row.start in ALONE or row == carried else _bits(table, source, carried)
+        add("context gain", _bits(table, source, static) - own, better="higher")
+    if row not in (static, carried) and row.start not in ALONE:
+        add("adaptation gain", _bits(table, source, carried) - bits, better="higher")
+    if "still" in kept:
+        still = kept["still"].mean(axis=1) * NATS_TO_BITS
+        add("not adapting", still, limit=True)
+    if row.rule not in ("isolated", "still"):
+        add("forgetting", (found.after - found.before) * NATS_TO_BITS)
+    if source.limit is not None:
+        add("gap to Bayes", bits - source.limit.mean(axis=1) * NATS_TO_BITS)
+    for begin, end in zip(SPANS, (*SPANS[1:], None), strict=True):
+        first, last = (x and x * source.window // source.chunk for x in (begin, end))
+        part = found.nats[:, first:last]
+        if part.size:
+            column = f"{begin} to {end}" if end else f"from {begin} on"
+            add(column, part.mean(axis=1) * NATS_TO_BITS, table=f"{_table(source)} by position")
+
+
+def _add_times(
+    table: harness.TableRun, source: Source, starts: Starts, row: Row, meta_params: MetaParams
+) -> None:
+    """The time of a token far into a document in parts of that in its first window."""
+    steps = reading.steps_at(starts, row, meta_params, (1, FAR))
+    found = interleaved(steps, rounds=30)
+    near, far = (np.array(found[name].samples) for name in ("1", str(FAR)))
+    ratio = float(np.median(far) / np.median(near))
+    over = "time of a token after 64 windows, of that in the first: medians of 30 chunks in turns"
+    more = {"table": _table(source), "limit": True, "over": over}
+    cell = Interval(ratio, float("nan"), len(near))
+    table.add(row.name, f"time at {FAR}x", cell, unit="of that at 1x", **more)
+
+
+def _draw(table: harness.TableRun, source: Source, rows: Sequence[Row]) -> None:
+    """Bits a token by position, what a model that does not learn loses less or more."""
+    points, size = {}, source.test.inputs[0].size
+    for row in rows:
+        nats = table.kept(_kept(row, source))["nats"].mean(axis=0)
+        edges = np.unique(np.geomspace(1, len(nats), 12).astype(int))
+        means = [nats[a:b].mean() for a, b in zip([0, *edges[:-1]], edges, strict=True)]
+        x = edges * source.chunk / source.window
+        points[row.name] = np.stack([x, np.array(means) * NATS_TO_BITS], axis=1)
+    plots.trajectories(
+        table.directory / f"{source.name}.png",
+        points,
+        x_label="position, windows",
+        y_label="bits a byte" if source.vocab_size == 256 else "bits a symbol",
+        title=f"Reading {source.name}",
+        x_ticks=[x for x in (1, 4, 16, 64, 256, 1024) if x * source.window <= size],
+    )
+
+
+def _notes(table: harness.TableRun, sources: Sequence[Source]) -> list[str]:
+    """What each row gains on tuned dynamic evaluation, paired over documents."""
+    lines = []
+    for source in sources:
+        if not table.has(DYNAMIC.name, table=_table(source)):
+            continue
+        for row in ROWS:
+            has = table.has(row.name, table=_table(source))
+            if row.rule in ("isolated", "still", "SGD") or not has:
+                continue
+            gain = interval(_bits(table, source, DYNAMIC) - _bits(table, source, row))
+            lines.append(
+                f"{source.name}, {row.name}: {gain.mean:+.4f} ± {gain.ci95:.4f} bits below SGD "
+                "dynamic evaluation"
+            )
+    return lines

@@ -1,0 +1,179 @@
+"""Reading: the protocol that all rows keep.
+
+Documents are read in their order, each from the weights and the context of the start. Each chunk is
+scored once, before anything learns from it. Rates are chosen on other documents, by the same grid
+for all rows.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from experiments.table_test_time_training.rows import Row, Settings, Starts
+from metaopt import models, parallel
+from metaopt.console import log
+from metaopt.losses import ReadingLoss
+from metaopt.streams.dynamic_evaluation import (
+    decay_towards,
+    mean_squared_gradients,
+    rms_with_prior,
+    walk,
+)
+from metaopt.types import Batch, MetaParams, Params
+
+STILL = Settings(0.0, 0.0)
+SQUARES = 64
+"""Documents whose gradients give the RMS rule its scale."""
+
+
+class Reading(NamedTuple):
+    """What came of reading documents.
+
+    Attributes:
+      nats: Losses of their chunks, each from before the step on it, ``[D, N]``.
+      before: Loss on another text before anything is read.
+      after: The same after each document ``[D]``.
+    """
+
+    nats: np.ndarray
+    before: float
+    after: np.ndarray
+
+
+def tuned(starts: Starts, row: Row, meta_params: MetaParams) -> Settings:
+    """The rate and the decay with the least loss on the documents to choose on."""
+    config = starts.config
+    if row.rule in ("isolated", "still"):
+        return STILL
+    rates = config.rms_rates if row.rule == "RMS" else config.rates
+    tried = [Settings(rate, decay) for rate in rates for decay in config.decays]
+    found = read(starts, row, meta_params, starts.source.valid, tried)
+    means = [float(np.nan_to_num(x.nats.mean(), nan=np.inf)) for x in found]
+    best = tried[int(np.argmin(means))]
+    log(f"{row.name}: rate {best.rate:g}, decay {best.decay:g}: {min(means):.4f} nats")
+    return best
+
+
+def read(
+    starts: Starts,
+    row: Row,
+    meta_params: MetaParams,
+    documents: Batch,
+    tried: Sequence[Settings] = (STILL,),
+) -> list[Reading]:
+    """Readings of all documents with each of some settings."""
+    source = starts.source
+    devices, number = parallel.default_devices(), len(documents.inputs)
+    mapped = _reader(starts, row)
+    squares = _mean_squares(starts, row, meta_params) if row.rule == "RMS" else ()
+    shared = meta_params, squares, source.general
+    every = jax.tree.map(lambda x: np.concatenate(len(tried) * [x]), documents)
+    scalars = np.repeat(np.array(tried, np.float32), number, axis=0)
+    found, size = [], len(devices)
+    for i in range(0, len(scalars), size):  # one a device: one program for any number
+        found.append(mapped(shared, jax.tree.map(lambda x, i=i: x[i : i + size], (every, scalars))))
+    nats, before, after = (np.concatenate(x).astype(np.float64) for x in zip(*found, strict=True))
+    return [
+        Reading(nats[i : i + number], float(before[i]), after[i : i + number])
+        for i in range(0, len(nats), number)
+    ]
+
+
+@functools.cache
+def _reader(starts: Starts, row: Row) -> Callable:
+    """``(shared, (document [1, N, B], scalars [1, 2])) -> losses [1, N], before, after [1]``."""
+    loss_fn, learner = starts.loss(row.start), starts.learner(row.start)
+    together = starts.source.window // starts.source.chunk
+
+    def isolated(params: Params, document: Batch) -> jax.Array:
+        """The losses of chunks that see nothing before the window that they are in."""
+
+        def of_window(window: Batch) -> jax.Array:
+            def step(context, chunk):
+                loss, context = loss_fn.step(
+                    params, jax.tree.map(lambda x: x[None], chunk), context
+                )
+                return context, loss
+
+            return jax.lax.scan(step, loss_fn.start(params), window)[1]
+
+        whole = len(document.inputs) // together * together
+        cut = jax.tree.map(lambda x: x[:whole].reshape(-1, together, x.shape[1]), document)
+        return jax.lax.map(of_window, cut).reshape(-1)
+
+    def on_device(shared, one):
+        meta_params, squares, general = shared
+        document, (rate, decay) = jax.tree.map(lambda x: x[0], one)
+        params = learner.start(meta_params)
+        before = loss_fn(params, general)
+        if row.rule == "isolated":
+            return isolated(params, document)[None], before[None], before[None]
+        optimizer = {
+            "still": lambda: optax.sgd(0.0),
+            "SGD": lambda: optax.chain(optax.sgd(rate), decay_towards(params, decay)),
+            "RMS": lambda: rms_with_prior(params, rate, decay, squares),
+            "fast": lambda: learner.inner_opt(
+                meta_params, {"inner_learning_rate": rate, "decay": decay}
+            ),
+        }[row.rule]()
+        walked = walk(loss_fn, optimizer, params, document)
+        return walked.losses[None], before[None], loss_fn(walked.params, general)[None]
+
+    return parallel.parallel_map(on_device, parallel.default_devices())
+
+
+def _mean_squares(starts: Starts, row: Row, meta_params: MetaParams) -> Params:
+    drawn = starts.source.train.train.sample(jax.random.key(starts.config.seed + 1), SQUARES)
+    segments = jax.tree.map(lambda x: x[:, 0], drawn.support)
+    squares = jax.jit(functools.partial(mean_squared_gradients, starts.loss(row.start)))
+    return squares(meta_params["params"], segments)
+
+
+def steps_at(
+    starts: Starts, row: Row, meta_params: MetaParams, windows: Sequence[int]
+) -> dict[str, Callable[[], Any]]:
+    """What reads one chunk, by the number of windows that were read before it.
+
+    Full attention is given all of them: its keys and values grow with what was read.
+    """
+    source, learner, full = starts.source, starts.learner(row.start), row.start == "full"
+    chunk = jax.tree.map(lambda x: jnp.asarray(x[0, :1]), source.test)
+    params = learner.start(meta_params)
+    rule = {"inner_learning_rate": jnp.float32(0.01), "decay": jnp.float32(0)}
+
+    def steps(number: int) -> Callable[[], Any]:
+        model = starts.reader(row.start)
+        if full:
+            room = number * source.window + source.chunk
+            model = models.with_cache(starts.transformer("full"), room)
+        loss_fn = ReadingLoss(model)
+        context = jax.tree.map(jnp.copy, loss_fn.start(params))
+        if full:
+            context = tuple(
+                past._replace(length=jnp.int32(room - source.chunk)) for past in context
+            )
+
+        @jax.jit
+        def step(params, context):
+            if row.rule in ("isolated", "still"):
+                return loss_fn.step(params, chunk, context)
+            optimizer = learner.inner_opt(meta_params, rule)
+            if row.rule != "fast":
+                optimizer = optax.sgd(0.01)
+            return walk(loss_fn, optimizer, params, chunk, context=context).params
+
+        if not full:  # which cost what is read: as far as it is
+            for _ in range(number * source.window // source.chunk - 1):
+                context = read_chunk(params, context)
+        return lambda: step(params, context)
+
+    @jax.jit
+    def read_chunk(params, context):
+        return starts.loss(row.start).step(params, chunk, context)[1]
+
+    return {str(number): steps(number) for number in windows}

@@ -1,0 +1,231 @@
+"""The rows of a source: what each starts from, how it reads, and how it was trained for that."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from experiments.table_test_time_training.config import Config
+from experiments.table_test_time_training.documents import Source
+from metaopt import learners, losses, meta_gradients, models
+from metaopt.fit import FitConfig, Problem, fit
+from metaopt.losses import ReadingLoss
+from metaopt.measure import count_flops
+from metaopt.meta_gradients.first_order import stopped_gradients
+from metaopt.meta_gradients.mixed_mode import forward_over_reverse
+from metaopt.models.adapters import extended
+from metaopt.optimizers.outer import OuterConfig
+from metaopt.optimizers.part import on_part
+from metaopt.streams.dynamic_evaluation import decay_towards
+from metaopt.training.types import TrainFn
+from metaopt.types import (
+    Batch,
+    Estimator,
+    Hparams,
+    Learner,
+    LossFn,
+    MetaParams,
+    Model,
+    Params,
+    Stateful,
+)
+
+Start = Literal["joint", "FOMAML", "second order", "learned rates", "recurrent", "full"]
+Rule = Literal["isolated", "still", "SGD", "RMS", "fast"]
+ALONE: tuple[Start, ...] = ("recurrent", "full")
+"""Starts that are trained by themselves, for as many operations as the others have in all."""
+
+
+class Row(NamedTuple):
+    """A way to read a document.
+
+    Attributes:
+      name: Name in the table.
+      start: What it starts from.
+      rule: How it learns: not at all, with windows apart (isolated) or with the context carried
+        (still); all weights by gradient descent (SGD) or by the RMS rule (RMS); or the fast ones by
+        gradient descent (fast).
+    """
+
+    name: str
+    start: Start
+    rule: Rule
+
+
+STATIC, WINDOW = Row("static", "joint", "isolated"), Row("sliding window", "joint", "still")
+DYNAMIC = Row("SGD dynamic evaluation", "joint", "SGD")
+RMS = Row("RMS dynamic evaluation", "joint", "RMS")
+TTT = Row("TTT", "joint", "fast")
+FIRST = Row("FOMAML-TTT", "FOMAML", "fast")
+SECOND = Row("second-order TTT", "second order", "fast")
+RATES = Row("second-order TTT with learned rates", "learned rates", "fast")
+RECURRENT, FULL = Row("recurrent", "recurrent", "still"), Row("full attention", "full", "still")
+ROWS = (STATIC, WINDOW, DYNAMIC, RMS, TTT, FIRST, SECOND, RATES, RECURRENT, FULL)
+FEW = (STATIC, WINDOW, DYNAMIC, TTT, FIRST, SECOND)
+"""Rows of the sources that are not books."""
+
+
+class Settings(NamedTuple):
+    """Rate and decay of a reading."""
+
+    rate: float
+    decay: float
+
+
+class Starts:
+    """What the rows of a source start from: models, learners and trainings.
+
+    "joint" is next-token prediction. FOMAML, second order and learned rates go on from where it was
+    after ``pretrain_steps``, and so does it, each for as many operations as ``meta_steps`` of
+    second order. A recurrent model and full attention spend as much in all.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        source: Source,
+        directory: Path,
+        train_fn: TrainFn,
+        tuned: Callable[["Starts", Row, MetaParams], Settings],
+    ):
+        """Trains nothing yet; ``tuned`` gives the settings that meta-training steps with."""
+        self.config, self.source = config, source
+        self._directory, self._train_fn, self._tuned = directory, train_fn, tuned
+        self._adapts = config.fast.adapts(config.num_layers)
+
+    def reader(self, start: Start) -> Stateful:
+        """The model of a start, as one that reads on."""
+        if start == "recurrent":
+            return models.with_memory(self.source.vocab_size, self._recurrent_width)
+        return models.with_window(self.transformer(start))
+
+    def model(self, start: Start) -> Model:
+        """The same model, which takes whole documents."""
+        if start == "recurrent":
+            return models.recurrent(self.source.vocab_size, self._recurrent_width)
+        return models.transformer(self.transformer(start))
+
+    def learner(self, start: Start) -> Learner:
+        """What is meta-learned; only the fast weights move, and decay to their start."""
+
+        def on_fast(rate: Any) -> optax.GradientTransformation:
+            return on_part(optax.sgd(rate), self._adapts)
+
+        plain = (learners.meta_sgd if start == "learned rates" else learners.maml)(on_fast)
+
+        def inner_opt(meta_params: MetaParams, hparams: Hparams) -> optax.GradientTransformation:
+            back = decay_towards(plain.start(meta_params), hparams["decay"])
+            return optax.chain(plain.inner_opt(meta_params, hparams), back)
+
+        return plain._replace(inner_opt=inner_opt)
+
+    @functools.cache  # noqa: B019
+    def begin(self) -> Params:
+        """Parameters after ``pretrain_steps`` of next-token prediction."""
+        config = self.config
+        params = self._initial("joint")
+        return self._fit("pretraining", "joint", config.pretrain_steps, params, config.pretrain)[
+            "params"
+        ]
+
+    @functools.cache  # noqa: B019
+    def trained(self, start: Start) -> MetaParams:
+        """What a start is made of, trained when it is first asked for."""
+        config, budget = self.config, self.config.meta_steps * self._operations("second order")
+        if start in ALONE:
+            budget += config.pretrain_steps * self._operations("joint")
+            steps = max(1, round(budget / self._operations(start)))
+            return self._fit(start, start, steps, self._initial(start), config.pretrain)
+        steps = max(1, round(budget / self._operations(start)))
+        settings = None
+        if start != "joint":
+            settings = self._tuned(self, TTT, {"params": self.begin()})
+        return self._fit(start, start, steps, self.begin(), config.outer, settings)
+
+    def loss(self, start: Start) -> ReadingLoss:
+        """The loss of a document that is read on."""
+        return ReadingLoss(self.reader(start))
+
+    def transformer(self, start: Start) -> models.TransformerConfig:
+        """The shape of the model of a start."""
+        times = self.config.full_window // self.config.window if start == "full" else 1
+        return self.config.transformer(self.source.vocab_size, times * self.source.window)
+
+    @property
+    def _recurrent_width(self) -> int:
+        """The width at which a GRU has as many parameters as the transformer."""
+        shapes = jax.eval_shape(self.model("joint").init, jax.random.key(0))
+        number = sum(math.prod(x.shape) for x in jax.tree.leaves(shapes))
+        b = 2 * self.source.vocab_size
+        return max(1, round((math.sqrt(b * b + 24 * number) - b) / 12))  # 6 w² + 2 V w
+
+    def _initial(self, start: Start) -> Params:
+        key = jax.random.key(self.config.seed)
+        params = self.model(start).init(key)
+        if start in ALONE:
+            return params
+        return extended(self.config.fast, params, jax.random.fold_in(key, 1))
+
+    def _training(self, start: Start, meta: bool) -> tuple[Learner, Estimator, LossFn]:
+        """What is learned, how its gradient is found, and the loss."""
+        if meta:
+            grad_fn = stopped_gradients if start == "FOMAML" else forward_over_reverse
+            estimator = functools.partial(meta_gradients.streaming, grad_fn=grad_fn)
+            return self.learner(start), estimator, self.loss(start)
+        next_token = losses.next_token(self.model(start))
+
+        def of_whole(params: Params, batch: Batch) -> jax.Array:  # all chunks at once
+            return next_token(params, jax.tree.map(lambda x: x.reshape(1, -1), batch))
+
+        return learners.maml(), meta_gradients.joint, of_whole
+
+    def _operations(self, start: Start) -> float:
+        """Counted operations of the gradient of one document."""
+        learner, estimator, loss_fn = self._training(start, start not in ("joint", *ALONE))
+        inner = dataclasses.replace(self.config.inner, kept_states=None)
+        drawn = self.source.train.train.sample(jax.random.key(0), 1)
+        episode = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), drawn)
+        meta_params = jax.eval_shape(lambda: learner.init(self._initial(start)))
+        scalars = {"inner_learning_rate": jnp.float32(0), "decay": jnp.float32(0)}
+        estimate = estimator(learner, loss_fn, inner)
+        return count_flops(estimate, meta_params, scalars, episode, jax.random.key(0)).total
+
+    def _fit(
+        self,
+        name: str,
+        start: Start,
+        steps: int,
+        params: Params,
+        outer: OuterConfig,
+        settings: Settings | None = None,
+    ) -> MetaParams:
+        """A training; of next tokens without settings."""
+        config = self.config
+        learner, estimator, loss_fn = self._training(start, settings is not None)
+        rate, decay = settings or Settings(0.0, 0.0)
+        return fit(
+            Problem(self.source.train, self.model(start), loss_fn),
+            learner,
+            estimator,
+            inner=config.inner,
+            outer=outer.ending_at(steps),
+            config=FitConfig(
+                seed=config.seed,
+                num_steps=steps,
+                tasks_per_step=config.tasks_per_step,
+                tasks_at_a_time=config.tasks_at_a_time,
+                log_every=max(1, steps // 50),
+            ),
+            directory=self._directory,
+            name=f"{self.source.name}: {name}",
+            params=params,
+            hparams={"inner_learning_rate": rate, "decay": decay},
+            key=jax.random.key(config.seed + (name != "pretraining")),
+            train_fn=self._train_fn,
+        ).meta_params
