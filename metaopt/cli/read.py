@@ -3,26 +3,33 @@
     metaopt read --model PATH --on FILE
     metaopt read --model PATH --on FILE --kind all --learning-rate 1e-4
     metaopt read --model PATH --on FILE --context 768 --save adapter.npz
+    metaopt read --model PATH --on FILE --surprise 10
 
 The file is cut into segments. Each is scored first and stepped on afterwards, so every token is
 predicted by a model that has not seen it; beside that the score of the model as it is, on the same
 segments with the same context. What has adapted can be saved alone, and laid over the model by
-metaopt score and generate.
+metaopt score and generate. With --surprise N the file is read once, whole, with the context carried
+on, and the N lines that surprised the model most are printed: errors in a log, for example.
 """
 
 import dataclasses
 from pathlib import Path
+from typing import Literal, cast
 
 import numpy as np
 import tyro
 
 from metaopt.cli.adapt import check_new
 from metaopt.cli.trained import open_model, read_tokens
-from metaopt.console import log
+from metaopt.console import log, printable
 from metaopt.errors import UserError
+from metaopt.losses import NATS_TO_BITS
 from metaopt.pretrained import Pretrained, ReadingConfig, read_along, save_adapter
 from metaopt.pretrained.reading import Read, gain, score_of
-from metaopt.ranges import Checked
+from metaopt.ranges import Checked, Count
+from metaopt.streams.reader import Reader, ReaderConfig
+from metaopt.streams.surprise import surprising_lines
+from metaopt.tasks.tokenizers import bytes_of
 from metaopt.training.progress import Progress
 
 
@@ -36,6 +43,7 @@ class Config(Checked):
       reading: What adapts, and how.
       general: Text like that of the model's training, which the optimizer rms takes its scale from.
       save: New file for what has adapted; it is not kept if not given.
+      surprise: Number of lines to print, those that surprised the model most.
     """
 
     model: Path
@@ -45,9 +53,14 @@ class Config(Checked):
     )
     general: Path | None = None
     save: Path | None = None
+    surprise: Count | None = None
 
     def __post_init__(self):
         super().__post_init__()
+        if self.surprise is not None and (self.save, self.reading.context) != (None, 0):
+            raise UserError("--surprise carries what was read on: leave out --context and --save")
+        if self.surprise is not None and self.reading.optimizer == "rms":
+            raise UserError("--surprise steps by adam, sgd or not at all: give another --optimizer")
         if (self.reading.optimizer == "rms") != (self.general is not None):
             raise UserError("--general FILE is for --optimizer rms, which takes its scale from it")
 
@@ -62,6 +75,9 @@ def run(config: Config) -> None:
         check_new(config.save)
     found = open_model(config.model)
     tokens = read_tokens(found, config.on)
+    if config.surprise is not None:
+        _surprise(found, config, tokens)
+        return
     still = _read(found, tokens, dataclasses.replace(config.reading, optimizer="none"), "as it is")
     print(f"as it is:  {score_of(still.segments)}")
     general = None if config.general is None else read_tokens(found, config.general)
@@ -73,6 +89,29 @@ def run(config: Config) -> None:
     else:
         save_adapter(config.save, found, config.reading.adapter, read.fast)
         log(f"saved as {config.save}")
+
+
+def _surprise(found: Pretrained, config: Config, tokens: np.ndarray) -> None:
+    """Reads on and learns, and prints the lines that surprised the model most."""
+    how, token_bytes = config.reading, bytes_of(found.codec)[tokens]
+    fields = {name: getattr(how, name) for name in ("adapter", "learning_rate", "decay", "seed")}
+    optimizer = cast(Literal["adam", "sgd", "none"], how.optimizer)
+    chosen = ReaderConfig(**fields, optimizer=optimizer, chunk=how.length)
+    reader = Reader(found.config, found.params, chosen)
+    state, log_probs, nats = reader.start(), [], 0.0
+    with Progress("reading", total=len(tokens), first="compiling") as shown:
+        for begin in range(0, len(tokens), how.length):
+            state, found_here = reader.read(state, tokens[begin : begin + how.length])
+            log_probs.append(found_here)
+            nats -= float(np.nansum(found_here, dtype=np.float64))
+            read = min(len(tokens), begin + how.length)
+            bits = nats * NATS_TO_BITS / max(1, token_bytes[1:read].sum())
+            shown.update(read, **{"bits/byte": bits})
+    data = config.on.read_bytes()
+    lines = surprising_lines(data, token_bytes, np.concatenate(log_probs), config.surprise or 0)
+    for line in lines:
+        text = printable(line.text.decode(errors="replace"))[:200]
+        print(f"line {line.number}: {line.excess:.0f} bits more than others of its length: {text}")
 
 
 def _read(

@@ -156,7 +156,14 @@ def test_the_command_reads_and_what_it_saves_is_used(folder, tmp_path, capsys):
     assert f"adapting:  {score_of(read_along(found, tokens, config).segments)}" in printed
     cli.main(["score", *flags, "--adapter", str(path)])
     assert f"adapted: {score(lay_over(path, found), tokens, 8)}" in capsys.readouterr().out
+    strange = (
+        TEXT.replace("\n", "\n@@@@ ~~~~ @@@@\n", 1) if "\n" in TEXT else f"{TEXT}\n@@@@ ~~~~\n"
+    )
+    file.write_text(strange, encoding="utf-8")
+    cli.main(["read", *flags, "--surprise", "1", "--kind", "all"])
+    assert "bits more than others of its length: @@@@" in capsys.readouterr().out
     for args, words in (
+        (["read", *flags, "--surprise", "1", "--context", "8"], "leave out --context and --save"),
         (["read", *flags, "--save", str(path)], "is there already"),
         (["read", *flags, "--context", "9999"], "holds no segment"),
         (["read", *flags, "--optimizer", "rms"], "--general FILE is for --optimizer rms"),
