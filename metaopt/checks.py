@@ -14,6 +14,7 @@ import optax
 from jax.extend import core
 
 from metaopt.errors import UserError
+from metaopt.frozen import reads_on
 from metaopt.measure import equations
 from metaopt.pytrees import entries, is_smooth
 from metaopt.types import Array, Batch, Episode, Hparams, Learner, LossFn, MetaParams, Model, Params
@@ -79,20 +80,27 @@ def check_learner(learner: Any) -> None:
         )
 
 
-def check_parts(learner: Any, loss_fn: Any, inner: Any, outer_loss: Any = None) -> LossFn:
-    """Checks what an estimator is bound to.
+def check_parts(
+    learner: Any, loss_fn: Any, inner: Any, outer_loss: Any = None, *, reads: bool = False
+) -> LossFn:
+    """Checks what an estimator is bound to; ``reads`` if it takes documents that are read on.
 
     Returns:
       What the adapted parameters are judged by: ``outer_loss``, or ``loss_fn`` if it is None.
 
     Raises:
       UserError: the learner is no `Learner`, the inner loop is no `InnerLoop`, or a loss cannot be
-        called.
+        called, or is one that the estimator does not take.
     """
     check_learner(learner)
     judge = loss_fn if outer_loss is None else outer_loss
     for loss in (loss_fn, judge):
         check_loss(loss)
+        if reads_on(loss) and not reads:
+            raise UserError(
+                "a document that is read on has no query apart from what is stepped on: use the "
+                "estimator streaming, or joint"
+            )
     if isinstance(inner, type) or not hasattr(inner, "num_steps"):
         what = "its class" if isinstance(inner, type) else f"an object of type {_kind(inner)}"
         raise UserError(

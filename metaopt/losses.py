@@ -75,7 +75,7 @@ class ReadingLoss(NamedTuple):
     model: Stateful
 
     def __call__(self, params: Params, batch: Batch) -> Array:
-        """The mean over all tokens, nats a token."""
+        """The mean over chunks of their mean losses, nats a token."""
 
         def read(context: PyTree, chunk: Batch) -> tuple[PyTree, Array]:
             loss, context = self.step(params, jax.tree.map(lambda x: x[None], chunk), context)

@@ -117,7 +117,7 @@ def least_squares_errors(series: Slow, forgetting: float, ridge: float = 1.0) ->
     """The squared error of recursive least squares on each example, before it is learned from.
 
     Mathematics: the weights are ``argmin_w Σ_i λ^{t−i} (y_i − w·x_i)² + λ^t r |w|²`` over the
-    examples so far.
+    examples so far. Like the other learners it learns from `BATCH` examples at a time.
 
     Args:
       series: the examples.
@@ -127,16 +127,18 @@ def least_squares_errors(series: Slow, forgetting: float, ridge: float = 1.0) ->
     Returns:
       float64 ``[T]``.
     """
-    inverse = np.eye(series.inputs.shape[1]) / ridge
-    weights, errors = np.zeros(len(inverse)), np.empty(len(series.targets))
+    inputs, targets = series.inputs.astype(np.float64), series.targets.astype(np.float64)
+    inverse = np.eye(inputs.shape[1]) / ridge
+    weights, errors = np.zeros(len(inverse)), np.empty(len(targets))
     with np.errstate(all="ignore"):  # forgetting too much can diverge: tuning leaves it out
-        for t, (x, y) in enumerate(zip(series.inputs, series.targets, strict=True)):
-            x, error = np.float64(x), float(y) - float(weights @ x)
-            errors[t] = error**2
-            spread = inverse @ x
-            gain = spread / (forgetting + x @ spread)
-            weights = weights + gain * error
-            inverse = (inverse - np.outer(gain, spread)) / forgetting
+        for begin in range(0, len(targets), BATCH):
+            batch = slice(begin, begin + BATCH)
+            errors[batch] = (targets[batch] - inputs[batch] @ weights) ** 2
+            for x, y in zip(inputs[batch], targets[batch], strict=True):
+                spread = inverse @ x
+                gain = spread / (forgetting + x @ spread)
+                weights = weights + gain * (y - weights @ x)
+                inverse = (inverse - np.outer(gain, spread)) / forgetting
     return errors
 
 

@@ -5,7 +5,8 @@ from by one step on its next-token loss; the context, keys and values of the win
 So it is dynamic evaluation (Krause et al., 2018), and if its start is meta-learned for the score of
 whole documents, through all updates and the context, end-to-end test-time training (Tandon et al.,
 2025, arXiv:2512.23675). Whether that meta-learning helps is in dispute: here all rows have the same
-model, the same number of counted operations, pretraining included, and rates from one grid.
+model, the same number of counted operations, pretraining included, and as many rates to choose
+from. The row of full attention has a window as long as a training document.
 
 What a row gains is told apart. The *context gain* is what carrying the context gains a model that
 does not learn; the *adaptation gain* is what learning adds to that. Both are paired over documents.
@@ -37,6 +38,7 @@ from experiments.table_test_time_training.rows import (
 )
 from metaopt import models
 from metaopt.diagnostics import feasible
+from metaopt.errors import UserError
 from metaopt.fit import check_devices
 from metaopt.losses import NATS_TO_BITS, next_token
 from metaopt.measure import interleaved
@@ -60,7 +62,13 @@ def run(config: Config) -> None:
     parts = [x for x in config.parts if x != "books" or config.books is not None]
     chosen = [row.name for row in harness.select(ROWS, config.rows)]
     check_devices(0, config.tasks_per_step, config.tasks_at_a_time)
+    if not parts:
+        raise UserError("the part books needs --books FOLDER, and no other part is chosen")
     sources = [documents.find(name, config) for name in parts]
+    for source in sources:
+        if not any(row.name in chosen for row in _rows_of(source)):
+            names = ", ".join(row.name for row in _rows_of(source))
+            raise UserError(f"none of these rows is of {source.name}, which has {names}")
     for source in sources:
         _check(config, source)
     table = harness.TableRun(
@@ -74,8 +82,7 @@ def run(config: Config) -> None:
     )
     for source in sources:
         starts = Starts(config, source, table.directory, train_fn, reading.tuned)
-        rows = ROWS if source.name == "books" else FEW
-        _add_rows(table, config, source, starts, [row for row in rows if row.name in chosen])
+        _add_rows(table, source, starts, [x for x in _rows_of(source) if x.name in chosen])
     table.finish(_notes(table, sources))
 
 
@@ -83,6 +90,10 @@ def _check(config: Config, source: Source) -> None:
     chunks = feasible.tokens(config.num_chunks // 2, source.chunk)
     model = models.transformer(config.transformer(source.vocab_size, source.window))
     feasible.check([], model.init, next_token(model), chunks, chunks, config.tasks_per_step)
+
+
+def _rows_of(source: Source) -> tuple[Row, ...]:
+    return ROWS if source.name == "books" else FEW
 
 
 def _table(source: Source) -> str:
@@ -94,9 +105,7 @@ def _kept(row: Row, source: Source) -> str:
     return f"{source.name} {row.name}"
 
 
-def _add_rows(
-    table: harness.TableRun, config: Config, source: Source, starts: Starts, rows: Sequence[Row]
-) -> None:
+def _add_rows(table: harness.TableRun, source: Source, starts: Starts, rows: Sequence[Row]) -> None:
     """Trains, tunes and reads the rows of a source."""
     first = dict.fromkeys((STATIC, WINDOW, *rows))  # others are compared with these
     for row in table.pending(first, table=_table(source)):

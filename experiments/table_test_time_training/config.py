@@ -48,6 +48,14 @@ class SwitchingConfig(Checked):
     chunk: Length = 16
     test_tokens: Steps = 8192
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.window % self.chunk or self.test_tokens % self.window:
+            raise UserError(
+                f"switching: window {self.window} must be a multiple of chunk {self.chunk}, and "
+                f"test_tokens {self.test_tokens} one of the window"
+            )
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(harness.TrainedConfig):
@@ -62,7 +70,7 @@ class Config(harness.TrainedConfig):
       window: W, bytes in reach of each layer.
       chunk: B, bytes that are predicted, and then learned from.
       num_chunks: N, chunks of a document that is trained on, an even number.
-      full_window: Window of the row that attends to all.
+      full_window: Window of the row of full attention, up to the length of a training document.
       fast: Which weights learn while reading, of the rows of test-time training.
       num_test: Documents that are reported.
       num_valid: Documents that rates are chosen on.
@@ -78,7 +86,7 @@ class Config(harness.TrainedConfig):
       inner: How a document is computed.
       rates: Rates of gradient descent that are tried.
       rms_rates: The same of the RMS rule.
-      decays: Decays to the start that are tried with each rate.
+      decays: Decays to the start that are tried with each rate. Rates of training are not tuned.
       switching: The Markov languages.
       seed: Seed of the split, the initialisation and the training documents.
     """
@@ -91,7 +99,7 @@ class Config(harness.TrainedConfig):
     window: Length = 128
     chunk: Length = 64
     num_chunks: Count = 16
-    full_window: Length = 2048
+    full_window: Length = 1024
     fast: AdapterConfig = dataclasses.field(default_factory=lambda: AdapterConfig(kind="mlps"))
     num_test: Count = 8
     num_valid: Count = 2
@@ -127,10 +135,16 @@ class Config(harness.TrainedConfig):
                 raise UserError(
                     f"{name} {getattr(self, name)} is no multiple of chunk {self.chunk}"
                 )
-        if self.full_window < self.window:
-            raise UserError(f"full_window {self.full_window} is less than window {self.window}")
-        if min(self.test_bytes, self.valid_bytes) <= self.window:
-            raise UserError("test_bytes and valid_bytes must be more than a window")
+        if not self.window <= self.full_window <= self.num_chunks * self.chunk:
+            raise UserError(
+                f"full_window {self.full_window} must be from window {self.window} on and up to "
+                f"the {self.num_chunks * self.chunk} bytes of a training document"
+            )
+        for name in ("test_bytes", "valid_bytes"):
+            if getattr(self, name) % self.window:
+                raise UserError(f"{name} {getattr(self, name)} is no multiple of the window")
+        if self.valid_bytes > self.test_bytes:
+            raise UserError(f"valid_bytes {self.valid_bytes} are more than test_bytes")
 
     def transformer(self, vocab_size: int, window: int) -> TransformerConfig:
         """The model with a window."""

@@ -33,7 +33,7 @@ class Source(NamedTuple):
       valid: Documents to choose rates on, chunks ``[D, N, B]``.
       test: Documents to report.
       limit: Losses of the exact filter on them, nats ``[D, N]``; None if there is none.
-      general: A text that is like none of them in particular, chunks ``[N, B]``.
+      general: A document of its own, chunks ``[N, B]``, to see what is forgotten.
       digest: Digest of all text.
     """
 
@@ -90,7 +90,7 @@ def _of_domains(name: str, domains: Sequence[Domain], config: Config) -> Source:
     order = np.random.default_rng(config.seed).permutation(len(domains)).tolist()
     shuffled = [domains[i] for i in order]
     long = [domain for domain in shuffled if domain.size > config.test_bytes]
-    number = config.num_test + config.num_valid
+    number = config.num_test + config.num_valid + 1
     needed = config.num_chunks * config.chunk + 1
     rest = [x for x in shuffled if x not in long[:number] and x.size >= needed]
     if len(long) < number or not rest:
@@ -99,7 +99,7 @@ def _of_domains(name: str, domains: Sequence[Domain], config: Config) -> Source:
             f"and others are trained on: there are {len(long)}; lower test_bytes or num_test"
         )
     check_text(shuffled)
-    test, valid = long[: config.num_test], long[config.num_test : number]
+    test, valid = long[: config.num_test], long[config.num_test : number - 1]
 
     def cut(chosen: Sequence[Domain], size: int) -> Batch:
         found = [chunks_of(domain.read(0, size + 1), config.chunk) for domain in chosen]
@@ -110,7 +110,7 @@ def _of_domains(name: str, domains: Sequence[Domain], config: Config) -> Source:
     def draw(rng: np.random.Generator) -> np.ndarray:
         return draw_window(rng, rest[int(rng.choice(len(rest), p=sizes / sizes.sum()))], needed)
 
-    general = valid[0].read(valid[0].size - config.valid_bytes - 1, config.valid_bytes + 1)
+    general = long[number - 1].read(0, config.valid_bytes + 1)
     return Source(
         name,
         256,

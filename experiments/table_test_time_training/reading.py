@@ -1,8 +1,8 @@
 """Reading: the protocol that all rows keep.
 
 Documents are read in their order, each from the weights and the context of the start. Each chunk is
-scored once, before anything learns from it. Rates are chosen on other documents, by the same grid
-for all rows.
+scored once, before anything learns from it. Rates are chosen on other documents, of as many for
+each row.
 """
 
 import functools
@@ -24,7 +24,7 @@ from metaopt.streams.dynamic_evaluation import (
     rms_with_prior,
     walk,
 )
-from metaopt.types import Batch, MetaParams, Params
+from metaopt.types import Batch, Hparams, MetaParams, Params
 
 STILL = Settings(0.0, 0.0)
 SQUARES = 64
@@ -113,18 +113,28 @@ def _reader(starts: Starts, row: Row) -> Callable:
         before = loss_fn(params, general)
         if row.rule == "isolated":
             return isolated(params, document)[None], before[None], before[None]
-        optimizer = {
-            "still": lambda: optax.sgd(0.0),
-            "SGD": lambda: optax.chain(optax.sgd(rate), decay_towards(params, decay)),
-            "RMS": lambda: rms_with_prior(params, rate, decay, squares),
-            "fast": lambda: learner.inner_opt(
-                meta_params, {"inner_learning_rate": rate, "decay": decay}
-            ),
-        }[row.rule]()
+        scalars = {"inner_learning_rate": rate, "decay": decay}
+        optimizer = _rule(starts, row, meta_params, scalars, squares)
         walked = walk(loss_fn, optimizer, params, document)
         return walked.losses[None], before[None], loss_fn(walked.params, general)[None]
 
     return parallel.parallel_map(on_device, parallel.default_devices())
+
+
+def _rule(
+    starts: Starts, row: Row, meta_params: MetaParams, scalars: Hparams, squares: Params
+) -> optax.GradientTransformation:
+    """How a row steps."""
+    learner = starts.learner(row.start)
+    params = learner.start(meta_params)
+    rate, decay = scalars["inner_learning_rate"], scalars["decay"]
+    rules = {
+        "still": lambda: optax.sgd(0.0),
+        "SGD": lambda: optax.chain(optax.sgd(rate), decay_towards(params, decay)),
+        "RMS": lambda: rms_with_prior(params, rate, decay, squares),
+        "fast": lambda: learner.inner_opt(meta_params, scalars),
+    }
+    return rules[row.rule]()
 
 
 def _mean_squares(starts: Starts, row: Row, meta_params: MetaParams) -> Params:
@@ -139,12 +149,13 @@ def steps_at(
 ) -> dict[str, Callable[[], Any]]:
     """What reads one chunk, by the number of windows that were read before it.
 
-    Full attention is given all of them: its keys and values grow with what was read.
+    For full attention it is a model of the same shape that keeps all keys and values, which grow
+    with what was read, and not that of its row, whose window does not.
     """
     source, learner, full = starts.source, starts.learner(row.start), row.start == "full"
     chunk = jax.tree.map(lambda x: jnp.asarray(x[0, :1]), source.test)
     params = learner.start(meta_params)
-    rule = {"inner_learning_rate": jnp.float32(0.01), "decay": jnp.float32(0)}
+    scalars = {"inner_learning_rate": jnp.float32(0.01), "decay": jnp.float32(0)}
 
     def steps(number: int) -> Callable[[], Any]:
         model = starts.reader(row.start)
@@ -162,9 +173,7 @@ def steps_at(
         def step(params, context):
             if row.rule in ("isolated", "still"):
                 return loss_fn.step(params, chunk, context)
-            optimizer = learner.inner_opt(meta_params, rule)
-            if row.rule != "fast":
-                optimizer = optax.sgd(0.01)
+            optimizer = _rule(starts, row, meta_params, scalars, params)
             return walk(loss_fn, optimizer, params, chunk, context=context).params
 
         if not full:  # which cost what is read: as far as it is

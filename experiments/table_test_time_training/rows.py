@@ -13,7 +13,7 @@ import optax
 
 from experiments.table_test_time_training.config import Config
 from experiments.table_test_time_training.documents import Source
-from metaopt import learners, losses, meta_gradients, models
+from metaopt import learners, meta_gradients, models
 from metaopt.fit import FitConfig, Problem, fit
 from metaopt.losses import ReadingLoss
 from metaopt.measure import count_flops
@@ -25,7 +25,6 @@ from metaopt.optimizers.part import on_part
 from metaopt.streams.dynamic_evaluation import decay_towards
 from metaopt.training.types import TrainFn
 from metaopt.types import (
-    Batch,
     Estimator,
     Hparams,
     Learner,
@@ -137,16 +136,20 @@ class Starts:
     @functools.cache  # noqa: B019
     def trained(self, start: Start) -> MetaParams:
         """What a start is made of, trained when it is first asked for."""
-        config, budget = self.config, self.config.meta_steps * self._operations("second order")
+        config, steps = self.config, self.steps(start)
         if start in ALONE:
-            budget += config.pretrain_steps * self._operations("joint")
-            steps = max(1, round(budget / self._operations(start)))
             return self._fit(start, start, steps, self._initial(start), config.pretrain)
-        steps = max(1, round(budget / self._operations(start)))
         settings = None
         if start != "joint":
             settings = self._tuned(self, TTT, {"params": self.begin()})
         return self._fit(start, start, steps, self.begin(), config.outer, settings)
+
+    def steps(self, start: Start) -> int:
+        """The steps of a training after pretraining, of `ALONE` of all."""
+        budget = self.config.meta_steps * self._operations("second order")
+        if start in ALONE:
+            budget += self.config.pretrain_steps * self._operations("joint")
+        return max(1, round(budget / self._operations(start)))
 
     def loss(self, start: Start) -> ReadingLoss:
         """The loss of a document that is read on."""
@@ -160,7 +163,7 @@ class Starts:
     @property
     def _recurrent_width(self) -> int:
         """The width at which a GRU has as many parameters as the transformer."""
-        shapes = jax.eval_shape(self.model("joint").init, jax.random.key(0))
+        shapes = jax.eval_shape(lambda: self._initial("joint"))
         number = sum(math.prod(x.shape) for x in jax.tree.leaves(shapes))
         b = 2 * self.source.vocab_size
         return max(1, round((math.sqrt(b * b + 24 * number) - b) / 12))  # 6 w² + 2 V w
@@ -168,7 +171,7 @@ class Starts:
     def _initial(self, start: Start) -> Params:
         key = jax.random.key(self.config.seed)
         params = self.model(start).init(key)
-        if start in ALONE:
+        if start == "recurrent":
             return params
         return extended(self.config.fast, params, jax.random.fold_in(key, 1))
 
@@ -178,15 +181,10 @@ class Starts:
             grad_fn = stopped_gradients if start == "FOMAML" else forward_over_reverse
             estimator = functools.partial(meta_gradients.streaming, grad_fn=grad_fn)
             return self.learner(start), estimator, self.loss(start)
-        next_token = losses.next_token(self.model(start))
-
-        def of_whole(params: Params, batch: Batch) -> jax.Array:  # all chunks at once
-            return next_token(params, jax.tree.map(lambda x: x.reshape(1, -1), batch))
-
-        return learners.maml(), meta_gradients.joint, of_whole
+        return learners.maml(), meta_gradients.joint, self.loss(start)
 
     def _operations(self, start: Start) -> float:
-        """Counted operations of the gradient of one document."""
+        """Counted operations of the gradient of one document, without what is recomputed."""
         learner, estimator, loss_fn = self._training(start, start not in ("joint", *ALONE))
         inner = dataclasses.replace(self.config.inner, kept_states=None)
         drawn = self.source.train.train.sample(jax.random.key(0), 1)

@@ -94,6 +94,7 @@ def run(config: Config) -> None:
 def _surprise(found: Pretrained, config: Config, tokens: np.ndarray) -> None:
     """Reads on and learns, and prints the lines that surprised the model most."""
     how, token_bytes = config.reading, bytes_of(found.codec)[tokens]
+    read_bytes = np.cumsum(token_bytes) - token_bytes[:1]  # the first token is not predicted
     fields = {name: getattr(how, name) for name in ("adapter", "learning_rate", "decay", "seed")}
     optimizer = cast(Literal["adam", "sgd", "none"], how.optimizer)
     chosen = ReaderConfig(**fields, optimizer=optimizer, chunk=how.length)
@@ -105,7 +106,7 @@ def _surprise(found: Pretrained, config: Config, tokens: np.ndarray) -> None:
             log_probs.append(found_here)
             nats -= float(np.nansum(found_here, dtype=np.float64))
             read = min(len(tokens), begin + how.length)
-            bits = nats * NATS_TO_BITS / max(1, token_bytes[1:read].sum())
+            bits = nats * NATS_TO_BITS / max(1, read_bytes[read - 1])
             shown.update(read, **{"bits/byte": bits})
     data = config.on.read_bytes()
     lines = surprising_lines(data, token_bytes, np.concatenate(log_probs), config.surprise or 0)

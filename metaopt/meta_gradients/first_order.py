@@ -42,10 +42,10 @@ def stopped_gradients(loss_fn: LossFn, has_aux: bool = False):
     return stopped
 
 
-def without_curvature(loss_fn: LossFn, has_aux: bool = False):
+def without_curvature(loss_fn: LossFn):
     """`jax.value_and_grad` at parameters behind a stop-gradient."""
 
     def value_and_grad(params: Params, batch: Batch):
-        return jax.value_and_grad(loss_fn, has_aux=has_aux)(jax.lax.stop_gradient(params), batch)
+        return jax.value_and_grad(loss_fn)(jax.lax.stop_gradient(params), batch)
 
     return value_and_grad

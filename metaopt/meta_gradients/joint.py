@@ -37,7 +37,7 @@ def joint(
       UserError: the learner has meta-parameters that this gradient does not reach, or an
         outer loss is given.
     """
-    loss_fn = check_parts(learner, loss_fn, inner or InnerLoop())
+    loss_fn = check_parts(learner, loss_fn, inner or InnerLoop(), reads=True)
     require_initialisation_only(learner, outer_loss, "joint pretraining")
 
     def objective(meta_params, episode):

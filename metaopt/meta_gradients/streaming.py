@@ -51,7 +51,7 @@ def streaming(
       Finn et al., 2017, arXiv:1703.03400, algorithm 1; Krause et al., 2018, "Dynamic Evaluation
       of Neural Sequence Models", section 3.
     """
-    judge = check_parts(learner, loss_fn, inner, outer_loss)
+    judge = check_parts(learner, loss_fn, inner, outer_loss, reads=True)
     if inner.query_loss != "last":
         raise UserError(
             "a stream is judged by the mean loss of its segments, each before the step on it, and "

@@ -154,9 +154,15 @@ def _first_layer(config: TransformerConfig, adapter: AdapterConfig) -> int:
 
 
 def merged(params: Params) -> Params:
-    """The parameters with each ``W + A B`` in place of W and the product beside it."""
+    """The parameters with each ``W + A B`` in place of W and the product beside it.
+
+    Raises:
+      UserError: there is a second MLP, which nothing else can hold.
+    """
     if not isinstance(params, dict):
         return params
+    if set(SECOND_MLP) & set(params):
+        raise UserError("a second MLP has no place in other formats: adapt another part")
     if "down" not in params:
         return {name: merged(below) for name, below in params.items()}
     others = {name: leaf for name, leaf in params.items() if name not in ("down", "up")}

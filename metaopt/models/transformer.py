@@ -420,6 +420,8 @@ def run_layers(
         params[f"layer_{i}"] for i in range(first, config.num_layers if end is None else end)
     ]
     if config.scan_layers and of_layers:
+        if len({jax.tree.structure(x) for x in of_layers}) > 1:
+            raise UserError("scan_layers takes layers that are alike: let all or none be adapted")
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *of_layers)
         return jax.lax.scan(layer, x_SxLxD, stacked)[0]
     for params_of_layer in of_layers:

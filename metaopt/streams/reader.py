@@ -143,10 +143,12 @@ class Reader:
             held[filled + 1 : filled + 1 + count] = tokens[done : done + count]
             each = np.asarray(_score(self.config, fast, self._frozen, context, held))
             found[done : done + count] = each[filled : filled + count]
-            if not np.isfinite(found[done : done + count]).all():
-                raise Diverged(
-                    f"token {number + 1} has no finite probability: lower the learning rate"
-                )
+            if not (finite := np.isfinite(found[done : done + count])).all():
+                hint = "lower the learning rate"
+                if number <= size or self.how.optimizer == "none":
+                    hint = "the model has none on this text"
+                place = number + int(np.argmin(finite)) + 1
+                raise Diverged(f"token {place} has no finite probability: {hint}")
             number, done = number + count, done + count
             if filled + count == size:
                 fast, opt_state, context = _learn(
@@ -172,8 +174,8 @@ class Reader:
           key: typed key; the same key gives the same tokens.
           temperature: 0 takes the likeliest token each time.
 
-        Yields:
-          The new tokens.
+        Returns:
+          The new tokens, each computed when it is asked for.
 
         Raises:
           UserError: the prompt is no vector of tokens; there is nothing to continue; or a number is
@@ -185,15 +187,19 @@ class Reader:
         pending = np.concatenate([state.tokens[:filled], self._checked(prompt)])
         if not len(pending):
             raise UserError("nothing was read and the prompt is empty: give a token to go on from")
-        params, context = merge(self._frozen, state.fast), state.context
-        for token in pending[:-1]:
-            _, context = _advance(self.config, params, context, jnp.int32(token))
-        token = int(pending[-1])
-        for key_of_token in jax.random.split(key, num_tokens):
-            logits, context = _advance(self.config, params, context, jnp.int32(token))
-            noise = jax.random.gumbel(key_of_token, logits.shape, logits.dtype)
-            token = int(jnp.argmax(logits + temperature * noise))
-            yield token
+
+        def tokens() -> Iterator[int]:
+            params, context = merge(self._frozen, state.fast), state.context
+            for token in pending[:-1]:
+                _, context = _advance(self.config, params, context, jnp.int32(token))
+            token = int(pending[-1])
+            for key_of_token in jax.random.split(key, num_tokens):
+                logits, context = _advance(self.config, params, context, jnp.int32(token))
+                noise = jax.random.gumbel(key_of_token, logits.shape, logits.dtype)
+                token = int(jnp.argmax(logits + temperature * noise))
+                yield token
+
+        return tokens()
 
     def save(self, state: ReaderState, path: Path | str) -> None:
         """Writes a state to a new file, to be taken up later.
@@ -217,8 +223,8 @@ class Reader:
         return found._replace(tokens=np.asarray(found.tokens), num_read=np.asarray(found.num_read))
 
     def _about(self) -> dict[str, Any]:
-        how = json.loads(json.dumps(dataclasses.asdict(self.how) | {"window": self.config.window}))
-        return {"model": self._digest, "how": how}
+        given = {"how": dataclasses.asdict(self.how), "config": dataclasses.asdict(self.config)}
+        return {"model": self._digest} | json.loads(json.dumps(given))
 
     @functools.cached_property
     def _digest(self) -> str:

@@ -5,7 +5,16 @@ import numpy as np
 import pytest
 
 from experiments.table_test_time_training import documents, presets, reading, run
-from experiments.table_test_time_training.rows import SECOND, STATIC, TTT, WINDOW, Settings, Starts
+from experiments.table_test_time_training.rows import (
+    ALONE,
+    SECOND,
+    STATIC,
+    TTT,
+    WINDOW,
+    Settings,
+    Starts,
+)
+from metaopt.errors import UserError
 from metaopt.reporting.tables import read_records
 from metaopt.training.loop import train
 
@@ -53,13 +62,47 @@ def test_nothing_of_a_chunk_is_known_before_it_is_scored(tmp_path):
 
 
 def test_every_row_spends_as_many_operations(tmp_path):
-    found = starts(tmp_path, meta_steps=40)
-    cost = {name: found._operations(name) for name in ("joint", "FOMAML", "second order")}
+    sizes = {"vocab_size": 16, "window": 16, "chunk": 16, "test_tokens": 512}
+    switching = dataclasses.replace(SMOKE.switching, **sizes)
+    found = starts(tmp_path, width=32, num_layers=2, meta_steps=100, switching=switching)
+    names = ("joint", "FOMAML", "second order", "learned rates")
+    cost = {name: found._operations(name) for name in (*names, *ALONE)}
     assert cost["joint"] < cost["FOMAML"] < cost["second order"]
+    budget = 100 * cost["second order"]
+    for name in names:
+        assert abs(found.steps(name) * cost[name] - budget) <= cost[name] / 2
+    budget += found.config.pretrain_steps * cost["joint"]
+    for name in ALONE:
+        assert abs(found.steps(name) * cost[name] - budget) <= cost[name] / 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"num_chunks": 3}, "must be even"),
+        ({"full_window": 64}, "bytes of a training document"),
+        ({"test_bytes": 500}, "no multiple of the window"),
+        ({"valid_bytes": 1024}, "more than test_bytes"),
+        ({"parts": ("book",)}, "unknown part"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(changes, words):
+    with pytest.raises(UserError, match=words):
+        dataclasses.replace(SMOKE, **changes)
+
+
+def test_a_choice_of_nothing_is_refused(tmp_path):
+    config = dataclasses.replace(SMOKE, root=str(tmp_path))
+    for changes, words in (
+        ({"parts": ("books",)}, "needs --books"),
+        ({"rows": ("recurrent",)}, "none of these rows"),
+    ):
+        with pytest.raises(UserError, match=words):
+            run(dataclasses.replace(config, **changes))
 
 
 def test_books_are_apart(tmp_path):
-    for i in range(5):
+    for i in range(6):
         text = np.random.default_rng(i).integers(97, 123, 800).astype(np.uint8)
         (tmp_path / f"{i}.txt").write_bytes(text.tobytes())
     config = dataclasses.replace(SMOKE, books=str(tmp_path))

@@ -14,6 +14,7 @@ from metaopt.frozen import FrozenLoss
 from metaopt.inner_loop import InnerLoop, adapt
 from metaopt.meta_gradients.first_order import stopped_gradients
 from metaopt.meta_gradients.mixed_mode import forward_over_reverse
+from metaopt.meta_gradients.reverse import reverse
 from metaopt.meta_gradients.streaming import streaming
 from metaopt.models import TransformerConfig, with_memory, with_window
 from metaopt.optimizers.part import on_part
@@ -165,6 +166,8 @@ def test_what_does_not_carry_a_context_is_refused():
     loss, params = losses.ReadingLoss(model), start(model)
     with pytest.raises(UserError, match="batching='split'"):
         adapt(loss, optax.sgd(0.1), params, chunks, InnerLoop(num_steps=2))
+    with pytest.raises(UserError, match="estimator streaming"):
+        reverse(learners.maml(), loss, INNER)
     changed = learners.maml()._replace(inner_loss=lambda m, f: lambda p, b: f(p, b) + 1)
     with pytest.raises(UserError, match="judged by the loss that is stepped on"):
         streaming(changed, loss, INNER)

@@ -89,7 +89,7 @@ def test_what_cannot_be_read_or_taken_up_is_refused(tmp_path):
     with pytest.raises(UserError, match="the tokens"):
         READER.read(READER.start(), [11])
     with pytest.raises(UserError, match="nothing was read"):
-        next(READER.generate(READER.start(), [], 1, jax.random.key(0)))
+        READER.generate(READER.start(), [], 1, jax.random.key(0))
     with pytest.raises(UserError, match="rotary positions"):
         Reader(dataclasses.replace(CONFIG, positions="learned"), PARAMS, HOW)
     READER.save(READER.start(), tmp_path / "state.npz")
@@ -98,5 +98,8 @@ def test_what_cannot_be_read_or_taken_up_is_refused(tmp_path):
     other = Reader(CONFIG, jax.tree.map(lambda x: x + 1, PARAMS), HOW)
     with pytest.raises(UserError, match="another model"):
         other.load(tmp_path / "state.npz")
+    turned = dataclasses.replace(CONFIG, rope_base=500.0)
+    with pytest.raises(UserError, match="another config"):
+        Reader(turned, PARAMS, HOW).load(tmp_path / "state.npz")
     with pytest.raises(UserError, match="another config"):
         Reader(CONFIG, PARAMS, dataclasses.replace(HOW, chunk=8)).load(tmp_path / "state.npz")
