@@ -45,6 +45,7 @@ def anil(model: Model, inner_optimizer: InnerOptimizer = optax.sgd) -> Learner:
         return plain.init(params)
 
     def inner_opt(meta_params, hparams):
-        return on_part(plain.inner_opt(meta_params, hparams), lambda path: path[0] in model.head)
+        rule = on_part(plain.inner_opt(meta_params, hparams), lambda path: path[0] in model.head)
+        return rule._replace(init=lambda params: rule.init(take(params, model.head)))
 
     return plain._replace(init=init, inner_opt=inner_opt, adapted=model.head)
