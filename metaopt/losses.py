@@ -76,13 +76,17 @@ class ReadingLoss(NamedTuple):
 
     def __call__(self, params: Params, batch: Batch) -> Array:
         """The mean over chunks of their mean losses, nats a token."""
+        return self.of_chunks(params, batch).mean()
+
+    def of_chunks(self, params: Params, batch: Batch) -> Array:
+        """The mean loss of each chunk ``[N]``, nats a token."""
 
         def read(context: PyTree, chunk: Batch) -> tuple[PyTree, Array]:
             loss, context = self.step(params, jax.tree.map(lambda x: x[None], chunk), context)
             return context, loss
 
         _require_batch(batch)
-        return jax.lax.scan(read, self.start(params), batch)[1].mean()
+        return jax.lax.scan(read, self.start(params), batch)[1]
 
     def start(self, params: Params) -> PyTree:
         """The context before a document."""

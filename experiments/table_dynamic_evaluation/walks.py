@@ -106,15 +106,11 @@ class Walks:
                 None
             ]
 
-        mapped = parallel.parallel_map(on_device, devices)
+        mapped = parallel.parallel_map(on_device, devices, most=1)
 
         def walks(params, squares, segments, hparams):
-            tasks, size = (segments, np.array(hparams, np.float32)), len(devices)
-            found = []
-            for i in range(0, len(hparams), size):  # one a device: whatever their number,
-                some = jax.tree.map(lambda x, i=i: x[i : i + size], tasks)  # one compilation
-                found.append(mapped((params, squares), some))
-            return np.concatenate(found).astype(np.float64)
+            tasks = segments, np.array(hparams, np.float32)
+            return mapped((params, squares), tasks).astype(np.float64)
 
         return walks
 

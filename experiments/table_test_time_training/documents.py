@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -11,6 +11,7 @@ import numpy as np
 from experiments.table_test_time_training.config import Config
 from metaopt.errors import UserError
 from metaopt.streams.drift import DriftConfig, drifting, filter_losses
+from metaopt.streams.dynamic_evaluation import cut_segments
 from metaopt.tasks.sources.text import (
     Domain,
     draw_window,
@@ -49,19 +50,12 @@ class Source(NamedTuple):
     digest: str
 
 
-def chunks_of(tokens: np.ndarray, size: int) -> Batch:
-    """All whole chunks of a document, int32 ``[N, B]``; each token but the first is predicted."""
-    count = (len(tokens) - 1) // size
-    found: Any = np.asarray(tokens[: count * size + 1], np.int32)
-    return Batch(found[:-1].reshape(count, size), found[1:].reshape(count, size))
-
-
 def documents(draw: Callable[[np.random.Generator], np.ndarray], size: int) -> TaskFamily:
     """Documents to train on, which ``draw`` gives, in chunks."""
 
     def sample(key: Key, num_tasks: int) -> Episode:
         rng = np.random.default_rng(np.asarray(jax.random.key_data(key)))
-        found = [chunks_of(draw(rng), size) for _ in range(num_tasks)]
+        found = [cut_segments(draw(rng), size) for _ in range(num_tasks)]
         chunks = jax.tree.map(lambda *x: np.stack(x), *found)
         half = chunks.inputs.shape[1] // 2
         parts = (
@@ -102,7 +96,7 @@ def _of_domains(name: str, domains: Sequence[Domain], config: Config) -> Source:
     test, valid = long[: config.num_test], long[config.num_test : number - 1]
 
     def cut(chosen: Sequence[Domain], size: int) -> Batch:
-        found = [chunks_of(domain.read(0, size + 1), config.chunk) for domain in chosen]
+        found = [cut_segments(domain.read(0, size + 1), config.chunk) for domain in chosen]
         return jax.tree.map(lambda *x: np.stack(x), *found)
 
     sizes = np.array([x.size for x in rest], np.float64)
@@ -120,7 +114,7 @@ def _of_domains(name: str, domains: Sequence[Domain], config: Config) -> Source:
         cut(valid, config.valid_bytes),
         cut(test, config.test_bytes),
         None,
-        chunks_of(general, config.chunk),
+        cut_segments(general, config.chunk),
         fingerprint(shuffled),
     )
 
@@ -140,7 +134,7 @@ def _switching(config: Config) -> Source:
 
     keys = jax.random.split(jax.random.key(config.seed), config.num_valid + config.num_test + 1)
     found = [drifting(drift, key).tokens for key in keys]
-    cut = [chunks_of(tokens, sizes.chunk) for tokens in found]
+    cut = [cut_segments(tokens, sizes.chunk) for tokens in found]
     valid, test = (
         jax.tree.map(lambda *x: np.stack(x), *part)
         for part in (cut[: config.num_valid], cut[config.num_valid : -1])

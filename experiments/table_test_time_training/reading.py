@@ -68,16 +68,13 @@ def read(
 ) -> list[Reading]:
     """Readings of all documents with each of some settings."""
     source = starts.source
-    devices, number = parallel.default_devices(), len(documents.inputs)
-    mapped = _reader(starts, row)
+    number = len(documents.inputs)
     squares = _mean_squares(starts, row, meta_params) if row.rule == "RMS" else ()
     shared = meta_params, squares, source.general
     every = jax.tree.map(lambda x: np.concatenate(len(tried) * [x]), documents)
     scalars = np.repeat(np.array(tried, np.float32), number, axis=0)
-    found, size = [], len(devices)
-    for i in range(0, len(scalars), size):  # one a device: one program for any number
-        found.append(mapped(shared, jax.tree.map(lambda x, i=i: x[i : i + size], (every, scalars))))
-    nats, before, after = (np.concatenate(x).astype(np.float64) for x in zip(*found, strict=True))
+    found = _reader(starts, row)(shared, (every, scalars))
+    nats, before, after = (x.astype(np.float64) for x in found)
     return [
         Reading(nats[i : i + number], float(before[i]), after[i : i + number])
         for i in range(0, len(nats), number)
@@ -86,25 +83,15 @@ def read(
 
 @functools.cache
 def _reader(starts: Starts, row: Row) -> Callable:
-    """``(shared, (document [1, N, B], scalars [1, 2])) -> losses [1, N], before, after [1]``."""
+    """``(shared, (documents [D, N, B], scalars [D, 2])) -> losses [D, N], before, after [D]``."""
     loss_fn, learner = starts.loss(row.start), starts.learner(row.start)
     together = starts.source.window // starts.source.chunk
 
     def isolated(params: Params, document: Batch) -> jax.Array:
         """The losses of chunks that see nothing before the window that they are in."""
 
-        def of_window(window: Batch) -> jax.Array:
-            def step(context, chunk):
-                loss, context = loss_fn.step(
-                    params, jax.tree.map(lambda x: x[None], chunk), context
-                )
-                return context, loss
-
-            return jax.lax.scan(step, loss_fn.start(params), window)[1]
-
-        whole = len(document.inputs) // together * together
-        cut = jax.tree.map(lambda x: x[:whole].reshape(-1, together, x.shape[1]), document)
-        return jax.lax.map(of_window, cut).reshape(-1)
+        cut = jax.tree.map(lambda x: x.reshape(-1, together, x.shape[1]), document)
+        return jax.lax.map(lambda window: loss_fn.of_chunks(params, window), cut).reshape(-1)
 
     def on_device(shared, one):
         meta_params, squares, general = shared
@@ -118,7 +105,7 @@ def _reader(starts: Starts, row: Row) -> Callable:
         walked = walk(loss_fn, optimizer, params, document)
         return walked.losses[None], before[None], loss_fn(walked.params, general)[None]
 
-    return parallel.parallel_map(on_device, parallel.default_devices())
+    return parallel.parallel_map(on_device, parallel.default_devices(), most=1)
 
 
 def _rule(
@@ -173,7 +160,8 @@ def steps_at(
         def step(params, context):
             if row.rule in ("isolated", "still"):
                 return loss_fn.step(params, chunk, context)
-            optimizer = _rule(starts, row, meta_params, scalars, params)
+            squares = params  # of any value: the time is the same
+            optimizer = _rule(starts, row, meta_params, scalars, squares)
             return walk(loss_fn, optimizer, params, chunk, context=context).params
 
         if not full:  # which cost what is read: as far as it is

@@ -183,6 +183,7 @@ class Starts:
             return self.learner(start), estimator, self.loss(start)
         return learners.maml(), meta_gradients.joint, self.loss(start)
 
+    @functools.cache  # noqa: B019
     def _operations(self, start: Start) -> float:
         """Counted operations of the gradient of one document, without what is recomputed."""
         learner, estimator, loss_fn = self._training(start, start not in ("joint", *ALONE))

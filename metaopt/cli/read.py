@@ -108,7 +108,7 @@ def _surprise(found: Pretrained, config: Config, tokens: np.ndarray) -> None:
             read = min(len(tokens), begin + how.length)
             bits = nats * NATS_TO_BITS / max(1, read_bytes[read - 1])
             shown.update(read, **{"bits/byte": bits})
-    data = config.on.read_bytes()
+    data = found.codec.decode(tokens)
     lines = surprising_lines(data, token_bytes, np.concatenate(log_probs), config.surprise or 0)
     for line in lines:
         text = printable(line.text.decode(errors="replace"))[:200]

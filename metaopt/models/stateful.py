@@ -61,8 +61,8 @@ def with_window(config: TransformerConfig) -> Stateful:
     ``window - 1`` tokens back, all of them together further.
 
     Args:
-      config: the transformer, with a ``window`` and rotary positions, of which the distances count
-        alone.
+      config: the transformer, with a ``window`` and rotary positions: they depend on distances
+        alone, so that a position may grow without end.
 
     Raises:
       UserError: it has none; or the config says ``causal=False``.

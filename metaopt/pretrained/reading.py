@@ -22,9 +22,9 @@ from metaopt.ranges import Checked, CountOr0, Length, Rate, Seed, Share, check_v
 from metaopt.statistics import Score, t_interval
 from metaopt.streams.dynamic_evaluation import (
     cut_segments,
-    decay_towards,
     mean_squared_gradients,
     rms_with_prior,
+    rule_with_prior,
     segment_loss,
 )
 from metaopt.types import Array, Batch, Params
@@ -264,11 +264,7 @@ def _optimizer(config: ReadingConfig, shared: _Shared) -> optax.GradientTransfor
     if shared.scale is not None:
         assert shared.anchor is not None
         return rms_with_prior(shared.anchor, config.learning_rate, config.decay, shared.scale)
-    rule = {"adam": optax.adam, "sgd": optax.sgd}.get(config.optimizer, optax.sgd)
-    back = optax.identity()
-    if shared.anchor is not None:
-        back = decay_towards(shared.anchor, config.decay)
-    return optax.chain(rule(config.learning_rate), back)
+    return rule_with_prior(config.optimizer, config.learning_rate, shared.anchor, config.decay)
 
 
 @functools.partial(jax.jit, static_argnames=("model",))

@@ -151,6 +151,14 @@ def decay_towards(
     return optax.stateless(update)
 
 
+def rule_with_prior(
+    name: str, learning_rate: float, anchor: Params | None, decay: float
+) -> optax.GradientTransformation:
+    """Adam by its name, else gradient descent, with `decay_towards` an anchor if there is one."""
+    rule = (optax.adam if name == "adam" else optax.sgd)(learning_rate)
+    return optax.chain(rule, optax.identity() if anchor is None else decay_towards(anchor, decay))
+
+
 def sgd_with_prior(
     anchor: Params, learning_rate: Array | float, decay: Array | float = 0.0
 ) -> optax.GradientTransformation:

@@ -31,7 +31,7 @@ from metaopt.models import AdapterConfig, TransformerConfig, with_window
 from metaopt.models.adapters import split
 from metaopt.pytrees import digest_of
 from metaopt.ranges import Checked, CountOr0, Length, NotNegative, Rate, Seed, Share, check_value
-from metaopt.streams.dynamic_evaluation import decay_towards, walk
+from metaopt.streams.dynamic_evaluation import rule_with_prior, walk
 from metaopt.types import Array, Batch, Key, Params, PyTree
 
 
@@ -247,9 +247,8 @@ def _loss(config: TransformerConfig, frozen: Params) -> FrozenLoss:
 
 
 def _optimizer(how: ReaderConfig, anchor: Params) -> optax.GradientTransformation:
-    rule = {"adam": optax.adam, "sgd": optax.sgd}.get(how.optimizer, optax.sgd)
-    back = decay_towards(anchor, how.decay) if how.decay else optax.identity()
-    return optax.chain(rule(how.learning_rate), back)
+    back = anchor if how.decay else None
+    return rule_with_prior(how.optimizer, how.learning_rate, back, how.decay)
 
 
 @functools.partial(jax.jit, static_argnames=("config",))

@@ -81,7 +81,7 @@ def test_a_document_is_read_and_learned_from_as_in_a_plain_loop(model):
     np.testing.assert_allclose(
         losses.ReadingLoss(model)(params, chunks), still.losses.mean(), rtol=1e-6
     )
-    # In two parts, the second of which goes on with what the first one left.
+    # Read in two parts: the second resumes from the state after the first.
     first, second = (jax.tree.map(lambda x, h=h: x[h], chunks) for h in (slice(2), slice(2, 4)))
     loss, rule = losses.ReadingLoss(model), optax.sgd(0.3)
     one = adapt(loss, rule, params, first, dataclasses.replace(INNER, num_steps=2))
