@@ -29,7 +29,7 @@ from metaopt.indices import names_of
 from metaopt.inner_loop import InnerLoop
 from metaopt.meta_gradients import reverse
 from metaopt.optimizers.outer import OuterConfig, at_update, outer_optimizer
-from metaopt.outer_step import MetaStep, check_groups, init_state, make_meta_step
+from metaopt.outer_step import MetaStep, carry_of, check_groups, init_state, make_meta_step
 from metaopt.pytrees import digest_of, is_key
 from metaopt.ranges import Count, CountOr0, Seed, Steps, StepsOr0
 from metaopt.statistics import task_means
@@ -61,6 +61,7 @@ from metaopt.types import (
     Setting,
     Settings,
     TaskFamily,
+    WindowGradFn,
 )
 
 INNER_RATE = 0.1
@@ -112,6 +113,10 @@ class FitConfig(TrainConfig):
       num_devices: number of devices; 0 for all.
       tasks_at_a_time: tasks computed together on one device; 0 all by vmap, 1 one by one in a
         scan, between them groups.
+      windows: W, windows that a document is cut into, for an estimator that carries documents on
+        (`metaopt.types.WindowGradFn`), such as `metaopt.meta_gradients.streaming`. A meta-update
+        takes one window of each of its documents, and the next goes on with the same ones. What
+        is carried is a part of the state, and so of its checkpoints.
       steps_per_call: meta-updates in one compiled call, in which the tasks are drawn too. For
         steps that take less time than a call; the sampler must be traceable.
       eval_every: interval between evaluations on the validation episodes; the best evaluated
@@ -126,7 +131,16 @@ class FitConfig(TrainConfig):
     eval_seed: Seed = 1234
     num_devices: CountOr0 = 0
     tasks_at_a_time: CountOr0 = 0
+    windows: Count = 1
     steps_per_call: Count = 1
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.windows > 1 and self.steps_per_call > 1:
+            raise UserError(
+                f"windows={self.windows} of documents are taken one in a call, and steps_per_call "
+                f"is {self.steps_per_call}: give 1"
+            )
 
 
 INNER, OUTER, CONFIG = InnerLoop(), OuterConfig(), FitConfig()
@@ -233,6 +247,7 @@ def fit(
     else:
         scalars = {name: jnp.float32(value) for name, value in (hparams or {}).items()}
         start = jax.tree.map(jnp.copy, state._replace(hparams=state.hparams | scalars, key=used))
+    start = parts.carrying(start)
     fingerprint = parts.fingerprint(start, first, valid)
     groups = ()
     if valid is not None and evaluate is None:
@@ -251,7 +266,7 @@ def fit(
         fingerprint=fingerprint,
         evaluate=evaluate,
         steps_per_call=config.steps_per_call,
-        held_out=tasks.held_out if config.steps_per_call == 1 else None,
+        held_out=tasks.held_out if config.steps_per_call == config.windows == 1 else None,
         warmup_steps=outer.warmup_steps,
         groups=groups,
         task_names=problem.family.valid.task_names,
@@ -315,17 +330,41 @@ class _Parts(NamedTuple):
             loss_fn, outer_loss = (unbound(loss)[0](arrays) for loss, arrays in losses)
         judges = {} if outer_loss is None else {"outer_loss": outer_loss}
         estimate = self.estimator(self.learner, loss_fn, inner, **judges)
+        if self.config.windows > 1 and not isinstance(estimate, WindowGradFn):
+            raise UserError(
+                f"windows={self.config.windows} takes an estimator that carries documents on, "
+                "such as metaopt.meta_gradients.streaming"
+            )
         if self.frozen is None:
             return estimate
 
-        def of_episode(meta_params: MetaParams, hparams: Hparams, episode: Episode, key: Key):
-            episode = episode._replace(
-                support=prepared(loss_fn, episode.support),
-                query=prepared(outer_loss or loss_fn, episode.query),
-            )
-            return estimate(meta_params, hparams, episode, key)
+        def once(function: Callable) -> Callable:
+            """What all that is frozen computes of an episode is computed before the function."""
 
-        return of_episode
+            def of_episode(meta_params: MetaParams, hparams: Hparams, episode: Episode, other: Any):
+                episode = episode._replace(
+                    support=prepared(loss_fn, episode.support),
+                    query=prepared(outer_loss or loss_fn, episode.query),
+                )
+                return function(meta_params, hparams, episode, other)
+
+            return of_episode
+
+        if isinstance(estimate, WindowGradFn):
+            both = once(estimate.whole), once(estimate.go_on)
+            return dataclasses.replace(estimate, whole=both[0], go_on=both[1])
+        return once(estimate)
+
+    def carrying(self, start: MetaState) -> MetaState:
+        """The state with what is carried from window to window, if it has none yet."""
+        config = self.config
+        if config.windows == 1:
+            return start._replace(carry=())
+        estimate = self.estimate(self.inner, self.frozen)
+        assert isinstance(estimate, WindowGradFn)
+        carry = carry_of(estimate, start, config.tasks_per_step)
+        shapes = [jax.tree.map(jnp.shape, x) for x in (carry, start.carry)]
+        return start if shapes[0] == shapes[1] else start._replace(carry=carry)
 
     def step(self, axis_name: str | None) -> Callable:
         """``(state, episodes) -> (state, metrics)``, or ``(state, episodes, frozen)``."""
@@ -337,6 +376,7 @@ class _Parts(NamedTuple):
                 tasks_at_a_time=self.config.tasks_at_a_time,
                 axis_name=axis_name,
                 annealing_steps=self.annealing_steps,
+                windows=self.config.windows,
             )
 
         if self.frozen is None:
@@ -381,6 +421,8 @@ class _Parts(NamedTuple):
             "eval_every": self.config.eval_every,
             "annealing_steps": self.annealing_steps,
         }
+        if self.config.windows > 1:
+            decisive["windows"] = self.config.windows
         arrays = {
             "initial state": digest_of((start.step, start.meta_params, start.opt_state)),
             "random key": digest_of(start.key),
@@ -421,8 +463,11 @@ class _Tasks(NamedTuple):
         return parallel.AXIS if len(self.devices) > 1 else None
 
     def draw(self, step: int) -> Episode:
-        key = self.step_key(self.key, step)
-        return self.family.train.sample(key, self.config.tasks_per_step)
+        document, window = divmod(step, self.config.windows)
+        drawn = self.family.train.sample(
+            self.step_key(self.key, document), self.config.tasks_per_step
+        )
+        return drawn if self.config.windows == 1 else _window(drawn, window, self.config.windows)
 
     def held_out(self, i: int) -> Episode:
         """A batch of tasks of the validation split, ``[N, T, ...]``, the same for every i."""
@@ -500,7 +545,7 @@ def _variants(
     settings: dict[str, Setting] = {"optimizer": parts.outer.optimizer}
     if tasks.devices[0].platform != "cpu":  # which has one precision
         settings["precision"] = PRECISION
-    if config.steps_per_call == 1 and not parts.annealing_steps:
+    if config.steps_per_call == config.windows == 1 and not parts.annealing_steps:
         settings["tasks_per_step"] = config.tasks_per_step
     if parts.frozen is None:  # what is timed or weighed takes a state and a batch alone
         settings["tasks_at_a_time"] = config.tasks_at_a_time
@@ -576,6 +621,24 @@ def _at_precision(step: Callable, precision: str) -> Callable:
             return step(*args)
 
     return at_precision
+
+
+def _window(documents: Episode, window: int, windows: int) -> Episode:
+    """One of W windows of documents ``[T, ...]``, whose support and query are its two halves."""
+    joined = jax.tree.map(
+        lambda a, b: np.concatenate([a, b], axis=1), documents.support, documents.query
+    )
+    size, rest = divmod(joined.inputs.shape[1], 2 * windows)
+    if rest:
+        raise UserError(
+            f"documents of {joined.inputs.shape[1]} chunks cannot be cut into {windows} windows, "
+            "each of an even number of them"
+        )
+    begin = 2 * window * size
+    support, query = (
+        jax.tree.map(lambda x, i=i: x[:, i : i + size], joined) for i in (begin, begin + size)
+    )
+    return Episode(support, query, documents.task)
 
 
 def _one(batched: Any) -> Any:

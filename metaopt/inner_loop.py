@@ -120,7 +120,7 @@ def adapt(
     opt_state: optax.OptState | None = None,
     context: PyTree = None,
     grad_fn: InnerGradFn = jax.value_and_grad,
-    probe: Callable[[Params, Batch], Any] | None = None,
+    probe: Callable[..., Any] | None = None,
 ) -> Adapted:
     """Takes K inner steps, ``θ_{k+1} = θ_k + u_k(∇L(θ_k))``, differentiably.
 
@@ -147,7 +147,7 @@ def adapt(
       grad_fn: turns the loss into ``(params, batch) -> (loss, gradient)``; of a loss that is read
         on it is given ``has_aux=True``, as `jax.value_and_grad` is.
       probe: what else to measure before each step: a function of the parameters and of the
-        batch that the step is about to take.
+        batch that the step is about to take; and, of a loss that is read on, of the context.
 
     Returns:
       `Adapted`.
@@ -186,7 +186,8 @@ def _adapt(
         loss, grads, after, value_fn = gradient_at(params, batch, context)
         grads = checkpoint_name(grads, INNER_GRADIENTS)
         updates, opt_state = _update(optimizer, grads, opt_state, params, loss, value_fn)
-        measured = None if probe is None else probe(params, batch)
+        at = (params, batch, context) if reads_on(loss_fn) else (params, batch)
+        measured = None if probe is None else probe(*at)
         return (optax.apply_updates(params, updates), opt_state, after), (loss, measured)
 
     if context is None:

@@ -20,6 +20,8 @@ from metaopt.types import (
     MetaState,
     Metrics,
     Params,
+    PyTree,
+    WindowGradFn,
 )
 
 MetaStep = Callable[[MetaState, Episode], tuple[MetaState, Metrics]]
@@ -58,6 +60,12 @@ def init_state(
     return jax.tree.map(jnp.copy, state)
 
 
+def carry_of(estimate: WindowGradFn, state: MetaState, num_tasks: int) -> PyTree:
+    """What is carried into the first window of each of some documents, ``[num_tasks, ...]``."""
+    carry = estimate.begin(state.meta_params, state.hparams)
+    return jax.tree.map(lambda x: jnp.repeat(x[None], num_tasks, axis=0), carry)
+
+
 def make_meta_step(
     estimate: MetaGradFn,
     outer_opt: OuterOpt,
@@ -65,6 +73,7 @@ def make_meta_step(
     tasks_at_a_time: int = 0,
     axis_name: str | None = None,
     annealing_steps: int = 0,
+    windows: int = 1,
 ) -> MetaStep:
     """One meta-update as a pure function of one device.
 
@@ -75,6 +84,8 @@ def make_meta_step(
       axis_name: the pmap axis over which gradients and metrics are averaged.
       annealing_steps: meta-steps over which the estimator's ``hparams['query_annealing']`` goes
         from 0 to 1, for ``query_loss='annealed'``; 0 leaves the hparams as they are.
+      windows: W, updates that the documents of a task last; more than one takes a `WindowGradFn`,
+        and a state whose ``carry`` is that of `carry_of` for all tasks of all devices.
 
     Returns:
       ``(state, episodes [T, ...]) -> (state, metrics)``. Metrics are float32 means over
@@ -86,7 +97,7 @@ def make_meta_step(
     check_factory(outer_opt, "outer")
 
     def step(state: MetaState, episodes: Episode) -> tuple[MetaState, Metrics]:
-        indices, total = _indices(episodes, axis_name)
+        indices = _indices(episodes, axis_name)
         keys = _task_keys(state, indices)
         hparams = dict(state.hparams)
         if annealing_steps:
@@ -94,16 +105,29 @@ def make_meta_step(
             hparams["query_annealing"] = jnp.minimum(1.0, state.step / annealing_steps)
 
         point = gradient_point(state.opt_state, state.meta_params)
+        carry = ()
+        if windows > 1:
+            assert isinstance(estimate, WindowGradFn)
+            is_first = state.step % windows == 0
+            carry = jax.tree.map(
+                lambda new, old: jnp.where(is_first, new, old[indices]),
+                estimate.begin(point, hparams),
+                state.carry,
+            )
 
-        def of_task(episode: Episode, key: Key, index: Array):
-            grads, metrics = estimate(point, hparams, episode, key)
-            # Of vectors that are zero but for one task each, the mean is the losses of all.
-            alone = jnp.where(jnp.arange(total) == index, total * metrics["loss"], 0.0)
-            return grads, metrics | {"task_losses": alone}
+        def of_task(episode: Episode, key: Key, carry: PyTree):
+            if windows > 1:
+                grads, metrics, carry = estimate.go_on(point, hparams, episode, carry)  # type: ignore[attr-defined]
+            else:
+                grads, metrics = estimate(point, hparams, episode, key)
+            return (grads, metrics), (metrics["loss"], carry)
 
-        grads, metrics = mean_over_tasks(of_task, (episodes, keys, indices), tasks_at_a_time)
+        (grads, metrics), each = _over_tasks(of_task, (episodes, keys, carry), tasks_at_a_time)
         if axis_name is not None:
             grads, metrics = jax.lax.pmean((grads, metrics), axis_name)
+            each = jax.lax.all_gather(each, axis_name, tiled=True)
+        losses, carry = each
+        metrics |= {"task_losses": losses}
         optimizer = outer_opt(state.hparams)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.meta_params)
         metrics |= {
@@ -112,19 +136,17 @@ def make_meta_step(
         }
         meta_params = optax.apply_updates(state.meta_params, updates)
         return state._replace(
-            step=state.step + 1, meta_params=meta_params, opt_state=opt_state
+            step=state.step + 1, meta_params=meta_params, opt_state=opt_state, carry=carry
         ), metrics
 
     return step
 
 
-def _indices(episodes: Episode, axis_name: str | None) -> tuple[Array, int]:
-    """The indices of a device's tasks among those of all devices, ``[T]``, and their number."""
+def _indices(episodes: Episode, axis_name: str | None) -> Array:
+    """The indices of a device's tasks among those of all devices, ``[T]``."""
     num_tasks = episodes.task.shape[0]
-    if axis_name is None:
-        return jnp.arange(num_tasks), num_tasks
-    first = jax.lax.axis_index(axis_name) * num_tasks
-    return first + jnp.arange(num_tasks), num_tasks * jax.lax.axis_size(axis_name)
+    first = 0 if axis_name is None else jax.lax.axis_index(axis_name) * num_tasks
+    return first + jnp.arange(num_tasks)
 
 
 def _task_keys(state: MetaState, indices: Array) -> Key:
@@ -149,26 +171,35 @@ def mean_over_tasks(function: Callable, tasks, tasks_at_a_time: int = 0):
     Raises:
       UserError: G does not divide T.
     """
+    return _over_tasks(lambda *task: (function(*task), ()), tasks, tasks_at_a_time)[0]
+
+
+def _over_tasks(function: Callable, tasks, tasks_at_a_time: int):
+    """What ``function(*task) -> (one, other)`` gives of T tasks: means of one, each other."""
     num_tasks = jax.tree.leaves(tasks)[0].shape[0]
     group = tasks_at_a_time or num_tasks
     check_groups(num_tasks, group)
-    if group == num_tasks > 1:
-        return _mean0(jax.vmap(function)(*tasks))
 
     def of_group(tasks):
         if group == 1:
-            return function(*jax.tree.map(lambda x: x[0], tasks))
-        return _mean0(jax.vmap(function)(*tasks))
+            mean, each = function(*jax.tree.map(lambda x: x[0], tasks))
+            return mean, jax.tree.map(lambda x: x[None], each)
+        found, each = jax.vmap(function)(*tasks)
+        return _mean0(found), each
 
+    if group == num_tasks > 1:
+        return of_group(tasks)
     groups = jax.tree.map(lambda x: x.reshape(num_tasks // group, group, *x.shape[1:]), tasks)
-    zeros = jax.tree.map(
-        lambda x: jnp.zeros(x.shape, x.dtype),
-        jax.eval_shape(of_group, jax.tree.map(lambda x: x[0], groups)),
-    )
-    total, _ = jax.lax.scan(
-        lambda total, tasks: (jax.tree.map(jnp.add, total, of_group(tasks)), None), zeros, groups
-    )
-    return jax.tree.map(lambda x: x / (num_tasks // group), total)
+    shapes, _ = jax.eval_shape(of_group, jax.tree.map(lambda x: x[0], groups))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+    def add(total, tasks):
+        mean, each = of_group(tasks)
+        return jax.tree.map(jnp.add, total, mean), each
+
+    total, each = jax.lax.scan(add, zeros, groups)
+    each = jax.tree.map(lambda x: x.reshape(num_tasks, *x.shape[2:]), each)
+    return jax.tree.map(lambda x: x / (num_tasks // group), total), each
 
 
 def check_groups(num_tasks: int, tasks_at_a_time: int) -> None:

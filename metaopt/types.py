@@ -12,6 +12,7 @@ Losses are float32 scalars in nats a token (language models), mean squared error
 (regression) or nats (classification). Keys are typed (`jax.random.key`).
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, cast
 
@@ -186,6 +187,31 @@ there is no inner loop).
 """
 
 
+@dataclasses.dataclass(frozen=True)
+class WindowGradFn:
+    """An estimator's function that can also go on in the middle of a long document.
+
+    Called, it is a `MetaGradFn`: the episode is a whole document. Else the episode is a window of
+    one, and what is carried from window to window is kept by whoever calls it.
+
+    Attributes:
+      whole: ``(meta_params, hparams, episode, key) -> (meta-gradient, metrics)``.
+      begin: ``(meta_params, hparams) -> carry``, before the first window.
+      go_on: ``(meta_params, hparams, episode, carry) -> (meta-gradient, metrics, carry)``; the
+        gradient does not go through what is carried.
+    """
+
+    whole: MetaGradFn
+    begin: Callable[[MetaParams, Hparams], PyTree]
+    go_on: Callable[[MetaParams, Hparams, Episode, PyTree], tuple[MetaParams, Metrics, PyTree]]
+
+    def __call__(
+        self, meta_params: MetaParams, hparams: Hparams, episode: Episode, key: Key
+    ) -> tuple[MetaParams, Metrics]:
+        """The meta-gradient of one whole document."""
+        return self.whole(meta_params, hparams, episode, key)
+
+
 Estimator = Callable[..., MetaGradFn]
 """``(learner, loss_fn, inner_loop, *, outer_loss=None) -> estimate``.
 
@@ -205,6 +231,8 @@ class MetaState(NamedTuple):
       opt_state: the outer optax state.
       hparams: float32 scalars that may change between steps without a recompile.
       key: typed key from which the randomness of every step is derived.
+      carry: what each of the tasks of a step ``[T, ...]`` hands to the next step, where documents
+        are longer than a step (`WindowGradFn`); empty elsewhere.
     """
 
     step: Array
@@ -212,3 +240,4 @@ class MetaState(NamedTuple):
     opt_state: optax.OptState
     hparams: dict[str, Array]
     key: Key
+    carry: PyTree = ()

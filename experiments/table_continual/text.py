@@ -72,11 +72,11 @@ ROWS = (
         lambda loss, size, batch: continual.fast_and_slow(loss),
         {"strength": (0.01,), "slow_rate": (0.003, 0.01, 0.03)},
     ),
+    Row("replay", continual.replay),
+    Row("online MAML", continual.online_maml, {"inner_learning_rate": (0.003, 0.01, 0.03)}),
     Row(
         "rate learned online", lambda loss, size, batch: continual.rate_learned_online(loss, batch)
     ),
-    Row("replay", continual.replay),
-    Row("online MAML", continual.online_maml, {"inner_learning_rate": (0.003, 0.01, 0.03)}),
 )
 
 

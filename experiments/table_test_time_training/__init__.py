@@ -6,19 +6,23 @@ So it is dynamic evaluation (Krause et al., 2018), and if its start is meta-lear
 whole documents, through all updates and the context, end-to-end test-time training (Tandon et al.,
 2025, arXiv:2512.23675). Whether that meta-learning helps is in dispute: here all rows have the same
 model, the same number of counted operations, pretraining included, and as many rates to choose
-from. The row of full attention has a window as long as a training document.
+from. The row of full attention has a window as long as a training document. Switching languages
+have an exact limit, and so has recall, where what was read once is to be known long after.
 
 What a row gains is told apart. The *context gain* is what carrying the context gains a model that
 does not learn; the *adaptation gain* is what learning adds to that. Both are paired over documents.
 
-    python -m experiments.table_test_time_training                     # code, switching languages
+    python -m experiments.table_test_time_training                     # without books
     python -m experiments.table_test_time_training --books data/books  # books too, 90 minutes
     python -m experiments.table_test_time_training --preset smoke
 """
 
+import itertools
+import math
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from experiments import harness
@@ -29,7 +33,9 @@ from experiments.table_test_time_training.rows import (
     ALONE,
     DYNAMIC,
     FEW,
+    FULL,
     ROWS,
+    SCALED,
     STATIC,
     WINDOW,
     Row,
@@ -52,6 +58,8 @@ __all__ = ["Config", "presets", "run"]
 TABLE = "test_time_training"
 SPANS = (0, 1, 2, 4, 8, 16)
 """Positions in a document that are reported apart, in windows."""
+AGO = (0, 1, 4, 16)
+"""How long ago something was read that is to be recalled, in windows."""
 FAR = 64
 """Windows after which the time of a token is compared with that in the first one."""
 
@@ -60,11 +68,14 @@ def run(config: Config) -> None:
     """Trains the rows of each source, reads its documents, and writes tables and figures."""
     train_fn = harness.begin(config, RATES_ALONE)
     parts = [x for x in config.parts if x != "books" or config.books is not None]
+    base = "code" if config.books is None else "books"
     chosen = [row.name for row in harness.select(ROWS, config.rows)]
     check_devices(0, config.tasks_per_step, config.tasks_at_a_time)
     if not parts:
         raise UserError("the part books needs --books FOLDER, and no other part is chosen")
-    sources = [documents.find(name, config) for name in parts]
+    sources = [documents.find(name, config) for name in parts if name != "scale"]
+    if "scale" in parts:
+        sources += [documents.find(base, config, width) for width in config.widths]
     for source in sources:
         if not any(row.name in chosen for row in _rows_of(source)):
             names = ", ".join(row.name for row in _rows_of(source))
@@ -78,22 +89,25 @@ def run(config: Config) -> None:
         table=TABLE,
         unit="bits/byte",
         seeds=[config.seed],
-        data="-".join(source.digest for source in sources),
+        data="-".join(dict.fromkeys(source.digest for source in sources)),
     )
     for source in sources:
         starts = Starts(config, source, table.directory, train_fn, reading.tuned)
         _add_rows(table, source, starts, [x for x in _rows_of(source) if x.name in chosen])
+    _add_scale(table, [x for x in sources if x.name.partition(",")[0] == base])
     table.finish(_notes(table, sources))
 
 
 def _check(config: Config, source: Source) -> None:
-    chunks = feasible.tokens(config.num_chunks // 2, source.chunk)
-    model = models.transformer(config.transformer(source.vocab_size, source.window))
+    sizes = source.sizes
+    chunks = feasible.tokens(sizes.num_chunks // 2, sizes.chunk)
+    model = models.transformer(sizes.transformer(source.vocab_size, sizes.window))
     feasible.check([], model.init, next_token(model), chunks, chunks, config.tasks_per_step)
 
 
 def _rows_of(source: Source) -> tuple[Row, ...]:
-    return ROWS if source.name == "books" else FEW
+    rows = {"books": ROWS, "code": FEW, "switching": FEW, "recall": (*FEW, FULL)}
+    return rows.get(source.name, SCALED)
 
 
 def _table(source: Source) -> str:
@@ -117,6 +131,8 @@ def _add_rows(table: harness.TableRun, source: Source, starts: Starts, rows: Seq
             still = reading.read(starts, row._replace(rule="still"), meta_params, source.test)[0]
             kept["still"] = still.nats
         table.keep(_kept(row, source), **kept)
+        if found.hits is not None:
+            _add_hits(table, source, row, found.hits)
         _add_cells(table, source, row, found, kept, settings)
         _add_times(table, source, starts, row, meta_params)
     drawn = [row for row in rows if row.rule != "isolated"]
@@ -159,11 +175,56 @@ def _add_cells(
     if source.limit is not None:
         add("gap to Bayes", bits - source.limit.mean(axis=1) * NATS_TO_BITS)
     for begin, end in zip(SPANS, (*SPANS[1:], None), strict=True):
-        first, last = (x and x * source.window // source.chunk for x in (begin, end))
+        first, last = (x and x * source.sizes.window // source.sizes.chunk for x in (begin, end))
         part = found.nats[:, first:last]
         if part.size:
             column = f"{begin} to {end}" if end else f"from {begin} on"
             add(column, part.mean(axis=1) * NATS_TO_BITS, table=f"{_table(source)} by position")
+
+
+def _add_hits(table: harness.TableRun, source: Source, row: Row, hits: np.ndarray) -> None:
+    """How often what was read so long ago is recalled, over documents."""
+    assert source.distances is not None
+    columns = {f"{a} to {b} windows": (a, b) for a, b in itertools.pairwise(AGO)}
+    columns |= {f"from {AGO[-1]} windows on": (AGO[-1], 1e9), "never read": (1e9, np.inf)}
+    for column, (above, most) in columns.items():
+        counted = (source.distances > above) & (source.distances <= most)
+        with np.errstate(invalid="ignore"):
+            share = (hits & counted).sum(axis=(1, 2)) / counted.sum(axis=(1, 2))
+        if not np.isnan(share).all():
+            more: dict[str, Any] = {"table": f"{_table(source)} by distance", "unit": "share"}
+            found = interval(share[~np.isnan(share)])
+            table.add(row.name, column, found, **more, better="higher")
+
+
+def _add_scale(table: harness.TableRun, sources: Sequence[Source]) -> None:
+    """The adaptation gain of the rows that were read at several widths, by the model's size."""
+    points: dict[str, list[tuple[float, float]]] = {}
+    sized = sorted(((_millions(source), source) for source in sources), key=lambda x: x[0])
+    for size, source in sized:
+        for row in SCALED if len(sources) > 1 else ():
+            if not table.has(row.name, table=_table(source)):
+                continue
+            gain = interval(_bits(table, source, WINDOW) - _bits(table, source, row))
+            more: dict[str, Any] = {"table": f"{TABLE}/scale", "unit": "bits/byte"}
+            table.add(row.name, f"{size:.2g} M", gain, **more, better="higher")
+            points.setdefault(row.name, []).append((size, gain.mean))
+    if points:
+        plots.trajectories(
+            table.directory / "scale.png",
+            {name: np.array(found) for name, found in points.items()},
+            x_label="parameters, millions",
+            y_label="adaptation gain, bits a byte",
+            title="What learning while reading gains, by the size of the model",
+            x_ticks=[float(f"{size:.2g}") for size, _ in sized],
+        )
+
+
+def _millions(source: Source) -> float:
+    """Parameters of the model of a source, in millions."""
+    model = models.transformer(source.sizes.transformer(source.vocab_size, source.sizes.window))
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0)))
+    return sum(math.prod(x.shape) for x in jax.tree.leaves(shapes)) / 1e6
 
 
 def _add_times(
@@ -187,7 +248,7 @@ def _draw(table: harness.TableRun, source: Source, rows: Sequence[Row]) -> None:
         nats = table.kept(_kept(row, source))["nats"].mean(axis=0)
         edges = np.unique(np.geomspace(1, len(nats), 12).astype(int))
         means = [nats[a:b].mean() for a, b in zip([0, *edges[:-1]], edges, strict=True)]
-        x = edges * source.chunk / source.window
+        x = edges * source.sizes.chunk / source.sizes.window
         points[row.name] = np.stack([x, np.array(means) * NATS_TO_BITS], axis=1)
     plots.trajectories(
         table.directory / f"{source.name}.png",
@@ -195,7 +256,7 @@ def _draw(table: harness.TableRun, source: Source, rows: Sequence[Row]) -> None:
         x_label="position, windows",
         y_label="bits a byte" if source.vocab_size == 256 else "bits a symbol",
         title=f"Reading {source.name}",
-        x_ticks=[x for x in (1, 4, 16, 64, 256, 1024) if x * source.window <= size],
+        x_ticks=[x for x in (1, 4, 16, 64, 256, 1024) if x * source.sizes.window <= size],
     )
 
 

@@ -24,7 +24,7 @@ from metaopt.streams.dynamic_evaluation import (
     rms_with_prior,
     walk,
 )
-from metaopt.types import Batch, Hparams, MetaParams, Params
+from metaopt.types import Batch, Hparams, MetaParams, Params, PyTree
 
 STILL = Settings(0.0, 0.0)
 SQUARES = 64
@@ -38,11 +38,13 @@ class Reading(NamedTuple):
       nats: Losses of their chunks, each from before the step on it, ``[D, N]``.
       before: Loss on another text before anything is read.
       after: The same after each document ``[D]``.
+      hits: Whether each token was held for the most probable one ``[D, N, B]``; where it counts.
     """
 
     nats: np.ndarray
     before: float
     after: np.ndarray
+    hits: np.ndarray | None = None
 
 
 def tuned(starts: Starts, row: Row, meta_params: MetaParams) -> Settings:
@@ -74,24 +76,40 @@ def read(
     every = jax.tree.map(lambda x: np.concatenate(len(tried) * [x]), documents)
     scalars = np.repeat(np.array(tried, np.float32), number, axis=0)
     found = _reader(starts, row)(shared, (every, scalars))
-    nats, before, after = (x.astype(np.float64) for x in found)
-    return [
-        Reading(nats[i : i + number], float(before[i]), after[i : i + number])
-        for i in range(0, len(nats), number)
-    ]
+    nats, before, after = (x.astype(np.float64) for x in found[:3])
+
+    def of_setting(i: int) -> Reading:
+        these = slice(i * number, (i + 1) * number)
+        hits = found[3][these] if source.distances is not None else None
+        return Reading(nats[these], float(before[these][0]), after[these], hits)
+
+    return [of_setting(i) for i in range(len(tried))]
 
 
 @functools.cache
 def _reader(starts: Starts, row: Row) -> Callable:
-    """``(shared, (documents [D, N, B], scalars [D, 2])) -> losses [D, N], before, after [D]``."""
-    loss_fn, learner = starts.loss(row.start), starts.learner(row.start)
-    together = starts.source.window // starts.source.chunk
+    """``(shared, (documents [D, N, B], scalars [D, 2])) -> losses [D, N], before, after [D]``.
 
-    def isolated(params: Params, document: Batch) -> jax.Array:
-        """The losses of chunks that see nothing before the window that they are in."""
+    And hits ``[D, N, B]``, of a source that says how far apart its tokens are.
+    """
+    loss_fn, learner = starts.loss(row.start), starts.learner(row.start)
+    together = starts.source.sizes.window // starts.source.sizes.chunk
+
+    def is_hit(params: Params, chunk: Batch, context: PyTree) -> jax.Array:
+        logits, _ = loss_fn.model.read(params, context, chunk.inputs)
+        return (logits.argmax(-1) == chunk.targets)[0]
+
+    probe = is_hit if starts.source.distances is not None else None
+
+    def isolated(params: Params, document: Batch) -> tuple[jax.Array, ...]:
+        """The losses of chunks that see nothing before the window that they are in; and hits."""
+
+        def read(window: Batch) -> tuple[jax.Array, ...]:
+            walked = walk(loss_fn, optax.sgd(0.0), params, window, probe=probe)
+            return (walked.losses,) if probe is None else (walked.losses, walked.probes)
 
         cut = jax.tree.map(lambda x: x.reshape(-1, together, x.shape[1]), document)
-        return jax.lax.map(lambda window: loss_fn.of_chunks(params, window), cut).reshape(-1)
+        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), jax.lax.map(read, cut))
 
     def on_device(shared, one):
         meta_params, squares, general = shared
@@ -99,11 +117,14 @@ def _reader(starts: Starts, row: Row) -> Callable:
         params = learner.start(meta_params)
         before = loss_fn(params, general)
         if row.rule == "isolated":
-            return isolated(params, document)[None], before[None], before[None]
+            losses, *hits = isolated(params, document)
+            return tuple(x[None] for x in (losses, before, before, *hits))
         scalars = {"inner_learning_rate": rate, "decay": decay}
         optimizer = _rule(starts, row, meta_params, scalars, squares)
-        walked = walk(loss_fn, optimizer, params, document)
-        return walked.losses[None], before[None], loss_fn(walked.params, general)[None]
+        walked = walk(loss_fn, optimizer, params, document, probe=probe)
+        hits = () if probe is None else (walked.probes,)
+        found = walked.losses, before, loss_fn(walked.params, general), *hits
+        return tuple(x[None] for x in found)
 
     return parallel.parallel_map(on_device, parallel.default_devices(), most=1)
 
@@ -147,13 +168,13 @@ def steps_at(
     def steps(number: int) -> Callable[[], Any]:
         model = starts.reader(row.start)
         if full:
-            room = number * source.window + source.chunk
+            room = number * source.sizes.window + source.sizes.chunk
             model = models.with_cache(starts.transformer("full"), room)
         loss_fn = ReadingLoss(model)
         context = jax.tree.map(jnp.copy, loss_fn.start(params))
         if full:
             context = tuple(
-                past._replace(length=jnp.int32(room - source.chunk)) for past in context
+                past._replace(length=jnp.int32(room - source.sizes.chunk)) for past in context
             )
 
         @jax.jit
@@ -165,7 +186,7 @@ def steps_at(
             return walk(loss_fn, optimizer, params, chunk, context=context).params
 
         if not full:  # which cost what is read: as far as it is
-            for _ in range(number * source.window // source.chunk - 1):
+            for _ in range(number * source.sizes.window // source.sizes.chunk - 1):
                 context = read_chunk(params, context)
         return lambda: step(params, context)
 

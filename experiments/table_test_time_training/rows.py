@@ -68,6 +68,8 @@ RECURRENT, FULL = Row("recurrent", "recurrent", "still"), Row("full attention", 
 ROWS = (STATIC, WINDOW, DYNAMIC, RMS, TTT, FIRST, SECOND, RATES, RECURRENT, FULL)
 FEW = (STATIC, WINDOW, DYNAMIC, TTT, FIRST, SECOND)
 """Rows of the sources that are not books."""
+SCALED = (DYNAMIC, FIRST, SECOND)
+"""Rows that are compared over widths."""
 
 
 class Settings(NamedTuple):
@@ -94,9 +96,9 @@ class Starts:
         tuned: Callable[["Starts", Row, MetaParams], Settings],
     ):
         """Trains nothing yet; ``tuned`` gives the settings that meta-training steps with."""
-        self.config, self.source = config, source
+        self.config, self.source, self.sizes = config, source, source.sizes
         self._directory, self._train_fn, self._tuned = directory, train_fn, tuned
-        self._adapts = config.fast.adapts(config.num_layers)
+        self._adapts = self.sizes.fast.adapts(self.sizes.num_layers)
 
     def reader(self, start: Start) -> Stateful:
         """The model of a start, as one that reads on."""
@@ -127,28 +129,26 @@ class Starts:
     @functools.cache  # noqa: B019
     def begin(self) -> Params:
         """Parameters after ``pretrain_steps`` of next-token prediction."""
-        config = self.config
-        params = self._initial("joint")
-        return self._fit("pretraining", "joint", config.pretrain_steps, params, config.pretrain)[
-            "params"
-        ]
+        sizes, params = self.sizes, self._initial("joint")
+        found = self._fit("pretraining", "joint", sizes.pretrain_steps, params, sizes.pretrain)
+        return found["params"]
 
     @functools.cache  # noqa: B019
     def trained(self, start: Start) -> MetaParams:
         """What a start is made of, trained when it is first asked for."""
-        config, steps = self.config, self.steps(start)
+        sizes, steps = self.sizes, self.steps(start)
         if start in ALONE:
-            return self._fit(start, start, steps, self._initial(start), config.pretrain)
+            return self._fit(start, start, steps, self._initial(start), sizes.pretrain)
         settings = None
         if start != "joint":
             settings = self._tuned(self, TTT, {"params": self.begin()})
-        return self._fit(start, start, steps, self.begin(), config.outer, settings)
+        return self._fit(start, start, steps, self.begin(), sizes.outer, settings)
 
     def steps(self, start: Start) -> int:
         """The steps of a training after pretraining, of `ALONE` of all."""
-        budget = self.config.meta_steps * self._operations("second order")
+        budget = self.sizes.meta_steps * self._operations("second order")
         if start in ALONE:
-            budget += self.config.pretrain_steps * self._operations("joint")
+            budget += self.sizes.pretrain_steps * self._operations("joint")
         return max(1, round(budget / self._operations(start)))
 
     def loss(self, start: Start) -> ReadingLoss:
@@ -157,8 +157,8 @@ class Starts:
 
     def transformer(self, start: Start) -> models.TransformerConfig:
         """The shape of the model of a start."""
-        times = self.config.full_window // self.config.window if start == "full" else 1
-        return self.config.transformer(self.source.vocab_size, times * self.source.window)
+        times = self.sizes.full_window // self.sizes.window if start == "full" else 1
+        return self.sizes.transformer(self.source.vocab_size, times * self.sizes.window)
 
     @property
     def _recurrent_width(self) -> int:
@@ -173,7 +173,7 @@ class Starts:
         params = self.model(start).init(key)
         if start == "recurrent":
             return params
-        return extended(self.config.fast, params, jax.random.fold_in(key, 1))
+        return extended(self.sizes.fast, params, jax.random.fold_in(key, 1))
 
     def _training(self, start: Start, meta: bool) -> tuple[Learner, Estimator, LossFn]:
         """What is learned, how its gradient is found, and the loss."""

@@ -9,6 +9,7 @@ the walk and the two update rules of the paper. The meta-gradient of the score i
 N counts segments here, C the tokens of context before each, L the tokens of each.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -96,6 +97,7 @@ def walk(
     opt_state: optax.OptState | None = None,
     context: PyTree = None,
     grad_fn: InnerGradFn = jax.value_and_grad,
+    probe: Callable[..., Any] | None = None,
 ) -> Adapted:
     """Walks along a stream: scores each segment, then takes one step on it.
 
@@ -110,6 +112,7 @@ def walk(
       opt_state: state of the optimiser of an earlier walk that is resumed; None starts one.
       context: what the model kept in an earlier walk that is resumed; None starts one.
       grad_fn: turns the loss into ``(params, batch) -> (loss, gradient)``.
+      probe: what else to measure before each step, as in `metaopt.inner_loop.adapt`.
 
     Returns:
       `metaopt.inner_loop.Adapted`: ``losses`` is float32 ``[N]``, each from before its step;
@@ -120,8 +123,8 @@ def walk(
     """
     count = jax.tree.leaves(segments)[0].shape[0]
     config = InnerLoop(num_steps=count, batching="split", unroll=False)
-    resumed = {"opt_state": opt_state, "context": context}
-    return adapt(loss_fn, optimizer, params, segments, config, **resumed, grad_fn=grad_fn)
+    more = {"opt_state": opt_state, "context": context, "grad_fn": grad_fn, "probe": probe}
+    return adapt(loss_fn, optimizer, params, segments, config, **more)
 
 
 def decay_towards(
