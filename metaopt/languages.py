@@ -244,6 +244,14 @@ def pretrained_config(config: LanguageConfig) -> models.TransformerConfig | None
     return _open(config.pretrained, config.compute_dtype).config
 
 
+def transformer_config(config: LanguageConfig) -> models.TransformerConfig | None:
+    """The transformer of a config that is trained here; None for other models."""
+    if config.model != "transformer" or is_pretrained(config):
+        return None
+    fields = shared_fields(models.TransformerConfig, config)
+    return models.TransformerConfig(**{**fields, "vocab_size": make_codec(config).vocab_size})
+
+
 def make_codec(config: LanguageConfig) -> Codec:
     """How the tokens of the tasks of a config are written as text."""
     if is_pretrained(config):
@@ -268,9 +276,9 @@ def make_model(config: LanguageConfig) -> Model:
         return make_part("--model", config.model, Model, {"vocab_size": vocab_size, **sizes})
     if config.model == "bigram":
         return models.bigram(vocab_size)
-    if config.model == "transformer":
-        fields = shared_fields(models.TransformerConfig, config)
-        return models.transformer(models.TransformerConfig(**{**fields, "vocab_size": vocab_size}))
+    transformer = transformer_config(config)
+    if transformer is not None:
+        return models.transformer(transformer)
     if config.model in ("rnn", "gru", "lstm"):
         return models.recurrent(vocab_size, config.width, config.model, config.num_layers)
     choices = ", ".join(get_args(ModelName))

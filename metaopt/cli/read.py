@@ -1,9 +1,10 @@
-"""Read a file with a pretrained model that adapts on the way, and say what that gains.
+"""Read a file with a model that adapts on the way, and say what that gains.
 
-    metaopt read --model PATH --on FILE
-    metaopt read --model PATH --on FILE --kind all --learning-rate 1e-4
-    metaopt read --model PATH --on FILE --context 768 --save adapter.npz
-    metaopt read --model PATH --on FILE --surprise 10
+    metaopt read FILE                                        # by SmolLM2, see metaopt model smollm2
+    metaopt read FILE --model PATH --kind all --learning-rate 1e-4
+    metaopt read FILE --model PATH --context 768 --save adapter.npz
+    metaopt read FILE --run RUN --learning-rate 1e-2         # by a transformer trained here
+    metaopt read FILE --surprise 10
 
 The file is cut into segments. Each is scored first and stepped on afterwards, so every token is
 predicted by a model that has not seen it; beside that the score of the model as it is, on the same
@@ -20,15 +21,18 @@ import numpy as np
 import tyro
 
 from metaopt.cli.adapt import check_new
-from metaopt.cli.trained import open_model, read_tokens
+from metaopt.cli.trained import RowConfig, open_model, open_row, read_tokens
 from metaopt.console import log, printable
 from metaopt.errors import UserError
+from metaopt.languages import transformer_config
 from metaopt.losses import NATS_TO_BITS
 from metaopt.pretrained import Pretrained, ReadingConfig, read_along, save_adapter
+from metaopt.pretrained.packages import fetched
 from metaopt.pretrained.reading import Read, gain, score_of
 from metaopt.ranges import Checked, Count
 from metaopt.streams.reader import Reader, ReaderConfig
 from metaopt.streams.surprise import surprising_lines
+from metaopt.tasks.sources.text import data_directory
 from metaopt.tasks.tokenizers import bytes_of
 from metaopt.training.progress import Progress
 
@@ -38,16 +42,22 @@ class Config(Checked):
     """Read a file and adapt.
 
     Attributes:
-      model: A folder of Hugging Face or a GGUF file.
-      on: File to read.
+      file: File to read.
+      model: Pretrained model, a folder of Hugging Face or a GGUF file; SmolLM2 if neither it nor a
+        run is given.
+      run: Directory of a finished run of adapt_languages, or of a life of metaopt evolve, whose
+        model is a transformer.
+      row: Name of a row of the run; the best after the trained number of steps if not given.
       reading: What adapts, and how.
       general: Text like that of the model's training, which the optimizer rms takes its scale from.
       save: New file for what has adapted; it is not kept if not given.
       surprise: Number of lines to print, those that surprised the model most.
     """
 
-    model: Path
-    on: Path
+    file: tyro.conf.Positional[Path]
+    model: Path | None = None
+    run: Path | None = None
+    row: str | None = None
     reading: tyro.conf.OmitArgPrefixes[ReadingConfig] = dataclasses.field(
         default_factory=ReadingConfig
     )
@@ -57,6 +67,12 @@ class Config(Checked):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.model is not None and self.run is not None:
+            raise UserError("give --model PATH or --run RUN, and not both")
+        if self.run is None and self.row is not None:
+            raise UserError("--row is of a run: give --run RUN too")
+        if self.run is not None and self.save is not None:
+            raise UserError("--save keeps what is laid over a pretrained model: give --model PATH")
         if self.surprise is not None and (self.save, self.reading.context) != (None, 0):
             raise UserError("--surprise carries what was read on: leave out --context and --save")
         if self.surprise is not None and self.reading.optimizer == "rms":
@@ -73,8 +89,8 @@ def run(config: Config) -> None:
     """
     if config.save is not None:
         check_new(config.save)
-    found = open_model(config.model)
-    tokens = read_tokens(found, config.on)
+    found = _open(config)
+    tokens = read_tokens(found, config.file)
     if config.surprise is not None:
         _surprise(found, config, tokens)
         return
@@ -89,6 +105,20 @@ def run(config: Config) -> None:
     else:
         save_adapter(config.save, found, config.reading.adapter, read.fast)
         log(f"saved as {config.save}")
+
+
+def _open(config: Config) -> Pretrained:
+    """What reads."""
+    if config.run is None:
+        return open_model(config.model or fetched("smollm2", data_directory(None)))
+    row = open_row(RowConfig(run=config.run, row=config.row))
+    shape = transformer_config(row.config)
+    if shape is None:
+        raise UserError(
+            f"{config.run}: its model is {row.config.model}, and a reader is a transformer that "
+            "was trained here, or a pretrained one by --model PATH"
+        )
+    return Pretrained(shape, row.model, row.start, row.codec, "")
 
 
 def _surprise(found: Pretrained, config: Config, tokens: np.ndarray) -> None:

@@ -77,6 +77,12 @@ def test_what_is_adapted_is_scored_by_hand(moved, file, tmp_path, capsys):
     assert metaopt(capsys, *args, "--length", 12).out == "\n".join([*lines, ""])
 
 
+def test_a_reader_is_a_transformer(moved, file, capsys):
+    with pytest.raises(SystemExit) as stop:
+        metaopt(capsys, "read", file, "--run", moved, "--row", "FOMAML")
+    assert stop.value.code == 2 and "its model is bigram" in capsys.readouterr().err
+
+
 def test_the_same_seed_generates_the_same_text(moved, file, capsys):
     args = (
         "generate",

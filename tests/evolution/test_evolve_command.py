@@ -55,6 +55,11 @@ def test_the_command_lives_on_and_says_so(folder, tmp_path, monkeypatch, capsys)
         "generation 2",
     }
     assert (place / "curves.png").exists() and (place / "report.html").exists()
+    reading = ["read", str(folder / "more.txt"), "--run", str(place), "--length", "12"]
+    cli.main([*reading, "--kind", "all", "--optimizer", "sgd", "--learning-rate", "0.1"])
+    lines = dict(line.split(":", 1) for line in capsys.readouterr().out.splitlines())
+    assert set(lines) == {"as it is", "adapting", "gain"}
+    assert float(lines["gain"].split()[0]) > 0
 
 
 @pytest.mark.parametrize(

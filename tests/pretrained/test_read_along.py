@@ -147,14 +147,14 @@ def test_a_loss_that_is_not_finite_ends_it(folder, tokens):
 def test_the_command_reads_and_what_it_saves_is_used(folder, tmp_path, capsys):
     file, path = tmp_path / "text.txt", tmp_path / "a.npz"
     file.write_text(TEXT, encoding="utf-8")
-    flags = ["--model", str(folder), "--on", str(file), "--length", "8"]
+    flags = [str(file), "--model", str(folder), "--length", "8"]
     cli.main(["read", *flags, "--rank", "2", "--learning-rate", "0.01", "--save", str(path)])
     found = open_pretrained(folder)
     tokens = found.codec.encode(TEXT.encode())
     config = dataclasses.replace(ALL, adapter=AdapterConfig(rank=2))
     printed = capsys.readouterr().out
     assert f"adapting:  {score_of(read_along(found, tokens, config).segments)}" in printed
-    cli.main(["score", *flags, "--adapter", str(path)])
+    cli.main(["score", "--on", *flags, "--adapter", str(path)])
     assert f"adapted: {score(lay_over(path, found), tokens, 8)}" in capsys.readouterr().out
     strange = (
         TEXT.replace("\n", "\n@@@@ ~~~~ @@@@\n", 1) if "\n" in TEXT else f"{TEXT}\n@@@@ ~~~~\n"
@@ -167,6 +167,8 @@ def test_the_command_reads_and_what_it_saves_is_used(folder, tmp_path, capsys):
         (["read", *flags, "--save", str(path)], "is there already"),
         (["read", *flags, "--context", "9999"], "holds no segment"),
         (["read", *flags, "--optimizer", "rms"], "--general FILE is for --optimizer rms"),
+        (["read", *flags, "--run", "r"], "--model PATH or --run RUN, and not both"),
+        (["read", *flags, "--row", "r"], "--row is of a run"),
         (["score", "run", "--on", "f", "--adapter", str(path)], "give --model PATH too"),
     ):
         with pytest.raises(SystemExit) as stop:
