@@ -15,6 +15,7 @@ does not learn; the *adaptation gain* is what learning adds to that. Both are pa
     python -m experiments.table_test_time_training                     # without books
     python -m experiments.table_test_time_training --books data/books  # books too, 90 minutes
     python -m experiments.table_test_time_training --preset smoke
+    python -m experiments.table_test_time_training --preset gpu --parts memory   # is not run
 """
 
 import itertools
@@ -26,7 +27,7 @@ import jax
 import numpy as np
 
 from experiments import harness
-from experiments.table_test_time_training import documents, reading
+from experiments.table_test_time_training import documents, memory, reading
 from experiments.table_test_time_training.config import Config, presets
 from experiments.table_test_time_training.documents import Source
 from experiments.table_test_time_training.rows import (
@@ -73,7 +74,7 @@ def run(config: Config) -> None:
     check_devices(0, config.tasks_per_step, config.tasks_at_a_time)
     if not parts:
         raise UserError("the part books needs --books FOLDER, and no other part is chosen")
-    sources = [documents.find(name, config) for name in parts if name != "scale"]
+    sources = [documents.find(name, config) for name in parts if name not in ("scale", "memory")]
     if "scale" in parts:
         sources += [documents.find(base, config, width) for width in config.widths]
     for source in sources:
@@ -94,6 +95,8 @@ def run(config: Config) -> None:
     for source in sources:
         starts = Starts(config, source, table.directory, train_fn, reading.tuned)
         _add_rows(table, source, starts, [x for x in _rows_of(source) if x.name in chosen])
+    if "memory" in parts:
+        memory.add_rows(table, config.sizes, config.updates)
     _add_scale(table, [x for x in sources if x.name.partition(",")[0] == base])
     table.finish(_notes(table, sources))
 

@@ -1,7 +1,7 @@
 """The config of the tables of test-time training, and its presets."""
 
 import dataclasses
-from typing import Annotated
+from typing import Annotated, Literal
 
 from experiments import harness
 from metaopt.errors import UserError
@@ -25,7 +25,7 @@ from metaopt.ranges import (
 )
 
 Rates = Annotated[tuple[Rate, ...], Several()]
-PARTS = ("books", "code", "switching", "recall", "scale")
+PARTS = ("books", "code", "switching", "recall", "scale", "memory")
 INNER = InnerLoop(batching="split", unroll=False)
 
 
@@ -41,6 +41,7 @@ class Sizes(Checked):
       chunk: B, tokens that are predicted, and then learned from.
       num_chunks: N, chunks of a document that is trained on, an even number.
       full_window: Window of the row of full attention, up to the length of a training document.
+      compute_dtype: Dtype of the layers of the model.
       fast: Which weights learn while reading, of the rows of test-time training.
       test_tokens: Tokens of a document that is reported, from its begin.
       valid_tokens: Tokens of a document that rates are chosen on.
@@ -58,6 +59,7 @@ class Sizes(Checked):
     chunk: Length = 64
     num_chunks: Count = 16
     full_window: Length = 1024
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
     fast: AdapterConfig = dataclasses.field(default_factory=lambda: AdapterConfig(kind="mlps"))
     test_tokens: Steps = 65_536
     valid_tokens: Steps = 16_384
@@ -98,6 +100,7 @@ class Sizes(Checked):
             num_layers=self.num_layers,
             num_heads=self.num_heads,
             window=window,
+            compute_dtype=self.compute_dtype,
         )
 
 
@@ -165,12 +168,13 @@ class Config(harness.TrainedConfig):
 
     Attributes:
       books: Folder of books, one a file; without it the table of books is left out.
-      parts: What is read: books, code (Python's own library), switching and recall; and scale,
-        three rows of books, or of code without them, at other widths.
+      parts: What is read: books, code (Python's own library), switching and recall; scale, three
+        rows of books, or of code without them, at other widths; and memory, which reads nothing.
       sizes: The model of books and code.
       switching: The Markov languages, and their model.
       recall: The keys and values, and their model.
       widths: Widths of the scale, beside that of ``sizes``.
+      updates: Numbers of updates that memory is compiled for, with ``sizes``.
       num_test: Documents that are reported.
       num_valid: Documents that rates are chosen on.
       tasks_per_step: Documents in a step of training.
@@ -188,6 +192,7 @@ class Config(harness.TrainedConfig):
     switching: Switching = dataclasses.field(default_factory=Switching)
     recall: Recall = dataclasses.field(default_factory=Recall)
     widths: Annotated[tuple[Width, ...], Several(different=True)] = (32, 128)
+    updates: Annotated[tuple[Count, ...], Several(different=True)] = (4, 32)
     num_test: Count = 8
     num_valid: Count = 2
     tasks_per_step: Count = 8
@@ -227,7 +232,13 @@ def presets(preset: str = "cpu") -> Config:
             ),
             switching=dataclasses.replace(config.switching, **short, **small, vocab_size=4),
             recall=dataclasses.replace(config.recall, **short, **small, num_keys=4, num_values=2),
-            **{"widths": (4,), "num_test": 2, "num_valid": 1, "tasks_per_step": 4},
+            **{
+                "widths": (4,),
+                "updates": (2, 4),
+                "num_test": 2,
+                "num_valid": 1,
+                "tasks_per_step": 4,
+            },
             **{"rates": (0.1,), "rms_rates": (0.001,), "decays": (0.0, 0.01)},
         )
     if preset == "gpu":
@@ -235,9 +246,10 @@ def presets(preset: str = "cpu") -> Config:
             config,
             sizes=dataclasses.replace(
                 config.sizes,
-                **{"width": 768, "num_layers": 12, "num_heads": 12, "window": 2048, "chunk": 1024},
+                **{"width": 768, "num_layers": 16, "num_heads": 12, "window": 2048, "chunk": 1024},
                 **{"num_chunks": 32, "full_window": 32_768, "pretrain_steps": 20_000},
                 **{"meta_steps": 2000, "valid_tokens": 65_536, "test_tokens": 262_144},
+                compute_dtype="bfloat16",
                 fast=AdapterConfig(kind="second_mlp", blocks=3, rank=1536),
                 pretrain=OuterConfig(learning_rate=6e-4, warmup_steps=500),
                 outer=OuterConfig(learning_rate=2e-4, warmup_steps=100),

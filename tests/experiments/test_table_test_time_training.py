@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.table_test_time_training import documents, presets, reading, run
+from experiments.table_test_time_training import documents, memory, presets, reading, run
 from experiments.table_test_time_training.rows import (
     ALONE,
     SECOND,
@@ -178,3 +178,15 @@ def test_the_scale_compares_widths(tmp_path):
     )
     assert scale[0]["value"] == pytest.approx(gain)
     assert (place / "scale.png").exists()
+
+
+def test_planned_memory_is_a_part_of_what_reverse_mode_takes(tmp_path):
+    run(dataclasses.replace(SMOKE, parts=("memory",), root=str(tmp_path), updates=(2, 8)))
+    (place,) = (tmp_path / "table_test_time_training").iterdir()
+    found = {(r["row"], r["column"]): r["value"] for r in read_records(place / "results.jsonl")}
+    names = [form.name for form in memory.FORMS]
+    many = [found[name, "8 updates"] for name in names]
+    assert many[3] < many[0] and many[2] < many[0]
+    again = [found[name, "computed again, 8"] for name in names]
+    assert again[0] == again[1] == 0 and again[2] == again[3] > 0
+    assert found["reverse mode", "2 updates"] < found["reverse mode", "8 updates"]
