@@ -14,6 +14,7 @@ does not learn; the *adaptation gain* is what learning adds to that. Both are pa
 
     python -m experiments.table_test_time_training                     # without books
     python -m experiments.table_test_time_training --books data/books  # books too, 90 minutes
+    python -m experiments.table_test_time_training --parts pretrained --pretrained.model PATH
     python -m experiments.table_test_time_training --preset smoke
     python -m experiments.table_test_time_training --preset gpu --parts memory   # is not run
 """
@@ -21,6 +22,7 @@ does not learn; the *adaptation gain* is what learning adds to that. Both are pa
 import itertools
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -30,14 +32,17 @@ from experiments import harness
 from experiments.table_test_time_training import documents, memory, reading
 from experiments.table_test_time_training.config import Config, presets
 from experiments.table_test_time_training.documents import Source
+from experiments.table_test_time_training.pretrained import PretrainedStarts
 from experiments.table_test_time_training.rows import (
     ALONE,
     DYNAMIC,
     FEW,
     FULL,
+    OF_PRETRAINED,
     ROWS,
     SCALED,
     STATIC,
+    USUAL,
     WINDOW,
     Row,
     Settings,
@@ -49,6 +54,7 @@ from metaopt.errors import UserError
 from metaopt.fit import check_devices
 from metaopt.losses import NATS_TO_BITS, next_token
 from metaopt.measure import interleaved
+from metaopt.pretrained import open_pretrained
 from metaopt.reporting import plots
 from metaopt.self_improvement.improving import RATES_ALONE
 from metaopt.statistics import Interval, interval
@@ -71,18 +77,22 @@ def run(config: Config) -> None:
     parts = [x for x in config.parts if x != "books" or config.books is not None]
     base = "code" if config.books is None else "books"
     chosen = [row.name for row in harness.select(ROWS, config.rows)]
-    check_devices(0, config.tasks_per_step, config.tasks_at_a_time)
+    own = ("scale", "memory", "pretrained")
     if not parts:
         raise UserError("the part books needs --books FOLDER, and no other part is chosen")
-    sources = [documents.find(name, config) for name in parts if name not in ("scale", "memory")]
+    sources = [documents.find(name, config) for name in parts if name not in own]
     if "scale" in parts:
         sources += [documents.find(base, config, width) for width in config.widths]
+    found = None
+    if "pretrained" in parts and config.pretrained.model is not None:
+        found = open_pretrained(Path(config.pretrained.model).expanduser())
+        sources.append(documents.of_pretrained(config, found))
     for source in sources:
         if not any(row.name in chosen for row in _rows_of(source)):
             names = ", ".join(row.name for row in _rows_of(source))
             raise UserError(f"none of these rows is of {source.name}, which has {names}")
     for source in sources:
-        _check(config, source)
+        _check(source)
     table = harness.TableRun(
         "table_test_time_training",
         config,
@@ -93,7 +103,12 @@ def run(config: Config) -> None:
         data="-".join(dict.fromkeys(source.digest for source in sources)),
     )
     for source in sources:
-        starts = Starts(config, source, table.directory, train_fn, reading.tuned)
+        args = config, source, table.directory, train_fn, reading.tuned
+        if source.name == "pretrained":
+            assert found is not None
+            starts = PretrainedStarts(*args, found)
+        else:
+            starts = Starts(*args)
         _add_rows(table, source, starts, [x for x in _rows_of(source) if x.name in chosen])
     if "memory" in parts:
         memory.add_rows(table, config.sizes, config.updates)
@@ -101,15 +116,19 @@ def run(config: Config) -> None:
     table.finish(_notes(table, sources))
 
 
-def _check(config: Config, source: Source) -> None:
+def _check(source: Source) -> None:
     sizes = source.sizes
+    check_devices(0, sizes.tasks_per_step, sizes.tasks_at_a_time)
+    if source.name == "pretrained":  # whose model is in memory
+        return
     chunks = feasible.tokens(sizes.num_chunks // 2, sizes.chunk)
     model = models.transformer(sizes.transformer(source.vocab_size, sizes.window))
-    feasible.check([], model.init, next_token(model), chunks, chunks, config.tasks_per_step)
+    feasible.check([], model.init, next_token(model), chunks, chunks, sizes.tasks_per_step)
 
 
 def _rows_of(source: Source) -> tuple[Row, ...]:
     rows = {"books": ROWS, "code": FEW, "switching": FEW, "recall": (*FEW, FULL)}
+    rows |= {"pretrained": OF_PRETRAINED}
     return rows.get(source.name, SCALED)
 
 
@@ -124,27 +143,29 @@ def _kept(row: Row, source: Source) -> str:
 
 def _add_rows(table: harness.TableRun, source: Source, starts: Starts, rows: Sequence[Row]) -> None:
     """Trains, tunes and reads the rows of a source."""
-    first = dict.fromkeys((STATIC, WINDOW, *rows))  # others are compared with these
+    compared = USUAL if source.name == "pretrained" else (STATIC, WINDOW)
+    first = dict.fromkeys((*compared, *rows))  # others are compared with these
     for row in table.pending(first, table=_table(source)):
         meta_params = starts.trained(row.start)
         settings = reading.tuned(starts, row, meta_params)
         found = reading.read(starts, row, meta_params, source.test, [settings])[0]
         kept: dict[str, np.ndarray] = {"nats": found.nats}
-        if row.rule == "fast" and row.start != "joint":
+        if row.rule == "fast" and row.start not in ("joint", "usual"):
             still = reading.read(starts, row._replace(rule="still"), meta_params, source.test)[0]
             kept["still"] = still.nats
         table.keep(_kept(row, source), **kept)
         if found.hits is not None:
             _add_hits(table, source, row, found.hits)
         _add_cells(table, source, row, found, kept, settings)
-        _add_times(table, source, starts, row, meta_params)
+        if source.name != "pretrained":  # where a window takes a minute
+            _add_times(table, source, starts, row, meta_params)
     drawn = [row for row in rows if row.rule != "isolated"]
     _draw(table, source, drawn)
 
 
 def _bits(table: harness.TableRun, source: Source, row: Row) -> np.ndarray:
     """Bits a token of the documents ``[D]``."""
-    return table.kept(_kept(row, source))["nats"].mean(axis=1) * NATS_TO_BITS
+    return source.bits(table.kept(_kept(row, source))["nats"])
 
 
 def _add_cells(
@@ -155,34 +176,36 @@ def _add_cells(
     kept: dict[str, np.ndarray],
     settings: Settings,
 ) -> None:
-    unit = "bits/byte" if source.vocab_size == 256 else "bits/symbol"
+    is_text = source.vocab_size == 256 or source.per_byte is not None
+    unit = "bits/byte" if is_text else "bits/symbol"
     common = {"table": _table(source), "unit": unit, "learning_rate": settings.rate}
     common |= {"decay": settings.decay, "over": "95 % intervals over documents"}
 
     def add(column: str, values: np.ndarray, **more: Any) -> None:
         table.add(row.name, column, interval(values), **common | more)
 
-    bits = found.nats.mean(axis=1) * NATS_TO_BITS
+    bits = source.bits(found.nats)
     add(unit, bits)
-    static, carried = STATIC, WINDOW
-    if row != static:
-        own = bits if row.start in ALONE or row == carried else _bits(table, source, carried)
+    static, carried = STATIC, WINDOW  # or their like of a model that was trained elsewhere
+    if row.rule != "isolated":
+        is_own = row.start in ALONE or row.name == carried.name
+        own = bits if is_own else _bits(table, source, carried)
         add("context gain", _bits(table, source, static) - own, better="higher")
-    if row not in (static, carried) and row.start not in ALONE:
+    if row.name not in (static.name, carried.name) and row.start not in ALONE:
         add("adaptation gain", _bits(table, source, carried) - bits, better="higher")
     if "still" in kept:
-        still = kept["still"].mean(axis=1) * NATS_TO_BITS
-        add("not adapting", still, limit=True)
+        add("not adapting", source.bits(kept["still"]), limit=True)
     if row.rule not in ("isolated", "still"):
-        add("forgetting", (found.after - found.before) * NATS_TO_BITS)
+        of = {} if source.per_byte is None else {"unit": "bits/token"}
+        add("forgetting", (found.after - found.before) * NATS_TO_BITS, **of)
     if source.limit is not None:
-        add("gap to Bayes", bits - source.limit.mean(axis=1) * NATS_TO_BITS)
+        add("gap to Bayes", bits - source.bits(source.limit))
     for begin, end in zip(SPANS, (*SPANS[1:], None), strict=True):
         first, last = (x and x * source.sizes.window // source.sizes.chunk for x in (begin, end))
         part = found.nats[:, first:last]
         if part.size:
             column = f"{begin} to {end}" if end else f"from {begin} on"
-            add(column, part.mean(axis=1) * NATS_TO_BITS, table=f"{_table(source)} by position")
+            add(column, source.bits(part), table=f"{_table(source)} by position")
 
 
 def _add_hits(table: harness.TableRun, source: Source, row: Row, hits: np.ndarray) -> None:
@@ -247,6 +270,7 @@ def _add_times(
 def _draw(table: harness.TableRun, source: Source, rows: Sequence[Row]) -> None:
     """Bits a token by position, what a model that does not learn loses less or more."""
     points, size = {}, source.test.inputs[0].size
+    symbol = "symbol" if source.per_byte is None else "token"
     for row in rows:
         nats = table.kept(_kept(row, source))["nats"].mean(axis=0)
         edges = np.unique(np.geomspace(1, len(nats), 12).astype(int))
@@ -257,7 +281,7 @@ def _draw(table: harness.TableRun, source: Source, rows: Sequence[Row]) -> None:
         table.directory / f"{source.name}.png",
         points,
         x_label="position, windows",
-        y_label="bits a byte" if source.vocab_size == 256 else "bits a symbol",
+        y_label={256: "bits a byte"}.get(source.vocab_size, f"bits a {symbol}"),
         title=f"Reading {source.name}",
         x_ticks=[x for x in (1, 4, 16, 64, 256, 1024) if x * source.sizes.window <= size],
     )
@@ -269,7 +293,7 @@ def _notes(table: harness.TableRun, sources: Sequence[Source]) -> list[str]:
     for source in sources:
         if not table.has(DYNAMIC.name, table=_table(source)):
             continue
-        for row in ROWS:
+        for row in _rows_of(source):
             has = table.has(row.name, table=_table(source))
             if row.rule in ("isolated", "still", "SGD") or not has:
                 continue

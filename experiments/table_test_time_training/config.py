@@ -25,52 +25,42 @@ from metaopt.ranges import (
 )
 
 Rates = Annotated[tuple[Rate, ...], Several()]
-PARTS = ("books", "code", "switching", "recall", "scale", "memory")
+PARTS = ("books", "code", "switching", "recall", "scale", "memory", "pretrained")
 INNER = InnerLoop(batching="split", unroll=False)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Sizes(Checked):
-    """The model of a source, how it reads, and how long it is trained.
+class Reads(Checked):
+    """How the model of a source reads, and how long it is trained for that.
 
     Attributes:
-      width: D of the model.
-      num_layers: Number of its layers.
-      num_heads: Number of its heads.
       window: W, tokens in reach of each layer.
       chunk: B, tokens that are predicted, and then learned from.
       num_chunks: N, chunks of a document that is trained on, an even number.
       full_window: Window of the row of full attention, up to the length of a training document.
-      compute_dtype: Dtype of the layers of the model.
       fast: Which weights learn while reading, of the rows of test-time training.
       test_tokens: Tokens of a document that is reported, from its begin.
       valid_tokens: Tokens of a document that rates are chosen on.
-      pretrain_steps: Steps of next-token prediction that all rows start from.
-      meta_steps: Steps of meta-training to the second order after that; the other rows take as many
-        as the same number of operations pays for.
-      pretrain: Outer optimizer of next-token prediction.
-      outer: Outer optimizer of what comes after it.
+      meta_steps: Steps of meta-training to the second order; the other rows take as many as the
+        same number of operations pays for.
+      outer: Outer optimizer of all but pretraining.
+      tasks_per_step: Documents in a step of training.
+      tasks_at_a_time: Of them computed together on a device; 0 for all, by vmap.
     """
 
-    width: Width = 64
-    num_layers: Layers = 2
-    num_heads: Heads = 4
     window: Length = 128
     chunk: Length = 64
     num_chunks: Count = 16
     full_window: Length = 1024
-    compute_dtype: Literal["float32", "bfloat16"] = "float32"
     fast: AdapterConfig = dataclasses.field(default_factory=lambda: AdapterConfig(kind="mlps"))
     test_tokens: Steps = 65_536
     valid_tokens: Steps = 16_384
-    pretrain_steps: Steps = 2000
     meta_steps: Steps = 150
-    pretrain: OuterConfig = dataclasses.field(
-        default_factory=lambda: OuterConfig(learning_rate=4e-3, warmup_steps=50)
-    )
     outer: OuterConfig = dataclasses.field(
         default_factory=lambda: OuterConfig(learning_rate=1e-3, warmup_steps=20)
     )
+    tasks_per_step: Count = 8
+    tasks_at_a_time: CountOr0 = 0
 
     def __post_init__(self):
         super().__post_init__()
@@ -92,6 +82,29 @@ class Sizes(Checked):
         if self.valid_tokens > self.test_tokens:
             raise UserError(f"valid_tokens {self.valid_tokens} are more than test_tokens")
 
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sizes(Reads):
+    """The same of a model that is trained from nothing, with its shape.
+
+    Attributes:
+      width: D of the model.
+      num_layers: Number of its layers.
+      num_heads: Number of its heads.
+      compute_dtype: Dtype of the layers of the model.
+      pretrain_steps: Steps of next-token prediction that all rows start from.
+      pretrain: Outer optimizer of next-token prediction.
+    """
+
+    width: Width = 64
+    num_layers: Layers = 2
+    num_heads: Heads = 4
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    pretrain_steps: Steps = 2000
+    pretrain: OuterConfig = dataclasses.field(
+        default_factory=lambda: OuterConfig(learning_rate=4e-3, warmup_steps=50)
+    )
+
     def transformer(self, vocab_size: int, window: int) -> TransformerConfig:
         """The model with a window."""
         return TransformerConfig(
@@ -102,6 +115,32 @@ class Sizes(Checked):
             window=window,
             compute_dtype=self.compute_dtype,
         )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Trained(Reads):
+    """A model that was trained elsewhere, of which an adapter learns.
+
+    Attributes:
+      model: Folder of Hugging Face or GGUF file; without it the table of it is left out.
+      folder: Folder of text, a document a file; the books, or Python's library, if not given.
+      train_bytes: Bytes of a document that is trained on, from its begin.
+    """
+
+    model: str | None = None
+    folder: str | None = None
+    train_bytes: Steps = 200_000
+    window: Length = 256
+    chunk: Length = 256
+    num_chunks: Count = 8
+    fast: AdapterConfig = dataclasses.field(default_factory=lambda: AdapterConfig(blocks=6))
+    test_tokens: Steps = 4096
+    valid_tokens: Steps = 2048
+    meta_steps: Steps = 30
+    outer: OuterConfig = dataclasses.field(
+        default_factory=lambda: OuterConfig(learning_rate=1e-3, warmup_steps=3)
+    )
+    tasks_per_step: Count = 2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -169,7 +208,8 @@ class Config(harness.TrainedConfig):
     Attributes:
       books: Folder of books, one a file; without it the table of books is left out.
       parts: What is read: books, code (Python's own library), switching and recall; scale, three
-        rows of books, or of code without them, at other widths; and memory, which reads nothing.
+        rows of books, or of code without them, at other widths; memory, which reads nothing; and
+        pretrained, if its model is given.
       sizes: The model of books and code.
       switching: The Markov languages, and their model.
       recall: The keys and values, and their model.
@@ -177,8 +217,7 @@ class Config(harness.TrainedConfig):
       updates: Numbers of updates that memory is compiled for, with ``sizes``.
       num_test: Documents that are reported.
       num_valid: Documents that rates are chosen on.
-      tasks_per_step: Documents in a step of training.
-      tasks_at_a_time: Of them computed together on a device; 0 for all, by vmap.
+      pretrained: The model that was trained elsewhere.
       inner: How a document is computed.
       rates: Rates of gradient descent that are tried.
       rms_rates: The same of the RMS rule.
@@ -195,8 +234,7 @@ class Config(harness.TrainedConfig):
     updates: Annotated[tuple[Count, ...], Several(different=True)] = (4, 32)
     num_test: Count = 8
     num_valid: Count = 2
-    tasks_per_step: Count = 8
-    tasks_at_a_time: CountOr0 = 0
+    pretrained: Trained = dataclasses.field(default_factory=Trained)
     inner: InnerLoop = dataclasses.field(default_factory=lambda: INNER)
     rates: Rates = (0.05, 0.1, 0.2, 0.4, 0.8)
     rms_rates: Rates = (0.0003, 0.0006, 0.0012, 0.0025, 0.005)
@@ -216,7 +254,7 @@ def presets(preset: str = "cpu") -> Config:
     config = Config(preset=preset)  # type: ignore[arg-type]
     if preset == "smoke":
         short = {"width": 8, "num_layers": 1, "num_heads": 2, "num_chunks": 4}
-        short |= {"pretrain_steps": 4, "meta_steps": 2}
+        short |= {"pretrain_steps": 4, "meta_steps": 2, "tasks_per_step": 4}
         small = {"window": 8, "chunk": 4, "full_window": 16}
         small |= {"test_tokens": 128, "valid_tokens": 128}
         return dataclasses.replace(
@@ -232,13 +270,13 @@ def presets(preset: str = "cpu") -> Config:
             ),
             switching=dataclasses.replace(config.switching, **short, **small, vocab_size=4),
             recall=dataclasses.replace(config.recall, **short, **small, num_keys=4, num_values=2),
-            **{
-                "widths": (4,),
-                "updates": (2, 4),
-                "num_test": 2,
-                "num_valid": 1,
-                "tasks_per_step": 4,
-            },
+            pretrained=dataclasses.replace(
+                config.pretrained,
+                **{"window": 8, "chunk": 8, "num_chunks": 4, "full_window": 16, "meta_steps": 2},
+                **{"test_tokens": 32, "valid_tokens": 16, "train_bytes": 2000},
+                **{"tasks_per_step": 4, "fast": AdapterConfig(rank=2)},
+            ),
+            **{"widths": (4,), "updates": (2, 4), "num_test": 2, "num_valid": 1},
             **{"rates": (0.1,), "rms_rates": (0.001,), "decays": (0.0, 0.01)},
         )
     if preset == "gpu":
@@ -249,13 +287,12 @@ def presets(preset: str = "cpu") -> Config:
                 **{"width": 768, "num_layers": 16, "num_heads": 12, "window": 2048, "chunk": 1024},
                 **{"num_chunks": 32, "full_window": 32_768, "pretrain_steps": 20_000},
                 **{"meta_steps": 2000, "valid_tokens": 65_536, "test_tokens": 262_144},
-                compute_dtype="bfloat16",
+                **{"compute_dtype": "bfloat16", "tasks_at_a_time": 1},
                 fast=AdapterConfig(kind="second_mlp", blocks=3, rank=1536),
                 pretrain=OuterConfig(learning_rate=6e-4, warmup_steps=500),
                 outer=OuterConfig(learning_rate=2e-4, warmup_steps=100),
             ),
             widths=(256, 512),
-            **{"tasks_per_step": 8, "tasks_at_a_time": 1},
             inner=dataclasses.replace(INNER, kept_states=6),
         )
     return config

@@ -3,14 +3,15 @@
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from experiments.table_test_time_training.config import Config, Sizes
 from metaopt.errors import UserError
-from metaopt.losses import IGNORED
+from metaopt.losses import IGNORED, NATS_TO_BITS
+from metaopt.pretrained import Pretrained
 from metaopt.streams.drift import DriftConfig, drifting, filter_losses
 from metaopt.streams.dynamic_evaluation import cut_segments
 from metaopt.tasks.sources.text import (
@@ -21,6 +22,7 @@ from metaopt.tasks.sources.text import (
     stdlib_domains,
 )
 from metaopt.tasks.sources.text_checks import check_text
+from metaopt.tasks.tokenizers import bytes_of
 from metaopt.types import Batch, Episode, Key, TaskFamily, TaskSplit
 
 
@@ -39,11 +41,13 @@ class Source(NamedTuple):
         ``[D, N, B]``: infinite where it was not, NaN where none is scored. None of other sources.
       general: A document of its own, chunks ``[N, B]``, to see what is forgotten.
       digest: Digest of all text.
+      per_byte: Tokens a byte of the documents to report ``[D]``; None where tokens are bytes or
+        symbols.
     """
 
     name: str
     vocab_size: int
-    sizes: Sizes
+    sizes: Any
     train: TaskFamily
     valid: Batch
     test: Batch
@@ -51,6 +55,12 @@ class Source(NamedTuple):
     distances: np.ndarray | None
     general: Batch
     digest: str
+    per_byte: np.ndarray | None = None
+
+    def bits(self, nats: np.ndarray) -> np.ndarray:
+        """Bits a byte, or a symbol, of the documents to report ``[D]``, of nats of their chunks."""
+        per_byte = 1.0 if self.per_byte is None else self.per_byte
+        return nats.mean(axis=1) * NATS_TO_BITS * per_byte
 
 
 def documents(draw: Callable[[np.random.Generator], Batch]) -> TaskFamily:
@@ -124,6 +134,56 @@ def _of_domains(name: str, domains: Sequence[Domain], config: Config, sizes: Siz
         None,
         cut_segments(general, sizes.chunk),
         fingerprint(shuffled),
+    )
+
+
+def of_pretrained(config: Config, found: Pretrained) -> Source:
+    """Documents in the tokens of a model that was trained elsewhere.
+
+    Raises:
+      UserError: there is no such folder, or too few of its documents are long enough.
+    """
+    sizes, codec = config.pretrained, found.codec
+    folder = sizes.folder or config.books
+    domains = stdlib_domains() if folder is None else folder_domains(Path(folder).expanduser())
+    check_text(domains)
+    order = np.random.default_rng(config.seed).permutation(len(domains)).tolist()
+    number = config.num_test + config.num_valid + 1
+    needed = sizes.num_chunks * sizes.chunk + 1
+    whole, rest = [], []
+    for domain in (domains[i] for i in order):
+        tokens = codec.encode(domain.read(0, min(domain.size, sizes.train_bytes)).tobytes())
+        if len(whole) < number and len(tokens) > sizes.test_tokens:
+            whole.append(cut_segments(tokens[: sizes.test_tokens + 1], sizes.chunk))
+        elif len(tokens) >= needed:
+            rest.append(tokens)
+    if len(whole) < number or not rest:
+        raise UserError(
+            f"{number} documents with more than {sizes.test_tokens:,} tokens in their first "
+            f"{sizes.train_bytes:,} bytes are read, and others are trained on: there are "
+            f"{len(whole)}; lower test_tokens or num_test"
+        )
+
+    def draw(rng: np.random.Generator) -> Batch:
+        tokens = rest[int(rng.integers(len(rest)))]
+        begin = int(rng.integers(len(tokens) - needed + 1))
+        return cut_segments(tokens[begin : begin + needed], sizes.chunk)
+
+    test, valid = _stacked(whole[: config.num_test]), _stacked(whole[config.num_test : -1])
+    valid = jax.tree.map(lambda x: x[:, : sizes.valid_tokens // sizes.chunk], valid)
+    per_byte = 1 / bytes_of(codec)[test.targets].mean(axis=(1, 2))
+    return Source(
+        "pretrained",
+        codec.vocab_size,
+        sizes,
+        documents(draw),
+        valid,
+        test,
+        None,
+        None,
+        whole[-1],
+        fingerprint(domains),
+        per_byte,
     )
 
 

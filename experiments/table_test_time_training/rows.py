@@ -35,7 +35,7 @@ from metaopt.types import (
     Stateful,
 )
 
-Start = Literal["joint", "FOMAML", "second order", "learned rates", "recurrent", "full"]
+Start = Literal["usual", "joint", "FOMAML", "second order", "learned rates", "recurrent", "full"]
 Rule = Literal["isolated", "still", "SGD", "RMS", "fast"]
 ALONE: tuple[Start, ...] = ("recurrent", "full")
 """Starts that are trained by themselves, for as many operations as the others have in all."""
@@ -68,6 +68,13 @@ RECURRENT, FULL = Row("recurrent", "recurrent", "still"), Row("full attention", 
 ROWS = (STATIC, WINDOW, DYNAMIC, RMS, TTT, FIRST, SECOND, RATES, RECURRENT, FULL)
 FEW = (STATIC, WINDOW, DYNAMIC, TTT, FIRST, SECOND)
 """Rows of the sources that are not books."""
+USUAL = (Row("static", "usual", "isolated"), Row("sliding window", "usual", "still"))
+OF_PRETRAINED = (*USUAL, Row("TTT", "usual", "fast"), DYNAMIC, FIRST, SECOND, FULL)
+"""Rows of a model that was trained elsewhere: its adapter starts as usual, or is trained.
+
+All of what adapts is fast, so that dynamic evaluation is TTT from an adapter that was trained by
+next-token prediction.
+"""
 SCALED = (DYNAMIC, FIRST, SECOND)
 """Rows that are compared over widths."""
 
@@ -82,6 +89,7 @@ class Settings(NamedTuple):
 class Starts:
     """What the rows of a source start from: models, learners and trainings.
 
+    "usual" is untrained, of a model that was trained elsewhere alone.
     "joint" is next-token prediction. FOMAML, second order and learned rates go on from where it was
     after ``pretrain_steps``, and so does it, each for as many operations as ``meta_steps`` of
     second order. A recurrent model and full attention spend as much in all.
@@ -98,7 +106,6 @@ class Starts:
         """Trains nothing yet; ``tuned`` gives the settings that meta-training steps with."""
         self.config, self.source, self.sizes = config, source, source.sizes
         self._directory, self._train_fn, self._tuned = directory, train_fn, tuned
-        self._adapts = self.sizes.fast.adapts(self.sizes.num_layers)
 
     def reader(self, start: Start) -> Stateful:
         """The model of a start, as one that reads on."""
@@ -116,7 +123,7 @@ class Starts:
         """What is meta-learned; only the fast weights move, and decay to their start."""
 
         def on_fast(rate: Any) -> optax.GradientTransformation:
-            return on_part(optax.sgd(rate), self._adapts)
+            return self._on_fast(optax.sgd(rate))
 
         plain = (learners.meta_sgd if start == "learned rates" else learners.maml)(on_fast)
 
@@ -125,6 +132,9 @@ class Starts:
             return optax.chain(plain.inner_opt(meta_params, hparams), back)
 
         return plain._replace(inner_opt=inner_opt)
+
+    def _on_fast(self, optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+        return on_part(optimizer, self.sizes.fast.adapts(self.sizes.num_layers))
 
     @functools.cache  # noqa: B019
     def begin(self) -> Params:
@@ -217,8 +227,8 @@ class Starts:
             config=FitConfig(
                 seed=config.seed,
                 num_steps=steps,
-                tasks_per_step=config.tasks_per_step,
-                tasks_at_a_time=config.tasks_at_a_time,
+                tasks_per_step=self.sizes.tasks_per_step,
+                tasks_at_a_time=self.sizes.tasks_at_a_time,
                 log_every=max(1, steps // 50),
             ),
             directory=self._directory,

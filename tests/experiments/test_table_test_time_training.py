@@ -136,6 +136,7 @@ def test_recall_scores_values_and_knows_when_they_were_last_read():
     np.testing.assert_allclose(source.limit[0], new * np.log(2))
 
 
+@pytest.mark.slow
 def test_what_was_read_is_recalled_within_the_window(tmp_path):
     """Of a model that is given the answers: of each key its last value, in its window."""
     sizes = dataclasses.replace(SMOKE.recall, pretrain_steps=150, width=16, num_layers=2)
