@@ -75,6 +75,11 @@ ROWS = (
     Row("replay", continual.replay),
     Row("online MAML", continual.online_maml, {"inner_learning_rate": (0.003, 0.01, 0.03)}),
     Row(
+        "replay, average judged",
+        lambda loss, size, batch: continual.averaged(continual.replay(loss, size, batch)),
+        {"slow_rate": (0.003, 0.01, 0.03)},
+    ),
+    Row(
         "rate learned online", lambda loss, size, batch: continual.rate_learned_online(loss, batch)
     ),
 )

@@ -261,6 +261,58 @@ def replay(loss_fn: LossFn, capacity: int, example: Batch) -> StreamLearner:
     return StreamLearner(init=init, step=step)
 
 
+class Averaged(NamedTuple):
+    """What `averaged` remembers.
+
+    Attributes:
+      memory: what the learner remembers of which it is the average.
+      params: the average.
+    """
+
+    memory: PyTree
+    params: Params
+
+
+def averaged(learner: StreamLearner) -> StreamLearner:
+    """Another learner, of which a running average is judged.
+
+    Mathematics: ``s ← s + β (θ − s)`` after each step, ``hparams['slow_rate']`` being β. What
+    learns is not held back.
+
+    References:
+      Arani et al., 2022, "Learning Fast, Learning Slow", the average beside experience replay.
+    """
+
+    def init(params):
+        state = learner.init(params)
+        return state._replace(memory=Averaged(state.memory, jax.tree.map(jnp.copy, params)))
+
+    def inner(state):
+        return state._replace(memory=state.memory.memory)
+
+    def outer(moved, average):
+        return moved._replace(memory=Averaged(moved.memory, average))
+
+    def step(state, batch, key, hparams):
+        moved, loss = learner.step(inner(state), batch, key, hparams)
+        average = jax.tree.map(
+            lambda s, p: s + hparams["slow_rate"] * (p - s),
+            state.memory.params,
+            learner.start(moved),
+        )
+        return outer(moved, average), loss
+
+    return StreamLearner(
+        init=init,
+        step=step,
+        domain_ends=lambda state, batch: outer(
+            learner.domain_ends(inner(state), batch), state.memory.params
+        ),
+        start=lambda state: state.memory.params,
+        hparams=(*learner.hparams, "slow_rate"),
+    )
+
+
 def online_maml(
     loss_fn: LossFn, capacity: int, example: Batch, num_steps: int = 1
 ) -> StreamLearner:

@@ -147,6 +147,24 @@ def test_replay_steps_on_the_batch_and_on_as_much_of_the_past():
     assert int(found.memory.seen) == 16
 
 
+def test_the_average_follows_what_learns_and_does_not_hold_it():
+    plain, batches = continual.replay(loss_fn, 8, EXAMPLE), stream(4)
+    learner = continual.averaged(plain)
+    hparams = RATE | {"slow_rate": jnp.float32(0.2)}
+    state, wanted = learner.init(START), START
+    other = plain.init(START)
+    for i in range(4):
+        batch, key = jax.tree.map(lambda x, i=i: x[i], batches), jax.random.key(i)
+        state, loss = learner.step(state, batch, key, hparams)
+        other, same = plain.step(other, batch, key, hparams)
+        wanted = jax.tree.map(lambda s, p: s + 0.2 * (p - s), wanted, other.params)
+        np.testing.assert_allclose(loss, same, rtol=1e-6)
+    state = learner.domain_ends(state, batch)
+    close(state.params, other.params)
+    close(learner.start(state), wanted)
+    assert int(state.memory.memory.seen) == 16
+
+
 @pytest.mark.parametrize("steps", [1, 2])
 def test_the_start_descends_the_loss_after_steps_on_what_is_new(steps):
     learner = continual.online_maml(loss_fn, 8, EXAMPLE, steps)
