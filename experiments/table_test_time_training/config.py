@@ -25,7 +25,7 @@ from metaopt.ranges import (
 )
 
 Rates = Annotated[tuple[Rate, ...], Several()]
-PARTS = ("books", "code", "switching", "recall", "scale", "memory", "pretrained")
+PARTS = ("switching", "recall", "memory", "code", "books", "scale", "pretrained")
 INNER = InnerLoop(batching="split", unroll=False)
 
 
@@ -207,9 +207,9 @@ class Config(harness.TrainedConfig):
 
     Attributes:
       books: Folder of books, one a file; without it the table of books is left out.
-      parts: What is read: books, code (Python's own library), switching and recall; scale, three
-        rows of books, or of code without them, at other widths; memory, which reads nothing; and
-        pretrained, if its model is given.
+      parts: What is read, in this order: switching, recall, code (Python's own library) and books;
+        scale, three rows of books, or of code without them, at other widths; pretrained, if its
+        model is given; and memory, which reads nothing.
       sizes: The model of books and code.
       switching: The Markov languages, and their model.
       recall: The keys and values, and their model.
@@ -238,7 +238,7 @@ class Config(harness.TrainedConfig):
     inner: InnerLoop = dataclasses.field(default_factory=lambda: INNER)
     rates: Rates = (0.05, 0.1, 0.2, 0.4, 0.8)
     rms_rates: Rates = (0.0003, 0.0006, 0.0012, 0.0025, 0.005)
-    decays: Annotated[tuple[Share, ...], Several()] = (0.0, 0.003, 0.01)
+    decays: Annotated[tuple[Share, ...], Several()] = (0.0, 0.003, 0.01, 0.03)
     seed: Seed = 0
 
     def __post_init__(self):
