@@ -18,8 +18,7 @@ import numpy as np
 
 from experiments import harness
 from experiments.table_continual.config import Config
-from experiments.table_continual.text import FINE_TUNING, Settings, best_of, settings_of
-from experiments.table_continual.text import ROWS as LEARNERS
+from experiments.table_continual.text import FINE_TUNING, LEARNERS, Settings, best_of, settings_of
 from metaopt import learners, losses, meta_gradients, models
 from metaopt.fit import FitConfig, Problem, fit
 from metaopt.inner_loop import InnerLoop

@@ -20,8 +20,7 @@ import numpy as np
 from experiments import harness
 from experiments.table_continual.cleaning import part_of
 from experiments.table_continual.config import Config
-from experiments.table_continual.text import ROWS as LEARNERS
-from experiments.table_continual.text import Settings, best_of, settings_of
+from experiments.table_continual.text import LEARNERS, Settings, best_of, settings_of
 from metaopt import losses, models
 from metaopt.console import log
 from metaopt.streams import continual

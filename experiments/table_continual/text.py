@@ -79,10 +79,15 @@ ROWS = (
         lambda loss, size, batch: continual.averaged(continual.replay(loss, size, batch)),
         {"slow_rate": (0.003, 0.01, 0.03)},
     ),
+)
+LEARNERS = (
+    *ROWS,
     Row(
         "rate learned online", lambda loss, size, batch: continual.rate_learned_online(loss, batch)
     ),
 )
+"""Those of small streams, where a rate is learned online too: each of its steps goes through two
+others, and differentiates them."""
 
 
 def settings_of(row: Row, config: Config, range_of_rates: tuple[float, float]) -> list[Settings]:
