@@ -116,7 +116,9 @@ class FitConfig(TrainConfig):
       windows: W, windows that a document is cut into, for an estimator that carries documents on
         (`metaopt.types.WindowGradFn`), such as `metaopt.meta_gradients.streaming`. A meta-update
         takes one window of each of its documents, and the next goes on with the same ones. What
-        is carried is a part of the state, and so of its checkpoints.
+        is carried is a part of the state, and so of its checkpoints: for each document what all
+        parameters were moved by, the state of the inner optimiser and the context. It takes no
+        ``eval_every`` unless ``evaluate`` is given.
       steps_per_call: meta-updates in one compiled call, in which the tasks are drawn too. For
         steps that take less time than a call; the sampler must be traceable.
       eval_every: interval between evaluations on the validation episodes; the best evaluated
@@ -230,6 +232,11 @@ def fit(
     """
     began = time.monotonic()
     directory = None if directory is None else check_directory(directory)
+    if config.windows > 1 and config.eval_every and evaluate is None:
+        raise UserError(
+            f"windows={config.windows} of documents have no query that a state could be judged "
+            "by: give evaluate, or eval_every=0"
+        )
     devices = check_devices(config.num_devices, config.tasks_per_step, config.tasks_at_a_time)
     init_key, data_key = jax.random.split(jax.random.key(config.seed))
     state = None if state is None else jax.tree.map(_off_devices, state)
@@ -247,7 +254,7 @@ def fit(
     else:
         scalars = {name: jnp.float32(value) for name, value in (hparams or {}).items()}
         start = jax.tree.map(jnp.copy, state._replace(hparams=state.hparams | scalars, key=used))
-    start = parts.carrying(start)
+    start = parts.carrying(start, goes_on=state is not None and key is None)
     fingerprint = parts.fingerprint(start, first, valid)
     groups = ()
     if valid is not None and evaluate is None:
@@ -355,16 +362,27 @@ class _Parts(NamedTuple):
             return dataclasses.replace(estimate, whole=both[0], go_on=both[1])
         return once(estimate)
 
-    def carrying(self, start: MetaState) -> MetaState:
-        """The state with what is carried from window to window, if it has none yet."""
+    def carrying(self, start: MetaState, goes_on: bool) -> MetaState:
+        """The state with what is carried from window to window.
+
+        Raises:
+          UserError: it is within a document, and does not hold what is carried there.
+        """
         config = self.config
         if config.windows == 1:
             return start._replace(carry=())
         estimate = self.estimate(self.inner, self.frozen)
         assert isinstance(estimate, WindowGradFn)
         carry = carry_of(estimate, start, config.tasks_per_step)
-        shapes = [jax.tree.map(jnp.shape, x) for x in (carry, start.carry)]
-        return start if shapes[0] == shapes[1] else start._replace(carry=carry)
+        if int(start.step) % config.windows == 0:
+            return start._replace(carry=carry)
+        forms = [jax.tree.map(lambda x: (jnp.shape(x), x.dtype), x) for x in (carry, start.carry)]
+        if not goes_on or forms[0] != forms[1]:
+            raise UserError(
+                f"the state is of step {int(start.step)}, within a document of {config.windows} "
+                "windows, and does not hold what is carried there: begin at a multiple of them"
+            )
+        return start
 
     def step(self, axis_name: str | None) -> Callable:
         """``(state, episodes) -> (state, metrics)``, or ``(state, episodes, frozen)``."""
@@ -428,6 +446,8 @@ class _Parts(NamedTuple):
             "random key": digest_of(start.key),
             "first tasks": digest_of(first),
         }
+        if jax.tree.leaves(start.carry):
+            arrays["what is carried"] = digest_of(start.carry)
         if valid is not None:
             arrays["validation tasks"] = digest_of(valid)
         if self.annealing_steps:
@@ -435,14 +455,18 @@ class _Parts(NamedTuple):
         usual, frozen = dataclasses.replace(self.inner, **EXECUTION), self.frozen
         if frozen is not None:
             arrays["frozen parameters"] = digest_of(frozen)
-        program = of_program(
-            lambda frozen, *args: self.estimate(usual, frozen)(*args),
-            frozen,
-            start.meta_params,
-            hparams,
-            jax.tree.map(_one, first),
-            start.key,
-        )
+
+        def estimated(frozen: PyTree, meta_params: MetaParams, hparams: Hparams, *args: Any):
+            estimate = self.estimate(usual, frozen)
+            if self.config.windows == 1:
+                return estimate(meta_params, hparams, *args)
+            assert isinstance(estimate, WindowGradFn)
+            return estimate.go_on(
+                meta_params, hparams, args[0], estimate.begin(meta_params, hparams)
+            )
+
+        task = jax.tree.map(_one, first)
+        program = of_program(estimated, frozen, start.meta_params, hparams, task, start.key)
         execution = {name: getattr(self.inner, name) for name in EXECUTION}
         execution |= {n: getattr(self.config, n) for n in ("tasks_at_a_time", "steps_per_call")}
         return Fingerprint(decisive, arrays, {"loss, learner or estimator": program}, execution)

@@ -74,23 +74,31 @@ FAR = 64
 def run(config: Config) -> None:
     """Trains the rows of each source, reads its documents, and writes tables and figures."""
     train_fn = harness.begin(config, RATES_ALONE)
-    parts = [x for x in config.parts if x != "books" or config.books is not None]
+    given = {"books": config.books, "pretrained": config.pretrained.model}
+    parts = [x for x in config.parts if given.get(x, "") is not None]
     base = "code" if config.books is None else "books"
     chosen = [row.name for row in harness.select(ROWS, config.rows)]
     own = ("scale", "memory", "pretrained")
     if not parts:
-        raise UserError("the part books needs --books FOLDER, and no other part is chosen")
+        raise UserError(
+            "books needs --books FOLDER, and pretrained --pretrained.model PATH: no other part is "
+            "chosen"
+        )
+    if parts == ["scale"] and len(config.widths) < 2:
+        raise UserError("scale compares widths: give two of them, or the part that it goes on from")
     sources = [documents.find(name, config) for name in parts if name not in own]
     if "scale" in parts:
         sources += [documents.find(base, config, width) for width in config.widths]
     found = None
-    if "pretrained" in parts and config.pretrained.model is not None:
+    if "pretrained" in parts:
+        assert config.pretrained.model is not None
         found = open_pretrained(Path(config.pretrained.model).expanduser())
         sources.append(documents.of_pretrained(config, found))
-    for source in sources:
-        if not any(row.name in chosen for row in _rows_of(source)):
-            names = ", ".join(row.name for row in _rows_of(source))
-            raise UserError(f"none of these rows is of {source.name}, which has {names}")
+    others = {source.name: [row.name for row in _rows_of(source)] for source in sources}
+    sources = [x for x in sources if set(others[x.name]) & set(chosen)]
+    if others and not sources:
+        names = "; ".join(f"{name} has {', '.join(rows)}" for name, rows in others.items())
+        raise UserError(f"none of these rows is of a part that is chosen: {names}")
     for source in sources:
         _check(source)
     table = harness.TableRun(
@@ -150,7 +158,9 @@ def _add_rows(table: harness.TableRun, source: Source, starts: Starts, rows: Seq
         settings = reading.tuned(starts, row, meta_params)
         found = reading.read(starts, row, meta_params, source.test, [settings])[0]
         kept: dict[str, np.ndarray] = {"nats": found.nats}
-        if row.rule == "fast" and row.start not in ("joint", "usual"):
+        # The start of the others as it is, read without learning, is the row that all are beside.
+        is_of_it = row.start == ("usual" if source.name == "pretrained" else "joint")
+        if row.rule in ("fast", "SGD") and not is_of_it:
             still = reading.read(starts, row._replace(rule="still"), meta_params, source.test)[0]
             kept["still"] = still.nats
         table.keep(_kept(row, source), **kept)
@@ -176,8 +186,7 @@ def _add_cells(
     kept: dict[str, np.ndarray],
     settings: Settings,
 ) -> None:
-    is_text = source.vocab_size == 256 or source.per_byte is not None
-    unit = "bits/byte" if is_text else "bits/symbol"
+    unit = f"bits/{source.unit}"
     common = {"table": _table(source), "unit": unit, "learning_rate": settings.rate}
     common |= {"decay": settings.decay, "over": "95 % intervals over documents"}
 
@@ -191,12 +200,17 @@ def _add_cells(
         is_own = row.start in ALONE or row.name == carried.name
         own = bits if is_own else _bits(table, source, carried)
         add("context gain", _bits(table, source, static) - own, better="higher")
+    still = source.bits(kept["still"]) if "still" in kept else None
     if row.name not in (static.name, carried.name) and row.start not in ALONE:
-        add("adaptation gain", _bits(table, source, carried) - bits, better="higher")
-    if "still" in kept:
-        add("not adapting", source.bits(kept["still"]), limit=True)
+        before = _bits(table, source, carried)
+        if source.name == "pretrained" and still is not None:  # no training came before this one
+            add("training gain", before - still, better="higher")
+            before = still
+        add("adaptation gain", before - bits, better="higher")
+    if still is not None:
+        add("not adapting", still, limit=True)
+    of = {} if source.per_byte is None else {"unit": "bits/token"}
     if row.rule not in ("isolated", "still"):
-        of = {} if source.per_byte is None else {"unit": "bits/token"}
         add("forgetting", (found.after - found.before) * NATS_TO_BITS, **of)
     if source.limit is not None:
         add("gap to Bayes", bits - source.bits(source.limit))
@@ -205,7 +219,8 @@ def _add_cells(
         part = found.nats[:, first:last]
         if part.size:
             column = f"{begin} to {end}" if end else f"from {begin} on"
-            add(column, source.bits(part), table=f"{_table(source)} by position")
+            place = f"{_table(source)} by position"
+            add(column, part.mean(axis=1) * NATS_TO_BITS, table=place, **of)
 
 
 def _add_hits(table: harness.TableRun, source: Source, row: Row, hits: np.ndarray) -> None:
@@ -270,7 +285,6 @@ def _add_times(
 def _draw(table: harness.TableRun, source: Source, rows: Sequence[Row]) -> None:
     """Bits a token by position, what a model that does not learn loses less or more."""
     points, size = {}, source.test.inputs[0].size
-    symbol = "symbol" if source.per_byte is None else "token"
     for row in rows:
         nats = table.kept(_kept(row, source))["nats"].mean(axis=0)
         edges = np.unique(np.geomspace(1, len(nats), 12).astype(int))
@@ -281,7 +295,7 @@ def _draw(table: harness.TableRun, source: Source, rows: Sequence[Row]) -> None:
         table.directory / f"{source.name}.png",
         points,
         x_label="position, windows",
-        y_label={256: "bits a byte"}.get(source.vocab_size, f"bits a {symbol}"),
+        y_label=f"bits a {source.unit if source.per_byte is None else 'token'}",
         title=f"Reading {source.name}",
         x_ticks=[x for x in (1, 4, 16, 64, 256, 1024) if x * source.sizes.window <= size],
     )

@@ -38,6 +38,7 @@ class Reads(Checked):
       chunk: B, tokens that are predicted, and then learned from.
       num_chunks: N, chunks of a document that is trained on, an even number.
       full_window: Window of the row of full attention, up to the length of a training document.
+      rates: Rates of gradient descent that are tried.
       fast: Which weights learn while reading, of the rows of test-time training.
       test_tokens: Tokens of a document that is reported, from its begin.
       valid_tokens: Tokens of a document that rates are chosen on.
@@ -52,6 +53,7 @@ class Reads(Checked):
     chunk: Length = 64
     num_chunks: Count = 16
     full_window: Length = 1024
+    rates: Rates = (0.05, 0.1, 0.2, 0.4, 0.8)
     fast: AdapterConfig = dataclasses.field(default_factory=lambda: AdapterConfig(kind="mlps"))
     test_tokens: Steps = 65_536
     valid_tokens: Steps = 16_384
@@ -133,6 +135,8 @@ class Trained(Reads):
     window: Length = 256
     chunk: Length = 256
     num_chunks: Count = 8
+    full_window: Length = 2048
+    rates: Rates = (0.03, 0.1, 0.3, 1.0, 3.0)
     fast: AdapterConfig = dataclasses.field(default_factory=lambda: AdapterConfig(blocks=6))
     test_tokens: Steps = 4096
     valid_tokens: Steps = 2048
@@ -219,8 +223,7 @@ class Config(harness.TrainedConfig):
       num_valid: Documents that rates are chosen on.
       pretrained: The model that was trained elsewhere.
       inner: How a document is computed.
-      rates: Rates of gradient descent that are tried.
-      rms_rates: The same of the RMS rule.
+      rms_rates: Rates of the RMS rule that are tried, of books.
       decays: Decays to the start that are tried with each rate. Rates of training are not tuned.
       seed: Seed of the split, the initialisation and the training documents.
     """
@@ -236,7 +239,6 @@ class Config(harness.TrainedConfig):
     num_valid: Count = 2
     pretrained: Trained = dataclasses.field(default_factory=Trained)
     inner: InnerLoop = dataclasses.field(default_factory=lambda: INNER)
-    rates: Rates = (0.05, 0.1, 0.2, 0.4, 0.8)
     rms_rates: Rates = (0.0003, 0.0006, 0.0012, 0.0025, 0.005)
     decays: Annotated[tuple[Share, ...], Several()] = (0.0, 0.003, 0.01, 0.03)
     seed: Seed = 0
@@ -245,8 +247,15 @@ class Config(harness.TrainedConfig):
         super().__post_init__()
         if unknown := sorted(set(self.parts) - set(PARTS)):
             raise UserError(f"unknown part {unknown[0]!r}: choose among {', '.join(PARTS)}")
-        if len(self.rates) != len(self.rms_rates):
-            raise UserError("rates and rms_rates must be as many: all rows are tuned alike")
+        if len(self.sizes.rates) != len(self.rms_rates):
+            raise UserError("sizes.rates and rms_rates must be as many: all rows are tuned alike")
+        if self.sizes.width in self.widths:
+            raise UserError(f"width {self.sizes.width} is that of sizes: leave it out of widths")
+        for width in self.widths:
+            sizes = dataclasses.replace(self.sizes, width=width)
+            sizes.transformer(256, sizes.window)  # raises where heads do not divide it
+        if odd := [number for number in self.updates if number % 2]:
+            raise UserError(f"updates {odd[0]} must be even")
 
 
 def presets(preset: str = "cpu") -> Config:
@@ -254,7 +263,7 @@ def presets(preset: str = "cpu") -> Config:
     config = Config(preset=preset)  # type: ignore[arg-type]
     if preset == "smoke":
         short = {"width": 8, "num_layers": 1, "num_heads": 2, "num_chunks": 4}
-        short |= {"pretrain_steps": 4, "meta_steps": 2, "tasks_per_step": 4}
+        short |= {"pretrain_steps": 4, "meta_steps": 2, "tasks_per_step": 4, "rates": (0.1,)}
         small = {"window": 8, "chunk": 4, "full_window": 16}
         small |= {"test_tokens": 128, "valid_tokens": 128}
         return dataclasses.replace(
@@ -274,10 +283,10 @@ def presets(preset: str = "cpu") -> Config:
                 config.pretrained,
                 **{"window": 8, "chunk": 8, "num_chunks": 4, "full_window": 16, "meta_steps": 2},
                 **{"test_tokens": 32, "valid_tokens": 16, "train_bytes": 2000},
-                **{"tasks_per_step": 4, "fast": AdapterConfig(rank=2)},
+                **{"tasks_per_step": 4, "fast": AdapterConfig(rank=2), "rates": (0.1,)},
             ),
             **{"widths": (4,), "updates": (2, 4), "num_test": 2, "num_valid": 1},
-            **{"rates": (0.1,), "rms_rates": (0.001,), "decays": (0.0, 0.01)},
+            **{"rms_rates": (0.001,), "decays": (0.0, 0.01)},
         )
     if preset == "gpu":
         return dataclasses.replace(
@@ -292,7 +301,7 @@ def presets(preset: str = "cpu") -> Config:
                 pretrain=OuterConfig(learning_rate=6e-4, warmup_steps=500),
                 outer=OuterConfig(learning_rate=2e-4, warmup_steps=100),
             ),
-            widths=(256, 512),
+            widths=(192, 384),
             inner=dataclasses.replace(INNER, kept_states=6),
         )
     return config

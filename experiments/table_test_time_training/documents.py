@@ -1,5 +1,6 @@
 """What is read: documents to train on, to choose rates on, and to report."""
 
+import codecs
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,8 +13,10 @@ from experiments.table_test_time_training.config import Config, Sizes
 from metaopt.errors import UserError
 from metaopt.losses import IGNORED, NATS_TO_BITS
 from metaopt.pretrained import Pretrained
+from metaopt.pytrees import digest_of
 from metaopt.streams.drift import DriftConfig, drifting, filter_losses
 from metaopt.streams.dynamic_evaluation import cut_segments
+from metaopt.tasks.codecs import Codec
 from metaopt.tasks.sources.text import (
     Domain,
     draw_window,
@@ -31,6 +34,7 @@ class Source(NamedTuple):
 
     Attributes:
       name: Name of the table.
+      unit: What losses are bits a: byte, symbol or value.
       vocab_size: V.
       sizes: Its model, and how that reads.
       train: Documents of N chunks, support and query ``[T, N / 2, B]`` together.
@@ -46,6 +50,7 @@ class Source(NamedTuple):
     """
 
     name: str
+    unit: str
     vocab_size: int
     sizes: Any
     train: TaskFamily
@@ -125,6 +130,7 @@ def _of_domains(name: str, domains: Sequence[Domain], config: Config, sizes: Siz
     general = long[number - 1].read(0, sizes.valid_tokens + 1)
     return Source(
         name,
+        "byte",
         256,
         sizes,
         documents(draw),
@@ -152,7 +158,7 @@ def of_pretrained(config: Config, found: Pretrained) -> Source:
     needed = sizes.num_chunks * sizes.chunk + 1
     whole, rest = [], []
     for domain in (domains[i] for i in order):
-        tokens = codec.encode(domain.read(0, min(domain.size, sizes.train_bytes)).tobytes())
+        tokens = _encoded(codec, domain, sizes.train_bytes)
         if len(whole) < number and len(tokens) > sizes.test_tokens:
             whole.append(cut_segments(tokens[: sizes.test_tokens + 1], sizes.chunk))
         elif len(tokens) >= needed:
@@ -160,12 +166,13 @@ def of_pretrained(config: Config, found: Pretrained) -> Source:
     if len(whole) < number or not rest:
         raise UserError(
             f"{number} documents with more than {sizes.test_tokens:,} tokens in their first "
-            f"{sizes.train_bytes:,} bytes are read, and others are trained on: there are "
-            f"{len(whole)}; lower test_tokens or num_test"
+            f"{sizes.train_bytes:,} bytes are read, and others of {needed:,} are trained on: there "
+            f"are {len(whole)} and {len(rest)}; lower test_tokens, num_test or num_chunks"
         )
+    lengths = np.array([len(tokens) for tokens in rest], np.float64)
 
     def draw(rng: np.random.Generator) -> Batch:
-        tokens = rest[int(rng.integers(len(rest)))]
+        tokens = rest[int(rng.choice(len(rest), p=lengths / lengths.sum()))]
         begin = int(rng.integers(len(tokens) - needed + 1))
         return cut_segments(tokens[begin : begin + needed], sizes.chunk)
 
@@ -174,6 +181,7 @@ def of_pretrained(config: Config, found: Pretrained) -> Source:
     per_byte = 1 / bytes_of(codec)[test.targets].mean(axis=(1, 2))
     return Source(
         "pretrained",
+        "byte",
         codec.vocab_size,
         sizes,
         documents(draw),
@@ -182,9 +190,18 @@ def of_pretrained(config: Config, found: Pretrained) -> Source:
         None,
         None,
         whole[-1],
-        fingerprint(domains),
+        f"{fingerprint(domains)}-{digest_of(found.params)[:16]}",
         per_byte,
     )
+
+
+def _encoded(codec: Codec, domain: Domain, most: int) -> np.ndarray:
+    """The tokens of the begin of a document, up to the last whole character."""
+    data = domain.read(0, min(domain.size, most)).tobytes()
+    try:
+        return codec.encode(codecs.getincrementaldecoder("utf-8")().decode(data).encode())
+    except (UnicodeDecodeError, UserError) as error:
+        raise UserError(f"{domain.name}: {error}") from None
 
 
 def _switching(config: Config) -> Source:
@@ -209,6 +226,7 @@ def _switching(config: Config) -> Source:
     limit = np.stack(limits)[:, : test.inputs[0].size].reshape(test.inputs.shape).mean(axis=2)
     return Source(
         "switching",
+        "symbol",
         sizes.vocab_size,
         sizes,
         documents(draw),
@@ -252,6 +270,7 @@ def _recall(config: Config) -> Source:
     whole = sizes.num_chunks * sizes.chunk
     return Source(
         "recall",
+        "value",
         sizes.num_keys + sizes.num_values,
         sizes,
         documents(lambda rng: draw(rng, whole)[0]),

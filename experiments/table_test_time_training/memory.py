@@ -77,7 +77,9 @@ def add_rows(table: harness.TableRun, sizes: Sizes, updates: tuple[int, ...]) ->
         for number in updates:
             function, shapes = program(sizes, 256, form, number)
             memory = compiled_memory(compile_for(function, *shapes)).temp / 2**20
-            again = schedule(number, form.kept_states or number).extra_steps / number
+            again = 0.0  # each step that is reversed is computed again, and those on the way to it
+            if form.kept_states is not None:
+                again = 1 + schedule(number, form.kept_states).extra_steps / number
             for column, unit, value in (
                 (f"{number} updates", "MiB", memory),
                 (f"computed again, {number}", "of the updates", again),

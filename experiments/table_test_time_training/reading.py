@@ -52,12 +52,14 @@ def tuned(starts: Starts, row: Row, meta_params: MetaParams) -> Settings:
     config = starts.config
     if row.rule in ("isolated", "still"):
         return STILL
-    rates = config.rms_rates if row.rule == "RMS" else config.rates
+    rates = config.rms_rates if row.rule == "RMS" else starts.sizes.rates
     tried = [Settings(rate, decay) for rate in rates for decay in config.decays]
     found = read(starts, row, meta_params, starts.source.valid, tried)
     means = [float(np.nan_to_num(x.nats.mean(), nan=np.inf)) for x in found]
     best = tried[int(np.argmin(means))]
-    log(f"{row.name}: rate {best.rate:g}, decay {best.decay:g}: {min(means):.4f} nats")
+    at_end = len(rates) > 1 and best.rate in (rates[0], rates[-1])
+    note = ", at an end of the rates that were tried" if at_end else ""
+    log(f"{row.name}: rate {best.rate:g}, decay {best.decay:g}: {min(means):.4f} nats{note}")
     return best
 
 

@@ -24,12 +24,13 @@ from metaopt.cli.adapt import check_new
 from metaopt.cli.trained import RowConfig, open_model, open_row, read_tokens
 from metaopt.console import log, printable
 from metaopt.errors import UserError
+from metaopt.files import local_path
 from metaopt.languages import transformer_config
 from metaopt.losses import NATS_TO_BITS
 from metaopt.pretrained import Pretrained, ReadingConfig, read_along, save_adapter
 from metaopt.pretrained.packages import fetched
 from metaopt.pretrained.reading import Read, gain, score_of
-from metaopt.ranges import Checked, Count
+from metaopt.ranges import Checked, Count, Seed
 from metaopt.streams.reader import Reader, ReaderConfig
 from metaopt.streams.surprise import surprising_lines
 from metaopt.tasks.sources.text import data_directory
@@ -48,6 +49,7 @@ class Config(Checked):
       run: Directory of a finished run of adapt_languages, or of a life of metaopt evolve, whose
         model is a transformer.
       row: Name of a row of the run; the best after the trained number of steps if not given.
+      run_seed: Seed that the row was trained with, if the run has several; the first if not given.
       reading: What adapts, and how.
       general: Text like that of the model's training, which the optimizer rms takes its scale from.
       save: New file for what has adapted; it is not kept if not given.
@@ -58,6 +60,7 @@ class Config(Checked):
     model: Path | None = None
     run: Path | None = None
     row: str | None = None
+    run_seed: Seed | None = None
     reading: tyro.conf.OmitArgPrefixes[ReadingConfig] = dataclasses.field(
         default_factory=ReadingConfig
     )
@@ -69,8 +72,8 @@ class Config(Checked):
         super().__post_init__()
         if self.model is not None and self.run is not None:
             raise UserError("give --model PATH or --run RUN, and not both")
-        if self.run is None and self.row is not None:
-            raise UserError("--row is of a run: give --run RUN too")
+        if self.run is None and (self.row, self.run_seed) != (None, None):
+            raise UserError("--row and --run-seed are of a run: give --run RUN too")
         if self.run is not None and self.save is not None:
             raise UserError("--save keeps what is laid over a pretrained model: give --model PATH")
         if self.surprise is not None and (self.save, self.reading.context) != (None, 0):
@@ -89,6 +92,8 @@ def run(config: Config) -> None:
     """
     if config.save is not None:
         check_new(config.save)
+    if not local_path(config.file).is_file():
+        raise UserError(f"there is no file {config.file}")
     found = _open(config)
     tokens = read_tokens(found, config.file)
     if config.surprise is not None:
@@ -111,13 +116,15 @@ def _open(config: Config) -> Pretrained:
     """What reads."""
     if config.run is None:
         return open_model(config.model or fetched("smollm2", data_directory(None)))
-    row = open_row(RowConfig(run=config.run, row=config.row))
+    row = open_row(RowConfig(run=config.run, row=config.row, run_seed=config.run_seed))
     shape = transformer_config(row.config)
     if shape is None:
         raise UserError(
             f"{config.run}: its model is {row.config.model}, and a reader is a transformer that "
             "was trained here, or a pretrained one by --model PATH"
         )
+    if config.reading.length != row.config.length:
+        log(f"note: it was trained on sequences of {row.config.length}, see --length")
     return Pretrained(shape, row.model, row.start, row.codec, "")
 
 

@@ -59,7 +59,8 @@ def streaming(
     The next window begins at ``θ_0 + δ`` with what the window before has moved its start by, with
     the state of its optimiser and with its context. All three are numbers to the gradient, which
     so goes through the steps of one window, as in truncated backpropagation through time; but the
-    start is that of this update, and what it gains far into a document counts.
+    start is that of this update, and what it gains far into a document counts. An inner optimiser
+    whose state holds parameters (schedule_free, lookahead) would go back to the start as it was.
 
     Args:
       learner: what is meta-learned.

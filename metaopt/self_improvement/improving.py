@@ -115,9 +115,15 @@ def improving_train(
 
     Raises:
       UserError: ``searched`` names a scalar that is none of `RATES` and not in the state; the
-        step cannot be traced, and there are no losses to judge by; and as for `loop.run`.
+        step cannot be traced, and there are no losses to judge by; the state carries documents on
+        from step to step; and as for `loop.run`.
       Diverged, Interrupted: as for `loop.run`.
     """
+    if jax.tree.leaves(training.state.carry):
+        raise UserError(
+            f"{training.name} carries documents on from step to step, and the closed loop compares "
+            "states on others: train it without"
+        )
     if directory is None:
         with tempfile.TemporaryDirectory() as directory:
             options = {"searched": searched, "loop": loop, "memory": memory}

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from metaopt.errors import UserError
 from metaopt.inner_loop import InnerLoop, adapt
 from metaopt.learners.training_run import adamw_from_values
 from metaopt.streams.dynamic_evaluation import mean_squared_gradients
@@ -279,9 +280,15 @@ def averaged(learner: StreamLearner) -> StreamLearner:
     Mathematics: ``s ← s + β (θ − s)`` after each step, ``hparams['slow_rate']`` being β. What
     learns is not held back.
 
+    Raises:
+      UserError: the learner reads ``slow_rate`` itself.
+
     References:
       Arani et al., 2022, "Learning Fast, Learning Slow", the average beside experience replay.
     """
+
+    if "slow_rate" in learner.hparams:
+        raise UserError("the learner has an average of its own, with a slow_rate: take another")
 
     def init(params):
         state = learner.init(params)

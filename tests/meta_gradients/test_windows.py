@@ -15,6 +15,7 @@ from metaopt.inner_loop import InnerLoop
 from metaopt.meta_gradients.streaming import streaming
 from metaopt.models import TransformerConfig, transformer, with_window
 from metaopt.optimizers.outer import OuterConfig
+from metaopt.self_improvement.improving import improving_train
 from metaopt.streams.dynamic_evaluation import decay_towards, walk
 from metaopt.training.loop import train
 from metaopt.types import Batch, Episode, TaskFamily, TaskSplit
@@ -58,7 +59,15 @@ def documents(key, number):
 PROBLEM = Problem(TaskFamily("documents", *3 * [TaskSplit(documents)]), transformer(CONFIG), LOSS)
 
 
-def train_on(directory=None, steps=5, rate=0.01, estimator=streaming, train_fn=train, **changes):
+def train_on(
+    directory=None,
+    steps=5,
+    rate=0.01,
+    estimator=streaming,
+    train_fn=train,
+    state=None,
+    **changes,
+):
     config = FitConfig(num_steps=6, tasks_per_step=4, windows=WINDOWS, **changes)
     return fit(
         PROBLEM,
@@ -68,6 +77,7 @@ def train_on(directory=None, steps=5, rate=0.01, estimator=streaming, train_fn=t
         outer=OuterConfig(learning_rate=rate),
         config=dataclasses.replace(config, num_steps=steps, checkpoint_every=1),
         directory=directory,
+        state=state,
         hparams=HPARAMS,
         train_fn=train_fn,
     )
@@ -159,6 +169,12 @@ def test_a_training_stopped_within_a_document_goes_on_bitwise(straight, tmp_path
     )
 
 
+def test_a_training_goes_on_from_a_state_within_a_document(straight):
+    state = train_on(steps=2).state
+    found = train_on(state=state).state
+    jax.tree.map(np.testing.assert_array_equal, found.carry, straight.state.carry)
+
+
 @pytest.mark.parametrize("changes", [{"num_devices": 1}, {"num_devices": 2, "tasks_at_a_time": 1}])
 def test_devices_and_groups_carry_the_same(straight, changes):
     found = train_on(**changes).state
@@ -182,7 +198,21 @@ def test_what_cannot_be_taken_in_windows_is_refused(tmp_path):
         )
     with pytest.raises(UserError, match="steps_per_call is 2"):
         FitConfig(windows=2, steps_per_call=2)
-    train_on(tmp_path, steps=2)
+    with pytest.raises(UserError, match="give evaluate, or eval_every=0"):
+        train_on(eval_every=1)
+    with pytest.raises(UserError, match="the closed loop compares"):
+        train_on(train_fn=improving_train)
+    state = train_on(tmp_path, steps=2).state
+    for changes in ({"state": state._replace(carry=())}, {"state": state, "key": state.key}):
+        with pytest.raises(UserError, match="of step 2, within a document of 3 windows"):
+            fit(
+                PROBLEM,
+                LEARNER,
+                streaming,
+                inner=INNER,
+                config=FitConfig(num_steps=4, tasks_per_step=4, windows=3),
+                **changes,
+            )
     with pytest.raises(UserError, match="windows"):
         fit(
             PROBLEM,

@@ -46,4 +46,8 @@ def test_a_model_that_was_trained_elsewhere_is_read_with(tmp_path):
     sizes_of = [len(opened.codec.decode(x.reshape(-1))) for x in source.test.targets]
     bits = [x * 32 / np.log(2) / size for x, size in zip(read, sizes_of, strict=True)]
     assert loss[WINDOW.name] == pytest.approx(float(np.mean(bits)), rel=1e-4)
-    assert loss[SECOND.name] != loss[TTT.name] != loss[DYNAMIC.name]
+    for name, has_learned in ((TTT.name, False), (DYNAMIC.name, True), (SECOND.name, True)):
+        cells = {column: value for (row, column), value in found.items() if row == name}
+        gained = cells["adaptation gain"] + cells.get("training gain", 0.0)
+        assert loss[WINDOW.name] - loss[name] == pytest.approx(gained, abs=1e-6)
+        assert ("training gain" in cells) == has_learned

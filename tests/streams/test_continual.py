@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 
+from metaopt.errors import UserError
 from metaopt.streams import continual
 from metaopt.streams.continual import Reservoir, follow
 from metaopt.streams.dynamic_evaluation import mean_squared_gradients
@@ -163,6 +164,15 @@ def test_the_average_follows_what_learns_and_does_not_hold_it():
     close(state.params, other.params)
     close(learner.start(state), wanted)
     assert int(state.memory.memory.seen) == 16
+    held = continual.averaged(continual.elastic(loss_fn))
+    began = held.init(START)
+    ended = held.domain_ends(began, batch)
+    assert not all(
+        np.array_equal(a, b)
+        for a, b in zip(*map(jax.tree.leaves, (began.memory, ended.memory)), strict=True)
+    )
+    with pytest.raises(UserError, match="average of its own"):
+        continual.averaged(continual.fast_and_slow(loss_fn))
 
 
 @pytest.mark.parametrize("steps", [1, 2])
