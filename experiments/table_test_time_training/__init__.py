@@ -7,13 +7,15 @@ whole documents, through all updates and the context, end-to-end test-time train
 2025, arXiv:2512.23675). Whether that meta-learning helps is in dispute: here all rows have the same
 model, the same number of counted operations, pretraining included, and as many rates to choose
 from. The row of full attention has a window as long as a training document. Switching languages
-have an exact limit, and so has recall, where what was read once is to be known long after.
+have an exact limit, and so has recall, where what was read once is to be known long after. Of a
+model that was trained elsewhere an adapter learns; its rows that are trained at all have spent the
+same number of operations on that.
 
 What a row gains is told apart. The *context gain* is what carrying the context gains a model that
 does not learn; the *adaptation gain* is what learning adds to that. Both are paired over documents.
 
     python -m experiments.table_test_time_training                     # without books
-    python -m experiments.table_test_time_training --books data/books  # books too, 90 minutes
+    python -m experiments.table_test_time_training --books data/books
     python -m experiments.table_test_time_training --parts pretrained --pretrained.model PATH
     python -m experiments.table_test_time_training --preset smoke
     python -m experiments.table_test_time_training --preset gpu --parts memory   # is not run
