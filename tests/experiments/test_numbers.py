@@ -46,7 +46,7 @@ SMALL = {
     "adapt": "run --on text/a",
     "generate": "run --on text/a",
     "score": "run --on text/a",
-    "read": "--model run --on text/a",
+    "read": "text/a --model run",
     "doctor": "--length 4 --model bigram",
     "watch": "run",
 }
