@@ -164,6 +164,8 @@ def steps_at(
     """
     source, learner, full = starts.source, starts.learner(row.start), row.start == "full"
     chunk = jax.tree.map(lambda x: jnp.asarray(x[0, :1]), source.test)
+    # On one device: what a training left on all of them would be sent there at some calls.
+    meta_params = jax.tree.map(jnp.asarray, jax.device_get(meta_params))
     params = learner.start(meta_params)
     scalars = {"inner_learning_rate": jnp.float32(0.01), "decay": jnp.float32(0)}
 
