@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from experiments import harness
+from metaopt.cli import command_line, evolve
 from metaopt.errors import Diverged, UserError
 from metaopt.files import read_json_lines
 from metaopt.ranges import Checked, Positive
@@ -245,11 +246,18 @@ RECORDED = sorted(
 
 @pytest.mark.parametrize(("command", "place"), RECORDED, ids=[place for _, place in RECORDED])
 def test_a_recorded_command_gives_its_config_and_is_the_shortest_that_does(command, place):
-    _, _, name, *flags = shlex.split(command)
-    module = importlib.import_module(name)
-    name = name.removeprefix("experiments.")
-    config = harness.parse(name, module.presets, "", flags)
-    assert harness.command(name, config, module.presets) == command
+    program, _, *flags = shlex.split(command)
+    if program == "metaopt":
+        config = command_line.parse(evolve.Config, flags, "metaopt evolve", "")
+        shortest = " ".join(
+            ["metaopt evolve", *command_line.changed_flags(config, evolve.Config())]
+        )
+    else:
+        module = importlib.import_module(flags[0])
+        name = flags[0].removeprefix("experiments.")
+        config = harness.parse(name, module.presets, "", flags[1:])
+        shortest = harness.command(name, config, module.presets)
+    assert shortest == command
     now, saved = as_json(config), json.loads((RESULTS / place / "config.json").read_text("utf-8"))
     flat, recorded = dict(leaves(now)), dict(leaves(saved))
     # The preset cpu was once called reference, and improve was true or false.

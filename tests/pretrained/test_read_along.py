@@ -168,7 +168,7 @@ def test_the_command_reads_and_what_it_saves_is_used(folder, tmp_path, capsys):
         (["read", *flags, "--context", "9999"], "holds no segment"),
         (["read", *flags, "--optimizer", "rms"], "--general FILE is for --optimizer rms"),
         (["read", *flags, "--run", "r"], "--model PATH or --run RUN, and not both"),
-        (["read", *flags, "--row", "r"], "--row is of a run"),
+        (["read", *flags, "--row", "r"], "--row and --run-seed are of a run"),
         (["score", "run", "--on", "f", "--adapter", str(path)], "give --model PATH too"),
     ):
         with pytest.raises(SystemExit) as stop:
