@@ -115,7 +115,7 @@ class FitConfig(TrainConfig):
         scan, between them groups.
       windows: W, windows that a document is cut into, for an estimator that carries documents on
         (`metaopt.types.WindowGradFn`), such as `metaopt.meta_gradients.streaming`. A meta-update
-        takes one window of each of its documents, and the next goes on with the same ones. What
+        takes one window of each of its documents, and the next continues with the same ones. What
         is carried is a part of the state, and so of its checkpoints: for each document what all
         parameters were moved by, the state of the inner optimiser and the context. It takes no
         ``eval_every`` unless ``evaluate`` is given.

@@ -49,7 +49,7 @@ FORMS = (
 
 
 def program(sizes: Sizes, vocab_size: int, form: Form, updates: int) -> tuple[Callable, tuple]:
-    """The meta-gradient of one document of so many updates, and the shapes of its arguments."""
+    """The meta-gradient of one document, a number of updates long, and its arguments' shapes."""
     config = sizes.transformer(vocab_size, sizes.window)
     adapts = sizes.fast.adapts(sizes.num_layers)
     inner = dataclasses.replace(INNER, kept_states=form.kept_states)

@@ -66,9 +66,10 @@ def train_on(
     estimator=streaming,
     train_fn=train,
     state=None,
+    key=None,
     **changes,
 ):
-    config = FitConfig(num_steps=6, tasks_per_step=4, windows=WINDOWS, **changes)
+    config = dataclasses.replace(FitConfig(tasks_per_step=4, windows=WINDOWS), **changes)
     return fit(
         PROBLEM,
         LEARNER,
@@ -78,6 +79,7 @@ def train_on(
         config=dataclasses.replace(config, num_steps=steps, checkpoint_every=1),
         directory=directory,
         state=state,
+        key=key,
         hparams=HPARAMS,
         train_fn=train_fn,
     )
@@ -105,7 +107,7 @@ def test_windows_one_after_the_other_read_the_whole_document():
     params = PROBLEM.model.init(jax.random.split(jax.random.key(0))[0])
     rule = LEARNER.inner_opt({"params": params}, HPARAMS)
     read = jax.jit(jax.vmap(lambda chunks: walk(LOSS, rule, params, chunks).losses))
-    for which in range(2):  # each document begins anew
+    for which in range(2):  # the carry starts again with each document
         drawn = documents(jax.random.fold_in(data_key, which), 4)
         chunks = jax.tree.map(
             lambda a, b: np.concatenate([a, b], axis=1), drawn.support, drawn.query
@@ -189,13 +191,7 @@ def test_what_cannot_be_taken_in_windows_is_refused(tmp_path):
     with pytest.raises(UserError, match="windows=3 takes an estimator that carries"):
         train_on(estimator=meta_gradients.joint)
     with pytest.raises(UserError, match="12 chunks cannot be cut into 4 windows"):
-        fit(
-            PROBLEM,
-            LEARNER,
-            streaming,
-            inner=INNER,
-            config=FitConfig(num_steps=2, tasks_per_step=4, windows=4),
-        )
+        train_on(windows=4)
     with pytest.raises(UserError, match="steps_per_call is 2"):
         FitConfig(windows=2, steps_per_call=2)
     with pytest.raises(UserError, match="give evaluate, or eval_every=0"):
@@ -205,22 +201,6 @@ def test_what_cannot_be_taken_in_windows_is_refused(tmp_path):
     state = train_on(tmp_path, steps=2).state
     for changes in ({"state": state._replace(carry=())}, {"state": state, "key": state.key}):
         with pytest.raises(UserError, match="of step 2, within a document of 3 windows"):
-            fit(
-                PROBLEM,
-                LEARNER,
-                streaming,
-                inner=INNER,
-                config=FitConfig(num_steps=4, tasks_per_step=4, windows=3),
-                **changes,
-            )
+            train_on(steps=4, **changes)
     with pytest.raises(UserError, match="windows"):
-        fit(
-            PROBLEM,
-            LEARNER,
-            streaming,
-            inner=INNER,
-            outer=OuterConfig(learning_rate=0.01),
-            config=FitConfig(num_steps=2, tasks_per_step=4, windows=2),
-            directory=tmp_path,
-            hparams=HPARAMS,
-        )
+        train_on(tmp_path, steps=2, windows=2)
